@@ -1,0 +1,59 @@
+# Every target sets up the virtual environment itself on first use, and does nothing later.
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+CARNICE := $(VENV)/bin/carnice
+PIP    := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+FLAGS  ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help build all plan list test lint bench clean
+
+ifdef variant
+.DEFAULT_GOAL := build
+endif
+
+help: ## Show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 10
+	@echo 'make variant=NAME builds one variant; FLAGS="..." passes more to carnice'
+
+$(VENV)/core: pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+# torch comes first, by itself: its CPU build satisfies every later requirement.
+$(VENV)/dev: $(VENV)/core
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+build: $(VENV)/core ## Build variant=NAME into build/NAME
+	@extras=$$($(CARNICE) extras $(variant)) && \
+	  if [ -n "$$extras" ]; then $(PIP) --editable ".[$$extras]"; fi
+	$(CARNICE) build $(variant) $(FLAGS)
+
+all: $(VENV)/core ## Build every variant
+	@extras=$$($(CARNICE) extras $$($(CARNICE) names)) && \
+	  if [ -n "$$extras" ]; then $(PIP) --editable ".[$$extras]"; fi
+	$(CARNICE) build $$($(CARNICE) names) $(FLAGS)
+
+plan: $(VENV)/core ## Show what building variant=NAME would do
+	$(CARNICE) plan $(variant) $(FLAGS)
+
+list: $(VENV)/core ## Show the variants
+	@$(CARNICE) list $(FLAGS)
+
+lint: $(VENV)/dev ## Check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint ## Check style and types, and run all tests
+	$(VENV)/bin/pytest
+
+bench: $(VENV)/dev ## Measure against mlx-lm; needs 20 GB of disk
+	$(PYTHON) -m benchmarks.run
+
+clean: ## Remove outputs, cache and environment
+	rm -rf build $(VENV) cache/FORMAT cache/records cache/packs cache/partial cache/blobs

@@ -1,0 +1,1 @@
+"""Measurements at true sizes: shape files, bench checkpoints, and the runs over them."""

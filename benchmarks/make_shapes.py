@@ -1,0 +1,133 @@
+"""Make the shape files: what full-size checkpoints hold, without their weights.
+
+    python -m benchmarks.make_shapes
+
+A shape file is JSON with one tensor a line: name -> [dtype, shape], beside the checkpoint's
+config.json.
+The planner reads it as it would read the headers of the real shards.
+
+Known:
+
+- Names and shapes are those of transformers' own classes on the meta device (see `architecture`).
+- Qwen3.6-27B is BF16 throughout, `A_log` and `linear_attn.norm` included: its 1,199 tensors in BF16
+  are 55,562,855,904 bytes, to the byte the `total_size` that a published full fine-tune of it
+  states in its index. Qwen3.5-27B ships these two in F32 (vLLM pull request 51836 tells the two
+  series apart the same way).
+- Carnice-V2-27b has the prefix `language_model.` three times on every key, has its vision tower,
+  lost its MTP head in the merge, and is about 54.7 GB of BF16 (model cards).
+- The 40B has 96 layers, 72 of them linear attention, head_dim 256 and 4 KV heads (model card), and
+  keeps the 27B's hidden size, since a 27B vision projector and MTP head fit it (model cards).
+
+Assumed:
+
+- Carnice's third level: `lm_head.weight`, which stood outside `model.`, gets the three prefixes in
+  front; the others get them after `model.`, instead of the one they had or, for vision, none.
+- Carnice's config.json is the base model's, so that it still announces the MTP head it lacks.
+- The 40B's intermediate size, vocabulary and dtypes are the 27B's, and it carries an MTP head.
+- The 40B's hub name is that of its GGUF release without the suffix.
+- `transformers_version` and the order of config.json's keys; nothing reads either.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.architecture import (
+    Config,
+    Dimensions,
+    Tensors,
+    byte_count,
+    model_config,
+    tensor_table,
+)
+
+SHAPES = Path(__file__).parent / "shapes"
+TRIPLE = "language_model." * 3
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeFile:
+    """One model: its hub name, its config, and how its checkpoint spells and selects tensors."""
+
+    file: str
+    model: str
+    size: Dimensions
+    rename: Callable[[str], str] = str
+    mtp_tensors: bool = True
+
+
+def triple_prefix(name: str) -> str:
+    """A name as Carnice-V2-27b spells it."""
+    if name.startswith("model."):
+        return "model." + TRIPLE + name.removeprefix("model.").removeprefix("language_model.")
+
+    return TRIPLE + name
+
+
+MODELS = (
+    ShapeFile("qwen3.6-27b.json", "Qwen/Qwen3.6-27B", Dimensions()),
+    ShapeFile(
+        "carnice-v2-27b.json",
+        "kai-os/Carnice-V2-27b",
+        Dimensions(),
+        rename=triple_prefix,
+        mtp_tensors=False,
+    ),
+    ShapeFile(
+        "qwen3.6-40b-deckard.json",
+        "DavidAU/Qwen3.6-40B-Claude-4.6-Opus-Deckard-Heretic-Uncensored-Thinking",
+        Dimensions(layers=96),
+    ),
+)
+
+
+def describe(entry: ShapeFile) -> tuple[Config, Tensors]:
+    """The config and the tensors of one model, names as its checkpoint spells them."""
+    config = model_config(entry.size)
+    tensors = {
+        entry.rename(name): tensor
+        for name, tensor in tensor_table(config).items()
+        if entry.mtp_tensors or not name.startswith("mtp.")
+    }
+
+    return config, dict(sorted(tensors.items()))
+
+
+def render(model: str, config: Config, tensors: Tensors) -> str:
+    """The text of a shape file: JSON, one setting and one tensor a line."""
+    settings = json.dumps(config, indent=1).replace("\n", "\n ")
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(t)}" for name, t in tensors.items())
+
+    return (
+        f'{{"format": "carnice-shapes-1",\n "model": {json.dumps(model)},\n'
+        f' "config": {settings},\n "tensors": {{\n{lines}\n }}}}\n'
+    )
+
+
+def summary(entry: ShapeFile, tensors: Tensors) -> str:
+    """One line a reader can hold against a model card."""
+    vision = {name: tensor for name, tensor in tensors.items() if "visual." in name}
+    mtp = {name: tensor for name, tensor in tensors.items() if name.startswith("mtp.")}
+    every, vision_bytes, mtp_bytes = (byte_count(part) for part in (tensors, vision, mtp))
+
+    return (
+        f"{entry.file}: {len(tensors)} tensors, {every:,} bytes; "
+        f"text {every - vision_bytes - mtp_bytes:,}, "
+        f"vision {vision_bytes:,} ({len(vision)}), mtp {mtp_bytes:,} ({len(mtp)})"
+    )
+
+
+def main() -> None:
+    """Write every shape file and print its totals."""
+    SHAPES.mkdir(exist_ok=True)
+    for entry in MODELS:
+        config, tensors = describe(entry)
+        (SHAPES / entry.file).write_text(render(entry.model, config, tensors), encoding="utf-8")
+        print(summary(entry, tensors))
+
+
+if __name__ == "__main__":
+    main()

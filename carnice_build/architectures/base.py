@@ -1,0 +1,138 @@
+"""What an architecture table says of a tensor, and how tables read a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from carnice_build.errors import CheckpointError
+
+
+class Part(StrEnum):
+    """The part of a model that a tensor belongs to; parts are never split across roles."""
+
+    EMBED = "embed"
+    LAYERS = "layers"
+    BODY = "body"
+    HEAD = "head"
+    MTP = "mtp"
+    VISION = "vision"
+
+
+class Role(StrEnum):
+    """What a tensor does in its module."""
+
+    EMBEDDING = "embedding"
+    LINEAR = "linear"
+    NORM = "norm"
+    CONV = "conv"
+    STATE = "state"
+    VISION = "vision"
+
+
+QUANTIZABLE = (Role.EMBEDDING, Role.LINEAR)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFact:
+    """One tensor that an architecture calls for: canonical name, shape, part, role and layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    part: Part
+    role: Role
+    layer: int | None = None
+
+    @property
+    def module(self) -> str:
+        """The path of the module that owns the tensor."""
+        return self.name.rpartition(".")[0]
+
+
+class Architecture(Protocol):
+    """A model family's table; see `qwen3_5` for the reference."""
+
+    name: str
+    num_layers: int
+    dtype: str | None
+
+    @property
+    def tensors(self) -> Mapping[str, TensorFact]:
+        """Every tensor that the config calls for, by canonical name, in model order."""
+
+    def layer_kind(self, layer: int) -> str:
+        """The kind of decoder layer `layer`."""
+
+    def optional(self, fact: TensorFact) -> bool:
+        """True for a tensor that a checkpoint may lack."""
+
+    def module_kind(self, name: str) -> str:
+        """What tables call the module of tensor `name`."""
+
+    def canonical_name(self, name: str) -> str | None:
+        """The name that a misprefixed `name` should have, or None."""
+
+    def mlx_name(self, name: str) -> str | None:
+        """The tensor's name in an MLX checkpoint, None when mlx-lm drops it."""
+
+    def mlx_shifted(self, name: str) -> bool:
+        """True for norms whose stored weight mlx-lm raises by 1."""
+
+    def mlx_keeps_dtype(self, name: str) -> bool:
+        """True for tensors that mlx-lm does not cast."""
+
+
+MOST_LAYERS = 10_000
+"""No model comes near it; a config that says more would only exhaust memory."""
+
+
+class ConfigReader:
+    """Typed access to a config section; a missing or ill-typed entry is a CheckpointError."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._config = config
+        self._where = where
+
+    def error(self, key: str, expected: str) -> CheckpointError:
+        """The error for entry `key`."""
+        value = self._config.get(key, "missing")
+        return CheckpointError(
+            f"config entry {key} is {value!r}", where=self._where, expected=expected
+        )
+
+    def section(self, key: str) -> ConfigReader:
+        """The nested section `key`."""
+        value = self._config.get(key)
+        if not isinstance(value, dict):
+            raise self.error(key, "a section")
+        return ConfigReader(value, f"{self._where}: {key}")
+
+    def count(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+        """A non-negative integer of at most `most`."""
+        value = self._config.get(key, default)
+        if type(value) is not int or not 0 <= value <= most:
+            raise self.error(key, f"a count of at most {most}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A boolean."""
+        value = self._config.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        """A string."""
+        value = self._config.get(key, default)
+        if not isinstance(value, str):
+            raise self.error(key, "a string")
+        return value
+
+    def texts(self, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+        """A list of strings."""
+        value = self._config.get(key, default)
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise self.error(key, "a list of strings")
+        return tuple(value)

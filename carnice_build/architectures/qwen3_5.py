@@ -1,0 +1,208 @@
+"""Qwen3.5 and Qwen3.6: gated delta net and full attention, 3 to 1, with vision tower and MTP head.
+
+The one place that knows this family's names, shapes and roles.
+Source: `transformers.models.qwen3_5`, and for MLX names `mlx_lm.models.qwen3_5`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+from carnice_build.architectures.base import MOST_LAYERS, ConfigReader, Part, Role, TensorFact
+
+MODEL_TYPE = "qwen3_5"
+BODY = "model.language_model."
+VISION = "model.visual."
+
+_SHIFTED_NORMS = (
+    ".input_layernorm.weight",
+    ".post_attention_layernorm.weight",
+    "language_model.norm.weight",
+    ".q_norm.weight",
+    ".k_norm.weight",
+)
+
+
+class Qwen35:
+    """The tensors of one checkpoint of the family, derived from its `config.json`."""
+
+    name = MODEL_TYPE
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        """Read `config`; a missing or ill-typed entry is a CheckpointError naming `where`."""
+        root = ConfigReader(config, where)
+        text = root.section("text_config") if "text_config" in config else root
+        self._vision = root.section("vision_config") if "vision_config" in config else None
+        self._text = text
+        self.hidden = text.count("hidden_size")
+        self.intermediate = text.count("intermediate_size")
+        self.vocabulary = text.count("vocab_size")
+        self.num_layers = text.count("num_hidden_layers", most=MOST_LAYERS)
+        # mlx-lm looks in these two places, and casts nothing when both are silent.
+        self.dtype = root.text("torch_dtype", "") or text.text("dtype", "") or None
+        self.mtp_layers = text.count("mtp_num_hidden_layers", 0, most=MOST_LAYERS)
+        self._kinds = self._layer_kinds()
+
+    def _layer_kinds(self) -> tuple[str, ...]:
+        kinds = self._text.texts("layer_types", ())
+        if not kinds:
+            every = self._text.count("full_attention_interval", 4)
+            return tuple(
+                "full" if (layer + 1) % every == 0 else "linear" for layer in range(self.num_layers)
+            )
+        if len(kinds) != self.num_layers:
+            raise self._text.error("layer_types", f"{self.num_layers} entries")
+        return tuple("full" if kind == "full_attention" else "linear" for kind in kinds)
+
+    def layer_kind(self, layer: int) -> str:
+        """`full` or `linear`: the kind of attention in decoder layer `layer`."""
+        return self._kinds[layer]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorFact]:
+        """Every tensor that the config calls for, by its canonical name, in model order.
+
+        The MTP head is listed when the config announces it, whether or not a file holds it.
+        """
+        facts = [*self._body(), *self._mtp(), *self._visual()]
+        return {fact.name: fact for fact in facts}
+
+    def optional(self, fact: TensorFact) -> bool:
+        """True for tensors that a checkpoint may lack: the MTP head and the vision tower."""
+        return fact.part in (Part.MTP, Part.VISION)
+
+    def _body(self) -> Iterator[TensorFact]:
+        table = (self.vocabulary, self.hidden)
+        yield TensorFact(f"{BODY}embed_tokens.weight", table, Part.EMBED, Role.EMBEDDING)
+        for layer in range(self.num_layers):
+            yield from self._layer(f"{BODY}layers.{layer}.", layer, self._kinds[layer], Part.LAYERS)
+        yield TensorFact(f"{BODY}norm.weight", (self.hidden,), Part.BODY, Role.NORM)
+        if not self._text.flag("tie_word_embeddings", False):
+            yield TensorFact("lm_head.weight", table, Part.HEAD, Role.LINEAR)
+
+    def _layer(self, prefix: str, layer: int | None, kind: str, part: Part) -> Iterator[TensorFact]:
+        def linear(name: str, rows: int, columns: int) -> TensorFact:
+            return TensorFact(f"{prefix}{name}.weight", (rows, columns), part, Role.LINEAR, layer)
+
+        def norm(name: str, size: int) -> TensorFact:
+            return TensorFact(f"{prefix}{name}.weight", (size,), part, Role.NORM, layer)
+
+        yield norm("input_layernorm", self.hidden)
+        if kind == "full":
+            heads, head = self._text.count("num_attention_heads"), self._text.count("head_dim")
+            keys = self._text.count("num_key_value_heads") * head
+            yield linear("self_attn.q_proj", 2 * heads * head, self.hidden)
+            yield linear("self_attn.k_proj", keys, self.hidden)
+            yield linear("self_attn.v_proj", keys, self.hidden)
+            yield linear("self_attn.o_proj", self.hidden, heads * head)
+            yield norm("self_attn.q_norm", head)
+            yield norm("self_attn.k_norm", head)
+        else:
+            yield from self._delta_net(f"{prefix}linear_attn.", layer, part)
+        yield norm("post_attention_layernorm", self.hidden)
+        yield linear("mlp.gate_proj", self.intermediate, self.hidden)
+        yield linear("mlp.up_proj", self.intermediate, self.hidden)
+        yield linear("mlp.down_proj", self.hidden, self.intermediate)
+
+    def _delta_net(self, prefix: str, layer: int | None, part: Part) -> Iterator[TensorFact]:
+        count = self._text.count
+        value_heads = count("linear_num_value_heads")
+        keys = count("linear_num_key_heads") * count("linear_key_head_dim")
+        values = value_heads * count("linear_value_head_dim")
+        mixed = 2 * keys + values
+        for name, rows, columns in (
+            ("in_proj_qkv", mixed, self.hidden),
+            ("in_proj_z", values, self.hidden),
+            ("in_proj_b", value_heads, self.hidden),
+            ("in_proj_a", value_heads, self.hidden),
+            ("out_proj", self.hidden, values),
+        ):
+            yield TensorFact(f"{prefix}{name}.weight", (rows, columns), part, Role.LINEAR, layer)
+        kernel = count("linear_conv_kernel_dim")
+        yield TensorFact(f"{prefix}conv1d.weight", (mixed, 1, kernel), part, Role.CONV, layer)
+        yield TensorFact(f"{prefix}A_log", (value_heads,), part, Role.STATE, layer)
+        yield TensorFact(f"{prefix}dt_bias", (value_heads,), part, Role.STATE, layer)
+        size = count("linear_value_head_dim")
+        yield TensorFact(f"{prefix}norm.weight", (size,), part, Role.NORM, layer)
+
+    def _mtp(self) -> Iterator[TensorFact]:
+        if not self.mtp_layers:
+            return
+        yield TensorFact("mtp.fc.weight", (self.hidden, 2 * self.hidden), Part.MTP, Role.LINEAR)
+        for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+            yield TensorFact(f"mtp.{name}.weight", (self.hidden,), Part.MTP, Role.NORM)
+        for layer in range(self.mtp_layers):
+            yield from self._layer(f"mtp.layers.{layer}.", None, "full", Part.MTP)
+
+    def _visual(self) -> Iterator[TensorFact]:
+        if self._vision is None:
+            return
+        for name, shape in _vision_shapes(self._vision):
+            yield TensorFact(VISION + name, shape, Part.VISION, Role.VISION)
+
+    def module_kind(self, name: str) -> str:
+        """What tables call the module of tensor `name`: its path without layer numbers."""
+        module = re.sub(r"\.(weight|scales|biases)$", "", name)
+        return re.sub(r"^.*?\.?(layers|blocks)\.\d+\.", "", module).removeprefix(BODY)
+
+    def canonical_name(self, name: str) -> str | None:
+        """The name that a misprefixed `name` should have, or None when nothing fits."""
+        bare = re.sub(r"^(?:model\.|language_model\.)+", "", name)
+        for candidate in (BODY + bare, "model." + bare, bare):
+            if candidate in self.tensors:
+                return candidate
+        return None
+
+    def mlx_name(self, name: str) -> str | None:
+        """The name of canonical tensor `name` in an MLX checkpoint, None when mlx-lm drops it."""
+        if name.startswith((VISION, "mtp.")):
+            return None
+        if name.startswith(BODY):
+            return "language_model.model." + name.removeprefix(BODY)
+        return "language_model." + name
+
+    def mlx_shifted(self, name: str) -> bool:
+        """True for the norms that store w with a gain of 1 + w; mlx-lm stores the gain."""
+        return name.endswith(_SHIFTED_NORMS)
+
+    def mlx_keeps_dtype(self, name: str) -> bool:
+        """True for the tensors that mlx-lm does not cast to the model's type."""
+        return name.endswith("A_log")
+
+
+def _vision_shapes(config: ConfigReader) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The 12 tensors of each vision block and the 9 around them."""
+    hidden, inner = config.count("hidden_size"), config.count("intermediate_size")
+    patch = config.count("patch_size")
+    merged = hidden * config.count("spatial_merge_size") ** 2
+    patch_shape = (
+        hidden,
+        config.count("in_channels", 3),
+        config.count("temporal_patch_size"),
+        patch,
+        patch,
+    )
+    yield "patch_embed.proj.weight", patch_shape
+    yield "patch_embed.proj.bias", (hidden,)
+    yield "pos_embed.weight", (config.count("num_position_embeddings"), hidden)
+    for block in range(config.count("depth", most=MOST_LAYERS)):
+        for name, rows, columns in (
+            ("attn.qkv", 3 * hidden, hidden),
+            ("attn.proj", hidden, hidden),
+            ("mlp.linear_fc1", inner, hidden),
+            ("mlp.linear_fc2", hidden, inner),
+        ):
+            yield f"blocks.{block}.{name}.weight", (rows, columns)
+            yield f"blocks.{block}.{name}.bias", (rows,)
+        for norm in ("norm1", "norm2"):
+            yield f"blocks.{block}.{norm}.weight", (hidden,)
+            yield f"blocks.{block}.{norm}.bias", (hidden,)
+    yield "merger.norm.weight", (hidden,)
+    yield "merger.norm.bias", (hidden,)
+    yield "merger.linear_fc1.weight", (merged, merged)
+    yield "merger.linear_fc1.bias", (merged,)
+    yield "merger.linear_fc2.weight", (config.count("out_hidden_size"), merged)
+    yield "merger.linear_fc2.bias", (config.count("out_hidden_size"),)

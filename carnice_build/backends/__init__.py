@@ -1,0 +1,1 @@
+"""Adapters to quantization libraries, imported only inside worker processes."""

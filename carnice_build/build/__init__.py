@@ -1,0 +1,1 @@
+"""One module per thing a person asks for: build, plan, list."""

@@ -1,0 +1,192 @@
+"""Building: plan, execute, package."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from carnice_build.build.options import Options
+from carnice_build.build.plan import Plan, plan_variants
+from carnice_build.errors import PlanError
+from carnice_build.execute.events import Event, Listener, Packaged
+from carnice_build.graph import Action, ActionOutput, TensorRef
+from carnice_build.keys import library_version
+from carnice_build.package.base import Shard, Variant, small_files
+from carnice_build.package.folder import assemble, is_current
+from carnice_build.plan.planner import VariantPlan
+from carnice_build.plan.status import survey
+from carnice_build.store.store import Store
+
+
+@dataclass(frozen=True)
+class VariantReport:
+    """What became of one variant.
+
+    `actions_run` and `actions_reused` count the actions behind this variant alone; an action
+    that several variants of one build share is counted with each.
+    """
+
+    variant: str
+    folder: Path
+    actions_run: int
+    actions_reused: int
+    size: int
+    bits_per_weight: float
+    packaged: bool
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did in all; `seconds` is wall clock, `peak_memory` in bytes of RSS."""
+
+    variants: tuple[VariantReport, ...]
+    actions_run: int
+    actions_reused: int
+    read_bytes: int
+    written_bytes: int
+    seconds: float
+    peak_memory: int
+
+
+def build_variants(
+    names: Sequence[str], options: Options, listen: Listener = lambda event: None
+) -> BuildReport:
+    """Build the named variants into `options.out`, reusing whatever the cache has.
+
+    Raises a CarniceError; whatever was finished until then stays in the cache.
+    """
+    start = time.perf_counter()
+    plan = plan_variants(names, options)
+    for variant in plan.variants:
+        _check_buildable(variant)
+    store = Store(options.cache)
+    try:
+        return _build(plan, options, store, listen, start)
+    finally:
+        store.close()
+
+
+def _check_buildable(variant: VariantPlan) -> None:
+    for source in variant.sources.values():
+        if not source.checkpoint.buildable:
+            raise PlanError(
+                "is a shape file: it can be planned, but has no weights to build from",
+                where=source.checkpoint.where,
+            )
+
+
+def _build(
+    plan: Plan, options: Options, store: Store, listen: Listener, start: float
+) -> BuildReport:
+    status = survey(plan.variants, store)
+    packs = dict(status.finished)
+    made: set[str] = set()
+    read_bytes = written_bytes = 0
+    if status.pending:
+        # Numpy and networkx are needed from here on; a build with nothing to do never pays.
+        from carnice_build.execute.executor import LocalExecutor
+        from carnice_build.execute.session import execute
+
+        executor = LocalExecutor(options.jobs, options.memory)
+        outcome = execute(plan.variants, plan.graph, store, executor, options.jobs, listen)
+        packs = outcome.packs
+        made = {action.identity for action in outcome.made}
+        read_bytes, written_bytes = outcome.read_bytes, outcome.written_bytes
+    reports = tuple(
+        _package(variant, packs, made, options, store, listen) for variant in plan.variants
+    )
+    return BuildReport(
+        variants=reports,
+        actions_run=len(made),
+        actions_reused=len(plan.graph) - len(made),
+        read_bytes=read_bytes,
+        written_bytes=written_bytes,
+        seconds=time.perf_counter() - start,
+        peak_memory=_peak_memory(),
+    )
+
+
+def _package(
+    variant: VariantPlan,
+    packs: dict[str, str],
+    made: set[str],
+    options: Options,
+    store: Store,
+    listen: Listener,
+) -> VariantReport:
+    shards = [_shard(variant, index, packs, store) for index in range(len(variant.packs))]
+    described = _describe(variant, shards)
+    folder = options.out / variant.name
+    stale = not is_current(folder, described.key, shards)
+    if stale:
+        assemble(folder, shards, small_files(described, variant.format.packager()))
+        listen(Packaged(variant.name, str(folder)))
+    actions = {action.identity for action in actions_behind(variant)}
+    return VariantReport(
+        variant=variant.name,
+        folder=folder,
+        actions_run=len(actions & made),
+        actions_reused=len(actions - made),
+        size=variant.weights_bytes,
+        bits_per_weight=variant.bits_per_weight,
+        packaged=stale,
+    )
+
+
+def _shard(variant: VariantPlan, index: int, packs: dict[str, str], store: Store) -> Shard:
+    layout = variant.packs[index]
+    pack = packs[layout.identity]
+    record = store.pack_record(pack)
+    assert record is not None, "a pack that was just finished is gone"
+    tensors = [
+        (slot.tensor.name, slot.tensor.ref.spec, digest)
+        for slot, digest in zip(layout.slots, record.digests, strict=True)
+    ]
+    return Shard(variant.shard_name(index), pack, store.pack_path(pack), layout.size, tensors)
+
+
+def _describe(variant: VariantPlan, shards: Sequence[Shard]) -> Variant:
+    recipe = variant.recipe
+    libraries = {library for action in actions_behind(variant) for library in action.op.libraries}
+    return Variant(
+        name=variant.name,
+        description=recipe.description,
+        recipe=recipe.tree.plain(),
+        card=recipe.card,
+        sources=variant.sources,
+        body=recipe.body,
+        tools={library: library_version(library) for library in sorted(libraries)},
+        defaults=variant.conversion.defaults,
+        quantized=variant.conversion.quantized,
+        parameters=variant.conversion.parameters,
+        shards=shards,
+    )
+
+
+def actions_behind(variant: VariantPlan) -> list[Action]:
+    """Every action that makes a tensor of the variant, directly or not."""
+    found: dict[str, Action] = {}
+
+    def visit(ref: TensorRef) -> None:
+        if isinstance(ref.origin, ActionOutput) and ref.origin.action.identity not in found:
+            action = ref.origin.action
+            found[action.identity] = action
+            for operand in action.inputs:
+                visit(operand)
+
+    for tensor in variant.conversion.tensors:
+        visit(tensor.ref)
+    return list(found.values())
+
+
+def _peak_memory() -> int:
+    return max(
+        resource.getrusage(who).ru_maxrss * 1024
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+
+
+__all__ = ["BuildReport", "Event", "VariantReport", "build_variants"]

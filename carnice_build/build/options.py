@@ -1,0 +1,24 @@
+"""What every command needs to know before it can plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DEFAULT_MEMORY = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where things are and how much of the machine to use; none of it is in any key."""
+
+    recipes: Path = Path("recipes")
+    profile: str = "demo"
+    sources: Mapping[str, Path] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+    out: Path = Path("build")
+    cache: Path = Path("cache")
+    jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
+    memory: int = DEFAULT_MEMORY

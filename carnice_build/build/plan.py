@@ -1,0 +1,77 @@
+"""Planning: recipes read, run on headers, and compared with what the cache has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from carnice_build.build.options import Options
+from carnice_build.checkpoint.profiles import SourceFinder
+from carnice_build.errors import PlanError, nearest
+from carnice_build.graph import ActionGraph
+from carnice_build.plan.planner import VariantPlan, plan_variant
+from carnice_build.plan.status import BuildStatus, survey
+from carnice_build.recipe.loader import Recipe, find_recipe, list_recipes, load_recipe
+from carnice_build.store.store import Store
+from carnice_build.transforms.vocabulary import vocabulary
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Variants worked out together: equal actions are one action."""
+
+    variants: tuple[VariantPlan, ...]
+    graph: ActionGraph
+
+
+def plan_variants(names: Sequence[str], options: Options) -> Plan:
+    """Plan the named variants; raises a CarniceError for the first thing that is wrong."""
+    graph = ActionGraph()
+    finder = SourceFinder(options.recipes, options.profile, options.sources)
+    recipes = [_load(name, options) for name in dict.fromkeys(names)]
+    _check_sources(recipes, options)
+    return Plan(tuple(plan_variant(recipe, finder, graph) for recipe in recipes), graph)
+
+
+def _check_sources(recipes: Sequence[Recipe], options: Options) -> None:
+    known = {name for recipe in recipes for name in recipe.sources}
+    for name in options.sources:
+        if name not in known:
+            raise PlanError(
+                f"--source {name}: no recipe has a source of that name",
+                nearest=nearest(name, known),
+            )
+
+
+def _load(name: str, options: Options) -> Recipe:
+    path = find_recipe(name, options.recipes)
+    return load_recipe(path, vocabulary(), options.overrides)
+
+
+def survey_plan(plan: Plan, options: Options) -> BuildStatus:
+    """What of the plan the cache has already; does not make a cache where there is none."""
+    store = Store(options.cache)
+    try:
+        return survey(plan.variants, store)
+    finally:
+        store.close()
+
+
+def list_variants(options: Options) -> list[Recipe]:
+    """Every recipe of the folder, checked for form."""
+    return [load_recipe(path, vocabulary()) for path in list_recipes(options.recipes)]
+
+
+def extras_of(names: Sequence[str], options: Options) -> list[str]:
+    """The optional dependencies that building these variants needs."""
+    extras: set[str] = set()
+    for name in names:
+        recipe = _load(name, options)
+        extras.update(recipe.quantize.extras())  # type: ignore[attr-defined]
+    return sorted(extras)
+
+
+def recipe_paths(options: Options) -> list[Path]:
+    """The files behind `list_variants`."""
+    return list_recipes(options.recipes)

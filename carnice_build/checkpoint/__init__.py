@@ -1,0 +1,1 @@
+"""Checkpoints: safetensors headers, byte sources and profiles."""

@@ -1,0 +1,204 @@
+"""A checkpoint opened on its headers: every tensor's name, type, shape and place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from carnice_build.checkpoint.dtypes import ITEM_SIZE, TensorSpec
+from carnice_build.checkpoint.header import Header, read_header
+from carnice_build.checkpoint.source import ByteSource, LocalFile, read_all
+from carnice_build.errors import CheckpointError, nearest
+
+INDEX_NAME = "model.safetensors.index.json"
+SHAPES_FORMAT = "carnice-shapes-1"
+MAX_JSON_BYTES = 200_000_000
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A tensor in a file of a checkpoint; `file` is None in a shape file, which has no bytes."""
+
+    name: str
+    spec: TensorSpec
+    file: ByteSource | None
+    offset: int
+
+    @property
+    def identity(self) -> str:
+        """Names these bytes on this machine while the file stays as it is."""
+        origin = self.file.identity if self.file else f"shape|{self.name}"
+        return f"{origin}|{self.offset}|{self.spec.nbytes}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by their name on disk, the config, and the small files beside them."""
+
+    where: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, SourceTensor]
+    assets: Mapping[str, ByteSource]
+
+    @property
+    def buildable(self) -> bool:
+        """False for a shape file: it can be planned, but has no bytes to build from."""
+        return all(tensor.file is not None for tensor in self.tensors.values())
+
+    def asset(self, name: str) -> bytes | None:
+        """Content of the small file `name`, or None when the checkpoint has no such file."""
+        source = self.assets.get(name)
+        return read_all(source) if source else None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a folder of safetensors shards, or a shape file; reads headers and JSON only."""
+    if path.is_file():
+        return _open_shapes(path)
+    if not path.is_dir():
+        raise CheckpointError("is not a folder", where=str(path))
+    files = {item.name: item for item in sorted(path.iterdir()) if item.is_file()}
+    config = _load_json(path / "config.json") if "config.json" in files else None
+    if config is None:
+        raise CheckpointError("has no config.json", where=str(path))
+    tensors = _read_shards(path, files)
+    assets = {
+        name: LocalFile(item) for name, item in files.items() if not name.endswith(".safetensors")
+    }
+    return Checkpoint(str(path), config, tensors, assets)
+
+
+def _read_shards(folder: Path, files: Mapping[str, Path]) -> dict[str, SourceTensor]:
+    shards = [name for name in files if name.endswith(".safetensors")]
+    index = _weight_map(folder) if INDEX_NAME in files else None
+    if index is not None:
+        shards = _indexed_shards(folder, index, files)
+    if not shards:
+        raise _no_weights(folder, files)
+    tensors: dict[str, SourceTensor] = {}
+    for shard in shards:
+        source = LocalFile(files[shard])
+        _add_shard(tensors, source, read_header(source), index, shard)
+    if index is not None and (missing := sorted(set(index) - set(tensors))):
+        raise CheckpointError(
+            f"names tensor {missing[0]!r} in {index[missing[0]]}, which does not hold it",
+            where=str(folder / INDEX_NAME),
+        )
+    return tensors
+
+
+def _add_shard(
+    tensors: dict[str, SourceTensor],
+    source: LocalFile,
+    header: Header,
+    index: Mapping[str, str] | None,
+    shard: str,
+) -> None:
+    for entry in header.entries:
+        if entry.name in tensors:
+            raise CheckpointError(
+                f"tensor {entry.name!r} is also in {_file_name(tensors[entry.name])}",
+                where=source.name,
+            )
+        if index is not None and index.get(entry.name) != shard:
+            listed = index.get(entry.name)
+            raise CheckpointError(
+                f"tensor {entry.name!r} is here, but the index "
+                + (f"says {listed}" if listed else "does not name it"),
+                where=source.name,
+            )
+        tensors[entry.name] = SourceTensor(entry.name, entry.spec, source, entry.offset)
+
+
+def _file_name(tensor: SourceTensor) -> str:
+    return tensor.file.name if tensor.file else "a shape file"
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / INDEX_NAME
+    table = _load_json(path).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(item, str) for item in table.values()):
+        raise CheckpointError("has no weight_map of names to shards", where=str(path))
+    return table
+
+
+def _indexed_shards(folder: Path, index: Mapping[str, str], files: Mapping[str, Path]) -> list[str]:
+    where = str(folder / INDEX_NAME)
+    shards = sorted(set(index.values()))
+    for shard in shards:
+        if not is_plain_name(shard):
+            raise CheckpointError(f"names a shard outside the folder: {shard!r}", where=where)
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(f"names {shard!r}, which is not safetensors", where=where)
+        if shard not in files:
+            raise CheckpointError(f"names the shard {shard!r}, which is missing", where=where)
+    return shards
+
+
+def is_plain_name(name: str) -> bool:
+    """True for a bare file name: no folder part, no parent, no NUL."""
+    return bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def _no_weights(folder: Path, files: Mapping[str, Path]) -> CheckpointError:
+    pickles = [name for name in files if name.endswith(_PICKLE_SUFFIXES)]
+    if pickles:
+        return CheckpointError(
+            f"holds pickled weights ({pickles[0]}), which could run code when loaded",
+            where=str(folder),
+            expected="safetensors",
+        )
+    return CheckpointError("holds no safetensors file", where=str(folder))
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    source = LocalFile(path)
+    if source.size > MAX_JSON_BYTES:
+        raise CheckpointError(f"has {source.size} bytes, too many for JSON", where=str(path))
+    try:
+        value = json.loads(read_all(source))
+    except (ValueError, RecursionError):
+        raise CheckpointError("is not valid JSON", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise CheckpointError("is not a JSON object", where=str(path))
+    return value
+
+
+def _open_shapes(path: Path) -> Checkpoint:
+    content = _load_json(path)
+    if content.get("format") != SHAPES_FORMAT:
+        raise CheckpointError(
+            f"is a file of format {content.get('format')!r}",
+            where=str(path),
+            expected=f"a checkpoint folder, or a shape file of format {SHAPES_FORMAT!r}",
+        )
+    config, table = content.get("config"), content.get("tensors")
+    if not isinstance(config, dict) or not isinstance(table, dict):
+        raise CheckpointError("has no config or no tensors", where=str(path))
+    tensors = {
+        name: SourceTensor(name, _shape_spec(path, name, item), None, 0)
+        for name, item in table.items()
+    }
+    return Checkpoint(str(path), config, tensors, {})
+
+
+def _shape_spec(path: Path, name: str, item: object) -> TensorSpec:
+    if not isinstance(item, list) or len(item) != 2 or not isinstance(item[1], list):
+        raise CheckpointError(
+            f"tensor {name!r} is malformed", where=str(path), expected="[dtype, [sizes]]"
+        )
+    dtype, shape = item
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+        raise CheckpointError(
+            f"tensor {name!r} has the unknown dtype {dtype!r}",
+            where=str(path),
+            nearest=nearest(str(dtype), ITEM_SIZE),
+        )
+    if not all(type(size) is int and 0 <= size < 2**31 for size in shape):
+        raise CheckpointError(f"tensor {name!r} has no valid shape", where=str(path))
+    return TensorSpec(dtype, tuple(shape))

@@ -1,0 +1,96 @@
+"""Where a checkpoint's bytes come from: a file read by range."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Protocol
+
+from carnice_build.errors import CheckpointError
+
+
+class ByteSource(Protocol):
+    """A file whose bytes can be read by range, from several threads at once."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the file."""
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever the content may have changed; holds on this machine only."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `offset` on, or raise CheckpointError."""
+
+
+class LocalFile:
+    """A file on a local or mounted file system, opened on first read."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read the file: {error.strerror}", where=str(path)
+            ) from None
+        self._path = path
+        self._fd: int | None = None
+        self._lock = threading.Lock()
+        self.name = str(path)
+        self.size = stat.st_size
+        # The inode tells a replaced file from an edited one with a restored mtime.
+        self.identity = f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}"
+
+    def __getstate__(self) -> tuple[Path, str, int, str]:
+        return (self._path, self.name, self.size, self.identity)
+
+    def __setstate__(self, state: tuple[Path, str, int, str]) -> None:
+        self._path, self.name, self.size, self.identity = state
+        self._fd = None
+        self._lock = threading.Lock()
+
+    def _descriptor(self) -> int:
+        with self._lock:
+            if self._fd is None:
+                try:
+                    self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"cannot open the file: {error.strerror}", where=self.name
+                    ) from None
+            return self._fd
+
+    def __del__(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on; a short read or an I/O error is a CheckpointError."""
+        fd = self._descriptor()
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot read {len(buffer)} bytes at {offset}: {error.strerror}",
+                    where=self.name,
+                ) from None
+            if count == 0:
+                raise CheckpointError(
+                    f"ends at byte {offset + done}, inside a tensor", where=self.name
+                )
+            done += count
+
+
+def read_all(source: ByteSource) -> bytes:
+    """The whole content of a small file."""
+    buffer = bytearray(source.size)
+    source.read_into(0, memoryview(buffer))
+    return bytes(buffer)

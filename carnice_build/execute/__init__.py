@@ -1,0 +1,1 @@
+"""Doing the work of a plan: jobs, workers, budget and progress."""

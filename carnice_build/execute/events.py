@@ -1,0 +1,54 @@
+"""What a running build tells those who watch it; the executor knows no screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Work begins: source bytes to read, bytes to write, actions and packs to make."""
+
+    read_bytes: int
+    write_bytes: int
+    actions: int
+    packs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """More source bytes are done."""
+
+    read_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of work: what, in which worker thread, when (seconds of `time.perf_counter`)."""
+
+    name: str
+    category: str
+    thread: int
+    start: float
+    end: float
+    read_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something a person may want to know: waiting for another build, a damaged pack."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Packaged:
+    """A variant's folder is complete."""
+
+    variant: str
+    folder: str
+
+
+Event = Started | Advanced | Span | Notice | Packaged
+Listener = Callable[[Event], None]

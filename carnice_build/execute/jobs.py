@@ -1,0 +1,218 @@
+"""How pending actions become jobs: what shares a source tensor runs together.
+
+A job holds source tensors and the actions that read them, so that each source byte is read once
+however many variants want it.  Actions that need each other's outputs in both directions across
+source tensors (a scale shared by several weights, say) fall into one job, so jobs form a DAG.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.graph import Action, ActionOutput, TensorRef
+from carnice_build.plan.layout import PackLayout
+from carnice_build.plan.status import BuildStatus, Status
+from carnice_build.store.packs import Location
+
+STREAM_BYTES = 16 << 20
+"""Memory of a job that streams: one block in, its outputs, and what numpy needs meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """A place in a pack that wants a tensor's bytes."""
+
+    layout: str
+    offset: int
+
+
+@dataclass
+class Job:
+    """Work that is done in one go by one worker.
+
+    `sinks` maps the identity of a ref to the places that want its bytes; `blobs` holds the
+    identities of outputs that another job reads and no pack keeps.
+    """
+
+    sources: list[SourceTensor]
+    actions: list[Action]
+    sinks: Mapping[str, Sequence[Sink]]
+    blobs: frozenset[str]
+    needs: set[int] = field(default_factory=set)
+
+    @cached_property
+    def streams(self) -> bool:
+        """True when rows can flow through: one source, and only row-wise actions on it alone."""
+        return len(self.sources) == 1 and all(
+            action.op.rowwise and not action.op.isolated and len(action.inputs) == 1
+            for action in self.actions
+        )
+
+    @property
+    def read_bytes(self) -> int:
+        """Source bytes that the job reads."""
+        return sum(source.spec.nbytes for source in self.sources)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory that the job takes, beyond the process's own."""
+        if self.streams:
+            return STREAM_BYTES
+        inputs = sum(ref.spec.nbytes for action in self.actions for ref in action.inputs)
+        outputs = sum(spec.nbytes for action in self.actions for spec in action.outputs)
+        return self.read_bytes + 2 * (inputs + outputs)
+
+    @property
+    def title(self) -> str:
+        """What a trace calls the job."""
+        if self.sources:
+            return self.sources[0].name
+        return self.actions[0].op.name if self.actions else "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A tensor that is in the store already and wanted in another pack."""
+
+    location: Location
+    sink: Sink
+    count: int
+    digest: str
+
+
+def plan_placements(status: BuildStatus) -> list[Placement]:
+    """What is only to be copied into the packs that are to be written."""
+    return [
+        Placement(
+            status.locations[slot.tensor.ref.identity],
+            Sink(layout.identity, slot.offset),
+            slot.tensor.ref.spec.nbytes,
+            status.digests[slot.tensor.ref.identity],
+        )
+        for layout in status.pending.values()
+        for slot in layout.slots
+        if slot.tensor.ref.identity in status.locations
+    ]
+
+
+def plan_jobs(status: BuildStatus, actions: Iterable[Action]) -> list[Job]:
+    """Jobs for everything in `status` that is not only to be copied, in the order to start them.
+
+    `actions` are those of the graph, in topological order.
+    """
+    pending = [
+        action
+        for action in actions
+        if status.actions.get(action.identity) in (Status.RUN, Status.READ)
+    ]
+    sinks = _sinks(status)
+    blobs = _blob_outputs(pending, sinks)
+    clusters = _clusters(status.sources, pending)
+    jobs = [
+        Job(
+            sources=[status.sources[name] for name in members if name in status.sources],
+            actions=[action for action in pending if action.identity in members],
+            sinks=sinks,
+            blobs=blobs,
+        )
+        for members in clusters
+    ]
+    jobs.sort(key=_Order(status))
+    _link(jobs)
+    return jobs
+
+
+def _sinks(status: BuildStatus) -> dict[str, list[Sink]]:
+    sinks: dict[str, list[Sink]] = {}
+    for layout in status.pending.values():
+        for slot in layout.slots:
+            identity = slot.tensor.ref.identity
+            if identity not in status.locations:
+                sinks.setdefault(identity, []).append(Sink(layout.identity, slot.offset))
+    return sinks
+
+
+def _blob_outputs(pending: Sequence[Action], sinks: Mapping[str, Sequence[Sink]]) -> frozenset[str]:
+    read = {
+        ref.identity
+        for action in pending
+        for ref in action.inputs
+        if isinstance(ref.origin, ActionOutput)
+    }
+    return frozenset(read - set(sinks))
+
+
+def _clusters(
+    sources: Mapping[str, SourceTensor], pending: Sequence[Action]
+) -> list[frozenset[str]]:
+    import networkx
+
+    together = networkx.Graph()
+    together.add_nodes_from(sources)
+    together.add_nodes_from(action.identity for action in pending)
+    for action in pending:
+        together.add_edges_from(
+            (ref.identity, action.identity) for ref in action.inputs if ref.identity in sources
+        )
+    components = [frozenset(members) for members in networkx.connected_components(together)]
+    home = {name: index for index, members in enumerate(components) for name in members}
+    order = networkx.DiGraph()
+    order.add_nodes_from(range(len(components)))
+    order.add_edges_from(
+        (home[producer], home[action.identity])
+        for action in pending
+        for producer in _producers(action)
+        if producer in home
+    )
+    return [
+        frozenset().union(*(components[index] for index in group))
+        for group in networkx.strongly_connected_components(order)
+    ]
+
+
+def _producers(action: Action) -> list[str]:
+    return [
+        ref.origin.action.identity for ref in action.inputs if isinstance(ref.origin, ActionOutput)
+    ]
+
+
+class _Order:
+    """Heavy packs first, so that no long tensor is left for the end; then as the files lie."""
+
+    def __init__(self, status: BuildStatus) -> None:
+        self._rank: dict[str, int] = {}
+        layouts = sorted(status.pending.values(), key=_heaviest_slot, reverse=True)
+        for rank, layout in enumerate(layouts):
+            for slot in layout.slots:
+                self._note(slot.tensor.ref, rank)
+
+    def _note(self, ref: TensorRef, rank: int) -> None:
+        if self._rank.setdefault(ref.identity, rank) == rank and isinstance(
+            ref.origin, ActionOutput
+        ):
+            for operand in ref.origin.action.inputs:
+                self._note(operand, rank)
+
+    def __call__(self, job: Job) -> tuple[int, str, int]:
+        if not job.sources:
+            return len(self._rank), "", 0
+        first = min(job.sources, key=lambda source: (self._file(source), source.offset))
+        return self._rank.get(first.identity, 0), self._file(first), first.offset
+
+    @staticmethod
+    def _file(source: SourceTensor) -> str:
+        return source.file.name if source.file else ""
+
+
+def _heaviest_slot(layout: PackLayout) -> int:
+    return max(slot.tensor.ref.spec.nbytes for slot in layout.slots)
+
+
+def _link(jobs: Sequence[Job]) -> None:
+    makers = {action.identity: index for index, job in enumerate(jobs) for action in job.actions}
+    for index, job in enumerate(jobs):
+        wanted = {producer for action in job.actions for producer in _producers(action)}
+        job.needs = {makers[name] for name in wanted if name in makers} - {index}

@@ -1,0 +1,220 @@
+"""One run of the executor: from what is missing to finished packs."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import get_ident
+
+from carnice_build.errors import BuildError, PlanError
+from carnice_build.execute.events import Advanced, Listener, Notice, Span, Started
+from carnice_build.execute.executor import Executor
+from carnice_build.execute.isolated import Workers
+from carnice_build.execute.jobs import Job, Placement, Sink, plan_jobs, plan_placements
+from carnice_build.execute.runner import JobResult, Runner
+from carnice_build.graph import Action
+from carnice_build.plan.layout import PackLayout
+from carnice_build.plan.planner import VariantPlan
+from carnice_build.plan.status import BuildStatus, survey
+from carnice_build.store.packs import PartialPack
+from carnice_build.store.store import Store
+from carnice_build.units import format_size
+
+
+@dataclass
+class Outcome:
+    """What a run did; `packs` maps every layout that the variants need to its pack."""
+
+    packs: dict[str, str] = field(default_factory=dict)
+    made: list[Action] = field(default_factory=list)
+    reused: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+
+def execute(
+    variants: Sequence[VariantPlan],
+    actions: Iterable[Action],
+    store: Store,
+    executor: Executor,
+    worker_count: int,
+    listen: Listener,
+) -> Outcome:
+    """Make every pack that `variants` need and the store lacks.
+
+    Raises PlanError when the disk is too small, BuildError when it fills up meanwhile.
+    """
+    run = _Run(variants, actions, store, executor, worker_count, listen)
+    try:
+        return run.execute()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BuildError(
+                "the disk is full; what was finished is kept, free some space and build again",
+                where=str(store.root),
+            ) from None
+        raise
+
+
+class _Run:
+    def __init__(
+        self,
+        variants: Sequence[VariantPlan],
+        actions: Iterable[Action],
+        store: Store,
+        executor: Executor,
+        worker_count: int,
+        listen: Listener,
+    ) -> None:
+        self._variants = variants
+        self._actions = actions
+        self._store = store
+        self._executor = executor
+        self._worker_count = worker_count
+        self._listen = listen
+        self._packs: dict[str, PartialPack] = {}
+        self._outcome = Outcome()
+
+    def execute(self) -> Outcome:
+        try:
+            status = self._claim()
+            for path in self._store.damaged:
+                self._listen(Notice(f"{path} was changed after it was written: making it again"))
+            self._outcome.packs = dict(status.finished)
+            if status.pending:
+                self._check_disk(status)
+                self._work(status)
+            self._outcome.reused = len(status.actions) - len(self._outcome.made)
+            return self._outcome
+        finally:
+            for pack in self._packs.values():
+                pack.close()
+
+    def _claim(self) -> BuildStatus:
+        """Lock every pack that must be written, and look again after any wait for another build.
+
+        Locks are taken in one order by everybody, so two builds never wait for each other.
+        """
+        while True:
+            status = survey(self._variants, self._store)
+            unclaimed = sorted(set(status.pending) - set(self._packs))
+            if not unclaimed:
+                break
+            for identity in unclaimed:
+                layout = status.pending[identity]
+                pack = self._store.partial(identity, layout.header, layout.size)
+                if pack.acquire(waiting=self._say_waiting):
+                    self._packs[identity] = pack
+        for identity in set(self._packs) - set(status.pending):
+            self._packs.pop(identity).discard()
+        return status
+
+    def _say_waiting(self) -> None:
+        self._listen(Notice("waiting for another build that makes the same files"))
+
+    def _check_disk(self, status: BuildStatus) -> None:
+        held = sum(pack.allocated_bytes() for pack in self._packs.values())
+        needed = status.bytes_to_write - held
+        free = self._store.free_bytes()
+        if needed > free:
+            raise PlanError(
+                f"the build needs {format_size(needed)} more disk, {format_size(free)} are free",
+                where=str(self._store.root),
+            )
+
+    def _work(self, status: BuildStatus) -> None:
+        placements = plan_placements(status)
+        jobs = plan_jobs(status, self._actions)
+        self._listen(
+            Started(
+                read_bytes=sum(job.read_bytes for job in jobs),
+                write_bytes=status.bytes_to_write,
+                actions=sum(len(job.actions) for job in jobs),
+                packs=len(status.pending),
+            )
+        )
+        for pack in self._packs.values():
+            pack.prepare()
+        workers = Workers(self._store.root / "partial", self._worker_count)
+        progress = self._progress
+        runner = Runner(self._store, self._packs, workers, progress, status.digests)
+        with ThreadPoolExecutor(1, thread_name_prefix="carnice-sync") as finisher:
+            ledger = _Ledger(status.pending, self._finish_in(finisher))
+            try:
+                self._run_all(runner, placements, jobs, ledger)
+            finally:
+                workers.close()
+        self._outcome.packs.update(ledger.results())
+
+    def _run_all(
+        self,
+        runner: Runner,
+        placements: Sequence[Placement],
+        jobs: Sequence[Job],
+        ledger: _Ledger,
+    ) -> None:
+        def done(result: JobResult) -> None:
+            self._count(result)
+            ledger.fill(result.filled)
+
+        for placement in placements:
+            done(runner.place(placement))
+        self._executor.run(jobs, lambda job: self._timed(runner, job), done)
+
+    def _progress(self, count: int) -> None:
+        self._listen(Advanced(count))
+
+    def _timed(self, runner: Runner, job: Job) -> JobResult:
+        start = time.perf_counter()
+        result = runner.run(job)
+        end = time.perf_counter()
+        self._listen(Span(job.title, "job", get_ident(), start, end, result.read_bytes))
+        return result
+
+    def _finish_in(self, pool: ThreadPoolExecutor) -> Callable[[str, list[str]], Future[str]]:
+        def finish(layout: str, digests: list[str]) -> str:
+            start = time.perf_counter()
+            pack = self._store.finish(self._packs[layout], digests)
+            end = time.perf_counter()
+            self._listen(Span(f"pack {pack[:12]}", "sync", get_ident(), start, end, 0))
+            return pack
+
+        return lambda layout, digests: pool.submit(finish, layout, digests)
+
+    def _count(self, result: JobResult) -> None:
+        self._outcome.made += result.made
+        self._outcome.read_bytes += result.read_bytes
+        self._outcome.written_bytes += result.written_bytes
+
+
+class _Ledger:
+    """Which places of each pack are still empty; a full pack goes to be finished at once."""
+
+    def __init__(
+        self,
+        layouts: dict[str, PackLayout],
+        finish: Callable[[str, list[str]], Future[str]],
+    ) -> None:
+        self._layouts = layouts
+        self._finish = finish
+        self._digests: dict[str, dict[int, str]] = {identity: {} for identity in layouts}
+        self._finished: dict[str, Future[str]] = {}
+
+    def fill(self, places: Iterable[tuple[Sink, str]]) -> None:
+        """Note filled places."""
+        for sink, digest in places:
+            filled = self._digests[sink.layout]
+            filled[sink.offset] = digest
+            layout = self._layouts[sink.layout]
+            if len(filled) == len(layout.slots) and sink.layout not in self._finished:
+                digests = [filled[slot.offset] for slot in layout.slots]
+                self._finished[sink.layout] = self._finish(sink.layout, digests)
+
+    def results(self) -> dict[str, str]:
+        """The pack of each layout; waits for those still being made durable."""
+        missing = set(self._layouts) - set(self._finished)
+        assert not missing, f"places stayed empty in {missing}"
+        return {layout: future.result() for layout, future in self._finished.items()}

@@ -1,0 +1,138 @@
+"""Rows flowing from a source tensor through actions into packs, a block at a time.
+
+While a block is in the processor's cache it is digested, given to every action and written to
+its places, so memory does not grow with the tensor and no byte is fetched twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
+from carnice_build.execute.jobs import Sink
+from carnice_build.graph import Action, NonFiniteValue, TensorData
+from carnice_build.store.packs import PartialPack
+
+BLOCK_BYTES = 1 << 20
+"""Source bytes in one block: small enough for a core's own cache, large enough for BLAKE3."""
+
+
+class RowOutput:
+    """One output that grows row by row: written to its places and digested as it comes."""
+
+    def __init__(
+        self, spec: TensorSpec, sinks: Sequence[Sink], packs: Mapping[str, PartialPack]
+    ) -> None:
+        self.spec = spec
+        self._sinks = [(packs[sink.layout], sink.offset) for sink in sinks]
+        self._hasher = blake3()
+        self._done = 0
+
+    def append(self, block: memoryview) -> None:
+        """Take the next bytes."""
+        self._hasher.update(block)
+        for pack, offset in self._sinks:
+            pack.write(offset + self._done, block)
+        self._done += len(block)
+
+    def digest(self) -> str:
+        """Digest of all bytes so far."""
+        return self._hasher.hexdigest()
+
+
+@dataclass
+class RowAction:
+    """An action applied to one block after another."""
+
+    action: Action
+    outputs: list[RowOutput]
+
+    def feed(self, data: TensorData) -> None:
+        """Apply the action to the rows of `data`."""
+        rows = data.array.shape[0]
+        results = [
+            TensorData(output.spec.dtype, np.empty((rows, *output.spec.shape[1:]), _type(output)))
+            for output in self.outputs
+        ]
+        self.action.op.apply(self.action.params, [data], results)
+        for output, result in zip(self.outputs, results, strict=True):
+            output.append(as_bytes(result.array))
+
+
+def _type(output: RowOutput) -> str:
+    return NUMPY_NAME[output.spec.dtype]
+
+
+def as_bytes(array: np.ndarray[Any, Any]) -> memoryview:
+    """The array's memory, which must be contiguous."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def stream(
+    source: SourceTensor,
+    actions: Sequence[RowAction],
+    copy: RowOutput | None,
+    want_digest: bool,
+    progress: Callable[[int], None],
+) -> str | None:
+    """Read `source` once, feeding every block to `copy` and `actions`.
+
+    Returns its digest when asked for.  Raises NonFiniteValue with the element's flat index.
+    """
+    assert source.file is not None
+    spec = source.spec
+    shape = spec.shape or (1,)
+    rows_per_block = max(1, BLOCK_BYTES // max(1, spec.row_bytes))
+    buffer = np.empty(min(rows_per_block, shape[0]) * spec.row_bytes, np.uint8)
+    hasher = blake3() if want_digest and copy is None else None
+    for first in range(0, shape[0], rows_per_block):
+        rows = min(rows_per_block, shape[0] - first)
+        block = buffer[: rows * spec.row_bytes]
+        view = block.data
+        source.file.read_into(source.offset + first * spec.row_bytes, view)
+        if hasher is not None:
+            hasher.update(view)
+        if copy is not None:
+            copy.append(view)
+        data = TensorData(spec.dtype, block.view(NUMPY_NAME[spec.dtype]).reshape(rows, *shape[1:]))
+        _feed(actions, data, first)
+        progress(len(block))
+    if copy is not None:
+        return copy.digest()
+    return hasher.hexdigest() if hasher is not None else None
+
+
+def _feed(actions: Sequence[RowAction], data: TensorData, first_row: int) -> None:
+    for action in actions:
+        try:
+            action.feed(data)
+        except NonFiniteValue as error:
+            elements_per_row = data.array.size // data.array.shape[0]
+            raise NonFiniteValue(first_row * elements_per_row + error.index) from None
+
+
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+
+
+def sample_digest(source: SourceTensor) -> str:
+    """A digest over a few kilobytes spread over the tensor, its type and its shape.
+
+    Tensors of different samples have different content; of equal samples, perhaps the same.
+    """
+    assert source.file is not None
+    count = source.spec.nbytes
+    hasher = blake3(f"{source.spec.dtype} {source.spec.shape}".encode())
+    length = min(_SAMPLE_BYTES, count)
+    step = max(1, (count - length) // (_SAMPLES - 1))
+    buffer = bytearray(length)
+    for start in range(0, count - length + 1, step)[:_SAMPLES]:
+        source.file.read_into(source.offset + start, memoryview(buffer))
+        hasher.update(buffer)
+    return hasher.hexdigest()

@@ -1,0 +1,196 @@
+"""The nouns of a plan: tensors not yet read, views of them, and the actions that make new bytes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from carnice_build.architectures.base import TensorFact
+from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.keys import DigestSink, write_key
+
+if TYPE_CHECKING:
+    import networkx
+    import numpy as np
+
+
+class NonFiniteValue(Exception):
+    """An op met NaN or infinity at the flat `index` of its first input."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
+@dataclass(frozen=True, slots=True)
+class TensorData:
+    """Bytes in memory with their type: `array` is as `dtypes.NUMPY_NAME` carries `dtype`."""
+
+    dtype: str
+    array: np.ndarray[Any, Any]
+
+
+class Op(ABC):
+    """A kind of action: what it makes of its inputs, on specs at plan time, on bytes later.
+
+    `version` rises whenever the same inputs would give other bytes.
+    `libraries` are the distributions whose code decides the bytes; their versions are in the key.
+    A `rowwise` op makes row *i* of every output from row *i* of its first input alone, so it may
+    be applied to any range of rows.
+    An `isolated` op runs in a worker process, because it brings a library that we do not control.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    libraries: ClassVar[tuple[str, ...]] = ()
+    rowwise: ClassVar[bool] = False
+    isolated: ClassVar[bool] = False
+
+    @abstractmethod
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Types and shapes of the outputs; PlanError when the op cannot work on these inputs."""
+
+    @abstractmethod
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorData],
+        outputs: Sequence[TensorData],
+    ) -> None:
+        """Fill `outputs` from `inputs`.
+
+        Must release the GIL in any long loop.  Raises NonFiniteValue for NaN or infinity.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Action:
+    """One unit of work that makes new bytes: an op, its parameters and its inputs.
+
+    `identity` covers what the action key covers, with file identities for unread content, so
+    it is known before anything is read; equal identities are one action.
+    """
+
+    op: Op
+    params: Mapping[str, Any]
+    inputs: tuple[TensorRef, ...]
+    outputs: tuple[TensorSpec, ...]
+    identity: str
+
+    def key(self, digests: Iterable[str]) -> str:
+        """The action key, given the content digests of the inputs."""
+        sink = DigestSink()
+        _describe(sink, self.op, self.params, self.inputs, digests)
+        return sink.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class ActionOutput:
+    """Output number `index` of an action."""
+
+    action: Action
+    index: int
+
+    @property
+    def identity(self) -> str:
+        """Names the output's bytes before they exist."""
+        return f"{self.action.identity}|{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor that is known but not read: type, shape, and where its bytes will come from."""
+
+    spec: TensorSpec
+    origin: SourceTensor | ActionOutput
+
+    @property
+    def identity(self) -> str:
+        """Names the tensor's bytes; two refs of one identity may differ in shape only."""
+        return self.origin.identity
+
+    def reshaped(self, *shape: int) -> TensorRef:
+        """The same bytes under another shape of the same size."""
+        spec = TensorSpec(self.spec.dtype, shape)
+        if spec.size != self.spec.size:
+            raise ValueError(f"cannot see {self.spec.shape} as {shape}")
+        return TensorRef(spec, self.origin)
+
+
+View = dict[str, TensorRef]
+"""An ordered map from names to tensors; steps turn views into views."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of a variant: its published name, its bytes, and the source tensor it stands for."""
+
+    name: str
+    ref: TensorRef
+    fact: TensorFact
+
+
+class ActionGraph:
+    """All actions of one plan; adding an equal action twice gives the one that is there."""
+
+    def __init__(self) -> None:
+        self._actions: dict[str, Action] = {}
+
+    def __iter__(self) -> Iterator[Action]:
+        """Actions in the order they were added, which is a topological order."""
+        return iter(self._actions.values())
+
+    def __len__(self) -> int:
+        return len(self._actions)
+
+    def add(self, op: Op, params: Mapping[str, Any], *inputs: TensorRef) -> tuple[TensorRef, ...]:
+        """Refs to the outputs of `op` applied to `inputs`."""
+        outputs = op.infer(params, [ref.spec for ref in inputs])
+        sink = DigestSink()
+        _describe(sink, op, params, inputs, (ref.identity for ref in inputs))
+        identity = sink.digest()
+        action = self._actions.get(identity)
+        if action is None:
+            action = Action(op, params, inputs, outputs, identity)
+            self._actions[identity] = action
+        return tuple(
+            TensorRef(spec, ActionOutput(action, index)) for index, spec in enumerate(outputs)
+        )
+
+    def network(self) -> networkx.DiGraph:
+        """The graph for networkx: nodes are source tensors and actions, edges carry bytes."""
+        import networkx
+
+        graph = networkx.DiGraph()
+        for action in self:
+            graph.add_node(action.identity, action=action)
+            for ref in action.inputs:
+                origin = ref.origin
+                if isinstance(origin, ActionOutput):
+                    graph.add_edge(origin.action.identity, action.identity)
+                else:
+                    graph.add_node(origin.identity, source=origin)
+                    graph.add_edge(origin.identity, action.identity)
+        return graph
+
+
+def _describe(
+    sink: DigestSink,
+    op: Op,
+    params: Mapping[str, Any],
+    inputs: Iterable[TensorRef],
+    contents: Iterable[str],
+) -> None:
+    write_key(
+        sink,
+        op=op.name,
+        op_version=op.version,
+        libraries=op.libraries,
+        params=params,
+        inputs=((ref.spec, content) for ref, content in zip(inputs, contents, strict=True)),
+    )

@@ -1,0 +1,1 @@
+"""Output folders: config, tokenizer, index, model card, provenance; weights are linked in."""

@@ -1,0 +1,196 @@
+"""What every packager is given, and the files that all targets have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from carnice_build import __version__
+from carnice_build.checkpoint.checkpoint import INDEX_NAME, Checkpoint
+from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.checkpoint.profiles import Source
+from carnice_build.errors import CheckpointError
+from carnice_build.keys import canonical_json
+from carnice_build.recipe.schema import CardSpec
+from carnice_build.store.digests import digest_bytes, digest_texts
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Taken over as they are: a tokenizer library that saves them again may change what they mean."""
+
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+MAX_COPIED_BYTES = 200_000_000
+BUILD_NAME = "build.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of weights: its name in the folder, the pack it is, and what it holds in order."""
+
+    name: str
+    pack: str
+    path: Path
+    size: int
+    tensors: Sequence[tuple[str, TensorSpec, str]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """All that the files of a folder may speak of."""
+
+    name: str
+    description: str
+    recipe: Mapping[str, Any]
+    card: CardSpec
+    sources: Mapping[str, Source]
+    body: str
+    tools: Mapping[str, str]
+    defaults: Mapping[str, Any]
+    quantized: Mapping[str, Mapping[str, Any]]
+    parameters: int
+    shards: Sequence[Shard]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that the variant is made from."""
+        return self.sources[self.body].checkpoint
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for shard in self.shards for _, spec, _ in shard.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all tensors over the elements of the source tensors they stand for."""
+        return 8 * self.tensor_bytes / self.parameters
+
+    @cached_property
+    def copied(self) -> dict[str, bytes]:
+        """The small files that are taken from the checkpoint as they are."""
+        found: dict[str, bytes] = {}
+        for name in COPIED_FILES:
+            source = self.checkpoint.assets.get(name)
+            if source is None:
+                continue
+            if source.size > MAX_COPIED_BYTES:
+                raise CheckpointError(f"has {source.size} bytes", where=source.name)
+            content = self.checkpoint.asset(name)
+            assert content is not None
+            found[name] = content
+        return found
+
+    @cached_property
+    def key(self) -> str:
+        """Changes whenever any file of the folder may change."""
+        return digest_texts(
+            [
+                __version__,
+                canonical_json(self.recipe),
+                canonical_json(source_records(self)),
+                canonical_json(dict(self.tools)),
+                canonical_json(self.checkpoint.config),
+                *(f"{name} {digest_bytes(content)}" for name, content in self.copied.items()),
+                *(f"{shard.name} {shard.pack}" for shard in self.shards),
+            ]
+        )
+
+
+class Packager(Protocol):
+    """Writes what is particular to one target."""
+
+    def files(self, variant: Variant) -> dict[str, bytes]:
+        """Contents by file name: config.json and README.md at least."""
+
+
+def to_json(value: Any) -> bytes:
+    """JSON as people read it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def load_asset(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """A JSON file of the checkpoint, {} when it has none; CheckpointError when it is damaged."""
+    content = checkpoint.asset(name)
+    if content is None:
+        return {}
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError("is not a JSON object", where=f"{checkpoint.where}/{name}")
+    return value
+
+
+def small_files(variant: Variant, packager: Packager) -> dict[str, bytes]:
+    """Every file of the folder but the shards, by name; deterministic."""
+    files = {**variant.copied, INDEX_NAME: _index(variant), **packager.files(variant)}
+    files[BUILD_NAME] = _provenance(variant, files)
+    return files
+
+
+def _index(variant: Variant) -> bytes:
+    weight_map = {name: shard.name for shard in variant.shards for name, _, _ in shard.tensors}
+    return to_json(
+        {
+            "metadata": {
+                "total_size": variant.tensor_bytes,
+                "total_parameters": variant.parameters,
+            },
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+    )
+
+
+def source_records(variant: Variant) -> dict[str, Any]:
+    """What a build says of its sources; nothing that tells where on this machine they are."""
+    return {
+        name: {
+            "model": source.spec.model,
+            "revision": source.spec.revision,
+            "profile": source.profile or "given on the command line",
+        }
+        for name, source in variant.sources.items()
+    }
+
+
+def _provenance(variant: Variant, files: Mapping[str, bytes]) -> bytes:
+    sizes = {shard.name: {"size": shard.size, "pack": shard.pack} for shard in variant.shards}
+    for name, content in sorted(files.items()):
+        sizes[name] = {"size": len(content), "digest": digest_bytes(content)}
+    return to_json(
+        {
+            "variant": variant.name,
+            "key": variant.key,
+            "carnice_build": __version__,
+            "tools": dict(variant.tools),
+            "sources": source_records(variant),
+            "recipe": variant.recipe,
+            "parameters": variant.parameters,
+            "bits_per_weight": round(variant.bits_per_weight, 4),
+            "files": sizes,
+            "tensors": {
+                name: {
+                    "dtype": spec.dtype,
+                    "shape": list(spec.shape),
+                    "file": shard.name,
+                    "digest": digest,
+                }
+                for shard in variant.shards
+                for name, spec, digest in shard.tensors
+            },
+        }
+    )

@@ -1,0 +1,75 @@
+"""Model cards: the hub's metadata and a page that tells a reader what this is and how to run it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from carnice_build.package.base import Variant
+from carnice_build.units import format_size
+
+
+def render_card(template: str, variant: Variant, *, library: str, tags: Sequence[str]) -> bytes:
+    """README.md of the variant, from a template of this package."""
+    import jinja2
+    import yaml
+
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    text = files("carnice_build.package").joinpath("templates", template).read_text("utf-8")
+    front = yaml.safe_dump(_metadata(variant, library, tags), sort_keys=False, allow_unicode=True)
+    body = environment.from_string(text).render(_facts(variant))
+    return f"---\n{front}---\n\n{body}".encode()
+
+
+def _base_model(variant: Variant) -> str:
+    return variant.card.base_model or variant.sources[variant.body].spec.model
+
+
+def _metadata(variant: Variant, library: str, tags: Sequence[str]) -> dict[str, Any]:
+    bits = {settings["bits"] for settings in variant.quantized.values()}
+    width = [f"{bits.pop()}-bit"] if len(bits) == 1 else []
+    return {
+        "license": variant.card.license,
+        "language": variant.card.language,
+        "library_name": library,
+        "base_model": _base_model(variant),
+        "base_model_relation": "quantized",
+        "pipeline_tag": "text-generation",
+        "inference": False,
+        "tags": list(dict.fromkeys([*tags, *variant.card.tags, *width])),
+    }
+
+
+def _facts(variant: Variant) -> dict[str, Any]:
+    base_model = _base_model(variant)
+    size = sum(shard.size for shard in variant.shards)
+    source = variant.sources[variant.body]
+    return {
+        "title": variant.card.title or f"{base_model.rpartition('/')[2]}: {variant.name}",
+        "variant": variant,
+        "card": variant.card,
+        "repo": variant.card.repo or f"path/to/{variant.name}",
+        "base_model": base_model,
+        "stand_in": source.profile != "full",
+        "profile": source.profile,
+        "bits_per_weight": f"{variant.bits_per_weight:.2f}",
+        "size": f"{format_size(size)} ({size / 2**30:.2f} GiB)",
+        "widths": _widths(variant),
+        "has_template": any("chat_template" in name for name in variant.copied),
+    }
+
+
+def _widths(variant: Variant) -> list[tuple[int, int, int]]:
+    """Bits, group size and number of modules, widest first."""
+    counts = Counter(
+        (settings["bits"], settings["group_size"]) for settings in variant.quantized.values()
+    )
+    return [(bits, group, count) for (bits, group), count in sorted(counts.items(), reverse=True)]

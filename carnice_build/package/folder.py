@@ -1,0 +1,88 @@
+"""The output folder: assembled beside its place, then moved there whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from carnice_build.errors import StoreError
+from carnice_build.package.base import BUILD_NAME, Shard
+from carnice_build.store.files import link_or_copy, sync_folder, write_atomically
+
+
+def is_current(folder: Path, key: str, shards: Sequence[Shard]) -> bool:
+    """True when `folder` is complete and was packaged under this key from these packs."""
+    record = read_build(folder)
+    if record.get("key") != key or not isinstance(record.get("files"), dict):
+        return False
+    sizes = {name: item["size"] for name, item in record["files"].items()}
+    for name, size in sizes.items():
+        try:
+            if (folder / name).stat().st_size != size:
+                return False
+        except OSError:
+            return False
+    return all(_is_same(folder / shard.name, shard.path) for shard in shards)
+
+
+def _is_same(published: Path, pack: Path) -> bool:
+    """The same file, or, where the cache is on another file system, a copy not touched since."""
+    first, second = published.stat(), pack.stat()
+    if first.st_dev == second.st_dev:
+        return first.st_ino == second.st_ino or first.st_mtime_ns == second.st_mtime_ns
+    return first.st_size == second.st_size and first.st_mtime_ns == second.st_mtime_ns
+
+
+def read_build(folder: Path) -> dict[str, Any]:
+    """The build.json of a folder, {} when there is none or it is damaged."""
+    try:
+        value = json.loads((folder / BUILD_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) -> None:
+    """Make `folder` hold exactly these shards and files.
+
+    Everything is put together in a temporary neighbour first, so a reader of `folder` sees the
+    old content or the new.  Raises StoreError when `folder` is something else than a build.
+    """
+    if folder.exists() and not read_build(folder) and any(folder.iterdir()):
+        raise StoreError(
+            "holds files that are not a build", where=str(folder), expected="a free place, or --out"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.new-"))
+    try:
+        fresh.chmod(0o755)
+        for shard in shards:
+            link_or_copy(shard.path, fresh / shard.name)
+        for name, content in files.items():
+            write_atomically(fresh / name, content)
+        sync_folder(fresh)
+        _swap(fresh, folder)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _swap(fresh: Path, folder: Path) -> None:
+    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a build that was killed while it assembled this folder left beside it."""
+    for path in folder.parent.glob(f".{folder.name}.old-*"):
+        shutil.rmtree(path, ignore_errors=True)

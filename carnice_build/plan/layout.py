@@ -1,0 +1,103 @@
+"""Which tensors share a shard, and where each one lies in it.
+
+Shards follow the source's modules, never the sizes after quantization, so that the same modules
+are together in every variant and a change of bits moves nothing from one shard to another.
+Linear layers of neighbouring decoder layers form shards; the embedding, the head, the MTP head,
+the vision tower and all small tensors (norms, convolutions, states) each have their own, so
+that what variants have in common is one file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from carnice_build.architectures.base import Part, Role
+from carnice_build.checkpoint.dtypes import ITEM_SIZE
+from carnice_build.checkpoint.header import encode_header
+from carnice_build.graph import OutputTensor
+from carnice_build.store.digests import digest_texts
+
+_BF16_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor's place in a pack."""
+
+    tensor: OutputTensor
+    offset: int
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """A shard before its bytes exist: header, places and what will fill them."""
+
+    header: bytes
+    slots: tuple[Slot, ...]
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(slot.tensor.ref.spec.nbytes for slot in self.slots)
+
+    @cached_property
+    def identity(self) -> str:
+        """Names the layout: the header, and what identifies each tensor before it is read."""
+        refs = (slot.tensor.ref.identity for slot in self.slots)
+        return digest_texts([self.header.hex(), *refs])
+
+
+def pack_layouts(
+    tensors: Sequence[OutputTensor], shard_bytes: int, metadata: Mapping[str, str]
+) -> list[PackLayout]:
+    """The shards of a variant, in the order of their file names."""
+    per_shard = _layers_per_shard(tensors, shard_bytes)
+    groups: dict[tuple[int, int], list[OutputTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(_group(tensor, per_shard), []).append(tensor)
+    return [_layout(groups[group], metadata) for group in sorted(groups)]
+
+
+def _layers_per_shard(tensors: Sequence[OutputTensor], shard_bytes: int) -> int:
+    weights: dict[int, int] = {}
+    seen: set[str] = set()
+    for tensor in tensors:
+        fact = tensor.fact
+        if fact.layer is None or fact.role is not Role.LINEAR or fact.name in seen:
+            continue
+        seen.add(fact.name)
+        weight = fact.shape[0] * fact.shape[1] * _BF16_BYTES
+        weights[fact.layer] = weights.get(fact.layer, 0) + weight
+    return max(1, shard_bytes // max(weights.values(), default=1))
+
+
+_ORDER = {Part.EMBED: 0, Part.LAYERS: 1, Part.BODY: 2, Part.HEAD: 3, Part.MTP: 4, Part.VISION: 5}
+
+
+def _group(tensor: OutputTensor, layers_per_shard: int) -> tuple[int, int]:
+    fact = tensor.fact
+    if fact.part is Part.LAYERS and fact.role is not Role.LINEAR:
+        return _ORDER[Part.BODY], 0
+    chunk = fact.layer // layers_per_shard if fact.layer is not None else 0
+    return _ORDER[fact.part], chunk
+
+
+def _layout(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> PackLayout:
+    ordered = sorted(tensors, key=_slot_order)
+    header, offsets = encode_header([(item.name, item.ref.spec) for item in ordered], metadata)
+    slots = tuple(Slot(item, offset) for item, offset in zip(ordered, offsets, strict=True))
+    return PackLayout(header, slots)
+
+
+def _slot_order(tensor: OutputTensor) -> tuple[int, list[tuple[int, str]]]:
+    # Wide types first keeps every tensor aligned to its own item size.
+    return -ITEM_SIZE[tensor.ref.spec.dtype], natural_key(tensor.name)
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 10 after layer 9."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

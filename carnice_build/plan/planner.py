@@ -1,0 +1,162 @@
+"""From a recipe to a variant plan: every step run on headers, every output known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+from carnice_build.architectures import architecture_of
+from carnice_build.architectures.base import Architecture, TensorFact
+from carnice_build.checkpoint.checkpoint import Checkpoint
+from carnice_build.checkpoint.profiles import Source, SourceFinder
+from carnice_build.errors import PlanError, nearest
+from carnice_build.graph import ActionGraph, TensorRef, View
+from carnice_build.plan.layout import PackLayout, pack_layouts
+from carnice_build.recipe.loader import Recipe
+from carnice_build.transforms.base import Conversion, Format, PlanContext, Step
+
+
+@dataclass(frozen=True)
+class VariantPlan:
+    """One variant, worked out: where it comes from, what its tensors are, how they are packed."""
+
+    recipe: Recipe
+    sources: Mapping[str, Source]
+    architecture: Architecture
+    conversion: Conversion
+    packs: tuple[PackLayout, ...]
+
+    @property
+    def name(self) -> str:
+        """The variant's name."""
+        return self.recipe.variant
+
+    @property
+    def body(self) -> Checkpoint:
+        """The checkpoint that the variant is made from."""
+        return self.sources[self.recipe.body].checkpoint
+
+    @cached_property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(tensor.ref.spec.nbytes for tensor in self.conversion.tensors)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(pack.size for pack in self.packs)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all tensors over the elements of the source tensors they stand for."""
+        return 8 * self.tensor_bytes / self.conversion.parameters
+
+    @property
+    def format(self) -> Format:
+        """The recipe's number format."""
+        assert isinstance(self.recipe.quantize, Format)
+        return self.recipe.quantize
+
+    def shard_name(self, index: int) -> str:
+        """File name of pack number `index`."""
+        return f"model-{index + 1:05}-of-{len(self.packs):05}.safetensors"
+
+
+def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> VariantPlan:
+    """Run the recipe on headers; raises a CarniceError that says where the recipe is wrong.
+
+    New actions go into `graph`, where other variants' equal actions may already be.
+    """
+    sources = {name: _find(finder, recipe, name) for name in recipe.sources}
+    body = sources[recipe.body]
+    architecture = architecture_of(body.checkpoint.config, body.checkpoint.where)
+    context = PlanContext(architecture, graph, body.profile, recipe.layers)
+    view: View = {
+        name: TensorRef(tensor.spec, tensor) for name, tensor in body.checkpoint.tensors.items()
+    }
+    for step in recipe.steps:
+        with _located(recipe, "steps", step.index, step.kind):
+            assert isinstance(step.params, Step)
+            view = step.params.apply(view, context)
+    check_structure(view, architecture, body.checkpoint.where)
+    with _located(recipe, "quantize"):
+        assert isinstance(recipe.quantize, Format)
+        conversion = recipe.quantize.convert(view, context)
+    _check_names(conversion)
+    packs = pack_layouts(conversion.tensors, recipe.package.shard, recipe.quantize.metadata())
+    return VariantPlan(recipe, sources, architecture, conversion, tuple(packs))
+
+
+def _find(finder: SourceFinder, recipe: Recipe, name: str) -> Source:
+    return finder.find(name, recipe.sources[name])
+
+
+@contextmanager
+def _located(recipe: Recipe, *path: str | int) -> Iterator[None]:
+    """Give errors of the block the place in the recipe at `path`."""
+    try:
+        yield
+    except PlanError as error:
+        if error.where is not None:
+            raise
+        raise PlanError(
+            error.what,
+            where=recipe.where(*path),
+            expected=error.expected,
+            nearest=error.nearest,
+        ) from None
+
+
+def check_structure(view: View, architecture: Architecture, where: str) -> None:
+    """Raise PlanError unless the view holds the architecture's tensors, all of them, and no other.
+
+    Optional parts (the MTP head, the vision tower) may be absent, but only as a whole.
+    """
+    facts = architecture.tensors
+    for name, ref in view.items():
+        fact = facts.get(name)
+        if fact is None:
+            raise _unknown_name(name, architecture, where)
+        if fact.shape != ref.spec.shape:
+            raise PlanError(
+                f"tensor {name!r} is of shape {list(ref.spec.shape)}",
+                where=where,
+                expected=f"{list(fact.shape)} by its config",
+            )
+    present = {fact.part for name, fact in facts.items() if name in view}
+    missing = [
+        fact
+        for name, fact in facts.items()
+        if name not in view and (fact.part in present or not architecture.optional(fact))
+    ]
+    if missing:
+        raise _missing(missing, view, where)
+
+
+def _unknown_name(name: str, architecture: Architecture, where: str) -> PlanError:
+    canonical = architecture.canonical_name(name)
+    hint = f"rename it to {canonical!r} in a `rename` step" if canonical else None
+    return PlanError(
+        f"tensor {name!r} is not one of {architecture.name}",
+        where=where,
+        expected=hint,
+        nearest=None if canonical else nearest(name, architecture.tensors),
+    )
+
+
+def _missing(missing: list[TensorFact], view: View, where: str) -> PlanError:
+    first = missing[0].name
+    others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return PlanError(
+        f"tensor {first!r}{others} is missing", where=where, nearest=nearest(first, view)
+    )
+
+
+def _check_names(conversion: Conversion) -> None:
+    seen: set[str] = set()
+    for tensor in conversion.tensors:
+        if tensor.name in seen:
+            raise PlanError(f"two tensors of the output are named {tensor.name!r}")
+        seen.add(tensor.name)

@@ -1,0 +1,149 @@
+"""What of a plan is there already, and what must run; the only part of planning to ask the store.
+
+Three answers for an action: *cached* (its outputs are in the store), *run* (its key is known and
+nothing has it) and *read* (an input was never read, so its key is not known yet).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.graph import Action, ActionOutput, TensorRef
+from carnice_build.plan.layout import PackLayout
+from carnice_build.plan.planner import VariantPlan
+from carnice_build.store.packs import Location
+from carnice_build.store.store import Store
+
+
+class Status(StrEnum):
+    """Whether an action's work is still to do."""
+
+    CACHED = "cached"
+    RUN = "run"
+    READ = "read"
+
+
+@dataclass
+class BuildStatus:
+    """The state of every pack and action that some variants need.
+
+    `digests` holds the content digest of each tensor that is known, by the ref's identity;
+    `finished` the packs that exist, by layout; `pending` the layouts still to write.
+    """
+
+    digests: dict[str, str] = field(default_factory=dict)
+    finished: dict[str, str] = field(default_factory=dict)
+    pending: dict[str, PackLayout] = field(default_factory=dict)
+    actions: dict[str, Status] = field(default_factory=dict)
+    sources: dict[str, SourceTensor] = field(default_factory=dict)
+    locations: dict[str, Location] = field(default_factory=dict)
+
+    def count(self, status: Status) -> int:
+        """How many actions are in this state."""
+        return sum(1 for found in self.actions.values() if found is status)
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of the source tensors that must be read."""
+        return sum(tensor.spec.nbytes for tensor in self.sources.values())
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of the packs that must be written."""
+        return sum(layout.size for layout in self.pending.values())
+
+
+def survey(variants: Sequence[VariantPlan], store: Store) -> BuildStatus:
+    """Ask the store about everything that `variants` need; reads no weight."""
+    status = BuildStatus()
+    surveyor = _Surveyor(store, status)
+    layouts = {pack.identity: pack for variant in variants for pack in variant.packs}
+    for identity, layout in layouts.items():
+        pack = store.finished_pack(identity)
+        if pack:
+            status.finished[identity] = pack
+            surveyor.note_finished(layout)
+        else:
+            status.pending[identity] = layout
+    for layout in status.pending.values():
+        for slot in layout.slots:
+            surveyor.need(slot.tensor.ref)
+    return status
+
+
+class _Surveyor:
+    """Walks from the tensors that must be written back to what must be read."""
+
+    def __init__(self, store: Store, status: BuildStatus) -> None:
+        self._records = store.records
+        self._store = store
+        self._status = status
+
+    def note_finished(self, layout: PackLayout) -> None:
+        """Count the actions behind a finished pack as cached."""
+        for slot in layout.slots:
+            self._mark_cached(slot.tensor.ref)
+
+    def _mark_cached(self, ref: TensorRef) -> None:
+        if not isinstance(ref.origin, ActionOutput):
+            return
+        action = ref.origin.action
+        if self._status.actions.setdefault(action.identity, Status.CACHED) is Status.CACHED:
+            for operand in action.inputs:
+                self._mark_cached(operand)
+
+    def need(self, ref: TensorRef) -> None:
+        """Note what must happen so that the bytes of `ref` can be written."""
+        digest = self._digest(ref)
+        if digest is not None and self._available(ref, digest):
+            self._mark_cached(ref)
+            return
+        if isinstance(ref.origin, ActionOutput):
+            self._need_action(ref.origin.action)
+        else:
+            self._status.sources[ref.identity] = ref.origin
+
+    def _need_action(self, action: Action) -> None:
+        if self._status.actions.get(action.identity) in (Status.RUN, Status.READ):
+            return
+        known = all(self._digest(ref) is not None for ref in action.inputs)
+        self._status.actions[action.identity] = Status.RUN if known else Status.READ
+        for ref in action.inputs:
+            self.need(ref)
+
+    def _digest(self, ref: TensorRef) -> str | None:
+        identity = ref.identity
+        if identity in self._status.digests:
+            return self._status.digests[identity]
+        if isinstance(ref.origin, ActionOutput):
+            self._learn_outputs(ref.origin.action)
+        else:
+            self._learn(identity, self._records.source_digest(identity))
+        return self._status.digests.get(identity)
+
+    def _learn_outputs(self, action: Action) -> None:
+        digests = self._known(action.inputs)
+        if digests is None:
+            return
+        outputs = self._records.outputs(action.key(digests), len(action.outputs))
+        for index, digest in enumerate(outputs or ()):
+            self._learn(f"{action.identity}|{index}", digest)
+
+    def _known(self, refs: Iterable[TensorRef]) -> list[str] | None:
+        digests = [self._digest(ref) for ref in refs]
+        return [digest for digest in digests if digest] if all(digests) else None
+
+    def _learn(self, identity: str, digest: str | None) -> None:
+        if digest is not None:
+            self._status.digests[identity] = digest
+
+    def _available(self, ref: TensorRef, digest: str) -> bool:
+        if ref.identity in self._status.locations:
+            return True
+        location = self._store.locate(digest, ref.spec.nbytes)
+        if location is not None:
+            self._status.locations[ref.identity] = location
+        return location is not None

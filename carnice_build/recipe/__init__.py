@@ -1,0 +1,1 @@
+"""Recipes: YAML with positions, inheritance and overrides, checked against a schema."""

@@ -1,0 +1,122 @@
+"""How recipes inherit and how `--set` changes them.
+
+Mappings merge key by key; lists and scalars of the child replace the parent's.
+A key written with a trailing `+` appends to the parent's list instead.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from carnice_build.errors import RecipeError, nearest
+from carnice_build.recipe.tree import Node, parse_tree, read_tree
+
+MAX_PARENTS = 16
+
+
+def read_with_parents(path: Path) -> Node:
+    """The recipe at `path` merged over the recipes it `extends`, nearest last."""
+    chain: list[Node] = []
+    seen: set[Path] = set()
+    current: Path | None = path
+    while current is not None:
+        if current.resolve() in seen or len(chain) > MAX_PARENTS:
+            raise RecipeError("extends itself", where=chain[-1].where)
+        seen.add(current.resolve())
+        tree = _mapping_at(current)
+        chain.append(tree)
+        current = _parent(tree, current)
+    merged = Node({}, chain[-1].where)
+    for tree in reversed(chain):
+        merged = merge(merged, tree)
+    assert isinstance(merged.value, dict)
+    merged.value.pop("extends", None)
+    return Node(merged.value, chain[0].where)
+
+
+def _mapping_at(path: Path) -> Node:
+    tree = read_tree(path)
+    if not isinstance(tree.value, dict):
+        raise RecipeError("is not a mapping", where=tree.where, expected="keys and values")
+    return tree
+
+
+def _parent(tree: Node, path: Path) -> Path | None:
+    assert isinstance(tree.value, dict)
+    node = tree.value.get("extends")
+    if node is None:
+        return None
+    if not isinstance(node.value, str):
+        raise RecipeError("extends is not a file name", where=node.where)
+    pure = PurePosixPath(node.value)
+    if pure.is_absolute() or ".." in pure.parts or "\0" in node.value:
+        raise RecipeError(
+            f"extends {node.value!r}, which is outside the recipe's folder", where=node.where
+        )
+    parent = path.parent / pure
+    if not parent.is_file():
+        names = [item.relative_to(path.parent).as_posix() for item in path.parent.rglob("*.yaml")]
+        raise RecipeError(
+            f"extends {node.value!r}, which does not exist",
+            where=node.where,
+            nearest=nearest(node.value, names),
+        )
+    return parent
+
+
+def merge(parent: Node, child: Node) -> Node:
+    """`child` over `parent`; what neither rule covers is the child's."""
+    if not (isinstance(parent.value, dict) and isinstance(child.value, dict)):
+        return child
+    table = dict(parent.value)
+    for key, node in child.value.items():
+        if key.endswith("+"):
+            table[key[:-1]] = _append(table.get(key[:-1]), node)
+        elif key in table:
+            table[key] = merge(table[key], node)
+        else:
+            table[key] = merge(Node({}, node.where), node)
+    return Node(table, child.where)
+
+
+def _append(current: Node | None, addition: Node) -> Node:
+    old = current.value if current else []
+    if not isinstance(old, list):
+        raise RecipeError("cannot append: the value is not a list", where=addition.where)
+    new = addition.value if isinstance(addition.value, list) else [addition]
+    return Node([*old, *new], current.where if current else addition.where)
+
+
+def override(tree: Node, assignment: str) -> Node:
+    """Apply one `--set PATH=VALUE` to `tree`.
+
+    PATH is keys and list positions joined by dots; a trailing `+` appends to a list.
+    VALUE is YAML.
+    """
+    where = f"--set {assignment}"
+    path, separator, text = assignment.partition("=")
+    parts = path.strip().split(".")
+    if not separator or not all(parts):
+        raise RecipeError("is not PATH=VALUE", where=where)
+    value = parse_tree(text, where, fixed_where=where)
+    return _assign(tree, parts, value, where)
+
+
+def _assign(node: Node, parts: list[str], value: Node, where: str) -> Node:
+    head, rest = parts[0], parts[1:]
+    if isinstance(node.value, list):
+        if not head.isdecimal() or int(head) >= len(node.value):
+            raise RecipeError(
+                f"{head!r} is not a position in the list",
+                where=where,
+                expected=f"0 to {len(node.value) - 1}",
+            )
+        items = list(node.value)
+        items[int(head)] = _assign(items[int(head)], rest, value, where) if rest else value
+        return Node(items, node.where)
+    if not isinstance(node.value, dict):
+        raise RecipeError(f"{head!r} is below a value that has no keys", where=where)
+    if not rest:
+        return merge(node, Node({head: value}, node.where))
+    child = node.value.get(head, Node({}, where))
+    return Node({**node.value, head: _assign(child, rest, value, where)}, node.where)

@@ -1,0 +1,152 @@
+"""The shape of a recipe; steps and formats come from a vocabulary that upper layers provide."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from carnice_build.recipe.layers import LayerSet
+from carnice_build.recipe.patterns import compile_pattern
+from carnice_build.units import parse_size
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys and accepts aliases only as written in YAML."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _check_pattern(text: str) -> str:
+    compile_pattern(text)
+    return text
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+PatternList = Annotated[
+    list[Annotated[str, AfterValidator(_check_pattern)]],
+    Field(min_length=1, json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array"}]}),
+    BeforeValidator(_as_list),
+]
+"""One pattern or a list of patterns."""
+
+Expectation = int | dict[str, int] | None
+"""A count for every checkpoint, or counts by profile; other checkpoints' are derived."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _check_name(name: str) -> str:
+    if not _NAME.fullmatch(name) or len(name) > 100:
+        raise ValueError(f"{name!r} is not a plain name of letters, digits, '.', '_' and '-'")
+    return name
+
+
+PlainName = Annotated[str, AfterValidator(_check_name)]
+
+
+def _check_model(model: str) -> str:
+    owner, _, name = model.partition("/")
+    _check_name(owner)
+    _check_name(name)
+    return model
+
+
+class SourceSpec(Strict):
+    """A checkpoint by its name on the hub; a profile says where to find it."""
+
+    model: Annotated[str, AfterValidator(_check_model)] = Field(
+        description="Repository on the hub, as owner/name."
+    )
+    revision: str = Field("main", description="Branch, tag or commit of the repository.")
+
+
+class PackageSpec(Strict):
+    """What the output folder holds beside the weights, and how they are split."""
+
+    shard: Annotated[int, BeforeValidator(parse_size)] = Field(
+        5_000_000_000,
+        description="Most that the modules of one shard may weigh in BF16, such as 5GB.",
+        json_schema_extra={"anyOf": [{"type": "integer"}, {"type": "string"}]},
+    )
+
+
+class CardSpec(Strict):
+    """Facts for the model card that no file of the checkpoint states."""
+
+    title: str | None = Field(None, description="Heading; the model's and variant's names if none.")
+    license: str = Field("apache-2.0", description="Licence identifier of the hub.")
+    language: list[str] = Field(default_factory=lambda: ["en"], description="Language codes.")
+    tags: list[str] = Field(default_factory=list, description="Tags beside those of the format.")
+    repo: str | None = Field(None, description="Where the variant will be published: owner/name.")
+    base_model: str | None = Field(None, description="Repository; the body's if none is given.")
+    about: str | None = Field(None, description="What the model is, in a sentence or two.")
+    limitations: list[str] = Field(default_factory=list, description="Further limitations.")
+
+
+class RecipeBody(Strict):
+    """The keys of a recipe; `steps` and `quantize` are checked against the vocabulary."""
+
+    variant: PlainName = Field(description="Name of the variant; the file is named so too.")
+    description: str = Field(description="What the variant is, in one sentence.")
+    sources: dict[str, SourceSpec] = Field(
+        min_length=1, description="Checkpoints by name; the first one is the model's body."
+    )
+    layers: dict[str, LayerSet] = Field(
+        default_factory=dict, description="Named sets of decoder layers, by position."
+    )
+    steps: list[dict[str, Any]] = Field(
+        default_factory=list, description="What happens to the body's tensors, in order."
+    )
+    quantize: dict[str, Any] = Field(description="The number format, and which modules get it.")
+    package: PackageSpec = Field(default_factory=lambda: PackageSpec.model_validate({}))
+    card: CardSpec = Field(default_factory=lambda: CardSpec.model_validate({}))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The steps and formats that recipes may name, each a pydantic model of its parameters."""
+
+    steps: Mapping[str, type[BaseModel]]
+    formats: Mapping[str, type[BaseModel]]
+
+
+def json_schema(vocabulary: Vocabulary) -> dict[str, Any]:
+    """JSON Schema of a recipe file, for editors."""
+    schema = RecipeBody.model_json_schema()
+    definitions = schema.setdefault("$defs", {})
+    step_refs = [
+        {
+            "type": "object",
+            "properties": {kind: _define(definitions, model)},
+            "required": [kind],
+            "additionalProperties": False,
+        }
+        for kind, model in vocabulary.steps.items()
+    ]
+    formats = [_define(definitions, model) for model in vocabulary.formats.values()]
+    properties = schema["properties"]
+    steps = {"type": "array", "items": {"oneOf": step_refs}}
+    properties["steps"] |= steps
+    properties["steps+"] = {**steps, "description": "Steps after those of the recipe extended."}
+    properties["quantize"] = {
+        "oneOf": formats,
+        "description": properties["quantize"]["description"],
+    }
+    properties["extends"] = {"type": "string", "description": "A recipe that this one changes."}
+    # What a recipe leaves out may stand in the one it extends.
+    schema.pop("required", None)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Recipe"}
+
+
+def _define(definitions: dict[str, Any], model: type[BaseModel]) -> dict[str, str]:
+    schema = model.model_json_schema(ref_template="#/$defs/{model}")
+    definitions.update(schema.pop("$defs", {}))
+    definitions[model.__name__] = schema
+    return {"$ref": f"#/$defs/{model.__name__}"}

@@ -1,0 +1,181 @@
+"""The plan of a build as data for `--json` and as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from carnice_build.build.build import actions_behind
+from carnice_build.build.plan import Plan
+from carnice_build.execute.jobs import STREAM_BYTES
+from carnice_build.graph import ActionOutput
+from carnice_build.plan.planner import VariantPlan
+from carnice_build.plan.status import BuildStatus, Status
+from carnice_build.units import format_size
+
+
+@dataclass
+class KindRow:
+    """All modules of one kind in a variant."""
+
+    kind: str
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    run: int = 0
+    cached: int = 0
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight of the kind."""
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+
+def kind_rows(variant: VariantPlan, status: BuildStatus) -> list[KindRow]:
+    """The variant's tensors by kind of module, in the order of the model."""
+    rows: dict[str, KindRow] = {}
+    seen: set[str] = set()
+    for tensor in variant.conversion.tensors:
+        kind = variant.architecture.module_kind(tensor.fact.name)
+        row = rows.setdefault(kind, KindRow(kind))
+        row.tensors += 1
+        row.bytes += tensor.ref.spec.nbytes
+        if tensor.fact.name not in seen:
+            seen.add(tensor.fact.name)
+            row.parameters += _elements(tensor.fact.shape)
+        origin = tensor.ref.origin
+        if isinstance(origin, ActionOutput) and origin.action.identity not in seen:
+            seen.add(origin.action.identity)
+            cached = status.actions.get(origin.action.identity) is Status.CACHED
+            row.cached += cached
+            row.run += not cached
+    return list(rows.values())
+
+
+def _elements(shape: Iterable[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def plan_json(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> dict[str, Any]:
+    """The whole plan as JSON-ready values; sizes in bytes."""
+    return {
+        "actions": {str(state): status.count(state) for state in Status},
+        "bytes_to_read": status.bytes_to_read,
+        "bytes_to_write": status.bytes_to_write,
+        "peak_memory_estimate": peak_memory_estimate(plan, status, memory, jobs),
+        "variants": [_variant_json(variant, status) for variant in plan.variants],
+    }
+
+
+def peak_memory_estimate(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> int:
+    """Bytes of buffers that the jobs may hold at once, beyond the process's own."""
+    if not status.pending:
+        return 0
+    from carnice_build.execute.jobs import plan_jobs
+
+    peaks = [job.peak_bytes for job in plan_jobs(status, plan.graph)]
+    together = sum(sorted(peaks, reverse=True)[:jobs])
+    return max(min(together, memory), max(peaks, default=STREAM_BYTES))
+
+
+def _variant_json(variant: VariantPlan, status: BuildStatus) -> dict[str, Any]:
+    identities = {action.identity for action in actions_behind(variant)}
+    states = [status.actions.get(identity, Status.CACHED) for identity in identities]
+    return {
+        "variant": variant.name,
+        "source_bytes": sum(item.spec.nbytes for item in variant.body.tensors.values()),
+        "source_tensors": len(variant.body.tensors),
+        "parameters": variant.conversion.parameters,
+        "bits_per_weight": variant.bits_per_weight,
+        "tensor_bytes": variant.tensor_bytes,
+        "weights_bytes": variant.weights_bytes,
+        "actions": {str(state): states.count(state) for state in Status},
+        "shards": [
+            {
+                "name": variant.shard_name(index),
+                "bytes": layout.size,
+                "tensors": len(layout.slots),
+                "state": "finished" if layout.identity in status.finished else "to write",
+            }
+            for index, layout in enumerate(variant.packs)
+        ],
+        "kinds": [
+            {**asdict(row), "bits_per_weight": row.bits} for row in kind_rows(variant, status)
+        ],
+        "tensors": {
+            slot.tensor.name: {
+                "dtype": slot.tensor.ref.spec.dtype,
+                "shape": list(slot.tensor.ref.spec.shape),
+                "file": variant.shard_name(index),
+            }
+            for index, layout in enumerate(variant.packs)
+            for slot in layout.slots
+        },
+    }
+
+
+def plan_view(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> RenderableType:
+    """Tables for a terminal: one a variant, and the totals."""
+    parts: list[RenderableType] = []
+    for variant in plan.variants:
+        parts += [_variant_table(variant, status), Text()]
+    parts.append(_totals(plan, status, memory, jobs))
+    return Group(*parts)
+
+
+def _variant_table(variant: VariantPlan, status: BuildStatus) -> Table:
+    title = f"{variant.name}: {variant.recipe.description}"
+    table = Table(title=title, title_justify="left", show_footer=True)
+    rows = kind_rows(variant, status)
+    table.add_column("module kind", footer="all")
+    _number(table, "tensors", sum(row.tensors for row in rows))
+    _number(table, "to run", sum(row.run for row in rows))
+    _number(table, "cached", sum(row.cached for row in rows))
+    _number(table, "size", format_size(variant.tensor_bytes))
+    _number(table, "bits/weight", f"{variant.bits_per_weight:.3f}")
+    for row in rows:
+        table.add_row(
+            row.kind,
+            str(row.tensors),
+            str(row.run or ""),
+            str(row.cached or ""),
+            format_size(row.bytes),
+            f"{row.bits:.3f}",
+        )
+    return table
+
+
+def _number(table: Table, heading: str, total: object) -> None:
+    table.add_column(heading, justify="right", footer=str(total))
+
+
+def _totals(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    body = plan.variants[0].body
+    source_bytes = sum(tensor.spec.nbytes for tensor in body.tensors.values())
+    table.add_row("source", f"{len(body.tensors)} tensors, {format_size(source_bytes)}")
+    table.add_row(
+        "actions",
+        f"{status.count(Status.RUN)} to run, {status.count(Status.READ)} to read first, "
+        f"{status.count(Status.CACHED)} cached",
+    )
+    table.add_row("to read", format_size(status.bytes_to_read))
+    table.add_row(
+        "to write", f"{format_size(status.bytes_to_write)} in {len(status.pending)} shards"
+    )
+    for variant in plan.variants:
+        size = variant.weights_bytes
+        table.add_row(f"{variant.name}", f"{format_size(size)} ({size / 2**30:.2f} GiB) on disk")
+    peak = peak_memory_estimate(plan, status, memory, jobs)
+    table.add_row("buffers", f"at most {format_size(peak)} at once")
+    return table

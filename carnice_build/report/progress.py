@@ -1,0 +1,132 @@
+"""Progress of a build: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from carnice_build.execute.events import Advanced, Event, Notice, Packaged, Started
+from carnice_build.units import format_size
+
+_LINE_SECONDS = 5.0
+
+
+class ProgressView(Protocol):
+    """Shows events; used as a context, and called with every event."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def __call__(self, event: Event) -> None:
+        """Show `event`."""
+
+
+def progress_view(console: Console) -> ProgressView:
+    """A bar when `console` is a terminal, plain lines when it is not."""
+    return _Bar(console) if console.is_terminal else _Lines(console)
+
+
+class _Bar:
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("building", visible=False)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._progress.update(self._task, total=event.read_bytes, visible=True)
+            case Advanced():
+                self._progress.advance(self._task, event.read_bytes)
+            case Notice() | Packaged():
+                self._progress.console.print(describe(event), highlight=False, soft_wrap=True)
+            case _:
+                pass
+
+
+class _Lines:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+        self._total = self._done = 0
+        self._start = self._last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._total = event.read_bytes
+                self._start = self._last = time.monotonic()
+                self._say(describe(event))
+            case Advanced():
+                self._advance(event.read_bytes)
+            case Notice() | Packaged():
+                self._say(describe(event))
+            case _:
+                pass
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _advance(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            now = time.monotonic()
+            if now - self._last < _LINE_SECONDS:
+                return
+            self._last = now
+            rate = self._done / max(now - self._start, 1e-9)
+            left = max(0, self._total - self._done) / max(rate, 1e-9)
+            text = (
+                f"{self._done / max(1, self._total):4.0%}  {format_size(self._done)} of "
+                f"{format_size(self._total)}, {format_size(rate)}/s, {left:.0f} s left"
+            )
+        self._say(text)
+
+
+def describe(event: Started | Notice | Packaged) -> str:
+    """One line for a person."""
+    if isinstance(event, Started):
+        return (
+            f"{event.actions} actions: reading {format_size(event.read_bytes)}, "
+            f"writing {format_size(event.write_bytes)} in {event.packs} shards"
+        )
+    if isinstance(event, Packaged):
+        return f"{event.variant} is in {event.folder}"
+    return event.text

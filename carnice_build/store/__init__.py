@@ -1,0 +1,1 @@
+"""Content-addressed storage: packs of tensors, and what is known about actions and sources."""

@@ -1,0 +1,125 @@
+"""Packs: files of many tensors, each a valid safetensors shard, written in place and then sealed.
+
+A pack's *layout* names what it will hold before the bytes exist, so that a build which was
+killed finds its unfinished file again.  Its *digest* names what it does hold.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from carnice_build.store.files import copy_range, write_fully
+
+_READ_SIZE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Bytes of a tensor in the cache."""
+
+    path: Path
+    offset: int
+
+
+class PartialPack:
+    """A pack being written; the lock on its file keeps other builds from writing it too."""
+
+    def __init__(self, path: Path, layout: str, header: bytes, size: int) -> None:
+        """Open or create the file at `path`; the caller has made sure that it holds the lock."""
+        self.path = path
+        self.layout = layout
+        self.size = size
+        self._header = header
+        self._descriptor = -1
+
+    @property
+    def header_digest(self) -> str:
+        """Digest of the header bytes."""
+        return blake3(self._header).hexdigest()
+
+    def acquire(self, *, waiting: Callable[[], None]) -> bool:
+        """Lock the file, creating it when needed; False when another build finished it meanwhile.
+
+        `waiting` is called once if another build holds the lock.
+        """
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if self._is_current(descriptor):
+                self._descriptor = descriptor
+                return True
+            # Renamed into the store or removed while we waited for the lock.
+            os.close(descriptor)
+            return False
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            return False
+        mine = os.fstat(descriptor)
+        return (stat.st_dev, stat.st_ino) == (mine.st_dev, mine.st_ino)
+
+    def prepare(self) -> None:
+        """Give the file its size and its header."""
+        os.ftruncate(self._descriptor, self.size)
+        self.write(0, memoryview(self._header))
+
+    def write(self, offset: int, buffer: memoryview) -> None:
+        """Write bytes into their place; safe from several threads for different places."""
+        write_fully(self._descriptor, buffer, offset)
+
+    def copy_from(self, location: Location, offset: int, count: int) -> None:
+        """Copy `count` bytes of another file in the cache to `offset`."""
+        with location.path.open("rb") as source:
+            copy_range(source.fileno(), location.offset, self._descriptor, offset, count)
+
+    def seal(self) -> None:
+        """Make the bytes durable and the file read-only: links to it share its content."""
+        os.fchmod(self._descriptor, 0o444)
+        os.fsync(self._descriptor)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of disk that the file takes already."""
+        return os.fstat(self._descriptor).st_blocks * 512
+
+    def discard(self) -> None:
+        """Remove the file: its pack exists already."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock; the file stays."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def digest_range(path: Path, offset: int, count: int) -> str | None:
+    """Digest of `count` bytes of a file, None when the file does not have them."""
+    hasher = blake3()
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while count:
+                piece = file.read(min(count, _READ_SIZE))
+                if not piece:
+                    return None
+                hasher.update(piece)
+                count -= len(piece)
+    except FileNotFoundError:
+        return None
+    return hasher.hexdigest()

@@ -1,0 +1,161 @@
+"""What the cache remembers, as JSON in diskcache: never the bytes themselves.
+
+    source:<identity>   content digest of a source tensor, once read
+    sample:<sample>     content digest of the last source tensor that had this sample
+    action:<key>        content digests of an action's outputs
+    place:<digest>      where a tensor's bytes are: layout and offset, or "blob"
+    layout:<layout>     the pack that a layout became
+    pack:<pack>         size, mtime and the tensors' digests, in the order of the pack
+
+Entries are hints to be checked, never proofs: whoever reads one checks its form here and the
+file it speaks of in `store`, because anyone who can write to the cache can write nonsense.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diskcache
+
+from carnice_build.errors import StoreError
+from carnice_build.store.digests import digest_texts, is_digest
+
+
+@dataclass(frozen=True, slots=True)
+class PackRecord:
+    """What is known of a finished pack."""
+
+    size: int
+    mtime_ns: int
+    digests: tuple[str, ...]
+
+
+class Records:
+    """Typed access to the cache's small facts; safe for several threads and processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            # Nothing may be evicted behind our back: `cache gc` decides what goes.
+            self._cache = diskcache.Cache(
+                str(folder),
+                disk=diskcache.JSONDisk,
+                disk_compress_level=1,
+                eviction_policy="none",
+                cull_limit=0,
+                size_limit=2**62,
+                timeout=60,
+            )
+        except (sqlite3.Error, OSError, ValueError) as error:
+            raise StoreError(f"cannot open the action cache: {error}", where=str(folder)) from None
+
+    def close(self) -> None:
+        """Release the database."""
+        self._cache.close()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Make all changes inside the block one transaction."""
+        with self._translated(), self._cache.transact(retry=True):
+            yield
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, diskcache.Timeout, OSError) as error:
+            raise StoreError(
+                f"cannot use the action cache: {error}", where=str(self._folder)
+            ) from None
+
+    def _get(self, kind: str, name: str) -> Any:
+        with self._translated():
+            try:
+                return self._cache.get(f"{kind}:{name}", retry=True)
+            except (ValueError, json.JSONDecodeError):  # a damaged value is as good as none
+                return None
+
+    def _set(self, kind: str, name: str, value: Any) -> None:
+        with self._translated():
+            self._cache.set(f"{kind}:{name}", value, retry=True)
+
+    def source_digest(self, identity: str) -> str | None:
+        """Content digest of the source bytes with this identity, if they were ever read."""
+        value = self._get("source", digest_texts([identity]))
+        return value if is_digest(value) else None
+
+    def set_source_digest(self, identity: str, digest: str) -> None:
+        """Remember the content of source bytes."""
+        self._set("source", digest_texts([identity]), digest)
+
+    def sampled_digest(self, sample: str) -> str | None:
+        """Content digest of a tensor that had this sample: what another such tensor may hold."""
+        value = self._get("sample", sample)
+        return value if is_digest(value) else None
+
+    def set_sampled_digest(self, sample: str, digest: str) -> None:
+        """Remember the content behind a sample."""
+        self._set("sample", sample, digest)
+
+    def outputs(self, key: str, count: int) -> tuple[str, ...] | None:
+        """Digests of the `count` outputs of the action with this key, if it ever ran."""
+        return _digests(self._get("action", key), count)
+
+    def set_outputs(self, key: str, digests: Sequence[str]) -> None:
+        """Remember an action's outputs."""
+        self._set("action", key, list(digests))
+
+    def place(self, digest: str) -> tuple[str, int] | None:
+        """Layout and offset at which a tensor's bytes were last written; layout "" is a blob."""
+        value = self._get("place", digest)
+        if (
+            isinstance(value, list)
+            and len(value) == 2
+            and (value[0] == "" or is_digest(value[0]))
+            and type(value[1]) is int
+            and value[1] >= 0
+        ):
+            return value[0], value[1]
+        return None
+
+    def set_place(self, digest: str, layout: str, offset: int) -> None:
+        """Remember where a tensor's bytes are."""
+        self._set("place", digest, [layout, offset])
+
+    def pack_of_layout(self, layout: str) -> str | None:
+        """The pack that was made by this layout, whether or not it still exists."""
+        value = self._get("layout", layout)
+        return value if is_digest(value) else None
+
+    def set_pack_of_layout(self, layout: str, pack: str) -> None:
+        """Remember which pack a layout became."""
+        self._set("layout", layout, pack)
+
+    def pack(self, pack: str) -> PackRecord | None:
+        """What is known of a pack."""
+        match self._get("pack", pack):
+            case {"size": int(size), "mtime_ns": int(mtime), "digests": [*digests]}:
+                checked = _digests(digests, len(digests))
+                return PackRecord(size, mtime, checked) if checked is not None else None
+        return None
+
+    def set_pack(self, pack: str, record: PackRecord) -> None:
+        """Remember a finished pack."""
+        value = {
+            "size": record.size,
+            "mtime_ns": record.mtime_ns,
+            "digests": list(record.digests),
+        }
+        self._set("pack", pack, value)
+
+
+def _digests(value: object, count: int) -> tuple[str, ...] | None:
+    if isinstance(value, list) and len(value) == count and all(map(is_digest, value)):
+        return tuple(value)
+    return None

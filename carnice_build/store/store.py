@@ -1,0 +1,174 @@
+"""The store: where the bytes of a digest are, and how new bytes get in.
+
+cache/FORMAT             the version of this layout
+cache/records/           what is known (see `records`)
+cache/packs/             finished packs, named by their digest
+cache/partial/           packs being written, named by their layout
+cache/blobs/             small tensors that no pack holds, named by their digest
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from carnice_build.errors import StoreError
+from carnice_build.store.digests import digest_bytes, digest_texts
+from carnice_build.store.files import sync_folder, write_atomically
+from carnice_build.store.packs import Location, PartialPack, digest_range
+from carnice_build.store.records import PackRecord, Records
+
+FORMAT = "carnice-cache 1\n"
+_FOLDERS = ("packs", "partial", "blobs", "records")
+
+
+class Store:
+    """One cache folder, shared by any number of builds at once."""
+
+    def __init__(self, root: Path) -> None:
+        """Open the cache at `root`, making it when it is not there.
+
+        Raises StoreError when it cannot be used, or was written by another version.
+        """
+        self.root = root
+        self._check_format()
+        try:
+            for name in _FOLDERS:
+                (root / name).mkdir(parents=True, exist_ok=True)
+            if not (root / "FORMAT").exists():
+                write_atomically(root / "FORMAT", FORMAT.encode())
+        except OSError as error:
+            raise StoreError(f"cannot use the cache: {error.strerror}", where=str(root)) from None
+        self.records = Records(root / "records")
+        self._pack_states: dict[str, PackRecord | None] = {}
+        self.damaged: list[str] = []
+
+    def _check_format(self) -> None:
+        path = self.root / "FORMAT"
+        try:
+            found = path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            found = "" if any((self.root / name).exists() for name in _FOLDERS) else FORMAT
+        except OSError as error:
+            raise StoreError(
+                f"cannot use the cache: {error.strerror}", where=str(self.root)
+            ) from None
+        if found != FORMAT:
+            raise StoreError(
+                f"the cache is of the format {found.strip()[:40]!r}",
+                where=str(self.root),
+                expected=f"{FORMAT.strip()!r}: remove the folder, or name another with --cache",
+            )
+
+    def close(self) -> None:
+        """Release the records."""
+        self.records.close()
+
+    def free_bytes(self) -> int:
+        """Bytes that can still be written where the cache is."""
+        return shutil.disk_usage(self.root).free
+
+    def pack_path(self, pack: str) -> Path:
+        """Where the finished pack of this digest is."""
+        return self.root / "packs" / f"{pack}.safetensors"
+
+    def _partial_path(self, layout: str) -> Path:
+        return self.root / "partial" / f"{layout}.safetensors"
+
+    def _blob_path(self, digest: str) -> Path:
+        return self.root / "blobs" / digest[:2] / digest
+
+    def pack_record(self, pack: str) -> PackRecord | None:
+        """The record of a finished pack that is there and as it was left, else None.
+
+        A pack whose size or time changed is damaged: it is named in `damaged` and taken out, so
+        that what it held is made again.
+        """
+        if pack not in self._pack_states:
+            self._pack_states[pack] = self._check_pack(pack)
+        return self._pack_states[pack]
+
+    def _check_pack(self, pack: str) -> PackRecord | None:
+        path = self.pack_path(pack)
+        record = self.records.pack(pack)
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            return None
+        if record and (stat.st_size, stat.st_mtime_ns) == (record.size, record.mtime_ns):
+            return record
+        self.damaged.append(str(path))
+        path.unlink(missing_ok=True)
+        return None
+
+    def finished_pack(self, layout: str) -> str | None:
+        """The finished pack that this layout became, if it is still there."""
+        pack = self.records.pack_of_layout(layout)
+        return pack if pack and self.pack_record(pack) else None
+
+    def locate(self, digest: str, count: int) -> Location | None:
+        """Where `count` bytes of this digest can be copied from.
+
+        Bytes in an unfinished pack may not have survived a crash, so they are digested first.
+        """
+        place = self.records.place(digest)
+        if place is None:
+            return None
+        layout, offset = place
+        if not layout:
+            path = self._blob_path(digest)
+            return Location(path, 0) if digest_range(path, 0, count) == digest else None
+        pack = self.finished_pack(layout)
+        if pack:
+            record = self.pack_record(pack)
+            inside = record is not None and offset + count <= record.size
+            known = record is not None and digest in record.digests
+            return Location(self.pack_path(pack), offset) if inside and known else None
+        path = self._partial_path(layout)
+        if digest_range(path, offset, count) == digest:
+            return Location(path, offset)
+        return None
+
+    def partial(self, layout: str, header: bytes, size: int) -> PartialPack:
+        """A pack to write; its owner must `acquire` it first."""
+        return PartialPack(self._partial_path(layout), layout, header, size)
+
+    def finish(self, partial: PartialPack, digests: Sequence[str]) -> str:
+        """Seal a completely written pack and move it into the store; returns its digest."""
+        partial.seal()
+        pack = digest_texts([partial.header_digest, *digests])
+        self._pack_states.pop(pack, None)
+        if self.pack_record(pack):
+            self.records.set_pack_of_layout(partial.layout, pack)
+            partial.path.unlink()
+        else:
+            stat = partial.path.stat()
+            record = PackRecord(stat.st_size, stat.st_mtime_ns, tuple(digests))
+            # Records first: a crash in between leaves a partial pack that is found again.
+            with self.records.together():
+                self.records.set_pack(pack, record)
+                self.records.set_pack_of_layout(partial.layout, pack)
+            partial.path.rename(self.pack_path(pack))
+            sync_folder(self.pack_path(pack).parent)
+            self._pack_states[pack] = record
+        partial.close()
+        return pack
+
+    def put_blob(self, content: memoryview) -> str:
+        """Store a small tensor by itself; returns its digest."""
+        digest = digest_bytes(content)
+        path = self._blob_path(digest)
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, bytes(content))
+        self.records.set_place(digest, "", 0)
+        return digest
+
+
+def read_location(location: Location, buffer: memoryview) -> None:
+    """Fill `buffer` with bytes of the cache."""
+    with location.path.open("rb", buffering=0) as file:
+        if os.preadv(file.fileno(), [buffer], location.offset) != len(buffer):
+            raise StoreError("is shorter than it was", where=str(location.path))

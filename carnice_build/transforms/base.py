@@ -1,0 +1,107 @@
+"""What a step and a format are, and what they may ask of the plan they run in."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from carnice_build.architectures.base import Architecture
+from carnice_build.errors import PlanError, nearest
+from carnice_build.graph import ActionGraph, OutputTensor, View
+from carnice_build.package.base import Packager
+from carnice_build.recipe.layers import LayerSpan, layers_in
+from carnice_build.recipe.patterns import Patterns
+from carnice_build.recipe.schema import Expectation, Strict
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What steps and formats may know besides the view: facts of the model, and the graph."""
+
+    architecture: Architecture
+    graph: ActionGraph
+    profile: str | None
+    layer_sets: Mapping[str, Sequence[LayerSpan]]
+
+    def layers(self, name: str) -> frozenset[int]:
+        """The decoder layers of the recipe's named set; PlanError when it has none so named."""
+        if name not in self.layer_sets:
+            raise PlanError(
+                f"there is no set of layers {name!r}",
+                expected="one of those under `layers`",
+                nearest=nearest(name, self.layer_sets),
+            )
+        return layers_in(list(self.layer_sets[name]), self.architecture.num_layers)
+
+    def check_count(self, expect: Expectation, patterns: Patterns, found: int) -> None:
+        """Raise PlanError unless `found` names matched, as the recipe expects.
+
+        Counts by profile hold for that profile's own checkpoints; for any other, the count is
+        that of the matching names in the architecture's table.
+        """
+        if expect is None:
+            return
+        if isinstance(expect, int):
+            wanted, why = expect, ""
+        elif self.profile in expect:
+            wanted, why = expect[self.profile], f" for profile {self.profile}"
+        else:
+            wanted = len(patterns.select(self.architecture.tensors))
+            why = " by the checkpoint's config"
+        if found != wanted:
+            raise PlanError(f"{patterns} matches {found} tensors", expected=f"{wanted}{why}")
+
+
+class Step(Strict):
+    """A step of a recipe: its parameters, and how it rewires a view."""
+
+    @abstractmethod
+    def apply(self, view: View, context: PlanContext) -> View:
+        """The view after the step; PlanError when the step does not fit the view."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a format makes of a view.
+
+    `parameters` counts the elements of the source tensors that the variant keeps.
+    `quantized` maps the path of each quantized module to its settings, as the format's config
+    spells both; `defaults` are the settings that the config states for the whole model.
+    """
+
+    tensors: Sequence[OutputTensor]
+    parameters: int
+    defaults: Mapping[str, Any]
+    quantized: Mapping[str, Mapping[str, Any]]
+    dropped: Sequence[str] = field(default=())
+
+
+class Format(Strict):
+    """A number format: its knobs, and how it turns a canonical view into published tensors."""
+
+    @abstractmethod
+    def convert(self, view: View, context: PlanContext) -> Conversion:
+        """Published tensors in the order of the model; PlanError when a knob does not fit."""
+
+    @abstractmethod
+    def packager(self) -> Packager:
+        """What writes the files beside the weights."""
+
+    def metadata(self) -> Mapping[str, str]:
+        """What the shards' headers say in `__metadata__`."""
+        return {"format": "pt"}
+
+    def extras(self) -> tuple[str, ...]:
+        """The optional dependencies, as in `pip install carnice-build[...]`, that a build needs."""
+        return ()
+
+
+def require_match(patterns: Patterns, names: Sequence[str], what: str) -> list[str]:
+    """The names that match, of which there must be one; PlanError with the nearest name."""
+    matched = patterns.select(names)
+    if not matched:
+        closest = nearest(patterns.texts[0].strip("*"), names)
+        raise PlanError(f"{patterns} matches no {what}", nearest=closest)
+    return matched

@@ -1,0 +1,55 @@
+"""Op `elementwise`: add a constant in a tensor's own type, then cast; for small tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.errors import PlanError
+from carnice_build.graph import NonFiniteValue, Op, TensorData
+
+
+class Elementwise(Op):
+    """`cast(x + add)`, the sum rounded to the type of x first, as mlx and torch do.
+
+    Parameters: `add` (a number, or None for no sum) and `dtype` (of the output).
+    """
+
+    name = "elementwise"
+    version = 1
+    libraries = ("numpy",)
+    rowwise = True
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """One output of the input's shape in `dtype`; both must be floats of 16 or 32 bits."""
+        (spec,) = inputs
+        for dtype in (spec.dtype, params["dtype"]):
+            if dtype not in WIDE_FLOATS:
+                raise PlanError(f"cannot compute in {dtype}", expected=" or ".join(WIDE_FLOATS))
+        return (TensorSpec(params["dtype"], spec.shape),)
+
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorData],
+        outputs: Sequence[TensorData],
+    ) -> None:
+        """Fill the output; raises NonFiniteValue for NaN or infinity in the input."""
+        import numpy as np
+
+        from carnice_build.kernels import elementwise
+
+        source, out = inputs[0], outputs[0]
+        if params["add"] is not None:
+            summed = np.empty_like(source.array)
+            _check(elementwise.add_scalar(source.array, source.dtype, params["add"], summed))
+            source = TensorData(source.dtype, summed)
+        _check(elementwise.cast(source.array, source.dtype, out.dtype, out.array))
+
+
+def _check(bad_index: int) -> None:
+    if bad_index >= 0:
+        raise NonFiniteValue(bad_index)

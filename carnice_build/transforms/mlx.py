@@ -1,0 +1,241 @@
+"""Format `mlx`: affine group quantization and the names, norms and types of mlx-lm.
+
+What `mlx_lm.convert` does to a checkpoint, written as actions on single tensors: the vision
+tower and the MTP head are left out, names get MLX's prefix, 1 is added to the norms that store
+w for a gain of 1 + w, convolution kernels move their channel axis (which, being of size 1,
+moves no byte), and every tensor is cast to the model's type but those that mlx-lm exempts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from carnice_build.architectures.base import QUANTIZABLE, Role, TensorFact
+from carnice_build.checkpoint.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
+from carnice_build.errors import PlanError
+from carnice_build.graph import NonFiniteValue, Op, OutputTensor, TensorData, TensorRef, View
+from carnice_build.package.base import Packager
+from carnice_build.package.mlx import MlxPackager
+from carnice_build.transforms.base import Conversion, Format, PlanContext
+from carnice_build.transforms.elementwise import Elementwise
+from carnice_build.transforms.rules import Rule, rules_by_module
+
+Bits = Literal[2, 3, 4, 5, 6, 8]
+GroupSize = Literal[32, 64, 128]
+
+_MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+class AffineQuantize(Op):
+    """Affine group quantization by the fused kernel, bit for bit that of `mlx.core.quantize`.
+
+    Input: a weight [rows, columns].
+    Outputs: packed U32 [rows, columns * bits / 32]; scales and biases [rows, columns / group].
+    Parameters: `bits`, `group_size`, `dtype` (the weight is cast to it first, and scales and
+    biases are of it), `nonfinite` (`refuse`, or `zero` to replace NaN and infinity by 0).
+    """
+
+    name = "mlx.quantize"
+    version = 1
+    libraries = ("numba",)
+    rowwise = True
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Specs of packed weight, scales and biases."""
+        (spec,) = inputs
+        if spec.dtype not in WIDE_FLOATS:
+            raise PlanError(
+                f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
+            )
+        rows, columns = spec.shape
+        group = params["group_size"]
+        if columns % group:
+            raise PlanError(f"group_size {group} does not divide the {columns} inputs")
+        grid = TensorSpec(params["dtype"], (rows, columns // group))
+        return TensorSpec("U32", (rows, columns * params["bits"] // 32)), grid, grid
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Quantize rows; raises NonFiniteValue unless the parameters allow such values."""
+        from carnice_build.kernels.affine import quantize_rows
+
+        weight = _prepare(params, inputs[0])
+        arrays = [output.array for output in outputs]
+        _check(
+            quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
+        )
+
+
+class ReferenceAffineQuantize(AffineQuantize):
+    """The same by mlx itself, slower; the reference that the fused kernel is tested against."""
+
+    name = "mlx.quantize.reference"
+    version = 1
+    libraries = ("mlx",)
+    rowwise = False
+    isolated = True
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Quantize the whole weight; raises NonFiniteValue as the fused op does."""
+        from carnice_build.backends.mlx import quantize_rows
+        from carnice_build.kernels.elementwise import non_finite_index
+
+        weight = _prepare(params, inputs[0])
+        _check(non_finite_index(weight, params["dtype"]))
+        arrays = [output.array for output in outputs]
+        quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
+
+
+def _prepare(params: Mapping[str, Any], data: TensorData) -> Any:
+    """The weight's array in the type to quantize in, with NaN and infinity as asked."""
+    import numpy as np
+
+    from carnice_build.kernels import elementwise
+
+    array = data.array
+    if params["nonfinite"] == "zero":
+        array = elementwise.zero_non_finite(array, data.dtype)
+    if data.dtype == params["dtype"]:
+        return array
+    out = np.empty(array.shape, NUMPY_NAME[params["dtype"]])
+    _check(elementwise.cast(array, data.dtype, params["dtype"], out))
+    return out
+
+
+def _check(bad_index: int) -> None:
+    if bad_index >= 0:
+        raise NonFiniteValue(bad_index)
+
+
+class MlxRule(Rule):
+    """Bits and group size of the modules that the rule is about."""
+
+    bits: Bits | None = Field(None, description="Bits per weight.")
+    group_size: GroupSize | None = Field(None, description="Weights that share a scale and a bias.")
+
+
+class MlxFormat(Format):
+    """MLX affine quantization, as `mlx_lm.convert` does it."""
+
+    format: Literal["mlx"]
+    bits: Bits = Field(description="Bits per weight where no rule says otherwise.")
+    group_size: GroupSize = Field(64, description="Weights that share a scale and a bias.")
+    rules: list[MlxRule] = Field(
+        default_factory=list, description="Exceptions; the last rule that fits a module wins."
+    )
+    config_bits: Bits | None = Field(
+        None,
+        description="The bits that config.json states for the whole model; `bits` if none. "
+        "mlx-lm states 4 for its mixed recipes, whose every module is listed by name.",
+    )
+    backend: Literal["fused", "mlx"] = Field(
+        "fused", description="The kernel: ours, or mlx itself in a worker process (slower)."
+    )
+    nonfinite: Literal["refuse", "zero"] = Field(
+        "refuse", description="NaN and infinity in a weight stop the build, or count as 0."
+    )
+
+    def metadata(self) -> Mapping[str, str]:
+        """As mlx-lm marks its files."""
+        return {"format": "mlx"}
+
+    def packager(self) -> Packager:
+        """Folders as mlx-lm writes and loads them."""
+        return MlxPackager()
+
+    def extras(self) -> tuple[str, ...]:
+        """mlx is needed only when it is the backend."""
+        return ("mlx",) if self.backend == "mlx" else ()
+
+    def convert(self, view: View, context: PlanContext) -> Conversion:
+        """Every tensor that mlx-lm keeps, under its MLX name."""
+        architecture = context.architecture
+        facts = [fact for name, fact in architecture.tensors.items() if name in view]
+        kept = [fact for fact in facts if architecture.mlx_name(fact.name)]
+        targets = [fact for fact in kept if fact.role in QUANTIZABLE]
+        rules = rules_by_module(self.rules, targets, context)
+        tensors: list[OutputTensor] = []
+        quantized: dict[str, dict[str, Any]] = {}
+        for fact in kept:
+            ref = view[fact.name]
+            settings = self._settings(rules[fact.module]) if fact.role in QUANTIZABLE else None
+            if settings is None:
+                tensors.append(self._plain(fact, ref, context))
+            else:
+                tensors += self._quantized(fact, ref, settings, context)
+                path = _mlx_path(fact, context)
+                quantized[path] = {**settings, "mode": "affine"}
+        return Conversion(
+            tensors=tensors,
+            parameters=sum(view[fact.name].spec.size for fact in kept),
+            defaults=self._defaults(),
+            quantized=quantized,
+            dropped=[fact.name for fact in facts if not architecture.mlx_name(fact.name)],
+        )
+
+    def _defaults(self) -> dict[str, Any]:
+        bits = self.config_bits or self.bits
+        return {"group_size": self.group_size, "bits": bits, "mode": "affine"}
+
+    def _settings(self, rules: Sequence[MlxRule]) -> dict[str, int] | None:
+        settings: dict[str, int] = {"group_size": self.group_size, "bits": self.bits}
+        skip = False
+        for rule in rules:
+            skip = rule.skip
+            settings |= rule.model_dump(include={"bits", "group_size"}, exclude_none=True)
+        return None if skip else settings
+
+    def _quantized(
+        self, fact: TensorFact, ref: TensorRef, settings: Mapping[str, int], context: PlanContext
+    ) -> list[OutputTensor]:
+        params = {
+            **settings,
+            "dtype": _dtype(fact, ref, context),
+            "nonfinite": self.nonfinite,
+        }
+        try:
+            outputs = context.graph.add(self._op(), params, ref)
+        except PlanError as error:
+            raise PlanError(
+                f"module {fact.module}: {error.what}", expected=error.expected
+            ) from None
+        path = _mlx_path(fact, context)
+        names = (f"{path}.weight", f"{path}.scales", f"{path}.biases")
+        return [OutputTensor(name, out, fact) for name, out in zip(names, outputs, strict=True)]
+
+    def _op(self) -> Op:
+        return AffineQuantize() if self.backend == "fused" else ReferenceAffineQuantize()
+
+    def _plain(self, fact: TensorFact, ref: TensorRef, context: PlanContext) -> OutputTensor:
+        architecture = context.architecture
+        if fact.role is Role.CONV:
+            channels, middle, kernel = ref.spec.shape
+            ref = ref.reshaped(channels, kernel, middle)
+        add = 1.0 if architecture.mlx_shifted(fact.name) else None
+        dtype = _dtype(fact, ref, context)
+        if add is not None or dtype != ref.spec.dtype:
+            (ref,) = context.graph.add(Elementwise(), {"add": add, "dtype": dtype}, ref)
+        name = architecture.mlx_name(fact.name)
+        assert name is not None
+        return OutputTensor(name, ref, fact)
+
+
+def _mlx_path(fact: TensorFact, context: PlanContext) -> str:
+    name = context.architecture.mlx_name(fact.name)
+    assert name is not None
+    return name.rpartition(".")[0]
+
+
+def _dtype(fact: TensorFact, ref: TensorRef, context: PlanContext) -> str:
+    """The type that mlx-lm casts the tensor to: the config's, unless the tensor is exempt."""
+    if ref.spec.dtype not in WIDE_FLOATS or context.architecture.mlx_keeps_dtype(fact.name):
+        return ref.spec.dtype
+    return _MODEL_DTYPES.get(context.architecture.dtype or "", ref.spec.dtype)
