@@ -1,0 +1,85 @@
+"""Arguments that several commands share, and how they become options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from carnice_build.build.options import DEFAULT_MEMORY, Options
+from carnice_build.errors import RecipeError
+from carnice_build.units import parse_size
+
+RECIPES = Path("recipes")
+CACHE = Path("cache")
+OUT = Path("build")
+
+Variants = Annotated[
+    list[str], typer.Argument(help="Names of recipes, as `carnice list` shows them.")
+]
+Recipes = Annotated[Path, typer.Option(help="Folder of the recipes.", metavar="DIR")]
+Profile = Annotated[str, typer.Option(help="Which checkpoints the recipes' models mean.")]
+Source = Annotated[
+    list[str] | None,
+    typer.Option("--source", help="Take source NAME from a local checkpoint.", metavar="NAME=DIR"),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Change a recipe's value, e.g. quantize.bits=5; KEY+=VALUE appends to a list.",
+        metavar="KEY=VALUE",
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Folder of the outputs.", metavar="DIR")]
+Cache = Annotated[Path, typer.Option(help="Folder of the cache.", metavar="DIR")]
+Jobs = Annotated[
+    int | None, typer.Option(min=1, help="Worker threads; the number of cores if not given.")
+]
+Memory = Annotated[
+    str, typer.Option(help="Buffers of all workers together, e.g. 4GB.", metavar="SIZE")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def make_options(
+    *,
+    recipes: Path,
+    profile: str = "demo",
+    source: list[str] | None = None,
+    assignments: list[str] | None = None,
+    out: Path = OUT,
+    cache: Path = CACHE,
+    jobs: int | None = None,
+    memory: str = str(DEFAULT_MEMORY),
+) -> Options:
+    """The options that the arguments mean; RecipeError for an argument that cannot be read."""
+    fallback = Options()
+    try:
+        budget = parse_size(memory)
+    except ValueError as error:
+        raise RecipeError(str(error), where="--memory") from None
+    return Options(
+        recipes=recipes,
+        profile=profile,
+        sources=dict(_source(item) for item in source or ()),
+        overrides=tuple(assignments or ()),
+        out=out,
+        cache=cache,
+        jobs=jobs or fallback.jobs,
+        memory=budget,
+    )
+
+
+def _source(text: str) -> tuple[str, Path]:
+    name, separator, folder = text.partition("=")
+    if not (name and separator and folder):
+        raise RecipeError(f"{text!r} is not NAME=DIR", where="--source")
+    return name, Path(folder)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    typer.echo(json.dumps(value, indent=2, default=str))

@@ -1,0 +1,86 @@
+"""`carnice build`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from carnice_build.cli.arguments import (
+    CACHE,
+    OUT,
+    RECIPES,
+    Cache,
+    Jobs,
+    Json,
+    Memory,
+    Out,
+    Profile,
+    Recipes,
+    Set,
+    Source,
+    Variants,
+    make_options,
+    print_json,
+)
+from carnice_build.units import format_size
+
+
+def build(
+    variants: Variants,
+    recipes: Recipes = RECIPES,
+    profile: Profile = "demo",
+    source: Source = None,
+    assignments: Set = None,
+    out: Out = OUT,
+    cache: Cache = CACHE,
+    jobs: Jobs = None,
+    memory: Memory = "2GB",
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a Chrome trace of the work.", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build variants into OUT/<variant>, redoing only what changed."""
+    from rich.console import Console
+
+    from carnice_build.build.build import build_variants
+    from carnice_build.execute.events import Event
+    from carnice_build.report.progress import progress_view
+    from carnice_build.report.trace import TraceRecorder
+
+    options = make_options(
+        recipes=recipes,
+        profile=profile,
+        source=source,
+        assignments=assignments,
+        out=out,
+        cache=cache,
+        jobs=jobs,
+        memory=memory,
+    )
+    recorder = TraceRecorder()
+    with progress_view(Console(stderr=True)) as view:
+
+        def listen(event: Event) -> None:
+            view(event)
+            recorder(event)
+
+        report = build_variants(variants, options, listen)
+    if trace is not None:
+        recorder.write(trace)
+    if as_json:
+        print_json(asdict(report))
+        return
+    for item in report.variants:
+        state = "built" if item.packaged else "up to date"
+        typer.echo(
+            f"{item.variant}: {state}, {item.actions_run} actions run, {item.actions_reused} "
+            f"reused, {format_size(item.size)}, {item.bits_per_weight:.2f} bits per weight"
+        )
+    typer.echo(
+        f"read {format_size(report.read_bytes)}, wrote {format_size(report.written_bytes)} in "
+        f"{report.seconds:.1f} s, peak memory {format_size(report.peak_memory)}"
+    )

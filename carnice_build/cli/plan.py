@@ -1,0 +1,53 @@
+"""`carnice plan`."""
+
+from __future__ import annotations
+
+from carnice_build.cli.arguments import (
+    CACHE,
+    RECIPES,
+    Cache,
+    Jobs,
+    Json,
+    Memory,
+    Profile,
+    Recipes,
+    Set,
+    Source,
+    Variants,
+    make_options,
+    print_json,
+)
+
+
+def plan(
+    variants: Variants,
+    recipes: Recipes = RECIPES,
+    profile: Profile = "demo",
+    source: Source = None,
+    assignments: Set = None,
+    cache: Cache = CACHE,
+    jobs: Jobs = None,
+    memory: Memory = "2GB",
+    as_json: Json = False,
+) -> None:
+    """Show what a build would do and make; reads headers only."""
+    from carnice_build.build.plan import plan_variants, survey_plan
+    from carnice_build.report.plan_table import plan_json, plan_view
+
+    options = make_options(
+        recipes=recipes,
+        profile=profile,
+        source=source,
+        assignments=assignments,
+        cache=cache,
+        jobs=jobs,
+        memory=memory,
+    )
+    planned = plan_variants(variants, options)
+    status = survey_plan(planned, options)
+    if as_json:
+        print_json(plan_json(planned, status, options.memory, options.jobs))
+        return
+    from rich.console import Console
+
+    Console().print(plan_view(planned, status, options.memory, options.jobs))

@@ -1,0 +1,52 @@
+"""Commands about recipes alone: `list`, `schema`, and two for the Makefile."""
+
+from __future__ import annotations
+
+import typer
+
+from carnice_build.cli.arguments import (
+    RECIPES,
+    Json,
+    Recipes,
+    Set,
+    Variants,
+    make_options,
+    print_json,
+)
+
+
+def list_variants(recipes: Recipes = RECIPES, as_json: Json = False) -> None:
+    """Show the variants that the recipes declare."""
+    from carnice_build.build import plan
+
+    found = plan.list_variants(make_options(recipes=recipes))
+    if as_json:
+        print_json({recipe.variant: recipe.description for recipe in found})
+        return
+    width = max((len(recipe.variant) for recipe in found), default=0)
+    for recipe in found:
+        typer.echo(f"{recipe.variant:{width}}  {recipe.description}")
+
+
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from carnice_build.recipe.schema import json_schema
+    from carnice_build.transforms.vocabulary import vocabulary
+
+    print_json(json_schema(vocabulary()))
+
+
+def extras(variants: Variants, recipes: Recipes = RECIPES, assignments: Set = None) -> None:
+    """Print the optional dependencies that building these variants needs, joined by commas."""
+    from carnice_build.build.plan import extras_of
+
+    typer.echo(
+        ",".join(extras_of(variants, make_options(recipes=recipes, assignments=assignments)))
+    )
+
+
+def names(recipes: Recipes = RECIPES) -> None:
+    """Print the names of all variants on one line."""
+    from carnice_build.build.plan import recipe_paths
+
+    typer.echo(" ".join(path.stem for path in recipe_paths(make_options(recipes=recipes))))
