@@ -148,6 +148,12 @@ def _blob_outputs(pending: Sequence[Action], sinks: Mapping[str, Sequence[Sink]]
 def _clusters(
     sources: Mapping[str, SourceTensor], pending: Sequence[Action]
 ) -> list[frozenset[str]]:
+    if all(_reads_one_source(action, sources) for action in pending):
+        # Nothing is shared between sources, which is the case of every plain quantization.
+        members: dict[str, list[str]] = {identity: [identity] for identity in sources}
+        for action in pending:
+            members[action.inputs[0].identity].append(action.identity)
+        return [frozenset(names) for names in members.values()]
     import networkx
 
     together = networkx.Graph()
@@ -171,6 +177,10 @@ def _clusters(
         frozenset().union(*(components[index] for index in group))
         for group in networkx.strongly_connected_components(order)
     ]
+
+
+def _reads_one_source(action: Action, sources: Mapping[str, SourceTensor]) -> bool:
+    return len(action.inputs) == 1 and action.inputs[0].identity in sources
 
 
 def _producers(action: Action) -> list[str]:

@@ -26,6 +26,7 @@ from carnice_build.execute.streaming import (
     RowAction,
     RowOutput,
     as_bytes,
+    block_rows,
     sample_digest,
     stream,
 )
@@ -161,7 +162,8 @@ class _JobRun:
         if digest is not None and not actions and not sinks:
             return digest
         passed = RowOutput(source.spec, sinks, self._runner._packs) if sinks else None
-        rows = [RowAction(action, self._row_outputs(action)) for action in actions]
+        block = block_rows(source.spec)
+        rows = [RowAction(action, self._row_outputs(action), block) for action in actions]
         try:
             read = stream(source, rows, passed, digest is None, self._runner._progress)
         except NonFiniteValue as error:

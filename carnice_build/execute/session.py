@@ -144,7 +144,7 @@ class _Run:
         with ThreadPoolExecutor(1, thread_name_prefix="carnice-sync") as finisher:
             ledger = _Ledger(status.pending, self._finish_in(finisher))
             try:
-                self._run_all(runner, placements, jobs, ledger)
+                self._run_all(runner, placements, jobs, ledger, finisher)
             finally:
                 workers.close()
         self._outcome.packs.update(ledger.results())
@@ -155,14 +155,22 @@ class _Run:
         placements: Sequence[Placement],
         jobs: Sequence[Job],
         ledger: _Ledger,
+        finisher: ThreadPoolExecutor,
     ) -> None:
         def done(result: JobResult) -> None:
             self._count(result)
             ledger.fill(result.filled)
+            self._flush_ahead(finisher)
 
         for placement in placements:
             done(runner.place(placement))
         self._executor.run(jobs, lambda job: self._timed(runner, job), done)
+
+    def _flush_ahead(self, finisher: ThreadPoolExecutor) -> None:
+        """Let the disk work beside the processors, or the build waits for it at the end."""
+        for pack in self._packs.values():
+            if pack.due_for_flush():
+                finisher.submit(pack.flush)
 
     def _progress(self, count: int) -> None:
         self._listen(Advanced(count))

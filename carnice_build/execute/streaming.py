@@ -7,7 +7,6 @@ its places, so memory does not grow with the tensor and no byte is fetched twice
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from carnice_build.execute.jobs import Sink
 from carnice_build.graph import Action, NonFiniteValue, TensorData
 from carnice_build.store.packs import PartialPack
 
-BLOCK_BYTES = 1 << 20
-"""Source bytes in one block: small enough for a core's own cache, large enough for BLAKE3."""
+BLOCK_BYTES = 2 << 20
+"""Source bytes in one block: of those measured, the one that costs least (docs/benchmarks.md)."""
 
 
 class RowOutput:
@@ -46,32 +45,43 @@ class RowOutput:
         return self._hasher.hexdigest()
 
 
-@dataclass
 class RowAction:
-    """An action applied to one block after another."""
+    """An action applied to one block after another.
 
-    action: Action
-    outputs: list[RowOutput]
+    The blocks' results share one set of buffers: fresh ones each time would have the threads
+    wait for each other in the kernel's memory management.
+    """
+
+    def __init__(self, action: Action, outputs: Sequence[RowOutput], rows: int) -> None:
+        """`rows` is the most rows that a block has."""
+        self.action = action
+        self.outputs = outputs
+        self._buffers = [
+            np.empty((rows, *output.spec.shape[1:]), NUMPY_NAME[output.spec.dtype])
+            for output in outputs
+        ]
 
     def feed(self, data: TensorData) -> None:
         """Apply the action to the rows of `data`."""
         rows = data.array.shape[0]
         results = [
-            TensorData(output.spec.dtype, np.empty((rows, *output.spec.shape[1:]), _type(output)))
-            for output in self.outputs
+            TensorData(output.spec.dtype, buffer[:rows])
+            for output, buffer in zip(self.outputs, self._buffers, strict=True)
         ]
         self.action.op.apply(self.action.params, [data], results)
         for output, result in zip(self.outputs, results, strict=True):
             output.append(as_bytes(result.array))
 
 
-def _type(output: RowOutput) -> str:
-    return NUMPY_NAME[output.spec.dtype]
-
-
 def as_bytes(array: np.ndarray[Any, Any]) -> memoryview:
     """The array's memory, which must be contiguous."""
     return array.reshape(-1).view(np.uint8).data
+
+
+def block_rows(spec: TensorSpec) -> int:
+    """Rows of a tensor that are read at a time."""
+    rows = spec.shape[0] if spec.shape else 1
+    return max(1, min(rows, BLOCK_BYTES // max(1, spec.row_bytes)))
 
 
 def stream(
@@ -88,8 +98,8 @@ def stream(
     assert source.file is not None
     spec = source.spec
     shape = spec.shape or (1,)
-    rows_per_block = max(1, BLOCK_BYTES // max(1, spec.row_bytes))
-    buffer = np.empty(min(rows_per_block, shape[0]) * spec.row_bytes, np.uint8)
+    rows_per_block = block_rows(spec)
+    buffer = np.empty(rows_per_block * spec.row_bytes, np.uint8)
     hasher = blake3() if want_digest and copy is None else None
     for first in range(0, shape[0], rows_per_block):
         rows = min(rows_per_block, shape[0] - first)

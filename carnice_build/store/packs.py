@@ -17,6 +17,7 @@ from blake3 import blake3
 from carnice_build.store.files import copy_range, write_fully
 
 _READ_SIZE = 1 << 20
+_FLUSH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class PartialPack:
         self.size = size
         self._header = header
         self._descriptor = -1
+        self._unflushed = 0
 
     @property
     def header_digest(self) -> str:
@@ -81,6 +83,18 @@ class PartialPack:
     def write(self, offset: int, buffer: memoryview) -> None:
         """Write bytes into their place; safe from several threads for different places."""
         write_fully(self._descriptor, buffer, offset)
+        self._unflushed += len(buffer)
+
+    def due_for_flush(self) -> bool:
+        """True once for every 64 MB or so that were written: time to `flush`."""
+        if self._unflushed < _FLUSH_BYTES:
+            return False
+        self._unflushed = 0
+        return True
+
+    def flush(self) -> None:
+        """Bring to disk what was written so far, so that little is left to do at the end."""
+        os.fsync(self._descriptor)
 
     def copy_from(self, location: Location, offset: int, count: int) -> None:
         """Copy `count` bytes of another file in the cache to `offset`."""
