@@ -62,7 +62,23 @@ class CheckpointError(CarniceError):
 
 
 class PlanError(CarniceError):
-    """A valid recipe cannot work on these sources."""
+    """A valid recipe cannot work on these sources.
+
+    `at` is the path, below the step or section that raises, of the entry that is to blame; the
+    planner turns it into a place in the file.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        nearest: str | None = None,
+        at: tuple[str | int, ...] = (),
+    ) -> None:
+        self.at = at
+        super().__init__(what, where=where, expected=expected, nearest=nearest)
 
 
 class StoreError(CarniceError):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from carnice_build.architectures.base import TensorFact
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.dtypes import TensorSpec
-from carnice_build.keys import DigestSink, write_key
+from carnice_build.keys import DigestSink, KeySink, write_key
 
 if TYPE_CHECKING:
     import networkx
@@ -85,8 +85,12 @@ class Action:
     def key(self, digests: Iterable[str]) -> str:
         """The action key, given the content digests of the inputs."""
         sink = DigestSink()
-        _describe(sink, self.op, self.params, self.inputs, digests)
+        self.describe(sink, digests)
         return sink.digest()
+
+    def describe(self, sink: KeySink, digests: Iterable[str]) -> None:
+        """Tell `sink` everything that the action key covers."""
+        _describe(sink, self.op, self.params, self.inputs, digests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +184,7 @@ class ActionGraph:
 
 
 def _describe(
-    sink: DigestSink,
+    sink: KeySink,
     op: Op,
     params: Mapping[str, Any],
     inputs: Iterable[TensorRef],

@@ -11,13 +11,14 @@ from pathlib import Path
 from carnice_build.build.options import Options
 from carnice_build.build.plan import Plan, plan_variants
 from carnice_build.errors import PlanError
-from carnice_build.execute.events import Event, Listener, Packaged
-from carnice_build.graph import Action, ActionOutput, TensorRef
+from carnice_build.execute.events import Listener, Packaged
 from carnice_build.keys import library_version
 from carnice_build.package.base import Shard, Variant, small_files
 from carnice_build.package.folder import assemble, is_current
+from carnice_build.plan.explain import labelled_actions, variant_facts
 from carnice_build.plan.planner import VariantPlan
-from carnice_build.plan.status import survey
+from carnice_build.plan.status import Contents, survey
+from carnice_build.store.history import write_history
 from carnice_build.store.store import Store
 
 
@@ -122,9 +123,11 @@ def _package(
     folder = options.out / variant.name
     stale = not is_current(folder, described.key, shards)
     if stale:
+        facts = variant_facts(variant, Contents(store).digest)
+        write_history(store.root, variant.name, facts)
         assemble(folder, shards, small_files(described, variant.format.packager()))
         listen(Packaged(variant.name, str(folder)))
-    actions = {action.identity for action in actions_behind(variant)}
+    actions = {action.identity for action in labelled_actions(variant).values()}
     return VariantReport(
         variant=variant.name,
         folder=folder,
@@ -150,7 +153,9 @@ def _shard(variant: VariantPlan, index: int, packs: dict[str, str], store: Store
 
 def _describe(variant: VariantPlan, shards: Sequence[Shard]) -> Variant:
     recipe = variant.recipe
-    libraries = {library for action in actions_behind(variant) for library in action.op.libraries}
+    libraries = {
+        library for action in labelled_actions(variant).values() for library in action.op.libraries
+    }
     return Variant(
         name=variant.name,
         description=recipe.description,
@@ -166,27 +171,8 @@ def _describe(variant: VariantPlan, shards: Sequence[Shard]) -> Variant:
     )
 
 
-def actions_behind(variant: VariantPlan) -> list[Action]:
-    """Every action that makes a tensor of the variant, directly or not."""
-    found: dict[str, Action] = {}
-
-    def visit(ref: TensorRef) -> None:
-        if isinstance(ref.origin, ActionOutput) and ref.origin.action.identity not in found:
-            action = ref.origin.action
-            found[action.identity] = action
-            for operand in action.inputs:
-                visit(operand)
-
-    for tensor in variant.conversion.tensors:
-        visit(tensor.ref)
-    return list(found.values())
-
-
 def _peak_memory() -> int:
     return max(
         resource.getrusage(who).ru_maxrss * 1024
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-
-
-__all__ = ["BuildReport", "Event", "VariantReport", "build_variants"]

@@ -9,6 +9,7 @@ import typer
 
 from carnice_build import __version__
 from carnice_build.cli.build import build
+from carnice_build.cli.explain import explain
 from carnice_build.cli.plan import plan
 from carnice_build.cli.recipes import extras, list_variants, names, schema
 from carnice_build.errors import CarniceError
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 app.command()(build)
 app.command()(plan)
+app.command()(explain)
 app.command(name="list")(list_variants)
 app.command()(schema)
 app.command(hidden=True)(extras)

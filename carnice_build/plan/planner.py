@@ -103,7 +103,7 @@ def _located(recipe: Recipe, *path: str | int) -> Iterator[None]:
             raise
         raise PlanError(
             error.what,
-            where=recipe.where(*path),
+            where=recipe.where(*path, *error.at),
             expected=error.expected,
             nearest=error.nearest,
         ) from None

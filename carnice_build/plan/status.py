@@ -6,7 +6,7 @@ nothing has it) and *read* (an input was never read, so its key is not known yet
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -74,11 +74,43 @@ def survey(variants: Sequence[VariantPlan], store: Store) -> BuildStatus:
     return status
 
 
+class Contents:
+    """The content digests of tensors, as far as the cache's records know them."""
+
+    def __init__(self, store: Store, digests: dict[str, str] | None = None) -> None:
+        """What is found out is kept in `digests`, by the identity of the ref."""
+        self._records = store.records
+        self._digests = {} if digests is None else digests
+
+    def digest(self, ref: TensorRef) -> str | None:
+        """Digest of the tensor's bytes; None when they were never read or made."""
+        identity = ref.identity
+        if identity not in self._digests:
+            if isinstance(ref.origin, ActionOutput):
+                self._learn_outputs(ref.origin.action)
+            else:
+                self._learn(identity, self._records.source_digest(identity))
+        return self._digests.get(identity)
+
+    def _learn_outputs(self, action: Action) -> None:
+        digests = [self.digest(ref) for ref in action.inputs]
+        known = [digest for digest in digests if digest]
+        if len(known) < len(digests):
+            return
+        outputs = self._records.outputs(action.key(known), len(action.outputs))
+        for index, digest in enumerate(outputs or ()):
+            self._learn(f"{action.identity}|{index}", digest)
+
+    def _learn(self, identity: str, digest: str | None) -> None:
+        if digest is not None:
+            self._digests[identity] = digest
+
+
 class _Surveyor:
     """Walks from the tensors that must be written back to what must be read."""
 
     def __init__(self, store: Store, status: BuildStatus) -> None:
-        self._records = store.records
+        self._contents = Contents(store, status.digests)
         self._store = store
         self._status = status
 
@@ -97,7 +129,7 @@ class _Surveyor:
 
     def need(self, ref: TensorRef) -> None:
         """Note what must happen so that the bytes of `ref` can be written."""
-        digest = self._digest(ref)
+        digest = self._contents.digest(ref)
         if digest is not None and self._available(ref, digest):
             self._mark_cached(ref)
             return
@@ -109,36 +141,10 @@ class _Surveyor:
     def _need_action(self, action: Action) -> None:
         if self._status.actions.get(action.identity) in (Status.RUN, Status.READ):
             return
-        known = all(self._digest(ref) is not None for ref in action.inputs)
+        known = all(self._contents.digest(ref) is not None for ref in action.inputs)
         self._status.actions[action.identity] = Status.RUN if known else Status.READ
         for ref in action.inputs:
             self.need(ref)
-
-    def _digest(self, ref: TensorRef) -> str | None:
-        identity = ref.identity
-        if identity in self._status.digests:
-            return self._status.digests[identity]
-        if isinstance(ref.origin, ActionOutput):
-            self._learn_outputs(ref.origin.action)
-        else:
-            self._learn(identity, self._records.source_digest(identity))
-        return self._status.digests.get(identity)
-
-    def _learn_outputs(self, action: Action) -> None:
-        digests = self._known(action.inputs)
-        if digests is None:
-            return
-        outputs = self._records.outputs(action.key(digests), len(action.outputs))
-        for index, digest in enumerate(outputs or ()):
-            self._learn(f"{action.identity}|{index}", digest)
-
-    def _known(self, refs: Iterable[TensorRef]) -> list[str] | None:
-        digests = [self._digest(ref) for ref in refs]
-        return [digest for digest in digests if digest] if all(digests) else None
-
-    def _learn(self, identity: str, digest: str | None) -> None:
-        if digest is not None:
-            self._status.digests[identity] = digest
 
     def _available(self, ref: TensorRef, digest: str) -> bool:
         if ref.identity in self._status.locations:

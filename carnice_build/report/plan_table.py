@@ -10,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from carnice_build.build.build import actions_behind
 from carnice_build.build.plan import Plan
 from carnice_build.execute.jobs import STREAM_BYTES
 from carnice_build.graph import ActionOutput
+from carnice_build.plan.explain import labelled_actions
 from carnice_build.plan.planner import VariantPlan
 from carnice_build.plan.status import BuildStatus, Status
 from carnice_build.units import format_size
@@ -87,7 +87,7 @@ def peak_memory_estimate(plan: Plan, status: BuildStatus, memory: int, jobs: int
 
 
 def _variant_json(variant: VariantPlan, status: BuildStatus) -> dict[str, Any]:
-    identities = {action.identity for action in actions_behind(variant)}
+    identities = {action.identity for action in labelled_actions(variant).values()}
     states = [status.actions.get(identity, Status.CACHED) for identity in identities]
     return {
         "variant": variant.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from carnice_build.architectures.base import Architecture
@@ -69,13 +69,15 @@ class Conversion:
     `parameters` counts the elements of the source tensors that the variant keeps.
     `quantized` maps the path of each quantized module to its settings, as the format's config
     spells both; `defaults` are the settings that the config states for the whole model.
+    `causes` says, by the name of an action's first output and by parameter, which entry below
+    `quantize` in the recipe chose the value.
     """
 
     tensors: Sequence[OutputTensor]
     parameters: int
     defaults: Mapping[str, Any]
     quantized: Mapping[str, Mapping[str, Any]]
-    dropped: Sequence[str] = field(default=())
+    causes: Mapping[str, Mapping[str, tuple[str | int, ...]]]
 
 
 class Format(Strict):
@@ -102,6 +104,9 @@ def require_match(patterns: Patterns, names: Sequence[str], what: str) -> list[s
     """The names that match, of which there must be one; PlanError with the nearest name."""
     matched = patterns.select(names)
     if not matched:
-        closest = nearest(patterns.texts[0].strip("*"), names)
-        raise PlanError(f"{patterns} matches no {what}", nearest=closest)
+        bare = patterns.texts[0].strip("*.")
+        # A glob such as `*.v_proj` names the end of a path, so ends are what it is compared with.
+        depth = bare.count(".") + 1
+        ends = {".".join(name.split(".")[-depth:]) for name in names}
+        raise PlanError(f"{patterns} matches no {what}", nearest=nearest(bare, sorted(ends)))
     return matched

@@ -21,7 +21,7 @@ from carnice_build.package.base import Packager
 from carnice_build.package.mlx import MlxPackager
 from carnice_build.transforms.base import Conversion, Format, PlanContext
 from carnice_build.transforms.elementwise import Elementwise
-from carnice_build.transforms.rules import Rule, rules_by_module
+from carnice_build.transforms.rules import Rule, Settings, choose, rules_by_module
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 GroupSize = Literal[32, 64, 128]
@@ -158,43 +158,43 @@ class MlxFormat(Format):
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor that mlx-lm keeps, under its MLX name."""
         architecture = context.architecture
-        facts = [fact for name, fact in architecture.tensors.items() if name in view]
-        kept = [fact for fact in facts if architecture.mlx_name(fact.name)]
+        kept = [
+            fact
+            for name, fact in architecture.tensors.items()
+            if name in view and architecture.mlx_name(name)
+        ]
         targets = [fact for fact in kept if fact.role in QUANTIZABLE]
         rules = rules_by_module(self.rules, targets, context)
         tensors: list[OutputTensor] = []
         quantized: dict[str, dict[str, Any]] = {}
+        causes: dict[str, dict[str, tuple[str | int, ...]]] = {}
         for fact in kept:
             ref = view[fact.name]
             settings = self._settings(rules[fact.module]) if fact.role in QUANTIZABLE else None
             if settings is None:
                 tensors.append(self._plain(fact, ref, context))
             else:
-                tensors += self._quantized(fact, ref, settings, context)
-                path = _mlx_path(fact, context)
-                quantized[path] = {**settings, "mode": "affine"}
+                outputs = self._quantized(fact, ref, settings.values, context)
+                tensors += outputs
+                quantized[_mlx_path(fact, context)] = {**settings.values, "mode": "affine"}
+                causes[outputs[0].name] = settings.causes
         return Conversion(
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in kept),
             defaults=self._defaults(),
             quantized=quantized,
-            dropped=[fact.name for fact in facts if not architecture.mlx_name(fact.name)],
+            causes=causes,
         )
 
     def _defaults(self) -> dict[str, Any]:
         bits = self.config_bits or self.bits
         return {"group_size": self.group_size, "bits": bits, "mode": "affine"}
 
-    def _settings(self, rules: Sequence[MlxRule]) -> dict[str, int] | None:
-        settings: dict[str, int] = {"group_size": self.group_size, "bits": self.bits}
-        skip = False
-        for rule in rules:
-            skip = rule.skip
-            settings |= rule.model_dump(include={"bits", "group_size"}, exclude_none=True)
-        return None if skip else settings
+    def _settings(self, rules: Sequence[tuple[int, MlxRule]]) -> Settings | None:
+        return choose({"group_size": self.group_size, "bits": self.bits}, rules)
 
     def _quantized(
-        self, fact: TensorFact, ref: TensorRef, settings: Mapping[str, int], context: PlanContext
+        self, fact: TensorFact, ref: TensorRef, settings: Mapping[str, Any], context: PlanContext
     ) -> list[OutputTensor]:
         params = {
             **settings,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from pydantic import Field
 
 from carnice_build.architectures.base import TensorFact
+from carnice_build.errors import PlanError
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import PatternList, Strict
 from carnice_build.transforms.base import PlanContext, require_match
@@ -26,16 +28,44 @@ R = TypeVar("R", bound=Rule)
 
 def rules_by_module(
     rules: Sequence[R], facts: Sequence[TensorFact], context: PlanContext
-) -> dict[str, list[R]]:
-    """For each module path, the rules that fit it in the order they stand.
+) -> dict[str, list[tuple[int, R]]]:
+    """For each module path, the rules that fit it, with their numbers, in the order they stand.
 
     Raises PlanError for a rule whose pattern matches no module at all.
     """
-    chosen: dict[str, list[R]] = {fact.module: [] for fact in facts}
+    chosen: dict[str, list[tuple[int, R]]] = {fact.module: [] for fact in facts}
     layer_of = {fact.module: fact.layer for fact in facts}
-    for rule in rules:
-        layers = context.layers(rule.layers) if rule.layers is not None else None
-        for module in require_match(Patterns(rule.match), list(chosen), "module"):
+    for index, rule in enumerate(rules):
+        try:
+            layers = context.layers(rule.layers) if rule.layers is not None else None
+            modules = require_match(Patterns(rule.match), list(chosen), "module")
+        except PlanError as error:
+            raise PlanError(
+                error.what, expected=error.expected, nearest=error.nearest, at=("rules", index)
+            ) from None
+        for module in modules:
             if layers is None or layer_of[module] in layers:
-                chosen[module].append(rule)
+                chosen[module].append((index, rule))
     return chosen
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the rules chose for a module, and which entry of the recipe chose each value."""
+
+    values: dict[str, Any]
+    causes: dict[str, tuple[str | int, ...]]
+
+
+def choose(defaults: Mapping[str, Any], rules: Sequence[tuple[int, Rule]]) -> Settings | None:
+    """The defaults changed by the rules in turn; None when the last word is to skip the module."""
+    values = dict(defaults)
+    causes: dict[str, tuple[str | int, ...]] = {name: (name,) for name in defaults}
+    skip = False
+    for index, rule in rules:
+        skip = rule.skip
+        for name in defaults:
+            if (value := getattr(rule, name)) is not None:
+                values[name] = value
+                causes[name] = ("rules", index, name)
+    return None if skip else Settings(values, causes)

@@ -1,0 +1,40 @@
+"""Explaining: why a build would run what it would run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from carnice_build.build.options import Options
+from carnice_build.build.plan import plan_variants
+from carnice_build.plan.explain import Reason, explain
+from carnice_build.plan.status import Contents, Status, survey
+from carnice_build.store.history import read_history
+from carnice_build.store.store import Store
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """For one variant: how many actions are in each state, and the reasons, commonest first."""
+
+    variant: str
+    counts: dict[Status, int]
+    reasons: tuple[Reason, ...]
+
+
+def explain_variants(names: Sequence[str], options: Options) -> list[Explanation]:
+    """Compare what the named variants' actions are now with what their last builds did."""
+    plan = plan_variants(names, options)
+    store = Store(options.cache)
+    try:
+        contents = Contents(store)
+        explanations = []
+        for variant in plan.variants:
+            status = survey([variant], store)
+            history = read_history(store.root, variant.name)
+            reasons = explain(variant, status, contents.digest, history)
+            counts = {state: status.count(state) for state in Status}
+            explanations.append(Explanation(variant.name, counts, tuple(reasons)))
+        return explanations
+    finally:
+        store.close()

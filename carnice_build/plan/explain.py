@@ -1,0 +1,143 @@
+"""Why an action runs: its key's fields now against those of the variant's last build.
+
+The fields come from the walk that makes the key, so nothing can change a key unseen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from carnice_build.graph import Action, ActionOutput, TensorRef
+from carnice_build.plan.planner import VariantPlan
+from carnice_build.plan.status import BuildStatus, Status
+from carnice_build.store.history import Facts
+
+UNREAD = "not read yet"
+
+
+class FactsSink:
+    """Collects the fields of a key instead of digesting them."""
+
+    def __init__(self) -> None:
+        self.facts: Facts = {}
+
+    def field(self, name: str, value: str) -> None:
+        """Keep one fact."""
+        self.facts[name] = value
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why `count` actions of one op are to run, or why changed ones need not."""
+
+    op: str
+    count: int
+    status: Status
+    cause: str
+    where: str | None = None
+
+    def __str__(self) -> str:
+        by = f" by {self.where}" if self.where else ""
+        found = ", found in the cache" if self.status is Status.CACHED else ""
+        return f"{self.count} x {self.op}: {self.cause}{by}{found}"
+
+
+def labelled_actions(variant: VariantPlan) -> dict[str, Action]:
+    """The variant's actions by what they make: a tensor of the variant, or a step towards one."""
+    found: dict[str, Action] = {}
+    seen: set[str] = set()
+
+    def visit(ref: TensorRef, label: str) -> None:
+        if not isinstance(ref.origin, ActionOutput) or ref.origin.action.identity in seen:
+            return
+        action = ref.origin.action
+        seen.add(action.identity)
+        found[label] = action
+        for index, operand in enumerate(action.inputs):
+            visit(operand, f"{label} < {index}")
+
+    for tensor in variant.conversion.tensors:
+        visit(tensor.ref, tensor.name)
+    return found
+
+
+def action_facts(action: Action, digest_of: Callable[[TensorRef], str | None]) -> Facts:
+    """The fields of the action's key; the content of unknown inputs is `UNREAD`."""
+    sink = FactsSink()
+    action.describe(sink, [digest_of(ref) or UNREAD for ref in action.inputs])
+    return sink.facts
+
+
+def explain(
+    variant: VariantPlan,
+    status: BuildStatus,
+    digest_of: Callable[[TensorRef], str | None],
+    history: Mapping[str, Facts] | None,
+) -> list[Reason]:
+    """Grouped reasons for every action that runs, or whose key changed since the last build."""
+    counts: Counter[tuple[str, Status, str, str | None]] = Counter()
+    for label, action in labelled_actions(variant).items():
+        state = status.actions.get(action.identity, Status.CACHED)
+        now = action_facts(action, digest_of)
+        before = history.get(label) if history is not None else None
+        cause, parameter = _cause(now, before, known=history is not None)
+        if cause is None and state is Status.CACHED:
+            continue
+        if cause is None:
+            cause = "its result is no longer in the cache"
+        where = _blame(variant, label, parameter)
+        counts[(action.op.name, state, cause, where)] += 1
+    return [
+        Reason(op, count, state, cause, where)
+        for (op, state, cause, where), count in counts.most_common()
+    ]
+
+
+def _cause(now: Facts, before: Facts | None, known: bool) -> tuple[str | None, str | None]:
+    """The first difference in words, and the parameter to blame when it is one."""
+    if before is None:
+        return ("new in this variant" if known else "never built here"), None
+    for name in [*now, *(name for name in before if name not in now)]:
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name.startswith("input "):
+            return _input_cause(name, old, new), None
+        kind, _, parameter = name.partition(" ")
+        shown = f"{parameter or name} {old or 'unset'} -> {new or 'unset'}"
+        return shown, parameter if kind == "parameter" else None
+    return None, None
+
+
+def _input_cause(name: str, old: str | None, new: str | None) -> str | None:
+    if new is not None and new.endswith(UNREAD):
+        return "its source is another file, or was changed, and is to be read"
+    if old is None or new is None:
+        return f"{name} was added or left out"
+    if old.rpartition(" ")[0] != new.rpartition(" ")[0]:
+        return f"{name} has another type or shape"
+    return f"the content of {name} changed"
+
+
+def _blame(variant: VariantPlan, label: str, parameter: str | None) -> str | None:
+    if parameter is None:
+        return None
+    path = variant.conversion.causes.get(label, {}).get(parameter)
+    return variant.recipe.where("quantize", *path) if path is not None else None
+
+
+def variant_facts(
+    variant: VariantPlan, digest_of: Callable[[TensorRef], str | None]
+) -> dict[str, Facts]:
+    """The key fields of every action of the variant, by what it makes."""
+    return {
+        label: action_facts(action, digest_of)
+        for label, action in labelled_actions(variant).items()
+    }
+
+
+def total(reasons: Iterable[Reason], *states: Status) -> int:
+    """How many actions the reasons of these states speak of."""
+    return sum(reason.count for reason in reasons if reason.status in states)
