@@ -65,7 +65,8 @@ def build_variants(
         _check_buildable(variant)
     store = Store(options.cache)
     try:
-        return _build(plan, options, store, listen, start)
+        with store.in_use():
+            return _build(plan, options, store, listen, start)
     finally:
         store.close()
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from carnice_build import __version__
+from carnice_build.cli import cache
 from carnice_build.cli.build import build
 from carnice_build.cli.explain import explain
 from carnice_build.cli.plan import plan
@@ -29,6 +30,7 @@ app.command()(plan)
 app.command()(explain)
 app.command(name="list")(list_variants)
 app.command()(schema)
+app.add_typer(cache.app, name="cache")
 app.command(hidden=True)(extras)
 app.command(hidden=True)(names)
 

@@ -66,6 +66,11 @@ class Job:
         return self.read_bytes + 2 * (inputs + outputs)
 
     @property
+    def identity(self) -> str:
+        """Names the work, also to other builds: jobs on the same first source are alike."""
+        return self.sources[0].identity if self.sources else self.actions[0].identity
+
+    @property
     def title(self) -> str:
         """What a trace calls the job."""
         if self.sources:

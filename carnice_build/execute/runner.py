@@ -74,8 +74,9 @@ class Runner:
         return result
 
     def run(self, job: Job) -> JobResult:
-        """Do all of `job` and remember what it made."""
-        return _JobRun(self, job).run()
+        """Do all of `job` and remember what it made; other builds wait and then find it."""
+        with self._store.lease(job.identity):
+            return _JobRun(self, job).run()
 
     def _copy(
         self, location: Location, sink: Sink, count: int, digest: str, result: JobResult
@@ -119,7 +120,10 @@ class _JobRun:
     def _run_streaming(self) -> None:
         source = self._job.sources[0]
         known = self._runner._digests.get(source.identity)
+        # Another build may have read it since this one was planned.
+        known = known or self._store.records.source_digest(source.identity)
         if known is not None:
+            self._learned[source.identity] = known
             self._stream_known(source, known)
             return
         sample = sample_digest(source)

@@ -5,7 +5,7 @@
     action:<key>        content digests of an action's outputs
     place:<digest>      where a tensor's bytes are: layout and offset, or "blob"
     layout:<layout>     the pack that a layout became
-    pack:<pack>         size, mtime and the tensors' digests, in the order of the pack
+    pack:<pack>         size, mtime, layout and the tensors' digests, in the order of the pack
 
 Entries are hints to be checked, never proofs: whoever reads one checks its form here and the
 file it speaks of in `store`, because anyone who can write to the cache can write nonsense.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ class PackRecord:
 
     size: int
     mtime_ns: int
+    layout: str
     digests: tuple[str, ...]
 
 
@@ -140,9 +141,14 @@ class Records:
     def pack(self, pack: str) -> PackRecord | None:
         """What is known of a pack."""
         match self._get("pack", pack):
-            case {"size": int(size), "mtime_ns": int(mtime), "digests": [*digests]}:
+            case {
+                "size": int(size),
+                "mtime_ns": int(mtime),
+                "layout": str(layout),
+                "digests": [*digests],
+            } if is_digest(layout):
                 checked = _digests(digests, len(digests))
-                return PackRecord(size, mtime, checked) if checked is not None else None
+                return PackRecord(size, mtime, layout, checked) if checked is not None else None
         return None
 
     def set_pack(self, pack: str, record: PackRecord) -> None:
@@ -150,9 +156,23 @@ class Records:
         value = {
             "size": record.size,
             "mtime_ns": record.mtime_ns,
+            "layout": record.layout,
             "digests": list(record.digests),
         }
         self._set("pack", pack, value)
+
+    def names(self, kind: str) -> list[str]:
+        """The names of all entries of a kind."""
+        prefix = f"{kind}:"
+        with self._translated():
+            keys = [key for key in self._cache.iterkeys() if isinstance(key, str)]
+        return [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+
+    def forget(self, kind: str, names: Iterable[str]) -> None:
+        """Drop entries."""
+        with self.together():
+            for name in names:
+                self._cache.delete(f"{kind}:{name}", retry=True)
 
 
 def _digests(value: object, count: int) -> tuple[str, ...] | None:

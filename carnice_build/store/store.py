@@ -9,9 +9,11 @@ cache/blobs/             small tensors that no pack holds, named by their digest
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from carnice_build.errors import StoreError
@@ -22,6 +24,7 @@ from carnice_build.store.records import PackRecord, Records
 
 FORMAT = "carnice-cache 1\n"
 _FOLDERS = ("packs", "partial", "blobs", "records")
+_LEASES = 256
 
 
 class Store:
@@ -100,8 +103,24 @@ class Store:
         if record and (stat.st_size, stat.st_mtime_ns) == (record.size, record.mtime_ns):
             return record
         self.damaged.append(str(path))
-        path.unlink(missing_ok=True)
+        self.demote(pack)
         return None
+
+    def demote(self, pack: str) -> None:
+        """Make a damaged pack a partial one: what is whole in it is used, the rest made again.
+
+        The bytes are copied first, because build folders share the pack's file.
+        """
+        path = self.pack_path(pack)
+        record = self.records.pack(pack)
+        self._pack_states.pop(pack, None)
+        if record is not None and not path.is_symlink() and path.is_file():
+            partial = self._partial_path(record.layout)
+            if not partial.exists():
+                temporary = partial.with_suffix(".demoted")
+                shutil.copyfile(path, temporary)
+                temporary.rename(partial)
+        path.unlink(missing_ok=True)
 
     def finished_pack(self, layout: str) -> str | None:
         """The finished pack that this layout became, if it is still there."""
@@ -131,6 +150,13 @@ class Store:
             return Location(path, offset)
         return None
 
+    def holds(self, digest: str, place: tuple[str, int]) -> bool:
+        """True when the file that a place speaks of exists; its bytes are not looked at."""
+        layout, _ = place
+        if not layout:
+            return self._blob_path(digest).exists()
+        return self.finished_pack(layout) is not None or self._partial_path(layout).exists()
+
     def partial(self, layout: str, header: bytes, size: int) -> PartialPack:
         """A pack to write; its owner must `acquire` it first."""
         return PartialPack(self._partial_path(layout), layout, header, size)
@@ -145,7 +171,7 @@ class Store:
             partial.path.unlink()
         else:
             stat = partial.path.stat()
-            record = PackRecord(stat.st_size, stat.st_mtime_ns, tuple(digests))
+            record = PackRecord(stat.st_size, stat.st_mtime_ns, partial.layout, tuple(digests))
             # Records first: a crash in between leaves a partial pack that is found again.
             with self.records.together():
                 self.records.set_pack(pack, record)
@@ -155,6 +181,39 @@ class Store:
             self._pack_states[pack] = record
         partial.close()
         return pack
+
+    @contextmanager
+    def lease(self, identity: str) -> Iterator[None]:
+        """Hold the work named `identity` alone, among all threads and processes.
+
+        Few files serve as locks, so unrelated work may wait too, but a holder never takes a
+        second lease, so nobody waits forever.  The system releases the lock of a dead process.
+        """
+        folder = self.root / "leases"
+        folder.mkdir(exist_ok=True)
+        stripe = int(digest_texts([identity])[:8], 16) % _LEASES
+        with (folder / f"{stripe:02x}").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep others from removing anything while the block runs."""
+        with (self.root / "lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep builds out while the block runs; StoreError when one is running."""
+        with (self.root / "lock").open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreError(
+                    "a build is using the cache", where=str(self.root), expected="no build"
+                ) from None
+            yield
 
     def put_blob(self, content: memoryview) -> str:
         """Store a small tensor by itself; returns its digest."""

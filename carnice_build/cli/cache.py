@@ -1,0 +1,93 @@
+"""`carnice cache stats|gc|verify`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from carnice_build.cli.arguments import CACHE, Cache, Json, print_json
+from carnice_build.errors import RecipeError
+from carnice_build.units import format_size, parse_size
+
+app = typer.Typer(help="Look after the cache.", no_args_is_help=True)
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@app.command()
+def stats(cache: Cache = CACHE, as_json: Json = False) -> None:
+    """Show what the cache holds."""
+    from carnice_build.store import upkeep
+    from carnice_build.store.store import Store
+
+    found = upkeep.stats(Store(cache))
+    if as_json:
+        print_json(asdict(found))
+        return
+    typer.echo(f"{found.packs} packs, {format_size(found.pack_bytes)}")
+    typer.echo(
+        f"  of them in build folders: {found.linked_packs}, {format_size(found.linked_bytes)}"
+    )
+    typer.echo(f"{found.partial_packs} unfinished packs, {format_size(found.partial_bytes)}")
+    typer.echo(f"{found.blobs} blobs, {format_size(found.blob_bytes)}")
+    typer.echo(f"{found.actions} actions remembered, {format_size(found.record_bytes)} of records")
+
+
+@app.command()
+def gc(
+    cache: Cache = CACHE,
+    older_than: Annotated[
+        str | None, typer.Option(help="Only what is older, e.g. 12h or 7d.", metavar="AGE")
+    ] = None,
+    max_size: Annotated[
+        str | None, typer.Option(help="Only until the cache is this small.", metavar="SIZE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Remove what no build folder needs."""
+    from carnice_build.store import upkeep
+    from carnice_build.store.store import Store
+
+    age = _age(older_than) if older_than is not None else None
+    size = _size(max_size) if max_size is not None else None
+    removed = upkeep.collect(Store(cache), max_age=age, max_bytes=size)
+    if as_json:
+        print_json(asdict(removed))
+        return
+    typer.echo(f"removed {removed.files} files, {format_size(removed.bytes)}")
+
+
+@app.command()
+def verify(cache: Cache = CACHE, as_json: Json = False) -> None:
+    """Digest every pack again; damaged ones are named and made good by the next build."""
+    from carnice_build.store import upkeep
+    from carnice_build.store.store import Store
+
+    damaged = upkeep.find_damage(Store(cache), lambda count: None)
+    if as_json:
+        print_json([asdict(item) for item in damaged])
+    else:
+        for item in damaged:
+            what = ", ".join(item.tensors) or "not readable"
+            typer.echo(f"{item.pack}: damaged: {what}")
+        typer.echo(f"{len(damaged)} damaged packs")
+    if damaged:
+        sys.exit(1)
+
+
+def _age(text: str) -> float:
+    match = re.fullmatch(r"(\d+)([smhd])", text)
+    if not match:
+        raise RecipeError(f"{text!r} is not an age such as 12h or 7d", where="--older-than")
+    return float(int(match[1]) * _SECONDS[match[2]])
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise RecipeError(str(error), where="--max-size") from None

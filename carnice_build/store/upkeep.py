@@ -1,0 +1,170 @@
+"""Looking after a cache: what it holds, what can go, what is damaged.
+
+A pack is needed while a build folder links to it; the system's link count says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from carnice_build.checkpoint.header import read_header
+from carnice_build.checkpoint.source import LocalFile
+from carnice_build.errors import CheckpointError
+from carnice_build.store.digests import is_digest
+from carnice_build.store.packs import digest_range
+from carnice_build.store.store import Store
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Files and bytes in a cache; `linked` packs are part of a build folder."""
+
+    packs: int
+    pack_bytes: int
+    linked_packs: int
+    linked_bytes: int
+    partial_packs: int
+    partial_bytes: int
+    blobs: int
+    blob_bytes: int
+    record_bytes: int
+    actions: int
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a collection removed."""
+
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A pack whose bytes are not what they were; `tensors` names those that changed."""
+
+    pack: str
+    tensors: tuple[str, ...]
+
+
+def stats(store: Store) -> Stats:
+    """Count what is in the cache."""
+    packs = _files(store.root / "packs")
+    linked = [path for path in packs if path.stat().st_nlink > 1]
+    partial = _files(store.root / "partial")
+    blobs = _files(store.root / "blobs")
+    return Stats(
+        packs=len(packs),
+        pack_bytes=_bytes(packs),
+        linked_packs=len(linked),
+        linked_bytes=_bytes(linked),
+        partial_packs=len(partial),
+        partial_bytes=_bytes(partial),
+        blobs=len(blobs),
+        blob_bytes=_bytes(blobs),
+        record_bytes=_bytes(_files(store.root / "records")),
+        actions=len(store.records.names("action")),
+    )
+
+
+def collect(
+    store: Store, *, max_age: float | None = None, max_bytes: int | None = None
+) -> Collected:
+    """Remove what no build folder needs, oldest first.
+
+    With `max_age` (seconds since last use) only what is older goes; with `max_bytes` only as
+    much as brings the cache down to that size; with neither, all of it.
+    Raises StoreError while a build is running.
+    """
+    with store.alone():
+        candidates = [
+            path
+            for folder in ("packs", "partial", "blobs")
+            for path in _files(store.root / folder)
+            if path.stat().st_nlink == 1
+        ]
+        candidates.sort(key=lambda path: path.stat().st_mtime)
+        if max_age is not None:
+            oldest = time.time() - max_age
+            candidates = [path for path in candidates if path.stat().st_mtime < oldest]
+        excess = None if max_bytes is None else _total(store) - max_bytes
+        removed = _remove(candidates, excess)
+        _forget_lost(store)
+        return removed
+
+
+def _remove(candidates: list[Path], excess: int | None) -> Collected:
+    files = count = 0
+    for path in candidates:
+        if excess is not None and count >= excess:
+            break
+        files += 1
+        count += path.stat().st_size
+        path.unlink()
+    return Collected(files, count)
+
+
+def _forget_lost(store: Store) -> None:
+    """Drop records of packs that are gone, and of actions whose results went with them."""
+    records = store.records
+    lost = [pack for pack in records.names("pack") if not store.pack_path(pack).exists()]
+    records.forget("pack", lost)
+    layouts = [name for name in records.names("layout") if not store.finished_pack(name)]
+    records.forget("layout", layouts)
+    places = [name for name in records.names("place") if not _has_place(store, name)]
+    records.forget("place", places)
+
+
+def _has_place(store: Store, digest: str) -> bool:
+    place = store.records.place(digest)
+    return place is not None and store.holds(digest, place)
+
+
+def find_damage(store: Store, progress: Callable[[int], None]) -> list[Damage]:
+    """Digest every finished pack again; a damaged one becomes partial, to be made good.
+
+    `progress` is told the bytes that were digested.  Raises StoreError while a build is running.
+    """
+    with store.alone():
+        damaged = []
+        for path in _files(store.root / "packs"):
+            changed = _changed_tensors(store, path)
+            progress(path.stat().st_size)
+            if changed is not None:
+                damaged.append(Damage(path.name, changed))
+                store.demote(path.stem)
+        return damaged
+
+
+def _changed_tensors(store: Store, path: Path) -> tuple[str, ...] | None:
+    """Names of the tensors whose bytes changed; () for a pack that is not readable at all."""
+    record = store.records.pack(path.stem) if is_digest(path.stem) else None
+    if record is None:
+        return ()
+    try:
+        entries = read_header(LocalFile(path)).entries
+    except CheckpointError:
+        return ()
+    if len(entries) != len(record.digests):
+        return ()
+    changed = tuple(
+        entry.name
+        for entry, digest in zip(entries, record.digests, strict=True)
+        if digest_range(path, entry.offset, entry.spec.nbytes) != digest
+    )
+    return changed or None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _bytes(paths: list[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _total(store: Store) -> int:
+    return _bytes(_files(store.root))
