@@ -81,5 +81,5 @@ def _source(text: str) -> tuple[str, Path]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on standard output."""
-    typer.echo(json.dumps(value, indent=2, default=str))
+    """One JSON object on one line of standard output."""
+    typer.echo(json.dumps(value, default=str))

@@ -115,15 +115,17 @@ def plan_jobs(status: BuildStatus, actions: Iterable[Action]) -> list[Job]:
     ]
     sinks = _sinks(status)
     blobs = _blob_outputs(pending, sinks)
-    clusters = _clusters(status.sources, pending)
+    order = {action.identity: index for index, action in enumerate(pending)}
     jobs = [
         Job(
             sources=[status.sources[name] for name in members if name in status.sources],
-            actions=[action for action in pending if action.identity in members],
+            actions=[
+                pending[index] for index in sorted(order[name] for name in members if name in order)
+            ],
             sinks=sinks,
             blobs=blobs,
         )
-        for members in clusters
+        for members in _clusters(status.sources, pending)
     ]
     jobs.sort(key=_Order(status))
     _link(jobs)

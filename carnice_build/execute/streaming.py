@@ -101,18 +101,21 @@ def stream(
     rows_per_block = block_rows(spec)
     buffer = np.empty(rows_per_block * spec.row_bytes, np.uint8)
     hasher = blake3() if want_digest and copy is None else None
-    for first in range(0, shape[0], rows_per_block):
-        rows = min(rows_per_block, shape[0] - first)
-        block = buffer[: rows * spec.row_bytes]
-        view = block.data
-        source.file.read_into(source.offset + first * spec.row_bytes, view)
-        if hasher is not None:
-            hasher.update(view)
-        if copy is not None:
-            copy.append(view)
-        data = TensorData(spec.dtype, block.view(NUMPY_NAME[spec.dtype]).reshape(rows, *shape[1:]))
-        _feed(actions, data, first)
-        progress(len(block))
+    with source.file.open_range(source.offset, spec.nbytes) as read:
+        for first in range(0, shape[0], rows_per_block):
+            rows = min(rows_per_block, shape[0] - first)
+            block = buffer[: rows * spec.row_bytes]
+            view = block.data
+            read(view)
+            if hasher is not None:
+                hasher.update(view)
+            if copy is not None:
+                copy.append(view)
+            data = TensorData(
+                spec.dtype, block.view(NUMPY_NAME[spec.dtype]).reshape(rows, *shape[1:])
+            )
+            _feed(actions, data, first)
+            progress(len(block))
     if copy is not None:
         return copy.digest()
     return hasher.hexdigest() if hasher is not None else None
@@ -137,6 +140,9 @@ def sample_digest(source: SourceTensor) -> str:
     Tensors of different samples have different content; of equal samples, perhaps the same.
     """
     assert source.file is not None
+    if not source.file.random_access:
+        # A request for each sample would cost more than a recognised tensor saves.
+        return blake3(source.identity.encode()).hexdigest()
     count = source.spec.nbytes
     hasher = blake3(f"{source.spec.dtype} {source.spec.shape}".encode())
     length = min(_SAMPLE_BYTES, count)

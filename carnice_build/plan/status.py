@@ -81,11 +81,13 @@ class Contents:
         """What is found out is kept in `digests`, by the identity of the ref."""
         self._records = store.records
         self._digests = {} if digests is None else digests
+        self._asked: set[str] = set()
 
     def digest(self, ref: TensorRef) -> str | None:
         """Digest of the tensor's bytes; None when they were never read or made."""
         identity = ref.identity
-        if identity not in self._digests:
+        if identity not in self._digests and identity not in self._asked:
+            self._asked.add(identity)
             if isinstance(ref.origin, ActionOutput):
                 self._learn_outputs(ref.origin.action)
             else:
