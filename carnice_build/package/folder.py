@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,12 @@ def assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) 
             "holds files that are not a build", where=str(folder), expected="a free place, or --out"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
+    with _alone_in(folder.parent):
+        _remove_leftovers(folder)
+        _assemble(folder, shards, files)
+
+
+def _assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) -> None:
     fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.new-"))
     try:
         fresh.chmod(0o755)
@@ -73,6 +80,17 @@ def assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) 
         raise
 
 
+@contextmanager
+def _alone_in(parent: Path) -> Iterator[None]:
+    """Let one build at a time assemble folders in `parent`; a dead one holds no lock."""
+    descriptor = os.open(parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _swap(fresh: Path, folder: Path) -> None:
     old = folder.parent / f".{folder.name}.old-{os.getpid()}"
     if folder.exists():
@@ -84,5 +102,6 @@ def _swap(fresh: Path, folder: Path) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     """What a build that was killed while it assembled this folder left beside it."""
-    for path in folder.parent.glob(f".{folder.name}.old-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for kind in ("new", "old"):
+        for path in folder.parent.glob(f".{folder.name}.{kind}-*"):
+            shutil.rmtree(path, ignore_errors=True)
