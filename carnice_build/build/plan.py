@@ -28,7 +28,9 @@ class Plan:
 def plan_variants(names: Sequence[str], options: Options) -> Plan:
     """Plan the named variants; raises a CarniceError for the first thing that is wrong."""
     graph = ActionGraph()
-    finder = SourceFinder(options.recipes, options.profile, options.sources)
+    finder = SourceFinder(
+        options.recipes, options.profile, options.sources, stream=options.stream
+    )
     recipes = [_load(name, options) for name in dict.fromkeys(names)]
     _check_sources(recipes, options)
     return Plan(tuple(plan_variant(recipe, finder, graph) for recipe in recipes), graph)
@@ -50,7 +52,7 @@ def _load(name: str, options: Options) -> Recipe:
 
 
 def survey_plan(plan: Plan, options: Options) -> BuildStatus:
-    """What of the plan the cache has already; does not make a cache where there is none."""
+    """What of the plan the cache has already; an empty cache is made where there is none."""
     store = Store(options.cache)
     try:
         return survey(plan.variants, store)
