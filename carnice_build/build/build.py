@@ -63,12 +63,8 @@ def build_variants(
     plan = plan_variants(names, options)
     for variant in plan.variants:
         _check_buildable(variant)
-    store = Store(options.cache)
-    try:
-        with store.in_use():
-            return _build(plan, options, store, listen, start)
-    finally:
-        store.close()
+    with Store(options.cache) as store, store.in_use():
+        return _build(plan, options, store, listen, start)
 
 
 def _check_buildable(variant: VariantPlan) -> None:

@@ -25,8 +25,7 @@ class Explanation:
 def explain_variants(names: Sequence[str], options: Options) -> list[Explanation]:
     """Compare what the named variants' actions are now with what their last builds did."""
     plan = plan_variants(names, options)
-    store = Store(options.cache)
-    try:
+    with Store(options.cache) as store:
         contents = Contents(store)
         explanations = []
         for variant in plan.variants:
@@ -36,5 +35,3 @@ def explain_variants(names: Sequence[str], options: Options) -> list[Explanation
             counts = {state: status.count(state) for state in Status}
             explanations.append(Explanation(variant.name, counts, tuple(reasons)))
         return explanations
-    finally:
-        store.close()

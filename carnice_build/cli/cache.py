@@ -24,7 +24,8 @@ def stats(cache: Cache = CACHE, as_json: Json = False) -> None:
     from carnice_build.store import upkeep
     from carnice_build.store.store import Store
 
-    found = upkeep.stats(Store(cache))
+    with Store(cache) as store:
+        found = upkeep.stats(store)
     if as_json:
         print_json(asdict(found))
         return
@@ -54,7 +55,8 @@ def gc(
 
     age = _age(older_than) if older_than is not None else None
     size = _size(max_size) if max_size is not None else None
-    removed = upkeep.collect(Store(cache), max_age=age, max_bytes=size)
+    with Store(cache) as store:
+        removed = upkeep.collect(store, max_age=age, max_bytes=size)
     if as_json:
         print_json(asdict(removed))
         return
@@ -67,7 +69,8 @@ def verify(cache: Cache = CACHE, as_json: Json = False) -> None:
     from carnice_build.store import upkeep
     from carnice_build.store.store import Store
 
-    damaged = upkeep.find_damage(Store(cache), lambda count: None)
+    with Store(cache) as store:
+        damaged = upkeep.find_damage(store, lambda count: None)
     if as_json:
         print_json([asdict(item) for item in damaged])
     else:

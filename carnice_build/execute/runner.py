@@ -128,11 +128,7 @@ class _JobRun:
             return
         sample = sample_digest(source)
         with self._runner.lock(sample):
-            expected = self._store.records.sampled_digest(sample)
-            digest = self._stream_unread(source, expected)
-            with self._store.records.together():
-                self._store.records.set_source_digest(source.identity, digest)
-                self._store.records.set_sampled_digest(sample, digest)
+            self._stream_unread(source, sample)
 
     def _stream_known(self, source: SourceTensor, digest: str) -> None:
         found = self._lookup(self._job.actions, digest)
@@ -140,11 +136,12 @@ class _JobRun:
         self._stream_through(source, missing, digest)
         self._take_found(found)
 
-    def _stream_unread(self, source: SourceTensor, expected: str | None) -> str:
+    def _stream_unread(self, source: SourceTensor, sample: str) -> None:
         actions = self._job.actions
+        expected = self._store.records.sampled_digest(sample)
         found = self._lookup(actions, expected) if expected else {}
         missing = [action for action in actions if action.identity not in found]
-        digest = self._stream_through(source, missing, None)
+        digest = self._stream_through(source, missing, None, sample)
         if digest != expected and found:
             # The sample deceived us: the actions that looked found have other keys.
             unmade = [action for action in actions if action.identity in found]
@@ -152,16 +149,20 @@ class _JobRun:
             rest = [action for action in unmade if action.identity not in found]
             self._stream_through(source, rest, digest, copy=False)
         self._take_found(found)
-        return digest
 
     def _stream_through(
         self,
         source: SourceTensor,
         actions: Sequence[Action],
         digest: str | None,
+        sample: str | None = None,
         copy: bool = True,
     ) -> str:
-        """Read `source` once for `actions` and for the places that want it as it is."""
+        """Read `source` once for `actions` and for the places that want it as it is.
+
+        What is learnt is remembered in one transaction: an action's outputs without the
+        source's digest would not be found again.
+        """
         sinks = self._job.sinks.get(source.identity, ()) if copy else ()
         if digest is not None and not actions and not sinks:
             return digest
@@ -177,6 +178,9 @@ class _JobRun:
         self._result.read_bytes += source.spec.nbytes
         self._learned[source.identity] = digest
         with self._store.records.together():
+            self._store.records.set_source_digest(source.identity, digest)
+            if sample is not None:
+                self._store.records.set_sampled_digest(sample, digest)
             self._fill(sinks, source.spec, digest)
             for row in rows:
                 self._remember(row.action, [output.digest() for output in row.outputs])

@@ -13,6 +13,7 @@ file it speaks of in `store`, because anyone who can write to the cache can writ
 
 from __future__ import annotations
 
+import errno
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from typing import Any
 
 import diskcache
 
-from carnice_build.errors import StoreError
+from carnice_build.errors import BuildError, CarniceError, StoreError
 from carnice_build.store.digests import digest_texts, is_digest
 
 
@@ -53,8 +54,8 @@ class Records:
                 size_limit=2**62,
                 timeout=60,
             )
-        except (sqlite3.Error, OSError, ValueError) as error:
-            raise StoreError(f"cannot open the action cache: {error}", where=str(folder)) from None
+        except (sqlite3.Error, diskcache.Timeout, OSError, ValueError) as error:
+            raise self._failure(error) from None
 
     def close(self) -> None:
         """Release the database."""
@@ -71,9 +72,12 @@ class Records:
         try:
             yield
         except (sqlite3.Error, diskcache.Timeout, OSError) as error:
-            raise StoreError(
-                f"cannot use the action cache: {error}", where=str(self._folder)
-            ) from None
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> CarniceError:
+        if "disk is full" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+            return BuildError("the disk is full", where=str(self._folder))
+        return StoreError(f"cannot use the action cache: {error}", where=str(self._folder))
 
     def _get(self, kind: str, name: str) -> Any:
         with self._translated():

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from carnice_build.errors import StoreError
 from carnice_build.store.digests import digest_bytes, digest_texts
@@ -65,8 +66,10 @@ class Store:
                 expected=f"{FORMAT.strip()!r}: remove the folder, or name another with --cache",
             )
 
-    def close(self) -> None:
-        """Release the records."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.records.close()
 
     def free_bytes(self) -> int:

@@ -1,0 +1,89 @@
+"""Figures that published model cards state, as tests of the planner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from carnice_build.architectures import architecture_of
+from carnice_build.build.options import Options
+from carnice_build.build.plan import plan_variants
+from carnice_build.checkpoint.checkpoint import open_checkpoint
+from carnice_build.plan.planner import VariantPlan
+
+SHAPES = REPOSITORY / "benchmarks" / "shapes"
+
+
+def plan(variant: str, **changes: object) -> VariantPlan:
+    options = Options(recipes=REPOSITORY / "recipes", profile="shapes", **changes)  # type: ignore[arg-type]
+    return plan_variants([variant], options).variants[0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "bits", "gigabytes", "card_gib"),
+    [
+        ("mlx-4bit", 4.501, 15.13, 14),
+        ("mlx-mixed_3_6", 3.966, 13.33, 12),
+        ("mlx-6bit", 6.501, 21.86, 20),
+    ],
+)
+def test_sizes_are_those_of_the_cards(
+    variant: str, bits: float, gigabytes: float, card_gib: int
+) -> None:
+    """Bits per weight and size on disk of each MLX variant at full size."""
+    planned = plan(variant)
+
+    assert round(planned.bits_per_weight, 3) == bits
+    assert round(planned.weights_bytes / 1e9, 2) == gigabytes
+    assert int(planned.weights_bytes / 2**30) == card_gib
+
+
+def test_the_source_is_as_published() -> None:
+    """Carnice: 1,184 tensors and 54.7 GB, of which the vision tower 333 and 0.92 GB."""
+    tensors = plan("mlx-4bit").body.tensors
+    vision = [item for name, item in tensors.items() if ".visual." in name]
+
+    assert len(tensors) == 1184
+    assert round(sum(item.spec.nbytes for item in tensors.values()) / 1e9, 1) == 54.7
+    assert len(vision) == 333
+    assert round(sum(item.spec.nbytes for item in vision) / 1e9, 2) == 0.92
+
+
+@pytest.mark.parametrize(("name", "count"), [("qwen3.6-27b", 1199), ("qwen3.6-40b-deckard", 1623)])
+def test_the_table_derives_every_tensor_from_the_config(name: str, count: int) -> None:
+    """Names and shapes of the architecture table are those that transformers makes."""
+    checkpoint = open_checkpoint(SHAPES / f"{name}.json")
+    table = architecture_of(checkpoint.config, name).tensors
+
+    assert {fact.name: fact.shape for fact in table.values()} == {
+        tensor.name: tensor.spec.shape for tensor in checkpoint.tensors.values()
+    }
+    assert len(table) == count
+
+
+def test_a_checkpoint_of_another_size_needs_no_edit(tiny_checkpoint: object) -> None:
+    """Counts that a recipe states for one profile are derived for any other checkpoint."""
+    folder: Path = tiny_checkpoint(prefix=True, mtp=False)  # type: ignore[operator]
+    planned = plan("mlx-mixed_3_6", sources={"body": folder})
+
+    assert len(planned.body.tensors) < 1184
+
+
+def test_shards_do_not_depend_on_bits() -> None:
+    """The same modules share a shard in every variant."""
+    shards = [
+        [sorted({slot.tensor.fact.name for slot in pack.slots}) for pack in plan(name).packs]
+        for name in ("mlx-4bit", "mlx-mixed_2_6", "mlx-6bit")
+    ]
+
+    assert shards[0] == shards[1] == shards[2]
+
+
+def test_no_shard_is_larger_than_the_recipe_allows() -> None:
+    """`package.shard` bounds what the modules of a shard weigh."""
+    planned = plan("mlx-6bit", overrides=("package.shard=2GB",))
+
+    assert max(pack.size for pack in planned.packs) < 2e9
+    assert len(planned.packs) > 30

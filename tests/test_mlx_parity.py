@@ -1,0 +1,119 @@
+"""MLX folders hold what `mlx_lm.convert` makes of the same source, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Project, TinyCheckpoint
+from tiny import read_all_tensors
+
+from carnice_build.build.build import build_variants
+
+pytest.importorskip("mlx_lm")
+
+REPAIRED = {"prefix": False, "mtp": True}
+UNIFORM = {"mlx-4bit": 4, "mlx-6bit": 6}
+MIXED = ("mlx-mixed_2_6", "mlx-mixed_3_4", "mlx-mixed_3_6", "mlx-mixed_4_6")
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """Add the smallest tokenizer that mlx_lm loads."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+def converted(source: Path, target: Path, **settings: Any) -> Path:
+    """The folder that mlx-lm makes of `source`."""
+    from mlx_lm.convert import convert
+
+    convert(str(source), str(target), quantize=True, **settings)
+    return target
+
+
+def settings_of(variant: str) -> dict[str, Any]:
+    if variant in UNIFORM:
+        return {"q_bits": UNIFORM[variant]}
+    return {"quant_predicate": variant.removeprefix("mlx-")}
+
+
+@pytest.mark.parametrize("variant", [*UNIFORM, *MIXED])
+@pytest.mark.parametrize("float32", [False, True])
+def test_tensors_equal_those_of_mlx_lm(
+    project: Project, tiny_checkpoint: TinyCheckpoint, variant: str, float32: bool
+) -> None:
+    """Names, types, shapes and bytes of all tensors agree, from a BF16 and from an F32 state."""
+    source = with_tokenizer(tiny_checkpoint(project.root / "source", float32=float32, **REPAIRED))
+    build_variants([variant], project.options(sources={"body": source}))
+    theirs = converted(source, project.root / "theirs", **settings_of(variant))
+
+    assert read_all_tensors(theirs) == read_all_tensors(project.out / variant)
+
+
+@pytest.mark.parametrize("variant", ["mlx-4bit", "mlx-mixed_3_6"])
+def test_config_equals_that_of_mlx_lm(
+    project: Project, tiny_checkpoint: TinyCheckpoint, variant: str
+) -> None:
+    """config.json agrees but for null group sizes and a key that mlx-lm renames in passing."""
+    source = with_tokenizer(tiny_checkpoint(project.root / "source", **REPAIRED))
+    build_variants([variant], project.options(sources={"body": source}))
+    theirs = converted(source, project.root / "theirs", **settings_of(variant))
+    expected = json.loads((theirs / "config.json").read_text())
+    found = json.loads((project.out / variant / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        for item in expected[key].values():
+            if isinstance(item, dict):
+                item["group_size"] = item["group_size"] or 64
+    for config in (expected, found):
+        config["text_config"].pop("rope_parameters", None)
+
+    assert expected == found
+
+
+def test_group_size_is_a_knob_too(project: Project, tiny_checkpoint: TinyCheckpoint) -> None:
+    """Groups of 32 and of 128 agree with mlx-lm as well."""
+    source = with_tokenizer(tiny_checkpoint(project.root / "source", **REPAIRED))
+    for group in (32, 128):
+        options = project.options(
+            sources={"body": source}, overrides=(f"quantize.group_size={group}",)
+        )
+        build_variants(["mlx-4bit"], options)
+        theirs = converted(source, project.root / f"theirs{group}", q_bits=4, q_group_size=group)
+
+        assert read_all_tensors(theirs) == read_all_tensors(project.out / "mlx-4bit")
+
+
+def test_a_repaired_prefix_gives_the_same_tensors(
+    project: Project, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    """The prefix quirk and its repair leave no trace in the output."""
+    plain = tiny_checkpoint(seed=3, mtp=False)
+    quirky = tiny_checkpoint(seed=3, mtp=False, prefix=True, shards=3)
+    folders = []
+    for source in (plain, quirky):
+        build_variants(["mlx-mixed_3_6"], project.options(sources={"body": source}))
+        folders.append(read_all_tensors(project.out / "mlx-mixed_3_6"))
+        shutil.rmtree(project.out)
+
+    assert folders[0] == folders[1]
+
+
+def test_the_folder_loads_and_generates(project: Project, tiny_checkpoint: TinyCheckpoint) -> None:
+    """mlx_lm loads a mixed variant strictly and runs it."""
+    import mlx.core as mx
+    from mlx_lm import load
+
+    source = with_tokenizer(tiny_checkpoint(project.root / "source", **REPAIRED))
+    build_variants(["mlx-mixed_3_6"], project.options(sources={"body": source}))
+    model, _ = load(str(project.out / "mlx-mixed_3_6"))
+    logits = model(mx.array([[1, 2, 3]]))
+
+    assert logits.shape == (1, 3, 256)
+    assert mx.isfinite(logits).all().item()
