@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
+
+_MOST_SHOWN = 400
+_MOST_COMPARED = 5_000
 
 
 class CarniceError(Exception):
@@ -31,11 +35,11 @@ class CarniceError(Exception):
         super().__init__(self._sentence())
 
     def _sentence(self) -> str:
-        text = f"{self.where}: {self.what}" if self.where else self.what
+        text = f"{_shown(self.where)}: {_shown(self.what)}" if self.where else _shown(self.what)
         if self.expected:
-            text += f"; expected {self.expected}"
+            text += f"; expected {_shown(self.expected)}"
         if self.nearest:
-            text += f"; did you mean {self.nearest!r}?"
+            text += f"; did you mean {_shown(repr(self.nearest))}?"
         return text
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -99,7 +103,23 @@ class BuildError(CarniceError):
     exit_code = 1
 
 
+def _shown(text: str) -> str:
+    """`text` on one line of bounded length, whatever a file put into it.
+
+    Control characters, which could drive a terminal, appear as escapes.
+    """
+    if len(text) > _MOST_SHOWN:
+        half = _MOST_SHOWN // 2
+        text = f"{text[:half]}...{text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name closest in spelling to `name`, or None when none is close."""
-    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    candidates = [item for item in islice(valid, _MOST_COMPARED) if len(item) <= _MOST_SHOWN]
+    matches = difflib.get_close_matches(name[:_MOST_SHOWN], candidates, n=1, cutoff=0.5)
     return matches[0] if matches else None

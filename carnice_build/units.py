@@ -17,19 +17,24 @@ _FACTORS = {
     "TIB": 2**40,
 }
 
+_MOST = 2**63
+_LONGEST = 40
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", re.IGNORECASE)
+
 
 def parse_size(text: str | int) -> int:
     """Bytes in a size such as `5GB`, `512MiB` or `1000`.
 
     Raises ValueError when `text` is not a positive size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", str(text), re.IGNORECASE)
+    shown = str(text)
+    match = _SIZE.fullmatch(shown) if len(shown) <= _LONGEST else None
     if not match:
         raise ValueError(f"{text!r} is not a size such as 5GB or 512MiB")
-    size = int(float(match[1]) * _FACTORS[(match[2] or "").upper()])
-    if size <= 0:
-        raise ValueError(f"{text!r} is not a positive size")
-    return size
+    size = float(match[1]) * _FACTORS[(match[2] or "").upper()]
+    if not 1 <= size < _MOST:
+        raise ValueError(f"{text!r} is not a size of at least 1 B and less than 2**63 B")
+    return int(size)
 
 
 def format_size(count: float) -> str:
@@ -39,3 +44,8 @@ def format_size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 action`, `2 actions`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

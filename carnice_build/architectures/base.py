@@ -109,11 +109,13 @@ class ConfigReader:
             raise self.error(key, "a section")
         return ConfigReader(value, f"{self._where}: {key}")
 
-    def count(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        """A non-negative integer of at most `most`."""
+    def count(
+        self, key: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1
+    ) -> int:
+        """An integer from `least` to `most`."""
         value = self._config.get(key, default)
-        if type(value) is not int or not 0 <= value <= most:
-            raise self.error(key, f"a count of at most {most}")
+        if type(value) is not int or not least <= value <= most:
+            raise self.error(key, f"a count from {least} to {most}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:

@@ -43,7 +43,7 @@ class Qwen35:
         self.num_layers = text.count("num_hidden_layers", most=MOST_LAYERS)
         # mlx-lm looks in these two places, and casts nothing when both are silent.
         self.dtype = root.text("torch_dtype", "") or text.text("dtype", "") or None
-        self.mtp_layers = text.count("mtp_num_hidden_layers", 0, most=MOST_LAYERS)
+        self.mtp_layers = text.count("mtp_num_hidden_layers", 0, least=0, most=MOST_LAYERS)
         self._kinds = self._layer_kinds()
 
     def _layer_kinds(self) -> tuple[str, ...]:
@@ -188,7 +188,7 @@ def _vision_shapes(config: ConfigReader) -> Iterator[tuple[str, tuple[int, ...]]
     yield "patch_embed.proj.weight", patch_shape
     yield "patch_embed.proj.bias", (hidden,)
     yield "pos_embed.weight", (config.count("num_position_embeddings"), hidden)
-    for block in range(config.count("depth", most=MOST_LAYERS)):
+    for block in range(config.count("depth", least=0, most=MOST_LAYERS)):
         for name, rows, columns in (
             ("attn.qkv", 3 * hidden, hidden),
             ("attn.proj", hidden, hidden),

@@ -16,6 +16,7 @@ class Options:
 
     recipes: Path = Path("recipes")
     profile: str = "demo"
+    stream: bool = False
     sources: Mapping[str, Path] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     out: Path = Path("build")

@@ -28,9 +28,7 @@ class Plan:
 def plan_variants(names: Sequence[str], options: Options) -> Plan:
     """Plan the named variants; raises a CarniceError for the first thing that is wrong."""
     graph = ActionGraph()
-    finder = SourceFinder(
-        options.recipes, options.profile, options.sources, stream=options.stream
-    )
+    finder = SourceFinder(options.recipes, options.profile, options.sources, stream=options.stream)
     recipes = [_load(name, options) for name in dict.fromkeys(names)]
     _check_sources(recipes, options)
     return Plan(tuple(plan_variant(recipe, finder, graph) for recipe in recipes), graph)
@@ -53,11 +51,8 @@ def _load(name: str, options: Options) -> Recipe:
 
 def survey_plan(plan: Plan, options: Options) -> BuildStatus:
     """What of the plan the cache has already; an empty cache is made where there is none."""
-    store = Store(options.cache)
-    try:
+    with Store(options.cache) as store:
         return survey(plan.variants, store)
-    finally:
-        store.close()
 
 
 def list_variants(options: Options) -> list[Recipe]:

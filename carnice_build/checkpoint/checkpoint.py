@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carnice_build.checkpoint.dtypes import ITEM_SIZE, TensorSpec
-from carnice_build.checkpoint.header import Header, read_header
+from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.checkpoint.header import Header, read_header, tensor_spec
+from carnice_build.checkpoint.json import DuplicateKey, parse_json
 from carnice_build.checkpoint.source import ByteSource, LocalFile, read_all
-from carnice_build.errors import CheckpointError, nearest
+from carnice_build.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SHAPES_FORMAT = "carnice-shapes-1"
 MAX_JSON_BYTES = 200_000_000
+
+HeaderReader = Callable[[Sequence[ByteSource]], Iterable[Header]]
+"""The headers of shards, in their order."""
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -58,43 +61,54 @@ class Checkpoint:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a folder of safetensors shards, or a shape file; reads headers and JSON only."""
-    if path.is_file():
-        return _open_shapes(path)
-    if not path.is_dir():
-        raise CheckpointError("is not a folder", where=str(path))
-    files = {item.name: item for item in sorted(path.iterdir()) if item.is_file()}
-    config = _load_json(path / "config.json") if "config.json" in files else None
-    if config is None:
-        raise CheckpointError("has no config.json", where=str(path))
-    tensors = _read_shards(path, files)
-    assets = {
-        name: LocalFile(item) for name, item in files.items() if not name.endswith(".safetensors")
-    }
-    return Checkpoint(str(path), config, tensors, assets)
+    try:
+        if path.is_file():
+            return _open_shapes(path)
+        if not path.is_dir():
+            raise CheckpointError("is not a folder", where=str(path))
+        # Neither folders nor pipes nor devices: those could be read without end.
+        files = {item.name: LocalFile(item) for item in sorted(path.iterdir()) if item.is_file()}
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    return assemble_checkpoint(str(path), files)
 
 
-def _read_shards(folder: Path, files: Mapping[str, Path]) -> dict[str, SourceTensor]:
+def assemble_checkpoint(
+    where: str,
+    files: Mapping[str, ByteSource],
+    *,
+    others: Collection[str] = (),
+    read_headers: HeaderReader = lambda shards: map(read_header, shards),
+) -> Checkpoint:
+    """A checkpoint of these files, in the order of their names; reads headers and JSON only.
+
+    `others` names files that are there too, but must not be touched.
+    """
+    if "config.json" not in files:
+        raise CheckpointError("has no config.json", where=where)
+    config = _load_json(files["config.json"])
+    index = _weight_map(files[INDEX_NAME]) if INDEX_NAME in files else None
     shards = [name for name in files if name.endswith(".safetensors")]
-    index = _weight_map(folder) if INDEX_NAME in files else None
     if index is not None:
-        shards = _indexed_shards(folder, index, files)
+        shards = _indexed_shards(f"{where}/{INDEX_NAME}", index, files)
     if not shards:
-        raise _no_weights(folder, files)
+        raise _no_weights(where, [*files, *others])
     tensors: dict[str, SourceTensor] = {}
-    for shard in shards:
-        source = LocalFile(files[shard])
-        _add_shard(tensors, source, read_header(source), index, shard)
+    headers = read_headers([files[shard] for shard in shards])
+    for shard, header in zip(shards, headers, strict=True):
+        _add_shard(tensors, files[shard], header, index, shard)
     if index is not None and (missing := sorted(set(index) - set(tensors))):
         raise CheckpointError(
-            f"names tensor {missing[0]!r} in {index[missing[0]]}, which does not hold it",
-            where=str(folder / INDEX_NAME),
+            f"names tensor {missing[0]!r} in {index[missing[0]]!r}, which does not hold it",
+            where=f"{where}/{INDEX_NAME}",
         )
-    return tensors
+    assets = {name: file for name, file in files.items() if not name.endswith(".safetensors")}
+    return Checkpoint(where, config, tensors, assets)
 
 
 def _add_shard(
     tensors: dict[str, SourceTensor],
-    source: LocalFile,
+    source: ByteSource,
     header: Header,
     index: Mapping[str, str] | None,
     shard: str,
@@ -109,7 +123,7 @@ def _add_shard(
             listed = index.get(entry.name)
             raise CheckpointError(
                 f"tensor {entry.name!r} is here, but the index "
-                + (f"says {listed}" if listed else "does not name it"),
+                + (f"says {listed!r}" if listed else "does not name it"),
                 where=source.name,
             )
         tensors[entry.name] = SourceTensor(entry.name, entry.spec, source, entry.offset)
@@ -119,16 +133,14 @@ def _file_name(tensor: SourceTensor) -> str:
     return tensor.file.name if tensor.file else "a shape file"
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    path = folder / INDEX_NAME
-    table = _load_json(path).get("weight_map")
+def _weight_map(file: ByteSource) -> dict[str, str]:
+    table = _load_json(file).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(item, str) for item in table.values()):
-        raise CheckpointError("has no weight_map of names to shards", where=str(path))
+        raise CheckpointError("has no weight_map of names to shards", where=file.name)
     return table
 
 
-def _indexed_shards(folder: Path, index: Mapping[str, str], files: Mapping[str, Path]) -> list[str]:
-    where = str(folder / INDEX_NAME)
+def _indexed_shards(where: str, index: Mapping[str, str], files: Collection[str]) -> list[str]:
     shards = sorted(set(index.values()))
     for shard in shards:
         if not is_plain_name(shard):
@@ -145,32 +157,33 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
-def _no_weights(folder: Path, files: Mapping[str, Path]) -> CheckpointError:
-    pickles = [name for name in files if name.endswith(_PICKLE_SUFFIXES)]
+def _no_weights(where: str, names: Iterable[str]) -> CheckpointError:
+    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
         return CheckpointError(
             f"holds pickled weights ({pickles[0]}), which could run code when loaded",
-            where=str(folder),
+            where=where,
             expected="safetensors",
         )
-    return CheckpointError("holds no safetensors file", where=str(folder))
+    return CheckpointError("holds no safetensors file", where=where)
 
 
-def _load_json(path: Path) -> dict[str, Any]:
-    source = LocalFile(path)
-    if source.size > MAX_JSON_BYTES:
-        raise CheckpointError(f"has {source.size} bytes, too many for JSON", where=str(path))
+def _load_json(file: ByteSource) -> dict[str, Any]:
+    if file.size > MAX_JSON_BYTES:
+        raise CheckpointError(f"has {file.size} bytes, too many for JSON", where=file.name)
     try:
-        value = json.loads(read_all(source))
+        value = parse_json(read_all(file))
+    except DuplicateKey as error:
+        raise CheckpointError(f"names {error.key!r} twice", where=file.name) from None
     except (ValueError, RecursionError):
-        raise CheckpointError("is not valid JSON", where=str(path)) from None
+        raise CheckpointError("is not valid JSON", where=file.name) from None
     if not isinstance(value, dict):
-        raise CheckpointError("is not a JSON object", where=str(path))
+        raise CheckpointError("is not a JSON object", where=file.name)
     return value
 
 
 def _open_shapes(path: Path) -> Checkpoint:
-    content = _load_json(path)
+    content = _load_json(LocalFile(path))
     if content.get("format") != SHAPES_FORMAT:
         raise CheckpointError(
             f"is a file of format {content.get('format')!r}",
@@ -192,13 +205,4 @@ def _shape_spec(path: Path, name: str, item: object) -> TensorSpec:
         raise CheckpointError(
             f"tensor {name!r} is malformed", where=str(path), expected="[dtype, [sizes]]"
         )
-    dtype, shape = item
-    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise CheckpointError(
-            f"tensor {name!r} has the unknown dtype {dtype!r}",
-            where=str(path),
-            nearest=nearest(str(dtype), ITEM_SIZE),
-        )
-    if not all(type(size) is int and 0 <= size < 2**31 for size in shape):
-        raise CheckpointError(f"tensor {name!r} has no valid shape", where=str(path))
-    return TensorSpec(dtype, tuple(shape))
+    return tensor_spec(str(path), name, *item)

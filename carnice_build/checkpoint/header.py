@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from carnice_build.checkpoint.dtypes import ITEM_SIZE, TensorSpec
-from carnice_build.checkpoint.source import ByteSource
+from carnice_build.checkpoint.json import DuplicateKey, parse_json
+from carnice_build.checkpoint.source import Readable
 from carnice_build.errors import CheckpointError, nearest
+from carnice_build.recipe.patterns import MAX_NAME
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit."""
@@ -38,7 +40,7 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_header(source: ByteSource) -> Header:
+def read_header(source: Readable) -> Header:
     """Parse and check the header of `source`.
 
     Raises CheckpointError for every way in which a header can lie: too short a file, a length
@@ -57,7 +59,7 @@ def read_header(source: ByteSource) -> Header:
     return Header(tuple(entries), metadata)
 
 
-def _header_length(source: ByteSource) -> int:
+def _header_length(source: Readable) -> int:
     if source.size < 8:
         raise CheckpointError(
             f"has {source.size} bytes, too few for a safetensors file", where=source.name
@@ -79,16 +81,10 @@ def _header_length(source: ByteSource) -> int:
 
 
 def _parse(where: str, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"header names {twice!r} twice", where=where)
-        return table
-
     try:
-        table = json.loads(raw, object_pairs_hook=unique)
+        table = parse_json(raw)
+    except DuplicateKey as error:
+        raise CheckpointError(f"header names {error.key!r} twice", where=where) from None
     except (ValueError, RecursionError):
         raise CheckpointError("header is not valid JSON", where=where) from None
     if not isinstance(table, dict):
@@ -109,22 +105,32 @@ def _entry(where: str, name: str, item: object, data_start: int) -> Entry:
             where=where,
             expected="dtype, shape and data_offsets",
         )
-    dtype = item["dtype"]
-    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise CheckpointError(
-            f"tensor {name!r} has the unknown dtype {dtype!r}",
-            where=where,
-            nearest=nearest(str(dtype), ITEM_SIZE),
-        )
-    spec = TensorSpec(dtype, _shape(where, name, item["shape"]))
+    spec = tensor_spec(where, name, item["dtype"], item["shape"])
     begin, end = _offsets(where, name, item["data_offsets"])
     if end - begin != spec.nbytes:
         raise CheckpointError(
             f"tensor {name!r} takes {end - begin} bytes, "
-            f"but {dtype} {list(spec.shape)} needs {spec.nbytes}",
+            f"but {spec.dtype} {list(spec.shape)} needs {spec.nbytes}",
             where=where,
         )
     return Entry(name, spec, data_start + begin)
+
+
+def tensor_spec(where: str, name: str, dtype: object, shape: object) -> TensorSpec:
+    """What a file says of tensor `name`, checked; CheckpointError when it cannot be."""
+    if not 0 < len(name) <= MAX_NAME:
+        raise CheckpointError(
+            f"has a tensor with a name of {len(name)} characters",
+            where=where,
+            expected=f"1 to {MAX_NAME}",
+        )
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+        raise CheckpointError(
+            f"tensor {name!r} has the unknown dtype {dtype!r}",
+            where=where,
+            nearest=nearest(dtype, ITEM_SIZE) if isinstance(dtype, str) else None,
+        )
+    return TensorSpec(dtype, _shape(where, name, shape))
 
 
 def _is_count(value: object) -> bool:
@@ -150,7 +156,7 @@ def _offsets(where: str, name: str, value: object) -> tuple[int, int]:
     return begin, end
 
 
-def _check_coverage(source: ByteSource, entries: list[Entry], data_start: int) -> None:
+def _check_coverage(source: Readable, entries: list[Entry], data_start: int) -> None:
     position = data_start
     for entry in entries:
         if entry.offset < position:

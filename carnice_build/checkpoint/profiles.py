@@ -1,7 +1,7 @@
 """Which real checkpoint each model name of a recipe means.
 
 A profile is an entry of `_profiles.yaml` beside the recipes: a map from models to folders or
-shape files, relative to the project, or the word `hub`.
+shape files, relative to the project, or the word `hub`; or the one word `hub` for all models.
 """
 
 from __future__ import annotations
@@ -23,37 +23,61 @@ HUB = "hub"
 class Source:
     """A source of a recipe, found: what the recipe calls it and the opened checkpoint.
 
-    `profile` is None when the command line mapped the source to a checkpoint of its own.
+    `profile` is None when the command line mapped the source to a checkpoint of its own;
+    `revision` is the commit that a checkpoint on the hub was found at.
     """
 
     name: str
     spec: SourceSpec
     profile: str | None
     checkpoint: Checkpoint
+    revision: str | None = None
 
 
 class SourceFinder:
     """Finds and opens sources, each checkpoint once however many recipes name it."""
 
-    def __init__(self, recipes: Path, profile: str, overrides: Mapping[str, Path]) -> None:
-        """`overrides` maps source names to checkpoints, over what `profile` says."""
+    def __init__(
+        self,
+        recipes: Path,
+        profile: str,
+        overrides: Mapping[str, Path],
+        *,
+        stream: bool = False,
+    ) -> None:
+        """`overrides` maps source names to checkpoints, over what `profile` says.
+
+        With `stream`, weights on the hub are read by range and never put on disk.
+        """
         self._root = recipes.parent
         self._profile = profile
         self._overrides = overrides
         self._table = _read_profile(recipes / PROFILES_NAME, profile)
+        self._stream = stream
         self._opened: dict[Path, Checkpoint] = {}
+        self._opened_on_hub: dict[tuple[str, str], tuple[Checkpoint, str]] = {}
 
     def find(self, name: str, spec: SourceSpec) -> Source:
         """The source called `name`, opened; CheckpointError when nothing says where it is."""
         if name in self._overrides:
             return Source(name, spec, None, self._open(self._overrides[name]))
         path = self._path_of(name, spec)
+        if path is None:
+            checkpoint, commit = self._open_on_hub(spec)
+            return Source(name, spec, self._profile, checkpoint, commit)
         return Source(name, spec, self._profile, self._open(path))
 
-    def _path_of(self, name: str, spec: SourceSpec) -> Path:
+    def _path_of(self, name: str, spec: SourceSpec) -> Path | None:
+        """Where the checkpoint is on this machine; None when it is on the hub."""
+        if self._table.value == HUB:
+            return None
         if isinstance(self._table.value, dict) and spec.model in self._table.value:
             node = self._table.value[spec.model]
-            pure = PurePosixPath(str(node.value))
+            if not isinstance(node.value, str):
+                raise RecipeError(f"does not say where {spec.model} is", where=node.where)
+            if node.value == HUB:
+                return None
+            pure = PurePosixPath(node.value)
             if ".." in pure.parts or pure.is_absolute():
                 raise RecipeError(f"{str(pure)!r} is outside the project", where=node.where)
             return self._root / pure
@@ -64,10 +88,22 @@ class SourceFinder:
         )
 
     def _open(self, path: Path) -> Checkpoint:
-        resolved = path.resolve()
+        try:
+            resolved = path.resolve()
+        except (OSError, RuntimeError):  # a loop of links
+            raise CheckpointError("cannot be found", where=str(path)) from None
         if resolved not in self._opened:
             self._opened[resolved] = open_checkpoint(path)
         return self._opened[resolved]
+
+    def _open_on_hub(self, spec: SourceSpec) -> tuple[Checkpoint, str]:
+        # The hub's library is slow to import, and most builds never need it.
+        from carnice_build.checkpoint.hub import open_hub
+
+        key = (spec.model, spec.revision)
+        if key not in self._opened_on_hub:
+            self._opened_on_hub[key] = open_hub(spec.model, spec.revision, stream=self._stream)
+        return self._opened_on_hub[key]
 
 
 def _read_profile(path: Path, profile: str) -> Node:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from carnice_build.errors import CheckpointError
 
+Reader = Callable[[memoryview], None]
+"""Fills a buffer with the bytes that follow those of the call before, or raises CheckpointError."""
 
-class ByteSource(Protocol):
-    """A file whose bytes can be read by range, from several threads at once."""
+
+class Readable(Protocol):
+    """Bytes that can be read by range."""
 
     @property
     def name(self) -> str:
@@ -21,16 +26,29 @@ class ByteSource(Protocol):
     def size(self) -> int:
         """Length in bytes."""
 
-    @property
-    def identity(self) -> str:
-        """Changes whenever the content may have changed; holds on this machine only."""
-
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset` on, or raise CheckpointError."""
 
 
+class ByteSource(Readable, Protocol):
+    """A file of a checkpoint, read by several threads at once."""
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever the content may have changed; holds on this machine only."""
+
+    @property
+    def random_access(self) -> bool:
+        """True when a small read costs little wherever it is."""
+
+    def open_range(self, offset: int, count: int) -> AbstractContextManager[Reader]:
+        """Read `count` bytes from `offset` on in order, by one thread, in pieces of any size."""
+
+
 class LocalFile:
     """A file on a local or mounted file system, opened on first read."""
+
+    random_access = True
 
     def __init__(self, path: Path) -> None:
         try:
@@ -88,8 +106,19 @@ class LocalFile:
                 )
             done += count
 
+    @contextmanager
+    def open_range(self, offset: int, count: int) -> Iterator[Reader]:
+        """See `ByteSource.open_range`."""
 
-def read_all(source: ByteSource) -> bytes:
+        def read(buffer: memoryview) -> None:
+            nonlocal offset
+            self.read_into(offset, buffer)
+            offset += len(buffer)
+
+        yield read
+
+
+def read_all(source: Readable) -> bytes:
     """The whole content of a small file."""
     buffer = bytearray(source.size)
     source.read_into(0, memoryview(buffer))

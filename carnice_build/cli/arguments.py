@@ -41,6 +41,10 @@ Jobs = Annotated[
 Memory = Annotated[
     str, typer.Option(help="Buffers of all workers together, e.g. 4GB.", metavar="SIZE")
 ]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="Read weights on the hub without putting them on disk."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -48,6 +52,7 @@ def make_options(
     *,
     recipes: Path,
     profile: str = "demo",
+    stream: bool = False,
     source: list[str] | None = None,
     assignments: list[str] | None = None,
     out: Path = OUT,
@@ -64,6 +69,7 @@ def make_options(
     return Options(
         recipes=recipes,
         profile=profile,
+        stream=stream,
         sources=dict(_source(item) for item in source or ()),
         overrides=tuple(assignments or ()),
         out=out,

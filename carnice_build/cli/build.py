@@ -21,17 +21,20 @@ from carnice_build.cli.arguments import (
     Recipes,
     Set,
     Source,
+    Stream,
     Variants,
     make_options,
     print_json,
 )
-from carnice_build.units import format_size
+from carnice_build.errors import RecipeError
+from carnice_build.units import format_size, plural
 
 
 def build(
     variants: Variants,
     recipes: Recipes = RECIPES,
     profile: Profile = "demo",
+    stream: Stream = False,
     source: Source = None,
     assignments: Set = None,
     out: Out = OUT,
@@ -54,6 +57,7 @@ def build(
     options = make_options(
         recipes=recipes,
         profile=profile,
+        stream=stream,
         source=source,
         assignments=assignments,
         out=out,
@@ -61,6 +65,8 @@ def build(
         jobs=jobs,
         memory=memory,
     )
+    if trace is not None and not trace.absolute().parent.is_dir():
+        raise RecipeError("is in a folder that does not exist", where=f"--trace {trace}")
     recorder = TraceRecorder()
     with progress_view(Console(stderr=True)) as view:
 
@@ -77,8 +83,9 @@ def build(
     for item in report.variants:
         state = "built" if item.packaged else "up to date"
         typer.echo(
-            f"{item.variant}: {state}, {item.actions_run} actions run, {item.actions_reused} "
-            f"reused, {format_size(item.size)}, {item.bits_per_weight:.2f} bits per weight"
+            f"{item.variant}: {state}, {plural(item.actions_run, 'action')} run, "
+            f"{item.actions_reused} reused, {format_size(item.size)}, "
+            f"{item.bits_per_weight:.2f} bits per weight"
         )
     typer.echo(
         f"read {format_size(report.read_bytes)}, wrote {format_size(report.written_bytes)} in "

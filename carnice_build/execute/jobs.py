@@ -45,10 +45,20 @@ class Job:
 
     @cached_property
     def streams(self) -> bool:
-        """True when rows can flow through: one source, and only row-wise actions on it alone."""
-        return len(self.sources) == 1 and all(
-            action.op.rowwise and not action.op.isolated and len(action.inputs) == 1
-            for action in self.actions
+        """True when rows can flow through: one source, and only row-wise actions on it alone.
+
+        An output that another job reads is stored as a blob, for which it must be whole.
+        """
+        return len(self.sources) == 1 and all(map(self._can_stream, self.actions))
+
+    def _can_stream(self, action: Action) -> bool:
+        return (
+            action.op.rowwise
+            and not action.op.isolated
+            and [ref.identity for ref in action.inputs] == [self.sources[0].identity]
+            and not any(
+                f"{action.identity}|{index}" in self.blobs for index in range(len(action.outputs))
+            )
         )
 
     @property

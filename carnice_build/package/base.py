@@ -157,14 +157,16 @@ def _index(variant: Variant) -> bytes:
 
 def source_records(variant: Variant) -> dict[str, Any]:
     """What a build says of its sources; nothing that tells where on this machine they are."""
-    return {
-        name: {
+    records: dict[str, Any] = {}
+    for name, source in variant.sources.items():
+        records[name] = {
             "model": source.spec.model,
             "revision": source.spec.revision,
             "profile": source.profile or "given on the command line",
         }
-        for name, source in variant.sources.items()
-    }
+        if source.revision is not None:
+            records[name]["commit"] = source.revision
+    return records
 
 
 def _provenance(variant: Variant, files: Mapping[str, bytes]) -> bytes:

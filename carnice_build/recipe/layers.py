@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+)
 
 
 def _check_position(value: Any) -> str:
@@ -16,7 +23,9 @@ def _check_position(value: Any) -> str:
     return text
 
 
-Position = Annotated[str, BeforeValidator(_check_position)]
+Position = Annotated[
+    str, BeforeValidator(_check_position), WithJsonSchema({"type": ["integer", "string"]})
+]
 
 
 class LayerSpan(BaseModel):
@@ -44,13 +53,18 @@ def _resolve(position: str, count: int) -> int:
     return int(numerator) * count // int(denominator) if denominator else int(numerator)
 
 
-def _not_empty(spans: list[LayerSpan]) -> list[LayerSpan]:
+MAX_SPANS = 100
+
+
+def _check_set(spans: list[LayerSpan]) -> list[LayerSpan]:
     if not spans:
         raise ValueError("an empty set of layers")
+    if len(spans) > MAX_SPANS:
+        raise ValueError(f"more than {MAX_SPANS} runs of layers")
     return spans
 
 
-LayerSet = Annotated[list[LayerSpan], AfterValidator(_not_empty)]
+LayerSet = Annotated[list[LayerSpan], AfterValidator(_check_set)]
 
 
 def layers_in(spans: list[LayerSpan], count: int) -> frozenset[int]:

@@ -140,7 +140,10 @@ def _validate(model: type[M], tree: Node, path: tuple[str | int, ...]) -> M:
     try:
         return model.model_validate(tree.find(path).plain())
     except ValidationError as error:
-        raise _translate(error.errors()[0], model, tree, path) from None
+        details = error.errors()
+        # A misspelt key is why another is missing, so it comes first.
+        unknown = (detail for detail in details if detail["type"] == "extra_forbidden")
+        raise _translate(next(unknown, details[0]), model, tree, path) from None
 
 
 def _translate(

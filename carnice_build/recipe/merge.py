@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from carnice_build.errors import RecipeError, nearest
-from carnice_build.recipe.tree import Node, parse_tree, read_tree
+from carnice_build.recipe.tree import MAX_DEPTH, Node, parse_tree, read_tree
 
 MAX_PARENTS = 16
 
@@ -20,10 +20,12 @@ def read_with_parents(path: Path) -> Node:
     seen: set[Path] = set()
     current: Path | None = path
     while current is not None:
-        if current.resolve() in seen or len(chain) > MAX_PARENTS:
-            raise RecipeError("extends itself", where=chain[-1].where)
-        seen.add(current.resolve())
         tree = _mapping_at(current)
+        if current.resolve() in seen:
+            raise RecipeError("extends itself", where=chain[-1].where)
+        if len(chain) >= MAX_PARENTS:
+            raise RecipeError(f"extends more than {MAX_PARENTS} others", where=chain[-1].where)
+        seen.add(current.resolve())
         chain.append(tree)
         current = _parent(tree, current)
     merged = Node({}, chain[-1].where)
@@ -54,7 +56,7 @@ def _parent(tree: Node, path: Path) -> Path | None:
             f"extends {node.value!r}, which is outside the recipe's folder", where=node.where
         )
     parent = path.parent / pure
-    if not parent.is_file():
+    if not _is_file(parent):
         names = [item.relative_to(path.parent).as_posix() for item in path.parent.rglob("*.yaml")]
         raise RecipeError(
             f"extends {node.value!r}, which does not exist",
@@ -62,6 +64,13 @@ def _parent(tree: Node, path: Path) -> Path | None:
             nearest=nearest(node.value, names),
         )
     return parent
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name
+        return False
 
 
 def merge(parent: Node, child: Node) -> Node:
@@ -96,7 +105,7 @@ def override(tree: Node, assignment: str) -> Node:
     where = f"--set {assignment}"
     path, separator, text = assignment.partition("=")
     parts = path.strip().split(".")
-    if not separator or not all(parts):
+    if not separator or not all(parts) or len(parts) > MAX_DEPTH:
         raise RecipeError("is not PATH=VALUE", where=where)
     value = parse_tree(text, where, fixed_where=where)
     return _assign(tree, parts, value, where)
@@ -105,7 +114,7 @@ def override(tree: Node, assignment: str) -> Node:
 def _assign(node: Node, parts: list[str], value: Node, where: str) -> Node:
     head, rest = parts[0], parts[1:]
     if isinstance(node.value, list):
-        if not head.isdecimal() or int(head) >= len(node.value):
+        if not head.isdecimal() or len(head) > 6 or int(head) >= len(node.value):
             raise RecipeError(
                 f"{head!r} is not a position in the list",
                 where=where,

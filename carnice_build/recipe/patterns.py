@@ -1,11 +1,30 @@
-"""Patterns over tensor and module names: globs, or regular expressions after `re:`."""
+"""Patterns over tensor and module names: globs, or regular expressions after `re:`.
+
+Python's regular expressions can take time exponential in the length of a name.  A recipe or a
+checkpoint may come from a stranger, so names have a longest length, and an expression whose
+matcher could try too many ways of splitting such a name is refused when it is read.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from typing import TypeVar
+
+from carnice_build.errors import PlanError
+from carnice_build.recipe.backtracking import ways
+
+T = TypeVar("T")
+
+MAX_NAME = 256
+"""Characters in the longest name that patterns are applied to; real ones have some 90."""
+
+_MAX_PATTERN = 1_000
+_MAX_WAYS = MAX_NAME**3 * 2**4
+_MAX_SECONDS = 10.0
 
 
 class Patterns:
@@ -24,16 +43,36 @@ class Patterns:
 
     def select(self, names: Iterable[str]) -> list[str]:
         """The matching names, in their order."""
-        return [name for name in names if self.matches(name)]
+        return [name for name in in_time(names) if self.matches(name)]
 
     def __str__(self) -> str:
         return ", ".join(self.texts)
 
 
+def in_time(names: Iterable[T]) -> Iterator[T]:
+    """The same, one after another; PlanError when what is done with them takes far too long."""
+    deadline = time.monotonic() + _MAX_SECONDS
+    for name in names:
+        if time.monotonic() > deadline:
+            raise PlanError(f"the pattern takes more than {_MAX_SECONDS:.0f} s on these names")
+        yield name
+
+
 @lru_cache(maxsize=512)
 def compile_pattern(text: str) -> re.Pattern[str]:
-    """The compiled form of one pattern; ValueError when it is not valid."""
+    """The compiled form of one pattern; ValueError when it is not valid or could run away."""
+    if len(text) > _MAX_PATTERN:
+        raise ValueError(f"{text!r} has more than {_MAX_PATTERN} characters")
+    if not text.startswith("re:"):
+        # A translated glob never tries a second way to match an inner `*`.
+        return re.compile(fnmatch.translate(text))
     try:
-        return re.compile(text[3:] if text.startswith("re:") else fnmatch.translate(text))
+        compiled = re.compile(text[3:])
+        tried = ways(text[3:], MAX_NAME)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{text!r} is not a valid pattern: {error}") from None
+    if tried > _MAX_WAYS:
+        raise ValueError(
+            f"{text!r} could take too long on some names; use fewer repetitions, none in another"
+        )
+    return compiled

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+)
 
 from carnice_build.recipe.layers import LayerSet
 from carnice_build.recipe.patterns import compile_pattern
@@ -31,8 +38,9 @@ def _as_list(value: Any) -> Any:
 
 PatternList = Annotated[
     list[Annotated[str, AfterValidator(_check_pattern)]],
-    Field(min_length=1, json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array"}]}),
+    Field(min_length=1),
     BeforeValidator(_as_list),
+    WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}, "minItems": 1}),
 ]
 """One pattern or a list of patterns."""
 
@@ -70,10 +78,11 @@ class SourceSpec(Strict):
 class PackageSpec(Strict):
     """What the output folder holds beside the weights, and how they are split."""
 
-    shard: Annotated[int, BeforeValidator(parse_size)] = Field(
+    shard: Annotated[
+        int, BeforeValidator(parse_size), WithJsonSchema({"type": ["integer", "string"]})
+    ] = Field(
         5_000_000_000,
         description="Most that the modules of one shard may weigh in BF16, such as 5GB.",
-        json_schema_extra={"anyOf": [{"type": "integer"}, {"type": "string"}]},
     )
 
 
@@ -105,8 +114,14 @@ class RecipeBody(Strict):
         default_factory=list, description="What happens to the body's tensors, in order."
     )
     quantize: dict[str, Any] = Field(description="The number format, and which modules get it.")
-    package: PackageSpec = Field(default_factory=lambda: PackageSpec.model_validate({}))
-    card: CardSpec = Field(default_factory=lambda: CardSpec.model_validate({}))
+    package: PackageSpec = Field(
+        default_factory=lambda: PackageSpec.model_validate({}),
+        description="How the output folder is laid out.",
+    )
+    card: CardSpec = Field(
+        default_factory=lambda: CardSpec.model_validate({}),
+        description="What the model card says of the model.",
+    )
 
 
 @dataclass(frozen=True)
@@ -118,10 +133,15 @@ class Vocabulary:
 
 
 def json_schema(vocabulary: Vocabulary) -> dict[str, Any]:
-    """JSON Schema of a recipe file, for editors."""
+    """JSON Schema of a recipe file, for editors.
+
+    What a file leaves out may stand in the one it extends, and a list's key may end in `+`.
+    """
     schema = RecipeBody.model_json_schema()
     definitions = schema.setdefault("$defs", {})
-    step_refs = [
+    properties = schema["properties"]
+    properties["extends"] = {"type": "string", "description": "A recipe that this one changes."}
+    steps = [
         {
             "type": "object",
             "properties": {kind: _define(definitions, model)},
@@ -130,18 +150,13 @@ def json_schema(vocabulary: Vocabulary) -> dict[str, Any]:
         }
         for kind, model in vocabulary.steps.items()
     ]
-    formats = [_define(definitions, model) for model in vocabulary.formats.values()]
-    properties = schema["properties"]
-    steps = {"type": "array", "items": {"oneOf": step_refs}}
-    properties["steps"] |= steps
-    properties["steps+"] = {**steps, "description": "Steps after those of the recipe extended."}
+    properties["steps"]["items"] = {"oneOf": steps}
+    # Without `format`, which the parent may state, a section can be of any.
     properties["quantize"] = {
-        "oneOf": formats,
+        "anyOf": [_define(definitions, model) for model in vocabulary.formats.values()],
         "description": properties["quantize"]["description"],
     }
-    properties["extends"] = {"type": "string", "description": "A recipe that this one changes."}
-    # What a recipe leaves out may stand in the one it extends.
-    schema.pop("required", None)
+    _relax(schema, definitions, set())
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Recipe"}
 
 
@@ -150,3 +165,22 @@ def _define(definitions: dict[str, Any], model: type[BaseModel]) -> dict[str, st
     definitions.update(schema.pop("$defs", {}))
     definitions[model.__name__] = schema
     return {"$ref": f"#/$defs/{model.__name__}"}
+
+
+def _relax(node: dict[str, Any], definitions: dict[str, Any], seen: set[str]) -> None:
+    """Allow in a mapping and those below it what inheritance allows; items of lists stay whole."""
+    name = node.get("$ref", "").rpartition("/")[2]
+    if name and name not in seen:
+        seen.add(name)
+        _relax(definitions[name], definitions, seen)
+    for option in node.get("anyOf", ()):
+        _relax(option, definitions, seen)
+    if isinstance(node.get("additionalProperties"), dict):
+        _relax(node["additionalProperties"], definitions, seen)
+    properties = node.get("properties", {})
+    for key, child in list(properties.items()):
+        _relax(child, definitions, seen)
+        if child.get("type") == "array":
+            about = f"Appended to the inherited `{key}`."
+            properties[f"{key}+"] = {**child, "description": about}
+    node.pop("required", None)

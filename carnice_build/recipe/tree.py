@@ -6,6 +6,8 @@ size, depth, aliases and duplicate keys are checked before anything grows.
 
 from __future__ import annotations
 
+import math
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,15 @@ from carnice_build.errors import RecipeError
 MAX_BYTES = 1_000_000
 MAX_NODES = 20_000
 MAX_DEPTH = 40
+MAX_NUMBER = 2**63
+_MAX_LITERAL = 40
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+_COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+_TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:binary")
+# Line ends and tabs are text; what else is below space, or in C1, drives terminals.
+_CONTROL = frozenset(map(chr, (*range(32), *range(127, 160)))) - set("\t\n\r")
 
 Scalar = str | int | float | bool | None
 
@@ -56,9 +65,14 @@ class Node:
 def read_tree(path: Path) -> Node:
     """Parse the YAML file `path`; RecipeError with file:line:column when it is not acceptable."""
     try:
-        if path.stat().st_size > MAX_BYTES:
+        # A pipe would wait for ever, a device may never end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise RecipeError("is not a file", where=str(path))
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
             raise RecipeError("is larger than 1 MB", where=str(path))
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except OSError as error:
         raise RecipeError(f"cannot read the file: {error.strerror}", where=str(path)) from None
     except UnicodeDecodeError:
@@ -69,16 +83,34 @@ def read_tree(path: Path) -> Node:
 def parse_tree(text: str, name: str, fixed_where: str | None = None) -> Node:
     """Parse YAML `text`; places are `name:line:column`, or `fixed_where` when that is given."""
     try:
+        _check_depth(text, name, fixed_where)
         root = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = fixed_where or (f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name)
         raise RecipeError(f"is not valid YAML: {error.problem}", where=where) from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"is not valid YAML: {error}", where=name) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"is not valid YAML: {error}", where=fixed_where or name) from None
+    except UnicodeEncodeError:
+        raise RecipeError("is not Unicode text", where=fixed_where or name) from None
     if root is None:
         return Node(None, fixed_where or name)
     return _Converter(name, fixed_where).convert(root, 0)
+
+
+def _check_depth(text: str, name: str, fixed_where: str | None) -> None:
+    """Refuse deep nesting before libyaml's composer, which recurses in C, overflows the stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH + 1:
+                line = event.start_mark.line + 1 if event.start_mark else 1
+                raise RecipeError(
+                    f"is nested more than {MAX_DEPTH} deep", where=fixed_where or f"{name}:{line}"
+                )
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 class _Converter:
@@ -103,6 +135,8 @@ class _Converter:
             raise RecipeError(f"holds more than {MAX_NODES} values", where=where)
         if depth > MAX_DEPTH:
             raise RecipeError(f"is nested more than {MAX_DEPTH} deep", where=where)
+        if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTION_TAGS:
+            raise RecipeError(f"has the tag {node.tag!r}", where=where, expected="plain YAML")
         if isinstance(node, yaml.MappingNode):
             return Node(self._mapping(node, depth), where)
         if isinstance(node, yaml.SequenceNode):
@@ -122,13 +156,22 @@ class _Converter:
         return table
 
     def _scalar(self, node: yaml.Node, where: str) -> Scalar:
+        if node.tag not in _TEXT_TAGS and len(node.value) > _MAX_LITERAL:
+            raise RecipeError(f"{node.value!r} is too long for a number", where=where)
         try:
-            value = self._constructor.construct_object(node)
-        except (yaml.YAMLError, ValueError):
+            value: object = self._constructor.construct_object(node)
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError):
+            # PyYAML's constructors trip over their own feet on `!!int ''` or `!!bool x`.
             raise RecipeError(f"cannot read the value {node.value!r}", where=where) from None
         if value is not None and not isinstance(value, str | int | float | bool):
             # Dates and binaries: the author meant text.
             return str(node.value)
+        if isinstance(value, str) and not _CONTROL.isdisjoint(value):
+            raise RecipeError(f"{value!r} holds a control character", where=where)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(f"{node.value!r} is not a finite number", where=where)
+        if isinstance(value, int) and abs(value) >= MAX_NUMBER:
+            raise RecipeError(f"{node.value!r} is too large a number", where=where)
         return value
 
 

@@ -35,22 +35,24 @@ class PlanContext:
             )
         return layers_in(list(self.layer_sets[name]), self.architecture.num_layers)
 
-    def check_count(self, expect: Expectation, patterns: Patterns, found: int) -> None:
+    def check_count(
+        self, expect: Expectation, patterns: Patterns, found: int, *, derive: bool = True
+    ) -> None:
         """Raise PlanError unless `found` names matched, as the recipe expects.
 
-        Counts by profile hold for that profile's own checkpoints; for any other, the count is
-        that of the matching names in the architecture's table.
+        Counts by profile hold for that profile's own checkpoints.
+        For any other, the count is that of the matching names in the architecture's table, or,
+        where `derive` is false because the names are not the table's yet, is not checked.
         """
-        if expect is None:
-            return
+        wanted, why = None, ""
         if isinstance(expect, int):
-            wanted, why = expect, ""
-        elif self.profile in expect:
+            wanted = expect
+        elif expect is not None and self.profile in expect:
             wanted, why = expect[self.profile], f" for profile {self.profile}"
-        else:
+        elif expect is not None and derive:
             wanted = len(patterns.select(self.architecture.tensors))
             why = " by the checkpoint's config"
-        if found != wanted:
+        if wanted is not None and found != wanted:
             raise PlanError(f"{patterns} matches {found} tensors", expected=f"{wanted}{why}")
 
 
@@ -101,12 +103,13 @@ class Format(Strict):
 
 
 def require_match(patterns: Patterns, names: Sequence[str], what: str) -> list[str]:
-    """The names that match, of which there must be one; PlanError with the nearest name."""
-    matched = patterns.select(names)
-    if not matched:
-        bare = patterns.texts[0].strip("*.")
+    """The names that match; PlanError with the nearest name when a pattern matches none."""
+    for text in patterns.texts:
+        if Patterns(text).select(names):
+            continue
+        bare = text.strip("*.")
         # A glob such as `*.v_proj` names the end of a path, so ends are what it is compared with.
         depth = bare.count(".") + 1
         ends = {".".join(name.split(".")[-depth:]) for name in names}
-        raise PlanError(f"{patterns} matches no {what}", nearest=nearest(bare, sorted(ends)))
-    return matched
+        raise PlanError(f"{text} matches no {what}", nearest=nearest(bare, sorted(ends)))
+    return patterns.select(names)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from carnice_build.errors import PlanError
 from carnice_build.graph import View
-from carnice_build.recipe.patterns import Patterns, compile_pattern
+from carnice_build.recipe.patterns import MAX_NAME, Patterns, compile_pattern, in_time
 from carnice_build.recipe.schema import Expectation
 from carnice_build.transforms.base import PlanContext, Step
 
@@ -33,8 +33,13 @@ class Rename(Step):
         """The view under its new names; PlanError when two tensors would share one."""
         renamed: View = {}
         changed = 0
-        for name, ref in view.items():
+        for name, ref in in_time(view.items()):
             new_name = self._rewrite(name)
+            if len(new_name) > MAX_NAME:
+                raise PlanError(
+                    f"renaming {name!r} gives a name of {len(new_name)} characters",
+                    expected=f"at most {MAX_NAME}",
+                )
             if new_name in renamed:
                 raise PlanError(f"renaming {name!r} gives the name {new_name!r} twice")
             renamed[new_name] = ref
@@ -43,7 +48,9 @@ class Rename(Step):
             raise PlanError(
                 f"{self.pattern} changes no name", expected="a match, or optional: true"
             )
-        context.check_count(self.expect, Patterns(f"re:{self.pattern}"), changed)
+        if changed or not self.optional:
+            patterns = Patterns(f"re:{self.pattern}")
+            context.check_count(self.expect, patterns, changed, derive=False)
         return renamed
 
     def _rewrite(self, name: str) -> str:

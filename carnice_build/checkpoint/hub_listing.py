@@ -1,0 +1,168 @@
+"""Which files a repository of the hub holds at which commit, and what was learnt of them before."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+from blake3 import blake3
+from huggingface_hub import HfApi, cached_assets_path, constants
+
+from carnice_build import __version__
+from carnice_build.checkpoint.checkpoint import is_plain_name
+from carnice_build.checkpoint.http_file import LIBRARY
+from carnice_build.checkpoint.patience import (
+    ATTEMPTS,
+    MALFORMED,
+    Unreachable,
+    interruptions,
+    patiently,
+    refused,
+)
+from carnice_build.errors import CheckpointError
+
+ALLOWED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+"""The only files of a repository that are ever asked for."""
+
+_MAX_FILES = 100_000
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The allowed files of a commit with size and content id, and the names of the others."""
+
+    commit: str
+    files: dict[str, tuple[int, str]]
+    others: tuple[str, ...]
+
+
+def find_listing(model: str, revision: str, notes: Notes) -> Listing:
+    """What `revision` of a model holds: from the hub or, without a network, as last known.
+
+    A commit that is known is never asked for again.
+    """
+    commit = revision if _HASH.fullmatch(revision) else notes.read("revision", revision).decode()
+    known = _load_listing(commit, notes)
+    if known is not None and (commit == revision or constants.is_offline_mode()):
+        return known
+    try:
+        listing = _fetch_listing(model, revision, ATTEMPTS if known is None else 1)
+    except Unreachable:
+        if known is None:
+            raise
+        _log.warning("cannot reach the hub: %s stays at %s", model, known.commit[:7])
+        return known
+    notes.write("revision", revision, listing.commit.encode())
+    rows = [(name, size, content) for name, (size, content) in listing.files.items()]
+    rows += [(name, 0, "") for name in listing.others]
+    notes.write("files", listing.commit, json.dumps(rows).encode())
+    return listing
+
+
+def _load_listing(commit: str, notes: Notes) -> Listing | None:
+    try:
+        return _check_listing(commit, json.loads(notes.read("files", commit)))
+    except MALFORMED:
+        return None
+
+
+def _fetch_listing(model: str, revision: str, attempts: int) -> Listing:
+    where = f"{model}@{revision}"
+    api = HfApi(constants.ENDPOINT, library_name=LIBRARY, library_version=__version__)
+    ask = partial(
+        api.model_info,
+        model,
+        revision=revision,
+        files_metadata=True,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+    )
+
+    def refusal(response: httpx.Response) -> CheckpointError:
+        return refused(response, where, constants.ENDPOINT, model, revision)
+
+    info = patiently(ask, where, refusal, attempts)
+    with interruptions(where, refusal):
+        rows = [
+            (item.rfilename, item.size, item.lfs.sha256 if item.lfs else item.blob_id)
+            for item in info.siblings or ()
+        ]
+        listing = _check_listing(info.sha, rows)
+    if _HASH.fullmatch(revision) and listing.commit != revision:
+        raise CheckpointError(f"the hub answers for commit {listing.commit}", where=where)
+    return listing
+
+
+def _check_listing(commit: Any, rows: Sequence[Any]) -> Listing:
+    """Take nothing on trust that becomes part of a path or a number."""
+    if not _HASH.fullmatch(commit) or len(rows) > _MAX_FILES:
+        raise ValueError
+    files: dict[str, tuple[int, str]] = {}
+    others = []
+    for name, size, content in rows:
+        if not is_plain_name(name):
+            continue
+        if not any(fnmatchcase(name, pattern) for pattern in ALLOWED):
+            others.append(name)
+            continue
+        if not _HASH.fullmatch(content) or type(size) is not int or size < 0:
+            raise ValueError
+        files[name] = (size, content)
+    return Listing(commit, files, tuple(others))
+
+
+class Notes:
+    """Small facts about a repository that spare requests, in the assets of the Hugging Face cache.
+
+    Each is kept with its digest; one that is damaged is as good as none.
+    """
+
+    def __init__(self, model: str) -> None:
+        try:
+            self._folder = cached_assets_path(
+                LIBRARY, namespace=model, subfolder="hub", assets_dir=constants.HF_ASSETS_CACHE
+            )
+        except (OSError, ValueError):
+            raise CheckpointError(
+                "cannot be used as the Hugging Face cache",
+                where=constants.HF_ASSETS_CACHE,
+                expected="a folder one can write to, or another in HF_HOME",
+            ) from None
+
+    def _path(self, kind: str, name: str) -> Path:
+        return self._folder / f"{kind}-{blake3(name.encode()).hexdigest()}"
+
+    def read(self, kind: str, name: str) -> bytes:
+        """The fact, b"" when it is not known."""
+        try:
+            digest, _, content = self._path(kind, name).read_bytes().partition(b"\n")
+        except OSError:
+            return b""
+        return content if digest == _digest(content) else b""
+
+    def write(self, kind: str, name: str, content: bytes) -> None:
+        """Keep the fact, if the disk lets us."""
+        with suppress(OSError), tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+            try:
+                file.write(_digest(content) + b"\n" + content)
+                file.flush()
+                Path(file.name).replace(self._path(kind, name))
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+
+
+def _digest(content: bytes) -> bytes:
+    return blake3(content).hexdigest().encode()
