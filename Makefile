@@ -7,7 +7,7 @@ PIP    := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 FLAGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build all plan list test lint bench clean
+.PHONY: help build all plan verify list test lint bench clean
 
 ifdef variant
 .DEFAULT_GOAL := build
@@ -40,6 +40,10 @@ all: $(VENV)/core ## Build every variant
 
 plan: $(VENV)/core ## Show what building variant=NAME would do
 	$(CARNICE) plan $(variant) $(FLAGS)
+
+verify: $(VENV)/core ## Check what was built as variant=NAME
+	$(PIP) --editable '.[mlx]'
+	$(CARNICE) verify $(variant) $(FLAGS)
 
 list: $(VENV)/core ## Show the variants
 	@$(CARNICE) list $(FLAGS)

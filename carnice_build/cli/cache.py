@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from carnice_build.cli.arguments import CACHE, Cache, Json, print_json
-from carnice_build.errors import RecipeError
-from carnice_build.units import format_size, parse_size
+from carnice_build.errors import RecipeError, StoreError
+from carnice_build.units import format_size, parse_size, plural
 
 app = typer.Typer(help="Look after the cache.", no_args_is_help=True)
 
@@ -24,18 +25,23 @@ def stats(cache: Cache = CACHE, as_json: Json = False) -> None:
     from carnice_build.store import upkeep
     from carnice_build.store.store import Store
 
-    with Store(cache) as store:
+    with Store(_existing(cache)) as store:
         found = upkeep.stats(store)
     if as_json:
         print_json(asdict(found))
         return
-    typer.echo(f"{found.packs} packs, {format_size(found.pack_bytes)}")
+    typer.echo(f"{plural(found.packs, 'pack')}, {format_size(found.pack_bytes)}")
     typer.echo(
         f"  of them in build folders: {found.linked_packs}, {format_size(found.linked_bytes)}"
     )
-    typer.echo(f"{found.partial_packs} unfinished packs, {format_size(found.partial_bytes)}")
-    typer.echo(f"{found.blobs} blobs, {format_size(found.blob_bytes)}")
-    typer.echo(f"{found.actions} actions remembered, {format_size(found.record_bytes)} of records")
+    typer.echo(
+        f"{plural(found.partial_packs, 'unfinished pack')}, {format_size(found.partial_bytes)}"
+    )
+    typer.echo(f"{plural(found.blobs, 'blob')}, {format_size(found.blob_bytes)}")
+    typer.echo(
+        f"{plural(found.actions, 'action')} remembered, "
+        f"{format_size(found.record_bytes)} of records"
+    )
 
 
 @app.command()
@@ -55,12 +61,12 @@ def gc(
 
     age = _age(older_than) if older_than is not None else None
     size = _size(max_size) if max_size is not None else None
-    with Store(cache) as store:
+    with Store(_existing(cache)) as store:
         removed = upkeep.collect(store, max_age=age, max_bytes=size)
     if as_json:
         print_json(asdict(removed))
         return
-    typer.echo(f"removed {removed.files} files, {format_size(removed.bytes)}")
+    typer.echo(f"removed {plural(removed.files, 'file')}, {format_size(removed.bytes)}")
 
 
 @app.command()
@@ -69,7 +75,7 @@ def verify(cache: Cache = CACHE, as_json: Json = False) -> None:
     from carnice_build.store import upkeep
     from carnice_build.store.store import Store
 
-    with Store(cache) as store:
+    with Store(_existing(cache)) as store:
         damaged = upkeep.find_damage(store, lambda count: None)
     if as_json:
         print_json([asdict(item) for item in damaged])
@@ -77,9 +83,15 @@ def verify(cache: Cache = CACHE, as_json: Json = False) -> None:
         for item in damaged:
             what = ", ".join(item.tensors) or "not readable"
             typer.echo(f"{item.pack}: damaged: {what}")
-        typer.echo(f"{len(damaged)} damaged packs")
+        typer.echo(plural(len(damaged), "damaged pack"))
     if damaged:
         sys.exit(1)
+
+
+def _existing(cache: Path) -> Path:
+    if not cache.is_dir():
+        raise StoreError("there is no cache", where=str(cache))
+    return cache
 
 
 def _age(text: str) -> float:

@@ -15,6 +15,7 @@ from carnice_build.plan.status import BuildStatus, Status
 from carnice_build.store.history import Facts
 
 UNREAD = "not read yet"
+UNMADE = "not made yet"
 
 
 class FactsSink:
@@ -64,10 +65,14 @@ def labelled_actions(variant: VariantPlan) -> dict[str, Action]:
 
 
 def action_facts(action: Action, digest_of: Callable[[TensorRef], str | None]) -> Facts:
-    """The fields of the action's key; the content of unknown inputs is `UNREAD`."""
+    """The fields of the action's key; the content of unknown inputs is `UNREAD` or `UNMADE`."""
     sink = FactsSink()
-    action.describe(sink, [digest_of(ref) or UNREAD for ref in action.inputs])
+    action.describe(sink, [digest_of(ref) or _unknown(ref) for ref in action.inputs])
     return sink.facts
+
+
+def _unknown(ref: TensorRef) -> str:
+    return UNMADE if isinstance(ref.origin, ActionOutput) else UNREAD
 
 
 def explain(
@@ -114,6 +119,8 @@ def _cause(now: Facts, before: Facts | None, known: bool) -> tuple[str | None, s
 def _input_cause(name: str, old: str | None, new: str | None) -> str | None:
     if new is not None and new.endswith(UNREAD):
         return "its source is another file, or was changed, and is to be read"
+    if new is not None and new.endswith(UNMADE):
+        return f"{name} is to be made again"
     if old is None or new is None:
         return f"{name} was added or left out"
     if old.rpartition(" ")[0] != new.rpartition(" ")[0]:

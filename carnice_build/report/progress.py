@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from carnice_build.execute.events import Advanced, Event, Notice, Packaged, Started
-from carnice_build.units import format_size
+from carnice_build.units import format_size, plural
 
 _LINE_SECONDS = 5.0
 
@@ -124,8 +124,8 @@ def describe(event: Started | Notice | Packaged) -> str:
     """One line for a person."""
     if isinstance(event, Started):
         return (
-            f"{event.actions} actions: reading {format_size(event.read_bytes)}, "
-            f"writing {format_size(event.write_bytes)} in {event.packs} shards"
+            f"{plural(event.actions, 'action')}: reading {format_size(event.read_bytes)}, "
+            f"writing {format_size(event.write_bytes)} in {plural(event.packs, 'shard')}"
         )
     if isinstance(event, Packaged):
         return f"{event.variant} is in {event.folder}"

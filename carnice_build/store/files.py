@@ -46,6 +46,9 @@ def link_or_copy(source: Path, target: Path) -> None:
         if error.errno not in _NO_LINK:
             raise
         shutil.copyfile(source, target)
+        stat = source.stat()
+        # The copy's time tells later whether it was touched.
+        os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         with target.open("rb") as file:
             os.fsync(file.fileno())
 

@@ -1,0 +1,167 @@
+"""What the documentation says is so: its examples run, its links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import REPOSITORY, Finished, Project
+from tiny import Tensor, read_all_tensors, read_json
+
+from carnice_build.recipe.schema import json_schema
+from carnice_build.transforms.vocabulary import vocabulary
+
+DOCS = REPOSITORY / "docs"
+PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")])
+
+Carnice = Callable[..., Finished]
+
+
+def code_blocks(page: Path, language: str) -> Iterator[tuple[str, str]]:
+    """The blocks of a language whose first line is a comment with a file's path, and that path."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if named := re.match(r"# (\S+\.\w+)\n", block):
+            yield named[1], block
+
+
+def write_blocks(page: str, language: str, folder: Path) -> None:
+    """Write the named blocks of `docs/<page>` below `folder`."""
+    for name, block in code_blocks(DOCS / page, language):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block, encoding="utf-8")
+
+
+def shown(page: str) -> str:
+    """The text of `docs/<page>`."""
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def test_first_five_minutes(tmp_path: Path, carnice: Carnice) -> None:
+    """The commands of README.md print on the demo checkpoints what it shows."""
+    recipes = ("--recipes", REPOSITORY / "recipes", "--cache", tmp_path / "cache")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    knob = 'quantize.rules+={match: "*.layers.1.mlp.down_proj", bits: 8}'
+    commands: list[tuple[object, ...]] = [
+        ("build", "mlx-mixed_3_6", "--out", tmp_path / "build"),
+        ("build", "mlx-mixed_3_6", "--out", tmp_path / "build"),
+        ("explain", "mlx-mixed_3_6", "--set", knob),
+        ("build", "mlx-4bit", "mlx-6bit", "--out", tmp_path / "build"),
+        ("explain", "mlx-mixed_4_6"),
+    ]
+    finished = [carnice(*command, *recipes) for command in commands]
+
+    assert [0] * len(commands) == [item.code for item in finished]
+    for item in (*finished[:3], finished[4]):
+        # Seconds and memory depend on the machine.
+        printed = re.sub(r"in [\d.]+ s, peak memory [\d.]+", "in ... s, peak memory ...", item.out)
+        assert printed in readme
+
+
+def test_reference_is_current() -> None:
+    """docs/recipes.md says what the schema says; `python docs/make_reference.py` makes it so."""
+    render = runpy.run_path(str(DOCS / "make_reference.py"))["render"]
+    page = shown("recipes.md")
+
+    assert render(page) == page
+
+
+def test_schema_accepts_shipped_recipes() -> None:
+    """Each file is valid by itself, as an editor sees it."""
+    validator = pytest.importorskip("jsonschema").Draft202012Validator
+    schema = json_schema(vocabulary())
+    validator.check_schema(schema)
+    for path in (REPOSITORY / "recipes").rglob("*.yaml"):
+        if path.name != "_profiles.yaml":
+            errors = validator(schema).iter_errors(yaml.safe_load(path.read_text()))
+
+            assert [error.message for error in errors] == [], path
+
+
+def test_new_quant_plans_to_the_stated_size(project: Project, carnice: Carnice) -> None:
+    """The recipe of adding-a-quant.md plans at full size to the figures that the page gives."""
+    write_blocks("adding-a-quant.md", "yaml", project.root)
+    shutil.copy(REPOSITORY / "recipes" / "_profiles.yaml", project.recipes)
+    (project.root / "benchmarks").symlink_to(REPOSITORY / "benchmarks")
+    finished = carnice("plan", "mlx-mixed_4_8", "--profile", "shapes", "--json")
+    page = shown("adding-a-quant.md")
+
+    assert finished.code == 0, finished.err
+    (variant,) = json.loads(finished.out)["variants"]
+    assert f"{variant['bits_per_weight']:.3f} bits per weight" in page
+    assert f"{variant['weights_bytes'] / 1e9:.1f} GB" in page
+    assert f"{sum(variant['actions'].values())} to read first" in page
+
+
+@pytest.fixture
+def clip_project(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """The project with the package and the recipe of adding-a-transform.md installed."""
+    site = project.root / "site"
+    write_blocks("adding-a-transform.md", "python", site)
+    write_blocks("adding-a-transform.md", "yaml", project.root)
+    info = site / "clip_weights-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: clip-weights\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[carnice_build.steps]\nclip = clip_weights.step:ClipStep\n"
+    )
+    monkeypatch.syspath_prepend(site)
+    return project
+
+
+def test_new_step_is_planned(clip_project: Project, carnice: Carnice) -> None:
+    """A step from an installed package adds its actions to the plan."""
+    del clip_project
+    explained = carnice("explain", "mlx-4bit-clipped")
+
+    assert explained.code == 0, explained.err
+    assert "8 x clip: never built here" in explained.out
+
+
+def test_new_step_refuses_unknown_key(clip_project: Project, carnice: Carnice) -> None:
+    """The step's parameters are checked like those of any other."""
+    recipe = clip_project.recipes / "mlx-4bit-clipped.yaml"
+    recipe.write_text(recipe.read_text().replace("limit:", "limt:"))
+    finished = carnice("plan", "mlx-4bit-clipped")
+
+    assert finished.code == 2
+    assert "did you mean 'limit'?" in finished.err
+
+
+def test_new_step_clips(clip_project: Project, carnice: Carnice) -> None:
+    """The built variant differs from mlx-4bit in the clipped modules alone, by smaller scales."""
+    finished = carnice("build", "mlx-4bit", "mlx-4bit-clipped", "--jobs", 2)
+
+    assert finished.code == 0, finished.err
+    plain = read_all_tensors(clip_project.out / "mlx-4bit")
+    clipped = read_all_tensors(clip_project.out / "mlx-4bit-clipped")
+    changed = {name.rpartition(".")[0] for name in plain if plain[name] != clipped[name]}
+    config = read_json(clip_project.checkpoint / "config.json")
+    layers = range(config["text_config"]["num_hidden_layers"])
+    assert changed == {f"language_model.model.layers.{layer}.mlp.down_proj" for layer in layers}
+    # From -0.05 to 0.05 in 15 steps, one of which may be lost to have zero on a step.
+    assert max(largest_scale(clipped[f"{module}.scales"]) for module in changed) < 0.1 / 14 * 1.01
+    assert min(largest_scale(plain[f"{module}.scales"]) for module in changed) > 0.1 / 14 * 1.01
+
+
+def largest_scale(tensor: Tensor) -> float:
+    """The largest magnitude in a BF16 tensor."""
+    bits = np.frombuffer(tensor.data, "<u2").astype("<u4") << 16
+    return float(np.abs(bits.view("<f4")).max())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link of a page names a file that is there."""
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    missing = [target for target in targets if not (page.parent / target).exists()]
+
+    assert missing == []
