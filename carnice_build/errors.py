@@ -88,8 +88,6 @@ class PlanError(CarniceError):
 class StoreError(CarniceError):
     """The cache or the output folder cannot be used."""
 
-    exit_code = 1
-
 
 class BackendError(CarniceError):
     """A quantization library failed or is not installed."""

@@ -25,6 +25,8 @@ from tiny import contents, write_tiny
 from carnice_build.build.options import Options
 from carnice_build.cli.main import run
 
+pytest.register_assert_rewrite("attacking")
+
 REPOSITORY = Path(__file__).parent.parent
 
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)

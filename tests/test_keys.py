@@ -21,7 +21,7 @@ AFFINE = {"bits": 4, "group_size": 64, "dtype": "BF16", "nonfinite": "refuse"}
 OPS: list[tuple[Op, dict[str, Any]]] = [
     (AffineQuantize(), AFFINE),
     (ReferenceAffineQuantize(), AFFINE),
-    (Elementwise(), {"add": 1.0, "dtype": "BF16"}),
+    (Elementwise(), {"add": 1.0, "dtype": "BF16", "nonfinite": "refuse"}),
 ]
 OTHER_VALUES = {
     "bits": 8,

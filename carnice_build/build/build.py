@@ -14,10 +14,11 @@ from carnice_build.errors import PlanError
 from carnice_build.execute.events import Listener, Packaged
 from carnice_build.keys import library_version
 from carnice_build.package.base import Shard, Variant, small_files
-from carnice_build.package.folder import assemble, is_current
+from carnice_build.package.folder import assemble, check_place, is_current
 from carnice_build.plan.explain import labelled_actions, variant_facts
 from carnice_build.plan.planner import VariantPlan
 from carnice_build.plan.status import Contents, survey
+from carnice_build.store.files import full_disk_named
 from carnice_build.store.history import write_history
 from carnice_build.store.store import Store
 
@@ -63,6 +64,8 @@ def build_variants(
     plan = plan_variants(names, options)
     for variant in plan.variants:
         _check_buildable(variant)
+        sources = [Path(source.checkpoint.where) for source in variant.sources.values()]
+        check_place(options.out / variant.name, sources)
     with Store(options.cache) as store, store.in_use():
         return _build(plan, options, store, listen, start)
 
@@ -122,7 +125,8 @@ def _package(
     if stale:
         facts = variant_facts(variant, Contents(store).digest)
         write_history(store.root, variant.name, facts)
-        assemble(folder, shards, small_files(described, variant.format.packager()))
+        with full_disk_named(options.out):
+            assemble(folder, shards, small_files(described, variant.format.packager()))
         listen(Packaged(variant.name, str(folder)))
     actions = {action.identity for action in labelled_actions(variant).values()}
     return VariantReport(

@@ -52,10 +52,12 @@ class Job:
         return len(self.sources) == 1 and all(map(self._can_stream, self.actions))
 
     def _can_stream(self, action: Action) -> bool:
+        source = self.sources[0]
         return (
             action.op.rowwise
             and not action.op.isolated
-            and [ref.identity for ref in action.inputs] == [self.sources[0].identity]
+            and [ref.identity for ref in action.inputs] == [source.identity]
+            and action.inputs[0].spec.shape[:1] == source.spec.shape[:1]
             and not any(
                 f"{action.identity}|{index}" in self.blobs for index in range(len(action.outputs))
             )

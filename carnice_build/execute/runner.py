@@ -27,6 +27,7 @@ from carnice_build.execute.streaming import (
     RowOutput,
     as_bytes,
     block_rows,
+    refuse_non_finite,
     sample_digest,
     stream,
 )
@@ -218,6 +219,8 @@ class _JobRun:
         digest = self._runner._digests.get(source.identity) or digest_bytes(view)
         self._learned[source.identity] = digest
         sinks = self._job.sinks.get(source.identity, ())
+        if sinks:
+            _refuse(source, data)
         for sink in sinks:
             self._runner._packs[sink.layout].write(sink.offset, view)
         with self._store.records.together():
@@ -319,6 +322,13 @@ class _JobRun:
 
 def _allocate(spec: TensorSpec) -> TensorData:
     return TensorData(spec.dtype, np.empty(spec.shape, NUMPY_NAME[spec.dtype]))
+
+
+def _refuse(source: SourceTensor, data: TensorData) -> None:
+    try:
+        refuse_non_finite(data)
+    except NonFiniteValue as error:
+        raise _non_finite(source, error.index) from None
 
 
 def _non_finite(source: SourceTensor, index: int) -> CheckpointError:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import get_ident
 
-from carnice_build.errors import BuildError, PlanError
+from carnice_build.errors import PlanError
 from carnice_build.execute.events import Advanced, Listener, Notice, Span, Started
 from carnice_build.execute.executor import Executor
 from carnice_build.execute.isolated import Workers
@@ -19,6 +18,7 @@ from carnice_build.graph import Action
 from carnice_build.plan.layout import PackLayout
 from carnice_build.plan.planner import VariantPlan
 from carnice_build.plan.status import BuildStatus, survey
+from carnice_build.store.files import full_disk_named
 from carnice_build.store.packs import PartialPack
 from carnice_build.store.store import Store
 from carnice_build.units import format_size
@@ -47,16 +47,8 @@ def execute(
 
     Raises PlanError when the disk is too small, BuildError when it fills up meanwhile.
     """
-    run = _Run(variants, actions, store, executor, worker_count, listen)
-    try:
-        return run.execute()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BuildError(
-                "the disk is full; what was finished is kept, free some space and build again",
-                where=str(store.root),
-            ) from None
-        raise
+    with full_disk_named(store.root):
+        return _Run(variants, actions, store, executor, worker_count, listen).execute()
 
 
 class _Run:

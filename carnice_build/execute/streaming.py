@@ -13,9 +13,10 @@ import numpy as np
 from blake3 import blake3
 
 from carnice_build.checkpoint.checkpoint import SourceTensor
-from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
+from carnice_build.checkpoint.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.execute.jobs import Sink
 from carnice_build.graph import Action, NonFiniteValue, TensorData
+from carnice_build.kernels.elementwise import non_finite_index
 from carnice_build.store.packs import PartialPack
 
 BLOCK_BYTES = 2 << 20
@@ -68,7 +69,10 @@ class RowAction:
             TensorData(output.spec.dtype, buffer[:rows])
             for output, buffer in zip(self.outputs, self._buffers, strict=True)
         ]
-        self.action.op.apply(self.action.params, [data], results)
+        # The action may see the source's bytes under another shape of the same rows.
+        shape = (rows, *self.action.inputs[0].spec.shape[1:])
+        seen = TensorData(data.dtype, data.array.reshape(shape))
+        self.action.op.apply(self.action.params, [seen], results)
         for output, result in zip(self.outputs, results, strict=True):
             output.append(as_bytes(result.array))
 
@@ -105,29 +109,37 @@ def stream(
         for first in range(0, shape[0], rows_per_block):
             rows = min(rows_per_block, shape[0] - first)
             block = buffer[: rows * spec.row_bytes]
-            view = block.data
-            read(view)
+            read(block.data)
             if hasher is not None:
-                hasher.update(view)
-            if copy is not None:
-                copy.append(view)
-            data = TensorData(
-                spec.dtype, block.view(NUMPY_NAME[spec.dtype]).reshape(rows, *shape[1:])
-            )
-            _feed(actions, data, first)
+                hasher.update(block.data)
+            array = block.view(NUMPY_NAME[spec.dtype]).reshape(rows, *shape[1:])
+            _feed(TensorData(spec.dtype, array), actions, copy, first)
             progress(len(block))
     if copy is not None:
         return copy.digest()
     return hasher.hexdigest() if hasher is not None else None
 
 
-def _feed(actions: Sequence[RowAction], data: TensorData, first_row: int) -> None:
-    for action in actions:
-        try:
+def _feed(
+    data: TensorData, actions: Sequence[RowAction], copy: RowOutput | None, first_row: int
+) -> None:
+    try:
+        if copy is not None:
+            refuse_non_finite(data)
+            copy.append(as_bytes(data.array))
+        for action in actions:
             action.feed(data)
-        except NonFiniteValue as error:
-            elements_per_row = data.array.size // data.array.shape[0]
-            raise NonFiniteValue(first_row * elements_per_row + error.index) from None
+    except NonFiniteValue as error:
+        elements_per_row = data.array.size // data.array.shape[0]
+        raise NonFiniteValue(first_row * elements_per_row + error.index) from None
+
+
+def refuse_non_finite(data: TensorData) -> None:
+    """Raise NonFiniteValue for NaN or infinity in weights that are passed on as they are."""
+    if data.dtype in WIDE_FLOATS:
+        index = non_finite_index(data.array, data.dtype)
+        if index >= 0:
+            raise NonFiniteValue(index)
 
 
 _SAMPLES = 16

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from carnice_build import __version__
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, Checkpoint
 from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.checkpoint.json import parse_json
 from carnice_build.checkpoint.profiles import Source
 from carnice_build.errors import CheckpointError
 from carnice_build.keys import canonical_json
@@ -127,7 +128,7 @@ def load_asset(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     if content is None:
         return {}
     try:
-        value = json.loads(content)
+        value = parse_json(content)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

@@ -7,29 +7,57 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from carnice_build.checkpoint.checkpoint import INDEX_NAME, is_plain_name
 from carnice_build.errors import StoreError
 from carnice_build.package.base import BUILD_NAME, Shard
 from carnice_build.store.files import link_or_copy, sync_folder, write_atomically
 
 
+def check_place(folder: Path, sources: Iterable[Path]) -> None:
+    """Raise StoreError unless a build may be put at `folder`: a free place or an earlier build."""
+    for place in (folder.parent, folder):
+        if os.path.lexists(place) and not place.is_dir():
+            raise StoreError("is not a folder", where=str(place))
+    if any(source.resolve() == folder.resolve() for source in sources):
+        raise StoreError("is a source of this build", where=str(folder), expected="another --out")
+    if folder.exists() and not read_build(folder) and any(folder.iterdir()):
+        raise StoreError(
+            "holds files that are not a build", where=str(folder), expected="a free place, or --out"
+        )
+
+
 def is_current(folder: Path, key: str, shards: Sequence[Shard]) -> bool:
     """True when `folder` is complete and was packaged under this key from these packs."""
     record = read_build(folder)
-    if record.get("key") != key or not isinstance(record.get("files"), dict):
+    sizes = _recorded_sizes(record.get("files"))
+    if record.get("key") != key or not {*_REQUIRED, *(item.name for item in shards)} <= set(sizes):
         return False
-    sizes = {name: item["size"] for name, item in record["files"].items()}
-    for name, size in sizes.items():
-        try:
-            if (folder / name).stat().st_size != size:
-                return False
-        except OSError:
-            return False
-    return all(_is_same(folder / shard.name, shard.path) for shard in shards)
+    try:
+        whole = all(os.lstat(folder / name).st_size == size for name, size in sizes.items())
+        return whole and all(_is_same(folder / shard.name, shard.path) for shard in shards)
+    except OSError:
+        return False
+
+
+_REQUIRED = ("config.json", "README.md", INDEX_NAME)
+
+
+def _recorded_sizes(files: object) -> dict[str, int]:
+    """Sizes by name as build.json states them, {} when it states anything else."""
+    if not isinstance(files, dict):
+        return {}
+    sizes: dict[str, int] = {}
+    for name, item in files.items():
+        size = item.get("size") if isinstance(item, dict) else None
+        if not is_plain_name(name) or type(size) is not int:
+            return {}
+        sizes[name] = size
+    return sizes
 
 
 def _is_same(published: Path, pack: Path) -> bool:
@@ -53,12 +81,8 @@ def assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) 
     """Make `folder` hold exactly these shards and files.
 
     Everything is put together in a temporary neighbour first, so a reader of `folder` sees the
-    old content or the new.  Raises StoreError when `folder` is something else than a build.
+    old content or the new.  The caller has asked `check_place`.
     """
-    if folder.exists() and not read_build(folder) and any(folder.iterdir()):
-        raise StoreError(
-            "holds files that are not a build", where=str(folder), expected="a free place, or --out"
-        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder.parent):
         _remove_leftovers(folder)
@@ -93,15 +117,22 @@ def _alone_in(parent: Path) -> Iterator[None]:
 
 def _swap(fresh: Path, folder: Path) -> None:
     old = folder.parent / f".{folder.name}.old-{os.getpid()}"
-    if folder.exists():
+    if os.path.lexists(folder):
         folder.rename(old)
     fresh.rename(folder)
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _remove_leftovers(folder: Path) -> None:
     """What a build that was killed while it assembled this folder left beside it."""
     for kind in ("new", "old"):
         for path in folder.parent.glob(f".{folder.name}.{kind}-*"):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

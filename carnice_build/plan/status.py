@@ -62,7 +62,7 @@ def survey(variants: Sequence[VariantPlan], store: Store) -> BuildStatus:
     surveyor = _Surveyor(store, status)
     layouts = {pack.identity: pack for variant in variants for pack in variant.packs}
     for identity, layout in layouts.items():
-        pack = store.finished_pack(identity)
+        pack = store.finished_pack(identity, layout.header)
         if pack:
             status.finished[identity] = pack
             surveyor.note_finished(layout)

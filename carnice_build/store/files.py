@@ -6,9 +6,25 @@ import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from carnice_build.errors import StoreError
+from carnice_build.errors import BuildError, StoreError
+
+
+@contextmanager
+def full_disk_named(where: Path) -> Iterator[None]:
+    """Turn "no space left" inside the block into a BuildError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise BuildError(
+            "the disk is full; what was finished is kept, free some space and build again",
+            where=str(where),
+        ) from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

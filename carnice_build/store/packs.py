@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from blake3 import blake3
 
+from carnice_build.checkpoint.header import MAX_HEADER_BYTES
+from carnice_build.errors import StoreError
 from carnice_build.store.files import copy_range, write_fully
 
 _READ_SIZE = 1 << 20
+_NO_SURPRISE = os.O_NOFOLLOW | os.O_NONBLOCK
+"""Neither follow a link out of the cache nor wait for the other end of a pipe."""
+
 _FLUSH_BYTES = 64 << 20
 
 
@@ -51,7 +58,7 @@ class PartialPack:
         `waiting` is called once if another build holds the lock.
         """
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = self._open()
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -67,13 +74,19 @@ class PartialPack:
             os.close(descriptor)
             return False
 
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | _NO_SURPRISE
+        if self.path.is_symlink() or (self.path.exists() and not is_plain_file(self.path)):
+            raise StoreError("is not a file", where=str(self.path), expected="nothing there")
+        return os.open(self.path, flags, 0o644)
+
     def _is_current(self, descriptor: int) -> bool:
         try:
-            stat = self.path.stat()
+            named = self.path.stat()
         except FileNotFoundError:
             return False
         mine = os.fstat(descriptor)
-        return (stat.st_dev, stat.st_ino) == (mine.st_dev, mine.st_ino)
+        return (named.st_dev, named.st_ino) == (mine.st_dev, mine.st_ino)
 
     def prepare(self) -> None:
         """Give the file its size and its header."""
@@ -122,18 +135,44 @@ class PartialPack:
             self._descriptor = -1
 
 
+def is_plain_file(path: Path) -> bool:
+    """True for a regular file; not for a link, a folder, a pipe or a device."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
 def digest_range(path: Path, offset: int, count: int) -> str | None:
     """Digest of `count` bytes of a file, None when the file does not have them."""
-    hasher = blake3()
+    if not is_plain_file(path):
+        return None
     try:
         with path.open("rb", buffering=0) as file:
+            if offset + count > os.fstat(file.fileno()).st_size:
+                return None
             file.seek(offset)
-            while count:
-                piece = file.read(min(count, _READ_SIZE))
-                if not piece:
-                    return None
-                hasher.update(piece)
-                count -= len(piece)
-    except FileNotFoundError:
+            return _digest_next(file, count)
+    except FileNotFoundError:  # another build has just moved it
         return None
+
+
+def _digest_next(file: FileIO, count: int) -> str | None:
+    hasher = blake3()
+    while count:
+        piece = file.read(min(count, _READ_SIZE))
+        if not piece:
+            return None
+        hasher.update(piece)
+        count -= len(piece)
     return hasher.hexdigest()
+
+
+def read_header_bytes(path: Path) -> bytes:
+    """The header of a pack with its length field, b"" when the file does not begin with one."""
+    with path.open("rb", buffering=0) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size):
+            return b""
+        file.seek(0)
+        return file.read(8 + length)

@@ -14,8 +14,8 @@ file it speaks of in `store`, because anyone who can write to the cache can writ
 from __future__ import annotations
 
 import errno
-import json
 import sqlite3
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,34 @@ import diskcache
 
 from carnice_build.errors import BuildError, CarniceError, StoreError
 from carnice_build.store.digests import digest_texts, is_digest
+
+
+class _InlineJsonDisk(diskcache.JSONDisk):  # type: ignore[misc]
+    """Values and keys are compressed JSON inside the database row, whatever the row says.
+
+    A row could name a pickle or a file to be opened or deleted; such rows are not ours, and read
+    as nothing.
+    """
+
+    def get(self, key: Any, raw: bool) -> Any:
+        """A key, None when it is not one of ours."""
+        try:
+            return super().get(key, True) if raw else None
+        except _DAMAGED:
+            return None
+
+    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
+        """A value; ValueError for a row that is not ours."""
+        if mode != diskcache.core.MODE_RAW or filename is not None or read:
+            raise ValueError("not a value of this cache")
+        return super().fetch(mode, None, value, False)
+
+    def remove(self, file_path: str) -> None:
+        """Values never have files, so none is to be removed."""
+
+
+_DAMAGED = (ValueError, TypeError, zlib.error, RecursionError)
+"""What reading a damaged row can raise; the row is as good as none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +75,8 @@ class Records:
             # Nothing may be evicted behind our back: `cache gc` decides what goes.
             self._cache = diskcache.Cache(
                 str(folder),
-                disk=diskcache.JSONDisk,
+                disk=_InlineJsonDisk,
+                disk_min_file_size=2**30,
                 disk_compress_level=1,
                 eviction_policy="none",
                 cull_limit=0,
@@ -83,7 +112,7 @@ class Records:
         with self._translated():
             try:
                 return self._cache.get(f"{kind}:{name}", retry=True)
-            except (ValueError, json.JSONDecodeError):  # a damaged value is as good as none
+            except _DAMAGED:
                 return None
 
     def _set(self, kind: str, name: str, value: Any) -> None:

@@ -17,10 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+from carnice_build.checkpoint.header import read_header
+from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import StoreError
 from carnice_build.store.digests import digest_bytes, digest_texts
 from carnice_build.store.files import sync_folder, write_atomically
-from carnice_build.store.packs import Location, PartialPack, digest_range
+from carnice_build.store.packs import (
+    Location,
+    PartialPack,
+    digest_range,
+    is_plain_file,
+    read_header_bytes,
+)
 from carnice_build.store.records import PackRecord, Records
 
 FORMAT = "carnice-cache 1\n"
@@ -39,26 +47,27 @@ class Store:
         self.root = root
         self._check_format()
         try:
-            for name in _FOLDERS:
-                (root / name).mkdir(parents=True, exist_ok=True)
+            root.mkdir(parents=True, exist_ok=True)
+            # The format first: a build that starts meanwhile must not find folders without it.
             if not (root / "FORMAT").exists():
                 write_atomically(root / "FORMAT", FORMAT.encode())
+            for name in _FOLDERS:
+                (root / name).mkdir(exist_ok=True)
         except OSError as error:
             raise StoreError(f"cannot use the cache: {error.strerror}", where=str(root)) from None
         self.records = Records(root / "records")
         self._pack_states: dict[str, PackRecord | None] = {}
+        self._pack_offsets: dict[str, dict[str, int]] = {}
         self.damaged: list[str] = []
 
     def _check_format(self) -> None:
         path = self.root / "FORMAT"
-        try:
-            found = path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            found = "" if any((self.root / name).exists() for name in _FOLDERS) else FORMAT
-        except OSError as error:
-            raise StoreError(
-                f"cannot use the cache: {error.strerror}", where=str(self.root)
-            ) from None
+        if is_plain_file(path):
+            with path.open("rb") as file:
+                found = file.read(100).decode(errors="replace")
+        else:
+            known = os.path.lexists(path) or any((self.root / name).exists() for name in _FOLDERS)
+            found = "" if known else FORMAT
         if found != FORMAT:
             raise StoreError(
                 f"the cache is of the format {found.strip()[:40]!r}",
@@ -98,16 +107,22 @@ class Store:
 
     def _check_pack(self, pack: str) -> PackRecord | None:
         path = self.pack_path(pack)
-        record = self.records.pack(pack)
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return None
-        if record and (stat.st_size, stat.st_mtime_ns) == (record.size, record.mtime_ns):
+        record = self.records.pack(pack)
+        if record is not None and is_plain_file(path) and self._is_as_recorded(pack, record):
             return record
         self.damaged.append(str(path))
         self.demote(pack)
         return None
+
+    def _is_as_recorded(self, pack: str, record: PackRecord) -> bool:
+        """True when the file is as it was left, and header and digests are those it is named by."""
+        stat = self.pack_path(pack).stat()
+        if (stat.st_size, stat.st_mtime_ns) != (record.size, record.mtime_ns):
+            return False
+        header = read_header_bytes(self.pack_path(pack))
+        return digest_texts([digest_bytes(header), *record.digests]) == pack
 
     def demote(self, pack: str) -> None:
         """Make a damaged pack a partial one: what is whole in it is used, the rest made again.
@@ -117,22 +132,33 @@ class Store:
         path = self.pack_path(pack)
         record = self.records.pack(pack)
         self._pack_states.pop(pack, None)
-        if record is not None and not path.is_symlink() and path.is_file():
+        if record is not None and is_plain_file(path):
             partial = self._partial_path(record.layout)
-            if not partial.exists():
+            if not os.path.lexists(partial):
                 temporary = partial.with_suffix(".demoted")
                 shutil.copyfile(path, temporary)
                 temporary.rename(partial)
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
-    def finished_pack(self, layout: str) -> str | None:
-        """The finished pack that this layout became, if it is still there."""
+    def finished_pack(self, layout: str, header: bytes | None = None) -> str | None:
+        """The finished pack that this layout became, if it is still there.
+
+        With `header`, only a pack that begins with these bytes.
+        """
         pack = self.records.pack_of_layout(layout)
-        return pack if pack and self.pack_record(pack) else None
+        if pack is None or self.pack_record(pack) is None:
+            return None
+        if header is not None and read_header_bytes(self.pack_path(pack)) != header:
+            return None
+        return pack
 
     def locate(self, digest: str, count: int) -> Location | None:
         """Where `count` bytes of this digest can be copied from.
 
+        In a finished pack the pack itself says where they are.
         Bytes in an unfinished pack may not have survived a crash, so they are digested first.
         """
         place = self.records.place(digest)
@@ -144,14 +170,24 @@ class Store:
             return Location(path, 0) if digest_range(path, 0, count) == digest else None
         pack = self.finished_pack(layout)
         if pack:
-            record = self.pack_record(pack)
-            inside = record is not None and offset + count <= record.size
-            known = record is not None and digest in record.digests
-            return Location(self.pack_path(pack), offset) if inside and known else None
+            found = self._offsets_in(pack).get(digest)
+            return Location(self.pack_path(pack), found) if found is not None else None
         path = self._partial_path(layout)
         if digest_range(path, offset, count) == digest:
             return Location(path, offset)
         return None
+
+    def _offsets_in(self, pack: str) -> dict[str, int]:
+        """Where each digest's bytes begin in a finished pack."""
+        if pack not in self._pack_offsets:
+            record = self.pack_record(pack)
+            entries = read_header(LocalFile(self.pack_path(pack))).entries
+            self._pack_offsets[pack] = {
+                digest: entry.offset
+                for entry, digest in zip(entries, record.digests if record else (), strict=True)
+                if entry.spec.nbytes
+            }
+        return self._pack_offsets[pack]
 
     def holds(self, digest: str, place: tuple[str, int]) -> bool:
         """True when the file that a place speaks of exists; its bytes are not looked at."""

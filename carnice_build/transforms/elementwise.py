@@ -13,7 +13,8 @@ from carnice_build.graph import NonFiniteValue, Op, TensorData
 class Elementwise(Op):
     """`cast(x + add)`, the sum rounded to the type of x first, as mlx and torch do.
 
-    Parameters: `add` (a number, or None for no sum) and `dtype` (of the output).
+    Parameters: `add` (a number, or None for no sum), `dtype` (of the output) and `nonfinite`
+    (`refuse`, or `zero` to take NaN and infinity for 0).
     """
 
     name = "elementwise"
@@ -37,12 +38,15 @@ class Elementwise(Op):
         inputs: Sequence[TensorData],
         outputs: Sequence[TensorData],
     ) -> None:
-        """Fill the output; raises NonFiniteValue for NaN or infinity in the input."""
+        """Fill the output; raises NonFiniteValue for NaN or infinity that is refused."""
         import numpy as np
 
         from carnice_build.kernels import elementwise
 
         source, out = inputs[0], outputs[0]
+        if params["nonfinite"] == "zero":
+            finite = elementwise.zero_non_finite(source.array, source.dtype)
+            source = TensorData(source.dtype, finite)
         if params["add"] is not None:
             summed = np.empty_like(source.array)
             _check(elementwise.add_scalar(source.array, source.dtype, params["add"], summed))

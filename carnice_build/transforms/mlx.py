@@ -221,8 +221,11 @@ class MlxFormat(Format):
             ref = ref.reshaped(channels, kernel, middle)
         add = 1.0 if architecture.mlx_shifted(fact.name) else None
         dtype = _dtype(fact, ref, context)
-        if add is not None or dtype != ref.spec.dtype:
-            (ref,) = context.graph.add(Elementwise(), {"add": add, "dtype": dtype}, ref)
+        # What passes as it is has its NaN refused while it is copied; zeroing takes an action.
+        zeroed = self.nonfinite == "zero" and dtype in WIDE_FLOATS
+        if add is not None or dtype != ref.spec.dtype or zeroed:
+            params = {"add": add, "dtype": dtype, "nonfinite": self.nonfinite}
+            (ref,) = context.graph.add(Elementwise(), params, ref)
         name = architecture.mlx_name(fact.name)
         assert name is not None
         return OutputTensor(name, ref, fact)
