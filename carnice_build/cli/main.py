@@ -10,9 +10,12 @@ import typer
 from carnice_build import __version__
 from carnice_build.cli import cache
 from carnice_build.cli.build import build
+from carnice_build.cli.diff import diff
 from carnice_build.cli.explain import explain
+from carnice_build.cli.graph import graph
 from carnice_build.cli.plan import plan
 from carnice_build.cli.recipes import extras, list_variants, names, schema
+from carnice_build.cli.verify import verify
 from carnice_build.errors import CarniceError
 
 INTERRUPTED = 130
@@ -28,6 +31,9 @@ app = typer.Typer(
 app.command()(build)
 app.command()(plan)
 app.command()(explain)
+app.command()(verify)
+app.command()(diff)
+app.command()(graph)
 app.command(name="list")(list_variants)
 app.command()(schema)
 app.add_typer(cache.app, name="cache")

@@ -1,0 +1,203 @@
+"""Comparing two built folders module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from carnice_build.architectures import architecture_of
+from carnice_build.architectures.base import Architecture
+from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.errors import CheckpointError, StoreError
+from carnice_build.graph import NonFiniteValue
+from carnice_build.store.packs import digest_range
+from carnice_build.verify.folder import ModelFolder, open_folder
+
+if TYPE_CHECKING:
+    from carnice_build.verify.values import Values
+
+_PACKED_PARTS = (".weight", ".scales", ".biases")
+
+
+class State(StrEnum):
+    """How a module of one folder stands to that of the other."""
+
+    SAME = "same"
+    DIFFERENT = "differs"
+    ONLY_A = "only in A"
+    ONLY_B = "only in B"
+
+
+@dataclass(frozen=True)
+class Side:
+    """A module in one folder: how its numbers are stored, and bytes of all its tensors."""
+
+    storage: str
+    size: int
+
+
+@dataclass(frozen=True)
+class ModuleDiff:
+    """A module in both folders; None for the side that lacks it.
+
+    `squared_difference` and `squared_norm` are sums over B - A and over A, None where the two
+    cannot be compared number by number.
+    """
+
+    module: str
+    kind: str
+    a: Side | None
+    b: Side | None
+    state: State
+    squared_difference: float | None = None
+    squared_norm: float | None = None
+
+    @property
+    def relative(self) -> float | None:
+        """||B - A|| / ||A||, None where it is not known."""
+        return relative([self])
+
+
+def relative(modules: Iterable[ModuleDiff]) -> float | None:
+    """||B - A|| / ||A|| over several modules together, of those that can be compared."""
+    pairs = [
+        (item.squared_difference, item.squared_norm)
+        for item in modules
+        if item.squared_difference is not None and item.squared_norm is not None
+    ]
+    norm = sum(pair[1] for pair in pairs)
+    return float((sum(pair[0] for pair in pairs) / norm) ** 0.5) if norm else None
+
+
+@dataclass(frozen=True)
+class FolderDiff:
+    """Two folders and what each module of either is in the other."""
+
+    a: Path
+    b: Path
+    modules: Sequence[ModuleDiff]
+
+
+def find_folder(name: str, out: Path) -> Path:
+    """The folder of variant `name` in `out`, or the folder that `name` is a path to."""
+    built = out / name
+    return built if built.is_dir() else Path(name)
+
+
+def diff_folders(a: Path, b: Path, jobs: int, values: bool = True) -> FolderDiff:
+    """Compare every module; with `values`, read the weights that differ and compare them too.
+
+    Raises a CarniceError when a folder cannot be read.
+    """
+    first, second = _open(a), _open(b)
+    names = list(dict.fromkeys([*first.modules, *second.modules]))
+    with ThreadPoolExecutor(jobs) as pool:
+        modules = list(pool.map(lambda name: _diff(name, first, second, values), names))
+    return FolderDiff(a, b, modules)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A folder, its architecture, and the tensors of each module by canonical path."""
+
+    folder: ModelFolder
+    architecture: Architecture
+    modules: dict[str, list[str]]
+
+    def storage(self, names: Sequence[str]) -> str:
+        """Bits and group size of a packed module, the type of any other."""
+        settings = self.folder.settings(_module(names[0]))
+        if len(names) > 1 and {"bits", "group_size"} <= set(settings):
+            return f"{settings['bits']}-bit g{settings['group_size']}"
+        return ", ".join(sorted({self.folder.tensors[name].spec.dtype for name in names}))
+
+    def side(self, names: Sequence[str]) -> Side:
+        """What the table says of the module with these tensors."""
+        size = sum(self.folder.tensors[name].spec.nbytes for name in names)
+        return Side(self.storage(names), size)
+
+
+def _open(path: Path) -> _Opened:
+    folder = open_folder(path)
+    if folder.problems:
+        raise StoreError(folder.problems[0], where=str(path))
+    architecture = architecture_of(folder.config, str(path))
+    canonical = {
+        _module(mlx): _module(fact.name)
+        for fact in architecture.tensors.values()
+        if (mlx := architecture.mlx_name(fact.name)) is not None
+    }
+    modules: dict[str, list[str]] = {}
+    for name in folder.tensors:
+        module = _module(name)
+        modules.setdefault(canonical.get(module, module), []).append(name)
+    in_order = {_module(name): index for index, name in enumerate(architecture.tensors)}
+    ordered = sorted(modules, key=lambda module: (in_order.get(module, len(in_order)), module))
+    return _Opened(folder, architecture, {module: modules[module] for module in ordered})
+
+
+def _module(name: str) -> str:
+    """The module whose weight is stored in tensor `name`; other tensors stand for themselves."""
+    for part in _PACKED_PARTS:
+        if name.endswith(part):
+            return name.removesuffix(part)
+    return name
+
+
+def _diff(name: str, a: _Opened, b: _Opened, values: bool) -> ModuleDiff:
+    names_a, names_b = a.modules.get(name), b.modules.get(name)
+    kind = a.architecture.module_kind(name)
+    if names_a is None:
+        assert names_b is not None
+        return ModuleDiff(name, kind, None, b.side(names_b), State.ONLY_B)
+    if names_b is None:
+        return ModuleDiff(name, kind, a.side(names_a), None, State.ONLY_A)
+    sides = a.side(names_a), b.side(names_b)
+    if _digests(a.folder, names_a) == _digests(b.folder, names_b):
+        return ModuleDiff(name, kind, *sides, State.SAME)
+    sums = _compare(a.folder, names_a, b.folder, names_b) if values else (None, None)
+    return ModuleDiff(name, kind, *sides, State.DIFFERENT, *sums)
+
+
+def _digests(folder: ModelFolder, names: Sequence[str]) -> list[tuple[str, tuple[int, ...], str]]:
+    """Type, shape and digest of each tensor, in an order that does not depend on the names."""
+    tensors = [folder.tensors[name] for name in sorted(names)]
+    return [(item.spec.dtype, item.spec.shape, _digest(folder, item)) for item in tensors]
+
+
+def _digest(folder: ModelFolder, tensor: SourceTensor) -> str:
+    """The tensor's digest by build.json, else of its bytes."""
+    recorded = folder.record.get("tensors")
+    item = recorded.get(tensor.name) if isinstance(recorded, dict) else None
+    if isinstance(item, dict) and isinstance(item.get("digest"), str):
+        return str(item["digest"])
+    shard = folder.path / folder.shard_of(tensor.name)
+    digest = digest_range(shard, tensor.offset, tensor.spec.nbytes)
+    if digest is None:
+        raise CheckpointError(f"tensor {tensor.name!r} cannot be read", where=str(shard))
+    return digest
+
+
+def _compare(
+    a: ModelFolder, names_a: Sequence[str], b: ModelFolder, names_b: Sequence[str]
+) -> tuple[float | None, float | None]:
+    """Sums of squares of the difference and of A."""
+    from carnice_build.verify.values import Incomparable, squared_sums
+
+    try:
+        return squared_sums(_values(a, names_a), _values(b, names_b))
+    except (Incomparable, NonFiniteValue):
+        return None, None
+
+
+def _values(folder: ModelFolder, names: Sequence[str]) -> Values:
+    from carnice_build.verify.values import AffineValues, PlainValues
+
+    if len(names) == 1:
+        return PlainValues(folder.tensors[names[0]])
+    module = _module(names[0])
+    return AffineValues(folder.tensors, module, folder.settings(module))

@@ -1,0 +1,73 @@
+"""`carnice verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from carnice_build.cli.arguments import (
+    CACHE,
+    OUT,
+    RECIPES,
+    Cache,
+    Jobs,
+    Json,
+    Out,
+    Profile,
+    Recipes,
+    Set,
+    Source,
+    Variants,
+    make_options,
+    print_json,
+)
+
+
+def verify(
+    variants: Variants,
+    recipes: Recipes = RECIPES,
+    profile: Profile = "demo",
+    source: Source = None,
+    assignments: Set = None,
+    out: Out = OUT,
+    cache: Cache = CACHE,
+    jobs: Jobs = None,
+    run: Annotated[
+        bool, typer.Option("--run/--no-run", help="Load the models with mlx-lm and run them.")
+    ] = True,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Held-out text for perplexity; the demo profile has its own."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Most sequences to take from the text.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Check built variants: files, structure, numbers, and the running model; exits 1 if wrong."""
+    from rich.console import Console
+
+    from carnice_build.build.verify import VerifySettings, verify_variants
+    from carnice_build.report.verify_table import check_lines, verify_json, verify_tables
+    from carnice_build.verify.result import Check
+
+    options = make_options(
+        recipes=recipes,
+        profile=profile,
+        source=source,
+        assignments=assignments,
+        out=out,
+        cache=cache,
+        jobs=jobs,
+    )
+    console = Console(quiet=as_json, highlight=False, soft_wrap=True)
+
+    def listen(variant: str, check: Check) -> None:
+        console.print(check_lines(variant, check))
+
+    report = verify_variants(variants, options, VerifySettings(run, text, samples), listen)
+    if as_json:
+        print_json(verify_json(report))
+    for table in verify_tables(report):
+        console.print(table)
+    raise typer.Exit(0 if report.passed else 1)

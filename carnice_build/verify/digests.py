@@ -1,0 +1,99 @@
+"""Check `digests`: every file and tensor is there, with the size and digest of build.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from carnice_build.checkpoint.checkpoint import is_plain_name
+from carnice_build.package.base import BUILD_NAME
+from carnice_build.store.digests import digest_texts
+from carnice_build.store.packs import digest_range
+from carnice_build.units import format_size
+from carnice_build.verify.folder import ModelFolder
+from carnice_build.verify.result import Check, judged
+
+NAME = "digests"
+
+
+def check_digests(folder: ModelFolder, jobs: int) -> Check:
+    """Read every byte of the folder and compare; a damaged tensor is named."""
+    files, tensors = _table(folder.record, "files"), _table(folder.record, "tensors")
+    if files is None or tensors is None:
+        return judged(NAME, [f"{BUILD_NAME} is missing or damaged"], "nothing to compare with")
+    present, problems = _sizes(folder.path, files)
+    problems += _tensors(folder, tensors, jobs)
+    problems += _headers(folder, present, tensors)
+    problems += _small_files(folder.path, present)
+    read = sum(item["size"] for item in present.values())
+    summary = f"{len(files)} files, {len(tensors)} tensors, {format_size(read)}"
+    return judged(NAME, problems, summary, {"files": len(files), "tensors": len(tensors)})
+
+
+def _table(record: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]] | None:
+    value = record.get(key)
+    if isinstance(value, dict) and all(isinstance(item, dict) for item in value.values()):
+        return value
+    return None
+
+
+def _sizes(folder: Path, files: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The files that are there in the right size, and what is wrong with the others."""
+    present: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, item in files.items():
+        if not is_plain_name(name):
+            problems.append(f"{BUILD_NAME} names {name!r}, which is no file of the folder")
+            continue
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            problems.append(f"file {name} is missing")
+            continue
+        if size != item.get("size"):
+            problems.append(f"file {name} has {size} bytes instead of {item.get('size')}")
+        else:
+            present[name] = item
+    return present, problems
+
+
+def _tensors(folder: ModelFolder, tensors: Mapping[str, Any], jobs: int) -> Iterator[str]:
+    def damage(name: str) -> str | None:
+        tensor = folder.tensors.get(name)
+        if tensor is None:
+            return f"tensor {name} is missing"
+        shard = folder.shard_of(name)
+        if shard != tensors[name].get("file"):
+            return f"tensor {name} is in {shard} instead of {tensors[name].get('file')}"
+        digest = digest_range(folder.path / shard, tensor.offset, tensor.spec.nbytes)
+        if digest != tensors[name].get("digest"):
+            return f"tensor {name} in {shard} is damaged: its digest differs"
+        return None
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from filter(None, pool.map(damage, tensors))
+
+
+def _headers(
+    folder: ModelFolder, present: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> Iterator[str]:
+    """A pack is named after its header and its tensors' digests, so the headers are covered too."""
+    for shard, names in folder.shards.items():
+        expected = present.get(shard, {}).get("pack")
+        if expected is None or any(name not in tensors for name in names):
+            continue
+        start = min((folder.tensors[name].offset for name in names), default=0)
+        header = digest_range(folder.path / shard, 0, start)
+        digests = [str(tensors[name].get("digest")) for name in names]
+        if header is None or digest_texts([header, *digests]) != expected:
+            yield f"the header of {shard} differs"
+
+
+def _small_files(folder: Path, present: Mapping[str, Any]) -> Sequence[str]:
+    return [
+        f"file {name} is damaged: its digest differs"
+        for name, item in present.items()
+        if "digest" in item and digest_range(folder / name, 0, item["size"]) != item["digest"]
+    ]

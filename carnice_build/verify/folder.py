@@ -1,0 +1,87 @@
+"""A model folder opened for inspection: all that can be read is read, the rest becomes problems."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.checkpoint.header import read_header
+from carnice_build.checkpoint.source import LocalFile
+from carnice_build.errors import CheckpointError, StoreError
+from carnice_build.package.folder import read_build
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """The tensors that lie in a folder's shards, whatever its index says of them.
+
+    `shards` names the tensors of each file in the order of their bytes; `problems` says which
+    files cannot be read; `record` is build.json, {} when there is none.
+    """
+
+    path: Path
+    record: Mapping[str, Any]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, SourceTensor]
+    shards: Mapping[str, Sequence[str]]
+    problems: Sequence[str]
+
+    def shard_of(self, name: str) -> str:
+        """The file that holds the tensor `name`."""
+        file = self.tensors[name].file
+        assert file is not None
+        return Path(file.name).name
+
+    def settings(self, module: str) -> Mapping[str, Any]:
+        """What config.json says of the quantization of `module`, as mlx-lm reads it."""
+        table = self.config.get("quantization")
+        if not isinstance(table, dict):
+            return {}
+        own = table.get(module)
+        return own if isinstance(own, dict) else table
+
+
+def open_folder(path: Path) -> ModelFolder:
+    """Read the headers and JSON files of `path`; StoreError when it holds no shard at all."""
+    shards = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
+    if not shards:
+        raise StoreError(
+            "holds no safetensors file",
+            where=str(path),
+            expected="a built folder, as `carnice build` makes it",
+        )
+    tensors: dict[str, SourceTensor] = {}
+    names: dict[str, list[str]] = {}
+    problems: list[str] = []
+    for shard in shards:
+        try:
+            source = LocalFile(shard)
+            entries = read_header(source).entries
+        except CheckpointError as error:
+            problems.append(f"{shard.name}: {error.what}")
+            continue
+        names[shard.name] = [entry.name for entry in entries]
+        for entry in entries:
+            if entry.name in tensors:
+                problems.append(f"{shard.name}: tensor {entry.name} is in another file too")
+            else:
+                tensors[entry.name] = SourceTensor(entry.name, entry.spec, source, entry.offset)
+    config = read_object(path / "config.json")
+    if not config:
+        problems.append("config.json: is missing or not a JSON object")
+    return ModelFolder(path, read_build(path), config, tensors, names, problems)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, {} when the file is missing or holds something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

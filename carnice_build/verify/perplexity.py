@@ -1,0 +1,75 @@
+"""Check `perplexity`: how well the model predicts a held-out text, as `mlx_lm.perplexity` does.
+
+The text's tokens are cut into sequences of one length.  Perplexity is the exponential of the mean
+loss over all predicted tokens; its standard error is that of the mean times the perplexity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from carnice_build.verify.result import Check, judged, skipped
+
+NAME = "perplexity"
+LENGTHS = (256, 1024)
+SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity over `samples` sequences of `length` tokens, with its standard error.
+
+    `mean` and `error` are None when they are not finite.
+    """
+
+    length: int
+    samples: int
+    mean: float | None
+    error: float | None
+
+
+def measure(model: Any, tokens: list[int], length: int, samples: int) -> Perplexity | None:
+    """Perplexity at one length, None when the text is shorter; runs where mlx is loaded."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    samples = min(samples, len(tokens) // length)
+    if not samples:
+        return None
+    losses = []
+    for index in range(samples):
+        sequence = mx.array(tokens[index * length : (index + 1) * length])[None]
+        logits = model(sequence[:, :-1]).astype(mx.float32)
+        loss = nn.losses.cross_entropy(logits, sequence[:, 1:], reduction="none")
+        mx.eval(loss)
+        losses.append(loss.flatten())
+    together = mx.concatenate(losses)
+    mean = float(together.mean())
+    spread = float(mx.sqrt(mx.var(together, ddof=1)))
+    if not math.isfinite(mean):
+        return Perplexity(length, samples, None, None)
+    perplexity = math.exp(mean)
+    return Perplexity(length, samples, perplexity, perplexity * spread / together.size**0.5)
+
+
+def judge_perplexities(found: Sequence[Perplexity]) -> Check:
+    """The check's result: a perplexity may be high, but must be a number."""
+    if not found:
+        return skipped(NAME, f"the text has fewer than {min(LENGTHS)} tokens; give --text FILE")
+    problems = [
+        f"the loss at sequence length {item.length} is not finite"
+        for item in found
+        if item.mean is None
+    ]
+    summary = ", ".join(f"{format_perplexity(item)} at {item.length}" for item in found)
+    return judged(NAME, problems, summary, {str(item.length): asdict(item) for item in found})
+
+
+def format_perplexity(item: Perplexity) -> str:
+    """Mean ± standard error, as model cards give them."""
+    if item.mean is None:
+        return "not finite"
+    return f"{item.mean:.3f} ± {item.error:.3f}"

@@ -1,0 +1,40 @@
+"""What a check says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Outcome(StrEnum):
+    """How a check ended; a skipped one says nothing about the folder."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of one folder: a line for a person, what is wrong, and its figures as JSON."""
+
+    name: str
+    outcome: Outcome
+    summary: str
+    problems: Sequence[str] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def judged(
+    name: str, problems: Sequence[str], summary: str, details: Mapping[str, Any] | None = None
+) -> Check:
+    """A check that passed when there are no problems; `summary` says what was looked at."""
+    outcome = Outcome.FAILED if problems else Outcome.PASSED
+    return Check(name, outcome, summary, tuple(problems), details or {})
+
+
+def skipped(name: str, why: str) -> Check:
+    """A check that was not made."""
+    return Check(name, Outcome.SKIPPED, why)

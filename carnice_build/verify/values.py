@@ -1,0 +1,162 @@
+"""The numbers that tensors stand for, read a block of rows at a time so that memory stays bounded.
+
+A tensor counts as a matrix of its first axis against all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.checkpoint.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
+from carnice_build.graph import NonFiniteValue, TensorData, TensorRef
+from carnice_build.kernels import elementwise
+from carnice_build.kernels.affine import dequantize_rows
+
+_BLOCK_ELEMENTS = 1 << 18
+"""A megabyte of float32: the arrays of a block stay in the second-level cache."""
+
+Floats = NDArray[np.float32]
+
+
+class Incomparable(Exception):
+    """The bytes cannot be had row by row, or are no floats."""
+
+
+class Values(Protocol):
+    """A matrix of numbers, however it is stored."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The rows from `start` to `stop`, in float32."""
+
+
+def matrix(spec: TensorSpec) -> tuple[int, int]:
+    """Rows and columns of a tensor seen as a matrix."""
+    rows = spec.shape[0] if spec.shape else 1
+    return rows, prod(spec.shape[1:])
+
+
+def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that cover the matrix, each small enough to work on in cache."""
+    rows, columns = shape
+    step = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def read_rows(tensor: SourceTensor, spec: TensorSpec, start: int, stop: int) -> TensorData:
+    """Rows of a tensor on disk, seen in the shape of `spec`, as a matrix."""
+    assert tensor.file is not None
+    _, columns = matrix(spec)
+    buffer = np.empty((stop - start, columns), NUMPY_NAME[spec.dtype])
+    offset = tensor.offset + start * spec.row_bytes
+    tensor.file.read_into(offset, buffer.view(np.uint8).reshape(-1).data)
+    return TensorData(spec.dtype, buffer)
+
+
+def ref_rows(ref: TensorRef, start: int, stop: int) -> TensorData:
+    """Rows of a planned tensor, made from the source by the plan's own row-wise ops."""
+    origin = ref.origin
+    if isinstance(origin, SourceTensor):
+        return read_rows(origin, ref.spec, start, stop)
+    action = origin.action
+    made = action.outputs[origin.index]
+    if not action.op.rowwise or matrix(made) != matrix(ref.spec):
+        raise Incomparable(f"{action.op.name} does not work row by row")
+    first, *others = action.inputs
+    inputs = [
+        ref_rows(first, start, stop),
+        *(ref_rows(other, 0, matrix(other.spec)[0]) for other in others),
+    ]
+    outputs = [
+        TensorData(spec.dtype, np.empty((stop - start, matrix(spec)[1]), NUMPY_NAME[spec.dtype]))
+        for spec in action.outputs
+    ]
+    action.op.apply(action.params, inputs, outputs)
+    return outputs[origin.index]
+
+
+def as_float32(data: TensorData) -> Floats:
+    """The same values in float32; Incomparable for other types, NonFiniteValue for NaN or Inf."""
+    if data.dtype not in WIDE_FLOATS:
+        raise Incomparable(f"{data.dtype} is not a float of 16 or 32 bits")
+    out = np.empty(data.array.shape, np.float32)
+    bad_index = elementwise.cast(data.array, data.dtype, "F32", out)
+    if bad_index >= 0:
+        raise NonFiniteValue(bad_index)
+    return out
+
+
+class PlainValues:
+    """A tensor of floats."""
+
+    def __init__(self, tensor: SourceTensor) -> None:
+        """`tensor` may be of any dtype; `rows` raises Incomparable when it is not a float."""
+        self._tensor = tensor
+        self.shape = matrix(tensor.spec)
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The rows from `start` to `stop`."""
+        return as_float32(read_rows(self._tensor, self._tensor.spec, start, stop))
+
+
+class AffineValues:
+    """A module in MLX's affine format, dequantized by scale * code + bias."""
+
+    def __init__(
+        self, tensors: Mapping[str, SourceTensor], module: str, settings: Mapping[str, Any]
+    ) -> None:
+        """Take `module`'s weight, scales and biases; Incomparable when they do not fit together."""
+        try:
+            self._parts = [tensors[f"{module}.{part}"] for part in ("weight", "scales", "biases")]
+            self._bits, self._group = int(settings["bits"]), int(settings["group_size"])
+        except (KeyError, TypeError, ValueError):
+            raise Incomparable(f"{module} is not in MLX's affine format") from None
+        packed, grid = (matrix(part.spec) for part in self._parts[:2])
+        self.shape = grid[0], grid[1] * self._group
+        if packed != (grid[0], self.shape[1] * self._bits // 32):
+            raise Incomparable(f"{module} is not of {self._bits} bits in groups of {self._group}")
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The rows from `start` to `stop`, dequantized."""
+        packed, scales, biases = (read_rows(part, part.spec, start, stop) for part in self._parts)
+        out = np.empty((stop - start, self.shape[1]), np.float32)
+        try:
+            dequantize_rows(
+                packed.array,
+                scales.array,
+                biases.array,
+                scales.dtype,
+                self._bits,
+                self._group,
+                out,
+            )
+        except ValueError as error:
+            raise Incomparable(str(error)) from None
+        return out
+
+
+def squared_sums(a: Values, b: Values) -> tuple[float, float]:
+    """Sums of squares of b - a and of a; Incomparable when their shapes differ."""
+    if a.shape != b.shape:
+        raise Incomparable(f"{a.shape} against {b.shape}")
+    difference = norm = 0.0
+    for start, stop in blocks(a.shape):
+        first = a.rows(start, stop)
+        difference += square_sum(b.rows(start, stop) - first)
+        norm += square_sum(first)
+    return difference, norm
+
+
+def square_sum(values: Floats) -> float:
+    """The sum of squares of a block, short enough to be taken in float32."""
+    flat = values.reshape(-1)
+    return float(np.dot(flat, flat))

@@ -1,0 +1,136 @@
+"""A model is loaded and run in a process of its own: one model in memory, a crash is an answer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from carnice_build.errors import BackendError
+from carnice_build.verify.generate import Generation, generate
+from carnice_build.verify.perplexity import Perplexity, measure
+
+MISSING = "mlx is not installed: pip install 'carnice-build[mlx]'"
+
+
+@dataclass(frozen=True)
+class SourceWeights:
+    """An unquantized model where it lies: its config, and for each canonical name (file, name)."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Load a folder or a source, measure perplexity on `text` if given, and generate if asked.
+
+    `tokenizer` is the folder whose tokenizer splits the text.
+    """
+
+    model: Path | SourceWeights
+    tokenizer: Path
+    text: Path | None
+    lengths: Sequence[int]
+    samples: int
+    generate: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What running the model gave."""
+
+    generation: Generation | None
+    perplexities: Sequence[Perplexity]
+
+
+def available() -> bool:
+    """True when mlx-lm is installed."""
+    return importlib.util.find_spec("mlx_lm") is not None
+
+
+def run(task: Task) -> Answer:
+    """Do the task in a fresh process; BackendError when the library refuses or the process dies."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(_work, task).result()
+        except BrokenProcessPool:
+            raise BackendError("the process that ran the model died; out of memory?") from None
+
+
+def _work(task: Task) -> Answer:
+    # A folder must be complete in itself; nothing may be looked up on the hub.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    try:
+        return _answer(task)
+    except Exception as error:
+        # Whatever the library finds wrong with the folder is our result.
+        raise BackendError(f"{type(error).__name__}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def _answer(task: Task) -> Answer:
+    from mlx_lm.utils import load_model, load_tokenizer
+
+    tokenizer: Any = load_tokenizer(task.tokenizer)  # type: ignore[no-untyped-call]
+    model: Any
+    if isinstance(task.model, SourceWeights):
+        model = _load_source(task.model)
+    else:
+        model, _ = load_model(task.model)
+    generation = generate(model, tokenizer) if task.generate else None
+    perplexities: list[Perplexity] = []
+    if task.text is not None:
+        _widen_on_cpu(model)
+        tokens = tokenizer.encode(task.text.read_text(encoding="utf-8"))
+        found = (measure(model, tokens, length, task.samples) for length in task.lengths)
+        perplexities = [item for item in found if item is not None]
+    return Answer(generation, perplexities)
+
+
+def _widen_on_cpu(model: Any) -> None:
+    """Compute in float32 where there is no GPU: mlx's CPU kernels are several times slower in BF16.
+
+    The weights keep their values, packed ones their bits.
+    """
+    import mlx.core as mx
+
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)
+
+
+def _load_source(source: SourceWeights) -> Any:
+    """The model as `mlx_lm.convert` without quantization would make it, read as it is used."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    model: Any
+    with tempfile.TemporaryDirectory() as empty:
+        (Path(empty) / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
+        model, config = load_model(Path(empty), lazy=True, strict=False)
+    files: dict[str, Any] = {
+        path: mx.load(path) for path in {path for path, _ in source.tensors.values()}
+    }
+    weights = model.sanitize(
+        {name: files[path][stored] for name, (path, stored) in source.tensors.items()}
+    )
+    dtype = config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
+    if dtype:
+        casts = getattr(model, "cast_predicate", lambda name: True)
+        weights = {
+            name: array.astype(getattr(mx, dtype)) if casts(name) else array
+            for name, array in weights.items()
+        }
+    model.load_weights(list(weights.items()), strict=True)
+    return model
