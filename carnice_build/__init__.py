@@ -1,8 +1,57 @@
-"""Build quantized variants of language models from declarative recipes."""
+"""Build quantized variants of language models from declarative recipes.
 
+    from carnice_build import Options, build, plan, verify
+
+These names are the public interface; they are loaded when first used, so that importing the
+package costs nothing.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from carnice_build.commands.build import BuildReport
+    from carnice_build.commands.build import build_variants as build
+    from carnice_build.commands.options import Options
+    from carnice_build.commands.plan import PlanReport
+    from carnice_build.commands.plan import report_plan as plan
+    from carnice_build.commands.verify import VerifyReport, VerifySettings
+    from carnice_build.commands.verify import verify_variants as verify
+    from carnice_build.errors import CarniceError
+
+__all__ = [
+    "BuildReport",
+    "CarniceError",
+    "Options",
+    "PlanReport",
+    "VerifyReport",
+    "VerifySettings",
+    "build",
+    "plan",
+    "verify",
+]
+
+_PLACES = {
+    "BuildReport": ("commands.build", "BuildReport"),
+    "CarniceError": ("errors", "CarniceError"),
+    "Options": ("commands.options", "Options"),
+    "PlanReport": ("commands.plan", "PlanReport"),
+    "VerifyReport": ("commands.verify", "VerifyReport"),
+    "VerifySettings": ("commands.verify", "VerifySettings"),
+    "build": ("commands.build", "build_variants"),
+    "plan": ("commands.plan", "report_plan"),
+    "verify": ("commands.verify", "verify_variants"),
+}
 
 try:
     __version__ = version("carnice-build")
 except PackageNotFoundError:  # running from a source tree that is not installed
     __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _PLACES[name]
+    return getattr(import_module(f"{__name__}.{module}"), attribute)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from carnice_build.architectures.base import TensorFact
@@ -93,14 +94,14 @@ class Action:
         _describe(sink, self.op, self.params, self.inputs, digests)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ActionOutput:
     """Output number `index` of an action."""
 
     action: Action
     index: int
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Names the output's bytes before they exist."""
         return f"{self.action.identity}|{self.index}"

@@ -22,8 +22,8 @@ import pytest
 from hypothesis import settings
 from tiny import contents, write_tiny
 
-from carnice_build.build.options import Options
 from carnice_build.cli.main import run
+from carnice_build.commands.options import Options
 
 pytest.register_assert_rewrite("attacking")
 

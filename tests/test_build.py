@@ -16,7 +16,7 @@ import pytest
 from conftest import Finished, Project
 from tiny import contents
 
-from carnice_build.build.build import BuildReport, build_variants
+from carnice_build.commands.build import BuildReport, build_variants
 
 MLX = ("mlx-4bit", "mlx-mixed_3_6", "mlx-6bit")
 ONE_DOWN_PROJ = 'quantize.rules+={match: "*.layers.1.mlp.down_proj", bits: 8}'

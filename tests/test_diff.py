@@ -11,8 +11,8 @@ import pytest
 from conftest import Finished, Project
 from tiny import read_all_tensors
 
-from carnice_build.build.build import build_variants
-from carnice_build.build.diff import State, diff_folders
+from carnice_build.commands.build import build_variants
+from carnice_build.commands.diff import State, diff_folders
 from carnice_build.errors import StoreError
 
 LINEARS = 8 * 3 + 6 * 5 + 2 * 4 + 2

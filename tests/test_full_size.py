@@ -8,10 +8,10 @@ import pytest
 from conftest import REPOSITORY
 
 from carnice_build.architectures import architecture_of
-from carnice_build.build.options import Options
-from carnice_build.build.plan import plan_variants
 from carnice_build.checkpoint.checkpoint import open_checkpoint
-from carnice_build.plan.planner import VariantPlan
+from carnice_build.commands.options import Options
+from carnice_build.commands.plan import plan_variants
+from carnice_build.planning.planner import VariantPlan
 
 SHAPES = REPOSITORY / "benchmarks" / "shapes"
 

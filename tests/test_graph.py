@@ -10,16 +10,16 @@ from xml.etree import ElementTree
 import pytest
 from conftest import REPOSITORY, Finished, Project
 
-from carnice_build.build.build import build_variants
-from carnice_build.build.options import Options
-from carnice_build.build.plan import plan_variants, survey_plan
+from carnice_build.commands.build import build_variants
+from carnice_build.commands.options import Options
+from carnice_build.commands.plan import report_plan
 from carnice_build.report.graph_view import FoldedGraph, Kind, Work, describe_op, fold
 
 
 def folded(names: list[str], options: Options) -> FoldedGraph:
     """The folded graph of these variants."""
-    plan = plan_variants(names, options)
-    return fold(plan, survey_plan(plan, options))
+    report = report_plan(names, options)
+    return fold(report.plan, report.status)
 
 
 def members(graph: FoldedGraph, kind: Kind) -> int:
@@ -30,8 +30,9 @@ def members(graph: FoldedGraph, kind: Kind) -> int:
 def test_nothing_is_lost_in_folding(project: Project) -> None:
     """Every action, shard and source tensor of two variants is in one node, once."""
     options = project.options()
-    plan = plan_variants(["mlx-4bit", "mlx-mixed_3_6"], options)
-    graph = fold(plan, survey_plan(plan, options))
+    report = report_plan(["mlx-4bit", "mlx-mixed_3_6"], options)
+    plan = report.plan
+    graph = fold(plan, report.status)
 
     assert len(plan.graph) == members(graph, Kind.OP)
     packs = {layout.identity for variant in plan.variants for layout in variant.packs}

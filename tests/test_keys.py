@@ -13,7 +13,7 @@ from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.graph import Action, ActionGraph, Op, TensorRef
 from carnice_build.keys import DigestSink
-from carnice_build.plan.explain import FactsSink
+from carnice_build.planning.explain import FactsSink
 from carnice_build.transforms.elementwise import Elementwise
 from carnice_build.transforms.mlx import AffineQuantize, ReferenceAffineQuantize
 

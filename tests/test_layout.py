@@ -9,7 +9,7 @@ from carnice_build.architectures.base import Part, Role, TensorFact
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.dtypes import ITEM_SIZE, TensorSpec
 from carnice_build.graph import OutputTensor, TensorRef
-from carnice_build.plan.layout import natural_key, pack_layouts
+from carnice_build.planning.layout import natural_key, pack_layouts
 
 specs = st.builds(
     TensorSpec,

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import Project
 
-from carnice_build.build.build import build_variants
+from carnice_build.commands.build import build_variants
 
 HEAVY = ("torch", "transformers", "mlx", "numba", "numpy", "networkx", "huggingface_hub")
 

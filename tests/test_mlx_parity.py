@@ -11,7 +11,7 @@ import pytest
 from conftest import Project, TinyCheckpoint
 from tiny import read_all_tensors
 
-from carnice_build.build.build import build_variants
+from carnice_build.commands.build import build_variants
 
 pytest.importorskip("mlx_lm")
 

@@ -14,11 +14,11 @@ import pytest
 from conftest import Finished, Project, TinyCheckpoint
 from tiny import Tensor, read_json, read_safetensors, write_json, write_safetensors
 
-from carnice_build.build.build import build_variants
-from carnice_build.build.verify import VerifySettings, verify_variants
+from carnice_build.commands.build import build_variants
+from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.kernels.affine import dequantize_rows, quantize_rows
-from carnice_build.verify import worker
-from carnice_build.verify.result import Check, Outcome
+from carnice_build.verification import worker
+from carnice_build.verification.result import Check, Outcome
 
 VARIANT = "mlx-mixed_3_6"
 BODY = "language_model.model."
@@ -328,7 +328,7 @@ GROUPS: dict[str, Callable[[np.random.Generator], np.ndarray[Any, Any]]] = {
 def test_the_bound_holds_for_every_weight(bits: int, kind: str, dtype: str) -> None:
     """No weight that the quantizer made is outside, whatever its group looks like."""
     from carnice_build.kernels import elementwise
-    from carnice_build.verify.roundtrip import allowance
+    from carnice_build.verification.roundtrip import allowance
 
     values = GROUPS[kind](np.random.default_rng(0)).astype(np.float32)
     storage = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[dtype]

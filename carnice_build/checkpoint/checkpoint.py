@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ HeaderReader = Callable[[Sequence[ByteSource]], Iterable[Header]]
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SourceTensor:
     """A tensor in a file of a checkpoint; `file` is None in a shape file, which has no bytes."""
 
@@ -32,7 +33,7 @@ class SourceTensor:
     file: ByteSource | None
     offset: int
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Names these bytes on this machine while the file stays as it is."""
         origin = self.file.identity if self.file else f"shape|{self.name}"

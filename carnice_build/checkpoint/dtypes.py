@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 ITEM_SIZE: dict[str, int] = {
@@ -49,22 +50,22 @@ NUMPY_NAME: dict[str, str] = {
 """The numpy type that carries the bits; BF16 and the F8 types travel as unsigned integers."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorSpec:
     """What is known of a tensor before a byte of it is read."""
 
     dtype: str
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of elements; 1 for a scalar."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes that the tensor takes on disk."""
-        return prod(self.shape) * ITEM_SIZE[self.dtype]
+        return self.size * ITEM_SIZE[self.dtype]
 
     @property
     def row_bytes(self) -> int:

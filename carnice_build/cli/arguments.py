@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from carnice_build.build.options import DEFAULT_MEMORY, Options
+from carnice_build.commands.options import DEFAULT_MEMORY, Options
 from carnice_build.errors import RecipeError
 from carnice_build.units import parse_size
 

@@ -49,7 +49,7 @@ def build(
     """Build variants into OUT/<variant>, redoing only what changed."""
     from rich.console import Console
 
-    from carnice_build.build.build import build_variants
+    from carnice_build.commands.build import build_variants
     from carnice_build.execute.events import Event
     from carnice_build.report.progress import progress_view
     from carnice_build.report.trace import TraceRecorder

@@ -28,7 +28,7 @@ def diff(
     """Compare two built folders: bits, sizes, and how far their numbers are apart."""
     from rich.console import Console
 
-    from carnice_build.build.diff import diff_folders, find_folder
+    from carnice_build.commands.diff import diff_folders, find_folder
     from carnice_build.report.diff_table import diff_json, diff_table
 
     options = make_options(recipes=RECIPES, out=out, jobs=jobs)

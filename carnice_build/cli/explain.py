@@ -31,7 +31,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say which actions a build would run, and what changed since the last build of each."""
-    from carnice_build.build.explain import explain_variants
+    from carnice_build.commands.explain import explain_variants
 
     options = make_options(
         recipes=recipes, profile=profile, source=source, assignments=assignments, cache=cache

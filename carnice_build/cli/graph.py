@@ -36,7 +36,7 @@ def graph(
     ] = None,
 ) -> None:
     """Show the action graph, folded by kind of module; Mermaid unless --svg is given."""
-    from carnice_build.build.plan import plan_variants, survey_plan
+    from carnice_build.commands.plan import report_plan
     from carnice_build.report.graph_svg import svg as draw
     from carnice_build.report.graph_view import fold
     from carnice_build.report.graph_view import mermaid as write
@@ -44,10 +44,10 @@ def graph(
     options = make_options(
         recipes=recipes, profile=profile, source=source, assignments=assignments, cache=cache
     )
-    planned = plan_variants(variants, options)
-    folded = fold(planned, survey_plan(planned, options))
+    report = report_plan(variants, options)
+    folded = fold(report.plan, report.status)
     if svg is not None:
-        title = f"{', '.join(variants)}: {len(planned.graph):,} actions"
+        title = f"{', '.join(variants)}: {len(report.plan.graph):,} actions"
         svg.write_text(draw(folded, title), encoding="utf-8")
     if mermaid is not None:
         mermaid.write_text(write(folded), encoding="utf-8")

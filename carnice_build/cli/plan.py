@@ -31,7 +31,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a build would do and make; reads headers only."""
-    from carnice_build.build.plan import plan_variants, survey_plan
+    from carnice_build.commands.plan import report_plan
     from carnice_build.report.plan_table import plan_json, plan_view
 
     options = make_options(
@@ -43,11 +43,10 @@ def plan(
         jobs=jobs,
         memory=memory,
     )
-    planned = plan_variants(variants, options)
-    status = survey_plan(planned, options)
+    report = report_plan(variants, options)
     if as_json:
-        print_json(plan_json(planned, status, options.memory, options.jobs))
+        print_json(plan_json(report.plan, report.status, options.memory, options.jobs))
         return
     from rich.console import Console
 
-    Console().print(plan_view(planned, status, options.memory, options.jobs))
+    Console().print(plan_view(report.plan, report.status, options.memory, options.jobs))

@@ -17,7 +17,7 @@ from carnice_build.cli.arguments import (
 
 def list_variants(recipes: Recipes = RECIPES, as_json: Json = False) -> None:
     """Show the variants that the recipes declare."""
-    from carnice_build.build import plan
+    from carnice_build.commands import plan
 
     found = plan.list_variants(make_options(recipes=recipes))
     if as_json:
@@ -38,7 +38,7 @@ def schema() -> None:
 
 def extras(variants: Variants, recipes: Recipes = RECIPES, assignments: Set = None) -> None:
     """Print the optional dependencies that building these variants needs, joined by commas."""
-    from carnice_build.build.plan import extras_of
+    from carnice_build.commands.plan import extras_of
 
     typer.echo(
         ",".join(extras_of(variants, make_options(recipes=recipes, assignments=assignments)))
@@ -47,6 +47,6 @@ def extras(variants: Variants, recipes: Recipes = RECIPES, assignments: Set = No
 
 def names(recipes: Recipes = RECIPES) -> None:
     """Print the names of all variants on one line."""
-    from carnice_build.build.plan import recipe_paths
+    from carnice_build.commands.plan import recipe_paths
 
     typer.echo(" ".join(path.stem for path in recipe_paths(make_options(recipes=recipes))))

@@ -47,9 +47,9 @@ def verify(
     """Check built variants: files, structure, numbers, and the running model; exits 1 if wrong."""
     from rich.console import Console
 
-    from carnice_build.build.verify import VerifySettings, verify_variants
+    from carnice_build.commands.verify import VerifySettings, verify_variants
     from carnice_build.report.verify_table import check_lines, verify_json, verify_tables
-    from carnice_build.verify.result import Check
+    from carnice_build.verification.result import Check
 
     options = make_options(
         recipes=recipes,

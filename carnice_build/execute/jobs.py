@@ -13,8 +13,8 @@ from functools import cached_property
 
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.graph import Action, ActionOutput, TensorRef
-from carnice_build.plan.layout import PackLayout
-from carnice_build.plan.status import BuildStatus, Status
+from carnice_build.planning.layout import PackLayout
+from carnice_build.planning.status import BuildStatus, Status
 from carnice_build.store.packs import Location
 
 STREAM_BYTES = 16 << 20

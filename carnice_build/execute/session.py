@@ -15,9 +15,9 @@ from carnice_build.execute.isolated import Workers
 from carnice_build.execute.jobs import Job, Placement, Sink, plan_jobs, plan_placements
 from carnice_build.execute.runner import JobResult, Runner
 from carnice_build.graph import Action
-from carnice_build.plan.layout import PackLayout
-from carnice_build.plan.planner import VariantPlan
-from carnice_build.plan.status import BuildStatus, survey
+from carnice_build.planning.layout import PackLayout
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.planning.status import BuildStatus, survey
 from carnice_build.store.files import full_disk_named
 from carnice_build.store.packs import PartialPack
 from carnice_build.store.store import Store

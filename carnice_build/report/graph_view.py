@@ -13,12 +13,12 @@ from enum import StrEnum
 from typing import Any
 
 from carnice_build.architectures.base import Part, Role
-from carnice_build.build.plan import Plan
 from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.commands.plan import Plan
 from carnice_build.graph import Action, ActionOutput, TensorRef
-from carnice_build.plan.layout import PackLayout
-from carnice_build.plan.planner import VariantPlan
-from carnice_build.plan.status import BuildStatus, Status
+from carnice_build.planning.layout import PackLayout
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.planning.status import BuildStatus, Status
 from carnice_build.units import format_size
 
 

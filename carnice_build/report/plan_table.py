@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from carnice_build.build.plan import Plan
+from carnice_build.commands.plan import Plan
 from carnice_build.execute.jobs import STREAM_BYTES
 from carnice_build.graph import ActionOutput
-from carnice_build.plan.explain import labelled_actions
-from carnice_build.plan.planner import VariantPlan
-from carnice_build.plan.status import BuildStatus, Status
+from carnice_build.planning.explain import labelled_actions
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.planning.status import BuildStatus, Status
 from carnice_build.units import format_size
 
 

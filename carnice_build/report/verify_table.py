@@ -10,9 +10,9 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from carnice_build.build.verify import PerplexityRow, VariantResult, VerifyReport
-from carnice_build.verify.perplexity import Perplexity, format_perplexity
-from carnice_build.verify.result import Check, Outcome
+from carnice_build.commands.verify import PerplexityRow, VariantResult, VerifyReport
+from carnice_build.verification.perplexity import Perplexity, format_perplexity
+from carnice_build.verification.result import Check, Outcome
 
 _SHOWN_PROBLEMS = 10
 _STYLES = {Outcome.PASSED: "green", Outcome.FAILED: "bold red", Outcome.SKIPPED: "yellow"}

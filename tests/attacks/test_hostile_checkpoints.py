@@ -13,8 +13,8 @@ from attacking import Attack, check_named
 from conftest import Project
 from tiny import read_json, write_json, write_raw
 
-from carnice_build.build.build import build_variants
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
+from carnice_build.commands.build import build_variants
 from carnice_build.errors import CheckpointError
 from carnice_build.execute.events import Event, Started
 

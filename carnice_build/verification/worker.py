@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from carnice_build.errors import BackendError
-from carnice_build.verify.generate import Generation, generate
-from carnice_build.verify.perplexity import Perplexity, measure
+from carnice_build.verification.generate import Generation, generate
+from carnice_build.verification.perplexity import Perplexity, measure
 
 MISSING = "mlx is not installed: pip install 'carnice-build[mlx]'"
 

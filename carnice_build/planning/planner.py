@@ -13,7 +13,7 @@ from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import ActionGraph, TensorRef, View
-from carnice_build.plan.layout import PackLayout, pack_layouts
+from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.recipe.loader import Recipe
 from carnice_build.transforms.base import Conversion, Format, PlanContext, Step
 

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from carnice_build.verify.result import Check, judged, skipped
+from carnice_build.verification.result import Check, judged, skipped
 
 NAME = "perplexity"
 LENGTHS = (256, 1024)
 SAMPLES = 64
+LOGITS_BYTES = 256 << 20
+"""Memory for the logits of the sequences that run at once."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,18 @@ def measure(model: Any, tokens: list[int], length: int, samples: int) -> Perplex
     samples = min(samples, len(tokens) // length)
     if not samples:
         return None
+    rows = mx.array(tokens[: samples * length]).reshape(samples, length)
     losses = []
-    for index in range(samples):
-        sequence = mx.array(tokens[index * length : (index + 1) * length])[None]
-        logits = model(sequence[:, :-1]).astype(mx.float32)
-        loss = nn.losses.cross_entropy(logits, sequence[:, 1:], reduction="none")
+    first, batch = 0, 1
+    while first < samples:
+        logits = model(rows[first : first + batch, :-1]).astype(mx.float32)
+        targets = rows[first : first + batch, 1:]
+        loss = nn.losses.cross_entropy(logits, targets, reduction="none")
         mx.eval(loss)
         losses.append(loss.flatten())
+        first += batch
+        # The recurrent layers take a step a token, however many sequences take it together.
+        batch = max(1, LOGITS_BYTES // (4 * length * logits.shape[-1]))
     together = mx.concatenate(losses)
     mean = float(together.mean())
     spread = float(mx.sqrt(mx.var(together, ddof=1)))

@@ -12,8 +12,8 @@ from enum import StrEnum
 
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.graph import Action, ActionOutput, TensorRef
-from carnice_build.plan.layout import PackLayout
-from carnice_build.plan.planner import VariantPlan
+from carnice_build.planning.layout import PackLayout
+from carnice_build.planning.planner import VariantPlan
 from carnice_build.store.packs import Location
 from carnice_build.store.store import Store
 

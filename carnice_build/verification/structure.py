@@ -15,10 +15,10 @@ from carnice_build.architectures.base import TensorFact
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
 from carnice_build.errors import CheckpointError
 from carnice_build.keys import canonical_json
-from carnice_build.plan.planner import VariantPlan
+from carnice_build.planning.planner import VariantPlan
 from carnice_build.transforms.mlx import MlxFormat
-from carnice_build.verify.folder import ModelFolder, read_object
-from carnice_build.verify.result import Check, judged
+from carnice_build.verification.folder import ModelFolder, read_object
+from carnice_build.verification.result import Check, judged
 
 NAME = "structure"
 

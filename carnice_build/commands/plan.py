@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from carnice_build.build.options import Options
 from carnice_build.checkpoint.profiles import SourceFinder
+from carnice_build.commands.options import Options
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import ActionGraph
-from carnice_build.plan.planner import VariantPlan, plan_variant
-from carnice_build.plan.status import BuildStatus, survey
+from carnice_build.planning.planner import VariantPlan, plan_variant
+from carnice_build.planning.status import BuildStatus, survey
 from carnice_build.recipe.loader import Recipe, find_recipe, list_recipes, load_recipe
 from carnice_build.store.store import Store
 from carnice_build.transforms.vocabulary import vocabulary
@@ -27,6 +27,8 @@ class Plan:
 
 def plan_variants(names: Sequence[str], options: Options) -> Plan:
     """Plan the named variants; raises a CarniceError for the first thing that is wrong."""
+    if isinstance(names, str):
+        names = [names]
     graph = ActionGraph()
     finder = SourceFinder(options.recipes, options.profile, options.sources, stream=options.stream)
     recipes = [_load(name, options) for name in dict.fromkeys(names)]
@@ -49,10 +51,28 @@ def _load(name: str, options: Options) -> Recipe:
     return load_recipe(path, vocabulary(), options.overrides)
 
 
-def survey_plan(plan: Plan, options: Options) -> BuildStatus:
-    """What of the plan the cache has already; an empty cache is made where there is none."""
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan and what of it the cache has already."""
+
+    plan: Plan
+    status: BuildStatus
+
+    @property
+    def variants(self) -> tuple[VariantPlan, ...]:
+        """The variants, worked out: tensors, packs, sizes, bits per weight."""
+        return self.plan.variants
+
+
+def report_plan(names: Sequence[str], options: Options | None = None) -> PlanReport:
+    """Plan the named variants and ask the cache; an empty cache is made where there is none.
+
+    Reads headers only.  Raises a CarniceError for the first thing that is wrong.
+    """
+    options = options or Options()
+    plan = plan_variants(names, options)
     with Store(options.cache) as store:
-        return survey(plan.variants, store)
+        return PlanReport(plan, survey(plan.variants, store))
 
 
 def list_variants(options: Options) -> list[Recipe]:

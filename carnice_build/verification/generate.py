@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from carnice_build.verify.result import Check, judged
+from carnice_build.verification.result import Check, judged
 
 NAME = "generate"
 PROMPT = "Hello! What can you do?"

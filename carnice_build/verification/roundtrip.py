@@ -32,11 +32,11 @@ from carnice_build.checkpoint.dtypes import WIDE_FLOATS
 from carnice_build.errors import CheckpointError
 from carnice_build.graph import ActionOutput, NonFiniteValue, OutputTensor
 from carnice_build.kernels.elementwise import zero_non_finite
-from carnice_build.plan.planner import VariantPlan
+from carnice_build.planning.planner import VariantPlan
 from carnice_build.transforms.mlx import AffineQuantize
-from carnice_build.verify.folder import ModelFolder
-from carnice_build.verify.result import Check, judged, skipped
-from carnice_build.verify.values import (
+from carnice_build.verification.folder import ModelFolder
+from carnice_build.verification.result import Check, judged, skipped
+from carnice_build.verification.values import (
     AffineValues,
     Floats,
     Incomparable,

@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from carnice_build.build.options import Options
-from carnice_build.build.plan import plan_variants
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.source import LocalFile
+from carnice_build.commands.options import Options
+from carnice_build.commands.plan import plan_variants
 from carnice_build.errors import BackendError, PlanError
 from carnice_build.graph import TensorRef
-from carnice_build.plan.planner import VariantPlan
+from carnice_build.planning.planner import VariantPlan
 from carnice_build.transforms.mlx import MlxFormat
 from carnice_build.units import format_size
-from carnice_build.verify import generate, perplexity, worker
-from carnice_build.verify.digests import check_digests
-from carnice_build.verify.folder import open_folder
-from carnice_build.verify.perplexity import LENGTHS, SAMPLES, Perplexity
-from carnice_build.verify.result import Check, Outcome, judged, skipped
-from carnice_build.verify.structure import check_structure
+from carnice_build.verification import generate, perplexity, worker
+from carnice_build.verification.digests import check_digests
+from carnice_build.verification.folder import open_folder
+from carnice_build.verification.perplexity import LENGTHS, SAMPLES, Perplexity
+from carnice_build.verification.result import Check, Outcome, judged, skipped
+from carnice_build.verification.structure import check_structure
 
 HELDOUT = Path("demo") / "heldout.txt"
 """The text that goes with the demo checkpoints, from the project's folder."""
@@ -80,7 +80,7 @@ Listener = Callable[[str, Check], None]
 
 def verify_variants(
     names: Sequence[str],
-    options: Options,
+    options: Options | None = None,
     settings: VerifySettings | None = None,
     listen: Listener = lambda variant, check: None,
 ) -> VerifyReport:
@@ -88,6 +88,7 @@ def verify_variants(
 
     `listen` hears of every check as soon as it is made.
     """
+    options = options or Options()
     settings = settings or VerifySettings()
     text = _text(options, settings) if settings.run else None
     plan = plan_variants(names, options)
@@ -120,7 +121,7 @@ def _text(options: Options, settings: VerifySettings) -> Path | None:
 
 def _check_files(variant: VariantPlan, path: Path, jobs: int) -> Iterator[Check]:
     # Numpy is needed from here on.
-    from carnice_build.verify import roundtrip
+    from carnice_build.verification import roundtrip
 
     folder = open_folder(path)
     yield check_digests(folder, jobs)

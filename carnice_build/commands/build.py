@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from carnice_build.build.options import Options
-from carnice_build.build.plan import Plan, plan_variants
+from carnice_build.commands.options import Options
+from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import PlanError
 from carnice_build.execute.events import Listener, Packaged
 from carnice_build.keys import library_version
 from carnice_build.package.base import Shard, Variant, small_files
 from carnice_build.package.folder import assemble, check_place, is_current
-from carnice_build.plan.explain import labelled_actions, variant_facts
-from carnice_build.plan.planner import VariantPlan
-from carnice_build.plan.status import Contents, survey
+from carnice_build.planning.explain import labelled_actions, variant_facts
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.planning.status import Contents, survey
 from carnice_build.store.files import full_disk_named
 from carnice_build.store.history import write_history
 from carnice_build.store.store import Store
@@ -54,13 +54,16 @@ class BuildReport:
 
 
 def build_variants(
-    names: Sequence[str], options: Options, listen: Listener = lambda event: None
+    names: Sequence[str], options: Options | None = None, listen: Listener = lambda event: None
 ) -> BuildReport:
     """Build the named variants into `options.out`, reusing whatever the cache has.
+
+    `listen` is called with every event of `execute.events`, from several threads.
 
     Raises a CarniceError; whatever was finished until then stays in the cache.
     """
     start = time.perf_counter()
+    options = options or Options()
     plan = plan_variants(names, options)
     for variant in plan.variants:
         _check_buildable(variant)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from carnice_build.build.options import Options
-from carnice_build.build.plan import plan_variants
-from carnice_build.plan.explain import Reason, explain
-from carnice_build.plan.status import Contents, Status, survey
+from carnice_build.commands.options import Options
+from carnice_build.commands.plan import plan_variants
+from carnice_build.planning.explain import Reason, explain
+from carnice_build.planning.status import Contents, Status, survey
 from carnice_build.store.history import read_history
 from carnice_build.store.store import Store
 

@@ -15,10 +15,10 @@ from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.errors import CheckpointError, StoreError
 from carnice_build.graph import NonFiniteValue
 from carnice_build.store.packs import digest_range
-from carnice_build.verify.folder import ModelFolder, open_folder
+from carnice_build.verification.folder import ModelFolder, open_folder
 
 if TYPE_CHECKING:
-    from carnice_build.verify.values import Values
+    from carnice_build.verification.values import Values
 
 _PACKED_PARTS = (".weight", ".scales", ".biases")
 
@@ -186,7 +186,7 @@ def _compare(
     a: ModelFolder, names_a: Sequence[str], b: ModelFolder, names_b: Sequence[str]
 ) -> tuple[float | None, float | None]:
     """Sums of squares of the difference and of A."""
-    from carnice_build.verify.values import Incomparable, squared_sums
+    from carnice_build.verification.values import Incomparable, squared_sums
 
     try:
         return squared_sums(_values(a, names_a), _values(b, names_b))
@@ -195,7 +195,7 @@ def _compare(
 
 
 def _values(folder: ModelFolder, names: Sequence[str]) -> Values:
-    from carnice_build.verify.values import AffineValues, PlainValues
+    from carnice_build.verification.values import AffineValues, PlainValues
 
     if len(names) == 1:
         return PlainValues(folder.tensors[names[0]])

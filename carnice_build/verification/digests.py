@@ -12,8 +12,8 @@ from carnice_build.package.base import BUILD_NAME
 from carnice_build.store.digests import digest_texts
 from carnice_build.store.packs import digest_range
 from carnice_build.units import format_size
-from carnice_build.verify.folder import ModelFolder
-from carnice_build.verify.result import Check, judged
+from carnice_build.verification.folder import ModelFolder
+from carnice_build.verification.result import Check, judged
 
 NAME = "digests"
 

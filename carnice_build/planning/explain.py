@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from carnice_build.graph import Action, ActionOutput, TensorRef
-from carnice_build.plan.planner import VariantPlan
-from carnice_build.plan.status import BuildStatus, Status
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.planning.status import BuildStatus, Status
 from carnice_build.store.history import Facts
 
 UNREAD = "not read yet"
