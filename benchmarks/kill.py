@@ -56,6 +56,8 @@ def finish(source: Path) -> dict[str, int]:
 
 def actions_on_record() -> int:
     """How many actions the killed build had finished, by the cache's own records."""
+    if not CACHE.exists():
+        return 0
     stats = [sys.executable, "-m", "carnice_build", "cache", "stats", "--json", "--cache"]
     done = subprocess.run(
         [*stats, str(CACHE)], cwd=ROOT, capture_output=True, text=True, check=True

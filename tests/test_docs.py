@@ -8,6 +8,7 @@ import runpy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,3 +166,24 @@ def test_links_lead_somewhere(page: Path) -> None:
     missing = [target for target in targets if not (page.parent / target).exists()]
 
     assert missing == []
+
+
+def test_api_example_runs(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of the API page plans and builds as it stands."""
+    code = (REPOSITORY / "docs" / "api.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+
+    assert names["variant"].bits_per_weight > 5.5
+    assert names["result"].actions_run > 0
+    assert type(names["seen"][-1]).__name__ == "Packaged"
+
+
+def test_the_api_offers_what_it_says() -> None:
+    """Every public name can be imported, and an unknown one is an AttributeError."""
+    import carnice_build
+
+    for name in carnice_build.__all__:
+        assert getattr(carnice_build, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = carnice_build.nonsense

@@ -41,7 +41,10 @@ def verify(
         Path | None,
         typer.Option(help="Held-out text for perplexity; the demo profile has its own."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Most sequences to take from the text.")] = 64,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most sequences to take from the text; 64, or 8 without a GPU."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check built variants: files, structure, numbers, and the running model; exits 1 if wrong."""

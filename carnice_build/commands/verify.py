@@ -21,7 +21,7 @@ from carnice_build.units import format_size
 from carnice_build.verification import generate, perplexity, worker
 from carnice_build.verification.digests import check_digests
 from carnice_build.verification.folder import open_folder
-from carnice_build.verification.perplexity import LENGTHS, SAMPLES, Perplexity
+from carnice_build.verification.perplexity import LENGTHS, Perplexity
 from carnice_build.verification.result import Check, Outcome, judged, skipped
 from carnice_build.verification.structure import check_structure
 
@@ -31,11 +31,14 @@ HELDOUT = Path("demo") / "heldout.txt"
 
 @dataclass(frozen=True)
 class VerifySettings:
-    """Whether to run the models, and on what; without a `text` the profile's own is taken."""
+    """Whether to run the models, and on what; without a `text` the profile's own is taken.
+
+    `samples` bounds the sequences of each length; None is 64, or 8 where mlx has no GPU.
+    """
 
     run: bool = True
     text: Path | None = None
-    samples: int = SAMPLES
+    samples: int | None = None
     lengths: Sequence[int] = LENGTHS
 
 

@@ -16,6 +16,8 @@ from carnice_build.verification.result import Check, judged, skipped
 NAME = "perplexity"
 LENGTHS = (256, 1024)
 SAMPLES = 64
+SAMPLES_ON_CPU = 8
+"""mlx takes minutes for 64 samples of even a tiny model without a GPU."""
 LOGITS_BYTES = 256 << 20
 """Memory for the logits of the sequences that run at once."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from carnice_build.errors import BackendError
 from carnice_build.verification.generate import Generation, generate
-from carnice_build.verification.perplexity import Perplexity, measure
+from carnice_build.verification.perplexity import SAMPLES, SAMPLES_ON_CPU, Perplexity, measure
 
 MISSING = "mlx is not installed: pip install 'carnice-build[mlx]'"
 
@@ -34,13 +34,14 @@ class Task:
     """Load a folder or a source, measure perplexity on `text` if given, and generate if asked.
 
     `tokenizer` is the folder whose tokenizer splits the text.
+    `samples` is None for what suits this machine.
     """
 
     model: Path | SourceWeights
     tokenizer: Path
     text: Path | None
     lengths: Sequence[int]
-    samples: int
+    samples: int | None
     generate: bool
 
 
@@ -94,7 +95,8 @@ def _answer(task: Task) -> Answer:
     if task.text is not None:
         _widen_on_cpu(model)
         tokens = tokenizer.encode(task.text.read_text(encoding="utf-8"))
-        found = (measure(model, tokens, length, task.samples) for length in task.lengths)
+        samples = task.samples or (SAMPLES_ON_CPU if _on_cpu() else SAMPLES)
+        found = (measure(model, tokens, length, samples) for length in task.lengths)
         perplexities = [item for item in found if item is not None]
     return Answer(generation, perplexities)
 
@@ -106,8 +108,14 @@ def _widen_on_cpu(model: Any) -> None:
     """
     import mlx.core as mx
 
-    if mx.default_device() == mx.Device(mx.cpu):
+    if _on_cpu():
         model.set_dtype(mx.float32)
+
+
+def _on_cpu() -> bool:
+    import mlx.core as mx
+
+    return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def _load_source(source: SourceWeights) -> Any:
