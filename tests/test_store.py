@@ -197,3 +197,23 @@ def test_nonsense_in_the_records_is_nothing(tmp_path: Path, value: object) -> No
         assert records.pack("x") is None
         assert records.pack_of_layout("x") is None
         assert records.sampled_digest("x") is None
+
+
+def test_a_write_that_fails_late_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that an early flush meets stops the pack from being sealed."""
+    store = Store(tmp_path / "cache")
+    writing = Writing(store, {"a": b"first"})
+    writing.begin()
+    digests = writing.write()
+
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        writing.pack.flush()
+
+    with pytest.raises(OSError, match="Input/output error"):
+        store.finish(writing.pack, digests)

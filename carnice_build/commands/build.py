@@ -18,7 +18,7 @@ from carnice_build.package.folder import assemble, check_place, is_current
 from carnice_build.planning.explain import labelled_actions, variant_facts
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import Contents, survey
-from carnice_build.store.files import full_disk_named
+from carnice_build.store.files import io_errors_named
 from carnice_build.store.history import write_history
 from carnice_build.store.store import Store
 
@@ -128,7 +128,7 @@ def _package(
     if stale:
         facts = variant_facts(variant, Contents(store).digest)
         write_history(store.root, variant.name, facts)
-        with full_disk_named(options.out):
+        with io_errors_named(options.out):
             assemble(folder, shards, small_files(described, variant.format.packager()))
         listen(Packaged(variant.name, str(folder)))
     actions = {action.identity for action in labelled_actions(variant).values()}

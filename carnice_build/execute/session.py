@@ -18,7 +18,7 @@ from carnice_build.graph import Action
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, survey
-from carnice_build.store.files import full_disk_named
+from carnice_build.store.files import io_errors_named
 from carnice_build.store.packs import PartialPack
 from carnice_build.store.store import Store
 from carnice_build.units import format_size
@@ -47,7 +47,7 @@ def execute(
 
     Raises PlanError when the disk is too small, BuildError when it fills up meanwhile.
     """
-    with full_disk_named(store.root):
+    with io_errors_named(store.root):
         return _Run(variants, actions, store, executor, worker_count, listen).execute()
 
 
@@ -82,8 +82,12 @@ class _Run:
             self._outcome.reused = len(status.actions) - len(self._outcome.made)
             return self._outcome
         finally:
-            for pack in self._packs.values():
-                pack.close()
+            self._release()
+
+    def _release(self) -> None:
+        for pack in self._packs.values():
+            pack.close()
+        self._packs.clear()
 
     def _claim(self) -> BuildStatus:
         """Lock every pack that must be written, and look again after any wait for another build.
@@ -92,11 +96,10 @@ class _Run:
         """
         while True:
             status = survey(self._variants, self._store)
-            unclaimed = sorted(set(status.pending) - set(self._packs))
-            if not unclaimed:
+            if set(status.pending) <= set(self._packs):
                 break
-            for identity in unclaimed:
-                layout = status.pending[identity]
+            self._release()
+            for identity, layout in sorted(status.pending.items()):
                 pack = self._store.partial(identity, layout.header, layout.size)
                 if pack.acquire(waiting=self._say_waiting):
                     self._packs[identity] = pack

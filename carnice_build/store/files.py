@@ -14,17 +14,16 @@ from carnice_build.errors import BuildError, StoreError
 
 
 @contextmanager
-def full_disk_named(where: Path) -> Iterator[None]:
-    """Turn "no space left" inside the block into a BuildError that says what to do."""
+def io_errors_named(where: Path) -> Iterator[None]:
+    """Turn an operating system's error inside the block into a BuildError that names the place."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise BuildError(
-            "the disk is full; what was finished is kept, free some space and build again",
-            where=str(where),
-        ) from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = "the disk is full; what was finished is kept, free some space and build again"
+        else:
+            what = f"{error.strerror or error}; what was finished is kept"
+        raise BuildError(what, where=str(error.filename or where)) from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

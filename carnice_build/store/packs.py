@@ -46,6 +46,7 @@ class PartialPack:
         self._header = header
         self._descriptor = -1
         self._unflushed = 0
+        self._flush_error: OSError | None = None
 
     @property
     def header_digest(self) -> str:
@@ -106,8 +107,16 @@ class PartialPack:
         return True
 
     def flush(self) -> None:
-        """Bring to disk what was written so far, so that little is left to do at the end."""
-        os.fsync(self._descriptor)
+        """Bring to disk what was written so far, so that little is left to do at the end.
+
+        The system reports a failed write to one fsync only, so `seal` raises it in its place.
+        """
+        if self._descriptor < 0:
+            return
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._flush_error = error
 
     def copy_from(self, location: Location, offset: int, count: int) -> None:
         """Copy `count` bytes of another file in the cache to `offset`."""
@@ -116,6 +125,8 @@ class PartialPack:
 
     def seal(self) -> None:
         """Make the bytes durable and the file read-only: links to it share its content."""
+        if self._flush_error is not None:
+            raise self._flush_error
         os.fchmod(self._descriptor, 0o444)
         os.fsync(self._descriptor)
 
