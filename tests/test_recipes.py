@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
+from carnice_build.cli.arguments import complete_variant
 from carnice_build.errors import RecipeError
 from carnice_build.recipe.backtracking import ways
 from carnice_build.recipe.layers import LayerSpan, layers_in
@@ -331,3 +332,11 @@ def test_ways_multiply() -> None:
     assert ways("a*", 10) == 11
     assert ways("b?a*", 10) == 2 * 11
     assert ways("(?:c|de|d)a*", 10) == 3 * 11
+
+
+def test_the_shell_completes_names_of_variants(project: Project) -> None:
+    """Recipes are offered, parts of recipes are not."""
+    assert ["mlx-mixed_2_6", "mlx-mixed_3_4", "mlx-mixed_3_6", "mlx-mixed_4_6"] == complete_variant(
+        "mlx-mixed"
+    )
+    assert "_profiles" not in complete_variant("")

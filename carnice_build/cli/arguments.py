@@ -16,8 +16,18 @@ RECIPES = Path("recipes")
 CACHE = Path("cache")
 OUT = Path("build")
 
+
+def complete_variant(incomplete: str) -> list[str]:
+    """Names of recipes that begin so, for the shell."""
+    names = [path.stem for path in RECIPES.glob("*.yaml") if not path.name.startswith("_")]
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 Variants = Annotated[
-    list[str], typer.Argument(help="Names of recipes, as `carnice list` shows them.")
+    list[str],
+    typer.Argument(
+        help="Names of recipes, as `carnice list` shows them.", autocompletion=complete_variant
+    ),
 ]
 Recipes = Annotated[Path, typer.Option(help="Folder of the recipes.", metavar="DIR")]
 Profile = Annotated[str, typer.Option(help="Which checkpoints the recipes' models mean.")]
