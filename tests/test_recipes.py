@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Project
 
 from carnice_build.cli.arguments import complete_variant
 from carnice_build.errors import RecipeError
