@@ -71,14 +71,17 @@ class Repo:
     def content_id(self, file: str) -> str:
         """SHA-256 of a file in LFS, git's blob hash of another."""
         if file not in self.hashes:
-            content = (self.folder / file).read_bytes()
-            blob = b"blob %d\0" % len(content) + content
-            large = file.endswith(".safetensors")
-            self.hashes[file] = (
-                hashlib.sha256(content).hexdigest() if large else hashlib.sha1(blob).hexdigest()
-            )
+            self.hashes[file] = _content_id(self.folder / file)
         flipped = self.hashes[file][::-1]
         return flipped if file in self.changed else self.hashes[file]
+
+
+def _content_id(path: Path) -> str:
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        content = file.read()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class FakeHub:
