@@ -60,6 +60,7 @@ def _facts(variant: Variant) -> dict[str, Any]:
         "base_model": base_model,
         "stand_in": source.profile != "full",
         "profile": source.profile,
+        "revision": source.revision or source.spec.revision,
         "bits_per_weight": f"{variant.bits_per_weight:.2f}",
         "size": f"{format_size(size)} ({size / 2**30:.2f} GiB)",
         "widths": _widths(variant),
