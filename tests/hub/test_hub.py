@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -40,11 +41,13 @@ def weights(hub: FakeHub) -> int:
 
 
 def without_source(folder: dict[str, bytes]) -> dict[str, Any]:
-    """The files of a build, build.json without what it says of its source."""
+    """The files of a build, card and build.json without what they say of the source's commit."""
     record = json.loads(folder["build.json"])
     record.pop("sources")
     record.pop("key")
-    return {**folder, "build.json": record}
+    record["files"].pop("README.md")
+    card = re.sub(rb"revision `\w+`", b"revision", folder["README.md"])
+    return {**folder, "build.json": record, "README.md": card}
 
 
 def on_disk(project: Project) -> set[str]:
@@ -142,6 +145,7 @@ def test_build_is_the_same_as_from_disk(
     assert without_source(contents(online.root / "local" / VARIANT)) == without_source(remote)
     record = json.loads(remote["build.json"])["sources"]["body"]
     assert record == {"model": CARNICE, "revision": "main", "profile": "online", "commit": "c" * 40}
+    assert f"revision `{'c' * 40}`" in remote["README.md"].decode()
 
 
 def test_local_build_names_no_commit(online: Project, carnice: Carnice) -> None:
