@@ -62,9 +62,6 @@ class Architecture(Protocol):
     def tensors(self) -> Mapping[str, TensorFact]:
         """Every tensor that the config calls for, by canonical name, in model order."""
 
-    def layer_kind(self, layer: int) -> str:
-        """The kind of decoder layer `layer`."""
-
     def optional(self, fact: TensorFact) -> bool:
         """True for a tensor that a checkpoint may lack."""
 

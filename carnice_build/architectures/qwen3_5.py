@@ -57,10 +57,6 @@ class Qwen35:
             raise self._text.error("layer_types", f"{self.num_layers} entries")
         return tuple("full" if kind == "full_attention" else "linear" for kind in kinds)
 
-    def layer_kind(self, layer: int) -> str:
-        """`full` or `linear`: the kind of attention in decoder layer `layer`."""
-        return self._kinds[layer]
-
     @cached_property
     def tensors(self) -> Mapping[str, TensorFact]:
         """Every tensor that the config calls for, by its canonical name, in model order.

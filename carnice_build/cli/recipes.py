@@ -47,6 +47,6 @@ def extras(variants: Variants, recipes: Recipes = RECIPES, assignments: Set = No
 
 def names(recipes: Recipes = RECIPES) -> None:
     """Print the names of all variants on one line."""
-    from carnice_build.commands.plan import recipe_paths
+    from carnice_build.recipe.loader import list_recipes
 
-    typer.echo(" ".join(path.stem for path in recipe_paths(make_options(recipes=recipes))))
+    typer.echo(" ".join(path.stem for path in list_recipes(recipes)))

@@ -15,7 +15,7 @@ from carnice_build.execute.events import Listener, Packaged
 from carnice_build.keys import library_version
 from carnice_build.package.base import Shard, Variant, small_files
 from carnice_build.package.folder import assemble, check_place, is_current
-from carnice_build.planning.explain import labelled_actions, variant_facts
+from carnice_build.planning.explain import variant_facts
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import Contents, survey
 from carnice_build.store.files import io_errors_named
@@ -95,7 +95,7 @@ def _build(
         from carnice_build.execute.session import execute
 
         executor = LocalExecutor(options.jobs, options.memory)
-        outcome = execute(plan.variants, plan.graph, store, executor, options.jobs, listen)
+        outcome = execute(plan.variants, status, plan.graph, store, executor, options.jobs, listen)
         packs = outcome.packs
         made = {action.identity for action in outcome.made}
         read_bytes, written_bytes = outcome.read_bytes, outcome.written_bytes
@@ -131,7 +131,7 @@ def _package(
         with io_errors_named(options.out):
             assemble(folder, shards, small_files(described, variant.format.packager()))
         listen(Packaged(variant.name, str(folder)))
-    actions = {action.identity for action in labelled_actions(variant).values()}
+    actions = {action.identity for action in variant.actions.values()}
     return VariantReport(
         variant=variant.name,
         folder=folder,
@@ -157,9 +157,7 @@ def _shard(variant: VariantPlan, index: int, packs: dict[str, str], store: Store
 
 def _describe(variant: VariantPlan, shards: Sequence[Shard]) -> Variant:
     recipe = variant.recipe
-    libraries = {
-        library for action in labelled_actions(variant).values() for library in action.op.libraries
-    }
+    libraries = {library for action in variant.actions.values() for library in action.op.libraries}
     return Variant(
         name=variant.name,
         description=recipe.description,

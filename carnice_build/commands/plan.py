@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from carnice_build.checkpoint.profiles import SourceFinder
 from carnice_build.commands.options import Options
@@ -87,8 +86,3 @@ def extras_of(names: Sequence[str], options: Options) -> list[str]:
         recipe = _load(name, options)
         extras.update(recipe.quantize.extras())  # type: ignore[attr-defined]
     return sorted(extras)
-
-
-def recipe_paths(options: Options) -> list[Path]:
-    """The files behind `list_variants`."""
-    return list_recipes(options.recipes)

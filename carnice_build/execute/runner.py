@@ -39,11 +39,10 @@ from carnice_build.store.store import Store, read_location
 
 @dataclass
 class JobResult:
-    """What a job did: filled places by layout, and how its actions ended."""
+    """What a job did: filled places by layout, and the actions that it ran."""
 
     filled: list[tuple[Sink, str]] = field(default_factory=list)
     made: list[Action] = field(default_factory=list)
-    found: list[Action] = field(default_factory=list)
     read_bytes: int = 0
     written_bytes: int = 0
 
@@ -179,8 +178,8 @@ class _JobRun:
         self._result.read_bytes += source.spec.nbytes
         self._learned[source.identity] = digest
         with self._store.records.together():
-            self._store.records.set_source_digest(source.identity, digest)
             if sample is not None:
+                self._store.records.set_source_digest(source.identity, digest)
                 self._store.records.set_sampled_digest(sample, digest)
             self._fill(sinks, source.spec, digest)
             for row in rows:
@@ -299,7 +298,6 @@ class _JobRun:
                 for sink in self._output_sinks(action, index):
                     count = action.outputs[index].nbytes
                     self._runner._copy(location, sink, count, digest, self._result)
-            self._result.found.append(action)
 
     def _remember(self, action: Action, digests: Sequence[str]) -> None:
         inputs = [self._digest_of(ref) for ref in action.inputs]

@@ -30,25 +30,25 @@ class Outcome:
 
     packs: dict[str, str] = field(default_factory=dict)
     made: list[Action] = field(default_factory=list)
-    reused: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
 
 
 def execute(
     variants: Sequence[VariantPlan],
+    status: BuildStatus,
     actions: Iterable[Action],
     store: Store,
     executor: Executor,
     worker_count: int,
     listen: Listener,
 ) -> Outcome:
-    """Make every pack that `variants` need and the store lacks.
+    """Make every pack that `variants` need and the store lacks, by the survey `status`.
 
     Raises PlanError when the disk is too small, BuildError when it fills up meanwhile.
     """
     with io_errors_named(store.root):
-        return _Run(variants, actions, store, executor, worker_count, listen).execute()
+        return _Run(variants, actions, store, executor, worker_count, listen).execute(status)
 
 
 class _Run:
@@ -69,17 +69,17 @@ class _Run:
         self._listen = listen
         self._packs: dict[str, PartialPack] = {}
         self._outcome = Outcome()
+        self._disturbed = False
 
-    def execute(self) -> Outcome:
+    def execute(self, status: BuildStatus) -> Outcome:
         try:
-            status = self._claim()
+            status = self._claim(status)
             for path in self._store.damaged:
                 self._listen(Notice(f"{path} was changed after it was written: making it again"))
             self._outcome.packs = dict(status.finished)
             if status.pending:
                 self._check_disk(status)
                 self._work(status)
-            self._outcome.reused = len(status.actions) - len(self._outcome.made)
             return self._outcome
         finally:
             self._release()
@@ -89,25 +89,29 @@ class _Run:
             pack.close()
         self._packs.clear()
 
-    def _claim(self) -> BuildStatus:
-        """Lock every pack that must be written, and look again after any wait for another build.
+    def _claim(self, status: BuildStatus) -> BuildStatus:
+        """Lock every pack that must be written, and look again if another build was at work.
 
         Locks are taken in one order by everybody, so two builds never wait for each other.
         """
-        while True:
-            status = survey(self._variants, self._store)
-            if set(status.pending) <= set(self._packs):
-                break
+        while not set(status.pending) <= set(self._packs):
             self._release()
+            self._disturbed = False
             for identity, layout in sorted(status.pending.items()):
                 pack = self._store.partial(identity, layout.header, layout.size)
-                if pack.acquire(waiting=self._say_waiting):
-                    self._packs[identity] = pack
+                if not pack.acquire(waiting=self._note_waiting):
+                    self._disturbed = True
+                    continue
+                self._packs[identity] = pack
+                self._disturbed |= self._store.finished_pack(identity) is not None
+            if self._disturbed:
+                status = survey(self._variants, self._store)
         for identity in set(self._packs) - set(status.pending):
             self._packs.pop(identity).discard()
         return status
 
-    def _say_waiting(self) -> None:
+    def _note_waiting(self) -> None:
+        self._disturbed = True
         self._listen(Notice("waiting for another build that makes the same files"))
 
     def _check_disk(self, status: BuildStatus) -> None:

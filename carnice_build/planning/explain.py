@@ -6,7 +6,7 @@ The fields come from the walk that makes the key, so nothing can change a key un
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from carnice_build.graph import Action, ActionOutput, TensorRef
@@ -45,25 +45,6 @@ class Reason:
         return f"{self.count} x {self.op}: {self.cause}{by}{found}"
 
 
-def labelled_actions(variant: VariantPlan) -> dict[str, Action]:
-    """The variant's actions by what they make: a tensor of the variant, or a step towards one."""
-    found: dict[str, Action] = {}
-    seen: set[str] = set()
-
-    def visit(ref: TensorRef, label: str) -> None:
-        if not isinstance(ref.origin, ActionOutput) or ref.origin.action.identity in seen:
-            return
-        action = ref.origin.action
-        seen.add(action.identity)
-        found[label] = action
-        for index, operand in enumerate(action.inputs):
-            visit(operand, f"{label} < {index}")
-
-    for tensor in variant.conversion.tensors:
-        visit(tensor.ref, tensor.name)
-    return found
-
-
 def action_facts(action: Action, digest_of: Callable[[TensorRef], str | None]) -> Facts:
     """The fields of the action's key; the content of unknown inputs is `UNREAD` or `UNMADE`."""
     sink = FactsSink()
@@ -83,7 +64,7 @@ def explain(
 ) -> list[Reason]:
     """Grouped reasons for every action that runs, or whose key changed since the last build."""
     counts: Counter[tuple[str, Status, str, str | None]] = Counter()
-    for label, action in labelled_actions(variant).items():
+    for label, action in variant.actions.items():
         state = status.actions.get(action.identity, Status.CACHED)
         now = action_facts(action, digest_of)
         before = history.get(label) if history is not None else None
@@ -139,12 +120,4 @@ def variant_facts(
     variant: VariantPlan, digest_of: Callable[[TensorRef], str | None]
 ) -> dict[str, Facts]:
     """The key fields of every action of the variant, by what it makes."""
-    return {
-        label: action_facts(action, digest_of)
-        for label, action in labelled_actions(variant).items()
-    }
-
-
-def total(reasons: Iterable[Reason], *states: Status) -> int:
-    """How many actions the reasons of these states speak of."""
-    return sum(reason.count for reason in reasons if reason.status in states)
+    return {label: action_facts(action, digest_of) for label, action in variant.actions.items()}

@@ -12,7 +12,7 @@ from carnice_build.architectures.base import Architecture, TensorFact
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.errors import PlanError, nearest
-from carnice_build.graph import ActionGraph, TensorRef, View
+from carnice_build.graph import Action, ActionGraph, ActionOutput, TensorRef, View
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.recipe.loader import Recipe
 from carnice_build.transforms.base import Conversion, Format, PlanContext, Step
@@ -42,6 +42,25 @@ class VariantPlan:
     def tensor_bytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(tensor.ref.spec.nbytes for tensor in self.conversion.tensors)
+
+    @cached_property
+    def actions(self) -> Mapping[str, Action]:
+        """The actions by what they make: a tensor of the variant, or a step towards one."""
+        found: dict[str, Action] = {}
+        seen: set[str] = set()
+
+        def visit(ref: TensorRef, label: str) -> None:
+            if not isinstance(ref.origin, ActionOutput) or ref.origin.action.identity in seen:
+                return
+            action = ref.origin.action
+            seen.add(action.identity)
+            found[label] = action
+            for index, operand in enumerate(action.inputs):
+                visit(operand, f"{label} < {index}")
+
+        for tensor in self.conversion.tensors:
+            visit(tensor.ref, tensor.name)
+        return found
 
     @property
     def weights_bytes(self) -> int:

@@ -13,7 +13,6 @@ from rich.text import Text
 from carnice_build.commands.plan import Plan
 from carnice_build.execute.jobs import STREAM_BYTES
 from carnice_build.graph import ActionOutput
-from carnice_build.planning.explain import labelled_actions
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, Status
 from carnice_build.units import format_size
@@ -87,7 +86,7 @@ def peak_memory_estimate(plan: Plan, status: BuildStatus, memory: int, jobs: int
 
 
 def _variant_json(variant: VariantPlan, status: BuildStatus) -> dict[str, Any]:
-    identities = {action.identity for action in labelled_actions(variant).values()}
+    identities = {action.identity for action in variant.actions.values()}
     states = [status.actions.get(identity, Status.CACHED) for identity in identities]
     return {
         "variant": variant.name,

@@ -75,7 +75,7 @@ def collect(
 ) -> Collected:
     """Remove what no build folder needs, oldest first.
 
-    With `max_age` (seconds since last use) only what is older goes; with `max_bytes` only as
+    With `max_age` (seconds since it was written) only what is older goes; with `max_bytes` only as
     much as brings the cache down to that size; with neither, all of it.
     Raises StoreError while a build is running.
     """
@@ -108,7 +108,7 @@ def _remove(candidates: list[Path], excess: int | None) -> Collected:
 
 
 def _forget_lost(store: Store) -> None:
-    """Drop records of packs that are gone, and of actions whose results went with them."""
+    """Drop records of packs that are gone, and of the places that tensors had in them."""
     records = store.records
     lost = [pack for pack in records.names("pack") if not store.pack_path(pack).exists()]
     records.forget("pack", lost)
