@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from carnice_build.architectures.base import TensorFact
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.keys import DigestSink, KeySink, write_key
 
 if TYPE_CHECKING:
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class NonFiniteValue(Exception):
-    """An op met NaN or infinity at the flat `index` of its first input."""
+    """An op met NaN or infinity at the flat `index` of its input number `operand`."""
 
-    def __init__(self, index: int) -> None:
-        super().__init__(index)
+    def __init__(self, index: int, operand: int = 0) -> None:
+        super().__init__(index, operand)
         self.index = index
+        self.operand = operand
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +41,27 @@ class Op(ABC):
 
     `version` rises whenever the same inputs would give other bytes.
     `libraries` are the distributions whose code decides the bytes; their versions are in the key.
-    A `rowwise` op makes row *i* of every output from row *i* of its first input alone, so it may
-    be applied to any range of rows.
-    An `isolated` op runs in a worker process, because it brings a library that we do not control.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     libraries: ClassVar[tuple[str, ...]] = ()
-    rowwise: ClassVar[bool] = False
-    isolated: ClassVar[bool] = False
 
     @abstractmethod
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
         """Types and shapes of the outputs; PlanError when the op cannot work on these inputs."""
+
+
+class ArrayOp(Op):
+    """An op that computes on arrays, in a thread of the build.
+
+    A `rowwise` op makes row *i* of every output from row *i* of its first input alone, so it may
+    be applied to any range of rows.
+    """
+
+    rowwise: ClassVar[bool] = False
 
     @abstractmethod
     def apply(
@@ -66,6 +73,37 @@ class Op(ABC):
         """Fill `outputs` from `inputs`.
 
         Must release the GIL in any long loop.  Raises NonFiniteValue for NaN or infinity.
+        """
+
+
+class ProcessOp(Op):
+    """An op that works on files, in a process of its own, because it brings a large library.
+
+    It reads of its inputs what it needs when it needs it, so none has to fit in memory.
+    The outputs named in `transient`, by their index, are not kept longer than the build needs them.
+    """
+
+    transient: ClassVar[frozenset[int]] = frozenset()
+
+    def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """How often `run` reports progress: its share of a build's long work."""
+        return 0
+
+    @abstractmethod
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """Most bytes that `run` holds at once, beyond what its libraries take."""
+
+    @abstractmethod
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        report: Callable[[], None],
+    ) -> None:
+        """Write every byte of `outputs` but zeros, which are there; call `report` after a step.
+
+        Raises NonFiniteValue for NaN or infinity in the first input, or a CarniceError.
         """
 
 

@@ -139,13 +139,13 @@ def test_a_sample_that_deceives_costs_a_second_look_not_a_wrong_weight(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When every tensor looks like one seen before, the full digests still decide."""
-    from carnice_build.execute import runner
+    from carnice_build.execute import array_job
 
     build(project, "mlx-4bit", cache=project.root / "honest")
     honest = project.built("mlx-4bit")
     shutil.rmtree(project.out)
     monkeypatch.setattr(
-        runner, "sample_digest", lambda source: f"{source.spec.shape}"[:9].ljust(64)
+        array_job, "sample_digest", lambda source: f"{source.spec.shape}"[:9].ljust(64)
     )
     build(project, "mlx-4bit")
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Work begins: source bytes to read, bytes to write, actions and packs to make."""
+    """Work begins: source bytes to read, bytes to write, actions, packs, steps of long work."""
 
     read_bytes: int
     write_bytes: int
     actions: int
     packs: int
+    steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,13 @@ class Advanced:
     """More source bytes are done."""
 
     read_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """A step of long work is done in another process, which has held up to `memory` bytes."""
+
+    memory: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,5 +58,5 @@ class Packaged:
     folder: str
 
 
-Event = Started | Advanced | Span | Notice | Packaged
+Event = Started | Advanced | Stepped | Span | Notice | Packaged
 Listener = Callable[[Event], None]

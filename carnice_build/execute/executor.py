@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 from carnice_build.execute.jobs import Job
-from carnice_build.execute.runner import JobResult
+from carnice_build.execute.workbench import JobResult
 
 
 class Executor(Protocol):

@@ -3,6 +3,8 @@
 A job holds source tensors and the actions that read them, so that each source byte is read once
 however many variants want it.  Actions that need each other's outputs in both directions across
 source tensors (a scale shared by several weights, say) fall into one job, so jobs form a DAG.
+An action of a `ProcessOp` is a job by itself: it works for long, and reads its inputs' files when
+it needs them, a source's a second time.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from carnice_build.checkpoint.checkpoint import SourceTensor
-from carnice_build.graph import Action, ActionOutput, TensorRef
+from carnice_build.graph import Action, ActionOutput, ArrayOp, ProcessOp, TensorRef
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.status import BuildStatus, Status
 from carnice_build.store.packs import Location
@@ -54,14 +56,31 @@ class Job:
     def _can_stream(self, action: Action) -> bool:
         source = self.sources[0]
         return (
-            action.op.rowwise
-            and not action.op.isolated
+            isinstance(action.op, ArrayOp)
+            and action.op.rowwise
             and [ref.identity for ref in action.inputs] == [source.identity]
             and action.inputs[0].spec.shape[:1] == source.spec.shape[:1]
-            and not any(
-                f"{action.identity}|{index}" in self.blobs for index in range(len(action.outputs))
-            )
+            and not any(self.keeps(action, index) for index in range(len(action.outputs)))
         )
+
+    def sinks_of(self, action: Action, index: int) -> Sequence[Sink]:
+        """The places that want output `index` of `action`."""
+        return self.sinks.get(f"{action.identity}|{index}", ())
+
+    def keeps(self, action: Action, index: int) -> bool:
+        """True when another job reads the output and no pack holds it."""
+        return f"{action.identity}|{index}" in self.blobs
+
+    @property
+    def process(self) -> ProcessOp | None:
+        """The op, when the job is one action that runs in a process of its own."""
+        op = self.actions[0].op if len(self.actions) == 1 else None
+        return op if isinstance(op, ProcessOp) else None
+
+    @property
+    def steps(self) -> int:
+        """Steps of long work, of which a process reports each."""
+        return sum(_steps(action) for action in self.actions)
 
     @property
     def read_bytes(self) -> int:
@@ -71,11 +90,19 @@ class Job:
     @property
     def peak_bytes(self) -> int:
         """Most memory that the job takes, beyond the process's own."""
+        if self.process is not None:
+            action = self.actions[0]
+            return self.process.memory(action.params, [ref.spec for ref in action.inputs])
         if self.streams:
             return STREAM_BYTES
-        inputs = sum(ref.spec.nbytes for action in self.actions for ref in action.inputs)
+        made = [
+            ref.spec.nbytes
+            for action in self.actions
+            for ref in action.inputs
+            if isinstance(ref.origin, ActionOutput)
+        ]
         outputs = sum(spec.nbytes for action in self.actions for spec in action.outputs)
-        return self.read_bytes + 2 * (inputs + outputs)
+        return self.read_bytes + sum(made) + outputs
 
     @property
     def identity(self) -> str:
@@ -88,6 +115,12 @@ class Job:
         if self.sources:
             return self.sources[0].name
         return self.actions[0].op.name if self.actions else "nothing"
+
+
+def _steps(action: Action) -> int:
+    if not isinstance(action.op, ProcessOp):
+        return 0
+    return action.op.steps(action.params, [ref.spec for ref in action.inputs])
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +212,10 @@ def _clusters(
     together.add_nodes_from(sources)
     together.add_nodes_from(action.identity for action in pending)
     for action in pending:
-        together.add_edges_from(
-            (ref.identity, action.identity) for ref in action.inputs if ref.identity in sources
-        )
+        if not isinstance(action.op, ProcessOp):
+            together.add_edges_from(
+                (ref.identity, action.identity) for ref in action.inputs if ref.identity in sources
+            )
     components = [frozenset(members) for members in networkx.connected_components(together)]
     home = {name: index for index, members in enumerate(components) for name in members}
     order = networkx.DiGraph()
@@ -199,7 +233,11 @@ def _clusters(
 
 
 def _reads_one_source(action: Action, sources: Mapping[str, SourceTensor]) -> bool:
-    return len(action.inputs) == 1 and action.inputs[0].identity in sources
+    return (
+        len(action.inputs) == 1
+        and action.inputs[0].identity in sources
+        and not isinstance(action.op, ProcessOp)
+    )
 
 
 def _producers(action: Action) -> list[str]:
@@ -209,7 +247,7 @@ def _producers(action: Action) -> list[str]:
 
 
 class _Order:
-    """Heavy packs first, so that no long tensor is left for the end; then as the files lie."""
+    """Long work first, then heavy packs, so that neither is left for the end; then as files lie."""
 
     def __init__(self, status: BuildStatus) -> None:
         self._rank: dict[str, int] = {}
@@ -226,6 +264,8 @@ class _Order:
                 self._note(operand, rank)
 
     def __call__(self, job: Job) -> tuple[int, str, int]:
+        if job.process is not None:
+            return -1, "", 0
         if not job.sources:
             return len(self._rank), "", 0
         first = min(job.sources, key=lambda source: (self._file(source), source.offset))

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from threading import get_ident
 
 from carnice_build.errors import PlanError
-from carnice_build.execute.events import Advanced, Listener, Notice, Span, Started
+from carnice_build.execute.array_job import ArrayJob
+from carnice_build.execute.events import Advanced, Listener, Notice, Span, Started, Stepped
 from carnice_build.execute.executor import Executor
-from carnice_build.execute.isolated import Workers
 from carnice_build.execute.jobs import Job, Placement, Sink, plan_jobs, plan_placements
-from carnice_build.execute.runner import JobResult, Runner
+from carnice_build.execute.process_job import ProcessJob
+from carnice_build.execute.processes import Workers
+from carnice_build.execute.transients import Transients
+from carnice_build.execute.workbench import JobResult, Workbench
 from carnice_build.graph import Action
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
@@ -133,37 +136,46 @@ class _Run:
                 write_bytes=status.bytes_to_write,
                 actions=sum(len(job.actions) for job in jobs),
                 packs=len(status.pending),
+                steps=sum(job.steps for job in jobs),
             )
         )
         for pack in self._packs.values():
             pack.prepare()
-        workers = Workers(self._store.root / "partial", self._worker_count)
-        progress = self._progress
-        runner = Runner(self._store, self._packs, workers, progress, status.digests)
-        with ThreadPoolExecutor(1, thread_name_prefix="carnice-sync") as finisher:
+        workers = Workers(self._worker_count, self._stepped)
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="carnice-sync") as finisher,
+            self._store.workspace() as scratch,
+        ):
+            digests = dict(status.digests)
+            bench = Workbench(self._store, self._packs, workers, scratch, self._progress, digests)
             ledger = _Ledger(status.pending, self._finish_in(finisher))
             try:
-                self._run_all(runner, placements, jobs, ledger, finisher)
+                self._run_all(bench, placements, jobs, ledger, finisher)
             finally:
                 workers.close()
         self._outcome.packs.update(ledger.results())
 
     def _run_all(
         self,
-        runner: Runner,
+        bench: Workbench,
         placements: Sequence[Placement],
         jobs: Sequence[Job],
         ledger: _Ledger,
         finisher: ThreadPoolExecutor,
     ) -> None:
+        transients = Transients(jobs)
+
         def done(result: JobResult) -> None:
             self._count(result)
             ledger.fill(result.filled)
             self._flush_ahead(finisher)
+            for action in result.settled:
+                for ref in transients.release(action):
+                    self._store.drop_blob(bench.digest_of(ref))
 
         for placement in placements:
-            done(runner.place(placement))
-        self._executor.run(jobs, lambda job: self._timed(runner, job), done)
+            done(_place(bench, placement))
+        self._executor.run(jobs, lambda job: self._timed(bench, job), done)
 
     def _flush_ahead(self, finisher: ThreadPoolExecutor) -> None:
         """Let the disk work beside the processors, or the build waits for it at the end."""
@@ -174,9 +186,13 @@ class _Run:
     def _progress(self, count: int) -> None:
         self._listen(Advanced(count))
 
-    def _timed(self, runner: Runner, job: Job) -> JobResult:
+    def _stepped(self, memory: int) -> None:
+        self._listen(Stepped(memory))
+
+    def _timed(self, bench: Workbench, job: Job) -> JobResult:
         start = time.perf_counter()
-        result = runner.run(job)
+        kind = ProcessJob if job.process is not None else ArrayJob
+        result = kind(bench, job).run()
         end = time.perf_counter()
         self._listen(Span(job.title, "job", get_ident(), start, end, result.read_bytes))
         return result
@@ -195,6 +211,13 @@ class _Run:
         self._outcome.made += result.made
         self._outcome.read_bytes += result.read_bytes
         self._outcome.written_bytes += result.written_bytes
+
+
+def _place(bench: Workbench, placement: Placement) -> JobResult:
+    """Copy a tensor from one file of the cache into a pack."""
+    result = JobResult()
+    bench.copy(placement.location, placement.sink, placement.count, placement.digest, result)
+    return result
 
 
 class _Ledger:

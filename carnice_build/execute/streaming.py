@@ -15,7 +15,7 @@ from blake3 import blake3
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.execute.jobs import Sink
-from carnice_build.graph import Action, NonFiniteValue, TensorData
+from carnice_build.graph import Action, ArrayOp, NonFiniteValue, TensorData
 from carnice_build.kernels.elementwise import non_finite_index
 from carnice_build.store.packs import PartialPack
 
@@ -55,6 +55,8 @@ class RowAction:
 
     def __init__(self, action: Action, outputs: Sequence[RowOutput], rows: int) -> None:
         """`rows` is the most rows that a block has."""
+        assert isinstance(action.op, ArrayOp)
+        self._op = action.op
         self.action = action
         self.outputs = outputs
         self._buffers = [
@@ -72,7 +74,7 @@ class RowAction:
         # The action may see the source's bytes under another shape of the same rows.
         shape = (rows, *self.action.inputs[0].spec.shape[1:])
         seen = TensorData(data.dtype, data.array.reshape(shape))
-        self.action.op.apply(self.action.params, [seen], results)
+        self._op.apply(self.action.params, [seen], results)
         for output, result in zip(self.outputs, results, strict=True):
             output.append(as_bytes(result.array))
 

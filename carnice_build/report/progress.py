@@ -7,17 +7,19 @@ import time
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
-from carnice_build.execute.events import Advanced, Event, Notice, Packaged, Started
+from carnice_build.execute.events import Advanced, Event, Notice, Packaged, Started, Stepped
 from carnice_build.units import format_size, plural
 
 _LINE_SECONDS = 5.0
@@ -55,22 +57,36 @@ class _Bar:
             console=console,
         )
         self._task = self._progress.add_task("building", visible=False)
+        self._steps = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]} in a worker"),
+        )
+        self._calibrating = self._steps.add_task("calibrating", visible=False, memory="")
+        self._live = Live(Group(self._progress, self._steps), console=console)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._live.stop()
 
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
                 self._progress.update(self._task, total=event.read_bytes, visible=True)
+                if event.steps:
+                    self._steps.update(self._calibrating, total=event.steps, visible=True)
             case Advanced():
                 self._progress.advance(self._task, event.read_bytes)
+            case Stepped():
+                memory = format_size(event.memory)
+                self._steps.update(self._calibrating, advance=1, memory=memory)
             case Notice() | Packaged():
-                self._progress.console.print(describe(event), highlight=False, soft_wrap=True)
+                self._live.console.print(describe(event), highlight=False, soft_wrap=True)
             case _:
                 pass
 
@@ -80,7 +96,8 @@ class _Lines:
         self._console = console
         self._lock = threading.Lock()
         self._total = self._done = 0
-        self._start = self._last = time.monotonic()
+        self._steps = self._stepped = 0
+        self._start = self._last = self._last_step = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -91,11 +108,13 @@ class _Lines:
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
-                self._total = event.read_bytes
-                self._start = self._last = time.monotonic()
+                self._total, self._steps = event.read_bytes, event.steps
+                self._start = self._last = self._last_step = time.monotonic()
                 self._say(describe(event))
             case Advanced():
                 self._advance(event.read_bytes)
+            case Stepped():
+                self._step(event.memory)
             case Notice() | Packaged():
                 self._say(describe(event))
             case _:
@@ -116,6 +135,20 @@ class _Lines:
             text = (
                 f"{self._done / max(1, self._total):4.0%}  {format_size(self._done)} of "
                 f"{format_size(self._total)}, {format_size(rate)}/s, {left:.0f} s left"
+            )
+        self._say(text)
+
+    def _step(self, memory: int) -> None:
+        with self._lock:
+            self._stepped += 1
+            now = time.monotonic()
+            if now - self._last_step < _LINE_SECONDS:
+                return
+            self._last_step = now
+            left = (now - self._start) / self._stepped * (self._steps - self._stepped)
+            text = (
+                f"calibrating: {self._stepped} of {self._steps} steps, "
+                f"{format_size(memory)} in a worker, {max(0, left):.0f} s left"
             )
         self._say(text)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,16 +223,17 @@ class Store:
         return pack
 
     @contextmanager
-    def lease(self, identity: str) -> Iterator[None]:
+    def lease(self, identity: str, kind: str = "short") -> Iterator[None]:
         """Hold the work named `identity` alone, among all threads and processes.
 
-        Few files serve as locks, so unrelated work may wait too, but a holder never takes a
-        second lease, so nobody waits forever.  The system releases the lock of a dead process.
+        Few files serve as locks, so unrelated work of the same kind may wait too, but a holder
+        never takes a second lease, so nobody waits forever.  The system releases the lock of a
+        dead process.
         """
         folder = self.root / "leases"
         folder.mkdir(exist_ok=True)
         stripe = int(digest_texts([identity])[:8], 16) % _LEASES
-        with (folder / f"{stripe:02x}").open("ab") as file:
+        with (folder / f"{kind}-{stripe:02x}").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -263,6 +265,59 @@ class Store:
             write_atomically(path, bytes(content))
         self.records.set_place(digest, "", 0)
         return digest
+
+    def adopt_blob(self, path: Path, digest: str, *, durable: bool) -> None:
+        """Move the file of a tensor with this digest into the store.
+
+        What need not be `durable` may be lost with the machine's power, which is noticed.
+        """
+        if durable:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        target = self._blob_path(digest)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+        self.records.set_place(digest, "", 0)
+
+    def drop_blob(self, digest: str) -> None:
+        """Remove a tensor that was stored by itself, if it is there."""
+        self._blob_path(digest).unlink(missing_ok=True)
+
+    @contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A folder for files that only this build needs; those of dead builds are removed."""
+        parent = self.root / "partial"
+        for left in parent.glob("work-*"):
+            with _locked(left) as free:
+                if free:
+                    shutil.rmtree(left, ignore_errors=True)
+        while True:
+            folder = Path(tempfile.mkdtemp(dir=parent, prefix="work-"))
+            with _locked(folder) as free:
+                # Another build may have taken it for a dead one's before it was locked.
+                if free and folder.exists():
+                    try:
+                        yield folder
+                    finally:
+                        shutil.rmtree(folder, ignore_errors=True)
+                    return
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder; tells whether nobody else has."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
 
 
 def read_location(location: Location, buffer: memoryview) -> None:

@@ -63,6 +63,10 @@ class Step(Strict):
     def apply(self, view: View, context: PlanContext) -> View:
         """The view after the step; PlanError when the step does not fit the view."""
 
+    def edit(self, files: Mapping[str, bytes], context: PlanContext) -> Mapping[str, bytes]:
+        """The small files after the step: tokenizer, chat template and the like, by name."""
+        return files
+
 
 @dataclass(frozen=True)
 class Conversion:

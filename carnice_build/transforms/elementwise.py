@@ -7,10 +7,10 @@ from typing import Any
 
 from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.graph import NonFiniteValue, Op, TensorData
+from carnice_build.graph import ArrayOp, NonFiniteValue, TensorData
 
 
-class Elementwise(Op):
+class Elementwise(ArrayOp):
     """`cast(x + add)`, the sum rounded to the type of x first, as mlx and torch do.
 
     Parameters: `add` (a number, or None for no sum), `dtype` (of the output) and `nonfinite`

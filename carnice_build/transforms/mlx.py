@@ -8,15 +8,25 @@ moves no byte), and every tensor is cast to the model's type but those that mlx-
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from carnice_build.architectures.base import QUANTIZABLE, Role, TensorFact
 from carnice_build.checkpoint.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
+from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import PlanError
-from carnice_build.graph import NonFiniteValue, Op, OutputTensor, TensorData, TensorRef, View
+from carnice_build.graph import (
+    ArrayOp,
+    NonFiniteValue,
+    Op,
+    OutputTensor,
+    ProcessOp,
+    TensorData,
+    TensorRef,
+    View,
+)
 from carnice_build.package.base import Packager
 from carnice_build.package.mlx import MlxPackager
 from carnice_build.transforms.base import Conversion, Format, PlanContext
@@ -29,7 +39,7 @@ GroupSize = Literal[32, 64, 128]
 _MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-class AffineQuantize(Op):
+class AffineQuantize(ArrayOp):
     """Affine group quantization by the fused kernel, bit for bit that of `mlx.core.quantize`.
 
     Input: a weight [rows, columns].
@@ -47,17 +57,7 @@ class AffineQuantize(Op):
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
         """Specs of packed weight, scales and biases."""
-        (spec,) = inputs
-        if spec.dtype not in WIDE_FLOATS:
-            raise PlanError(
-                f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
-            )
-        rows, columns = spec.shape
-        group = params["group_size"]
-        if columns % group:
-            raise PlanError(f"group_size {group} does not divide the {columns} inputs")
-        grid = TensorSpec(params["dtype"], (rows, columns // group))
-        return TensorSpec("U32", (rows, columns * params["bits"] // 32)), grid, grid
+        return _affine_specs(params, inputs)
 
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
@@ -72,26 +72,56 @@ class AffineQuantize(Op):
         )
 
 
-class ReferenceAffineQuantize(AffineQuantize):
+class ReferenceAffineQuantize(ProcessOp):
     """The same by mlx itself, slower; the reference that the fused kernel is tested against."""
 
     name = "mlx.quantize.reference"
     version = 1
     libraries = ("mlx",)
-    rowwise = False
-    isolated = True
 
-    def apply(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Specs of packed weight, scales and biases."""
+        return _affine_specs(params, inputs)
+
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """Inputs and outputs, which mlx holds beside ours."""
+        return 2 * sum(spec.nbytes for spec in (*inputs, *self.infer(params, inputs)))
+
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        report: Callable[[], None],
     ) -> None:
         """Quantize the whole weight; raises NonFiniteValue as the fused op does."""
+        import numpy as np
+
         from carnice_build.backends.mlx import quantize_rows
         from carnice_build.kernels.elementwise import non_finite_index
 
-        weight = _prepare(params, inputs[0])
+        weight = _prepare(params, TensorData(inputs[0].spec.dtype, inputs[0].read()))
         _check(non_finite_index(weight, params["dtype"]))
-        arrays = [output.array for output in outputs]
+        arrays = [np.empty(out.spec.shape, NUMPY_NAME[out.spec.dtype]) for out in outputs]
         quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
+        for output, array in zip(outputs, arrays, strict=True):
+            output.write(array)
+
+
+def _affine_specs(
+    params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+) -> tuple[TensorSpec, ...]:
+    (spec,) = inputs
+    if spec.dtype not in WIDE_FLOATS:
+        raise PlanError(f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS))
+    rows, columns = spec.shape
+    group = params["group_size"]
+    if columns % group:
+        raise PlanError(f"group_size {group} does not divide the {columns} inputs")
+    grid = TensorSpec(params["dtype"], (rows, columns // group))
+    return TensorSpec("U32", (rows, columns * params["bits"] // 32)), grid, grid
 
 
 def _prepare(params: Mapping[str, Any], data: TensorData) -> Any:

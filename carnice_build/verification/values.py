@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
-from carnice_build.graph import NonFiniteValue, TensorData, TensorRef
+from carnice_build.graph import ArrayOp, NonFiniteValue, TensorData, TensorRef
 from carnice_build.kernels import elementwise
 from carnice_build.kernels.affine import dequantize_rows
 
@@ -69,8 +69,9 @@ def ref_rows(ref: TensorRef, start: int, stop: int) -> TensorData:
         return read_rows(origin, ref.spec, start, stop)
     action = origin.action
     made = action.outputs[origin.index]
-    if not action.op.rowwise or matrix(made) != matrix(ref.spec):
-        raise Incomparable(f"{action.op.name} does not work row by row")
+    op = action.op
+    if not isinstance(op, ArrayOp) or not op.rowwise or matrix(made) != matrix(ref.spec):
+        raise Incomparable(f"{op.name} does not work row by row")
     first, *others = action.inputs
     inputs = [
         ref_rows(first, start, stop),
@@ -80,7 +81,7 @@ def ref_rows(ref: TensorRef, start: int, stop: int) -> TensorData:
         TensorData(spec.dtype, np.empty((stop - start, matrix(spec)[1]), NUMPY_NAME[spec.dtype]))
         for spec in action.outputs
     ]
-    action.op.apply(action.params, inputs, outputs)
+    op.apply(action.params, inputs, outputs)
     return outputs[origin.index]
 
 

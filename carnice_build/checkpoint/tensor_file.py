@@ -1,0 +1,62 @@
+"""A tensor in a local file, for code that reads and writes a part of it at a time."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
+from carnice_build.errors import StoreError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """Where a tensor's bytes are; arrays are as `dtypes.NUMPY_NAME` carries its dtype."""
+
+    spec: TensorSpec
+    path: str
+    offset: int = 0
+
+    def read(self) -> np.ndarray[Any, Any]:
+        """The whole tensor, in memory of its own."""
+        return self._read(0, self.spec.shape)
+
+    def read_row(self, index: int) -> np.ndarray[Any, Any]:
+        """Index `index` of the first axis, in memory of its own."""
+        return self._read(index * self.spec.row_bytes, self.spec.shape[1:])
+
+    def _read(self, start: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        array = np.empty(shape, NUMPY_NAME[self.spec.dtype])
+        with Path(self.path).open("rb", buffering=0) as file:
+            view = array.reshape(-1).view(np.uint8).data
+            done = 0
+            while done < len(view):
+                count = os.preadv(file.fileno(), [view[done:]], self.offset + start + done)
+                if not count:
+                    raise StoreError("ends inside a tensor", where=self.path)
+                done += count
+        return array
+
+    def write(self, array: np.ndarray[Any, Any]) -> None:
+        """Write the whole tensor."""
+        self._write(0, array)
+
+    def write_row(self, index: int, array: np.ndarray[Any, Any]) -> None:
+        """Write index `index` of the first axis, or the first part of it."""
+        self._write(index * self.spec.row_bytes, array)
+
+    def _write(self, start: int, array: np.ndarray[Any, Any]) -> None:
+        import numpy as np
+
+        view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        with Path(self.path).open("r+b", buffering=0) as file:
+            done = 0
+            while done < len(view):
+                done += os.pwrite(file.fileno(), view[done:], self.offset + start + done)

@@ -1,0 +1,144 @@
+"""Running one action of a `ProcessOp`: look it up, give a worker files, take over what it wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.checkpoint.source import LocalFile
+from carnice_build.checkpoint.tensor_file import TensorFile
+from carnice_build.errors import BuildError
+from carnice_build.execute.array_job import non_finite
+from carnice_build.execute.jobs import Job
+from carnice_build.execute.streaming import stream
+from carnice_build.execute.workbench import JobResult, Workbench
+from carnice_build.graph import NonFiniteValue, ProcessOp, TensorRef
+from carnice_build.store.packs import Location, digest_range
+
+
+class ProcessJob:
+    """A job of one process op while it runs."""
+
+    def __init__(self, bench: Workbench, job: Job) -> None:
+        self._bench = bench
+        self._job = job
+        self._action = job.actions[0]
+        assert isinstance(self._action.op, ProcessOp)
+        self._op = self._action.op
+        self._result = JobResult(settled=job.actions)
+
+    def run(self) -> JobResult:
+        """Do the job and remember what it made; other builds wait and then find it."""
+        with self._bench.store.lease(self._action.identity, "long"):
+            digests = [self._learn(ref) for ref in self._action.inputs]
+            found = self._bench.find(self._action, digests)
+            if found is not None:
+                self._bench.take(self._job, self._action, found, self._result)
+            elif not self._passed_by():
+                with TemporaryDirectory(dir=self._bench.scratch) as folder:
+                    self._make(Path(folder))
+        return self._result
+
+    def _learn(self, ref: TensorRef) -> str:
+        """Digest of an input; a source that nobody has read yet is read for it."""
+        records = self._bench.store.records
+        source = ref.origin
+        if isinstance(source, SourceTensor) and source.identity not in self._bench.digests:
+            digest = records.source_digest(source.identity)
+            if digest is None:
+                digest = stream(source, [], None, True, lambda count: None)
+                assert digest is not None
+                records.set_source_digest(source.identity, digest)
+                self._result.read_bytes += source.spec.nbytes
+            self._bench.digests[source.identity] = digest
+        return self._bench.digest_of(ref)
+
+    def _passed_by(self) -> bool:
+        """True when another build made the outputs meanwhile, and dropped what it needs no more.
+
+        The action is then settled without its transient outputs, whose readers are settled too.
+        """
+        if all(self._located(ref) for ref in self._action.inputs):
+            return False
+        inputs = [self._bench.digest_of(ref) for ref in self._action.inputs]
+        key, outputs = self._action.key(inputs), self._action.outputs
+        digests = self._bench.store.records.outputs(key, len(outputs))
+        if digests is None:
+            raise BuildError(
+                f"what {self._action.op.name} reads was removed while this build ran",
+                expected="another build, which finds what this one finished",
+            )
+        for index, digest in enumerate(digests):
+            self._bench.digests[f"{self._action.identity}|{index}"] = digest
+        return True
+
+    def _located(self, ref: TensorRef) -> bool:
+        return isinstance(ref.origin, SourceTensor) or self._place(ref) is not None
+
+    def _place(self, ref: TensorRef) -> Location | None:
+        return self._bench.store.locate(self._bench.digest_of(ref), ref.spec.nbytes)
+
+    def _make(self, folder: Path) -> None:
+        action = self._action
+        outputs = [
+            _empty_file(folder / f"out-{index}", spec) for index, spec in enumerate(action.outputs)
+        ]
+        inputs = [
+            self._input(ref, folder / f"in-{index}") for index, ref in enumerate(action.inputs)
+        ]
+        try:
+            self._bench.workers.run(action, inputs, outputs)
+        except NonFiniteValue as error:
+            raise non_finite(action, error) from None
+        digests = [self._take_over(index, file) for index, file in enumerate(outputs)]
+        with self._bench.store.records.together():
+            self._bench.remember(self._job, action, digests, self._result)
+
+    def _input(self, ref: TensorRef, own: Path) -> TensorFile:
+        """The input in a file that stays while the job runs; a new one is called `own`."""
+        source = ref.origin
+        if isinstance(source, SourceTensor):
+            if isinstance(source.file, LocalFile):
+                return TensorFile(ref.spec, source.file.name, source.offset)
+            _download(source, own)
+            return TensorFile(ref.spec, str(own))
+        place = self._place(ref)
+        assert place is not None, "an input that was there a moment ago is gone"
+        # Another build may drop it meanwhile; a link of our own keeps the bytes.
+        own.hardlink_to(place.path)
+        return TensorFile(ref.spec, str(own), place.offset)
+
+    def _take_over(self, index: int, file: TensorFile) -> str:
+        """Digest an output and put it where it is wanted."""
+        action, path = self._action, Path(file.path)
+        digest = digest_range(path, 0, file.spec.nbytes)
+        assert digest is not None, f"{action.op.name} cut its output short"
+        for sink in self._job.sinks_of(action, index):
+            self._bench.packs[sink.layout].copy_from(
+                Location(path, 0), sink.offset, file.spec.nbytes
+            )
+        if self._job.keeps(action, index):
+            transient = index in self._op.transient
+            self._bench.store.adopt_blob(path, digest, durable=not transient)
+        return digest
+
+
+def _empty_file(path: Path, spec: TensorSpec) -> TensorFile:
+    """A file of zeros that takes no disk yet."""
+    with path.open("xb") as file:
+        file.truncate(spec.nbytes)
+    return TensorFile(spec, str(path))
+
+
+def _download(source: SourceTensor, path: Path) -> None:
+    assert source.file is not None
+    buffer = bytearray(min(1 << 20, source.spec.nbytes))
+    with source.file.open_range(source.offset, source.spec.nbytes) as read, path.open("xb") as out:
+        left = source.spec.nbytes
+        while left:
+            block = memoryview(buffer)[: min(left, len(buffer))]
+            read(block)
+            out.write(block)
+            left -= len(block)

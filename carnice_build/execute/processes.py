@@ -1,0 +1,88 @@
+"""Worker processes, in which ops that bring a large library run on files."""
+
+from __future__ import annotations
+
+import resource
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
+from typing import Any, cast
+
+from carnice_build.checkpoint.tensor_file import TensorFile
+from carnice_build.errors import BackendError
+from carnice_build.graph import Action, ProcessOp
+
+
+class Workers:
+    """A pool of worker processes, started when the first action needs one."""
+
+    def __init__(self, count: int, stepped: Callable[[int], None]) -> None:
+        """`stepped` is called, from another thread, with a worker's peak RSS after every step."""
+        self._count = count
+        self._stepped = stepped
+        self._pool: ProcessPoolExecutor | None = None
+        self._steps: SimpleQueue[int | None] | None = None
+        self._listener: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool is None:
+            return
+        self._pool.shutdown(cancel_futures=True)
+        assert self._steps is not None
+        assert self._listener is not None
+        self._steps.put(None)
+        self._listener.join()
+
+    def run(
+        self, action: Action, inputs: Sequence[TensorFile], outputs: Sequence[TensorFile]
+    ) -> None:
+        """Have a process fill `outputs`.
+
+        Raises BackendError when the process died, and whatever the op raises.
+        """
+        try:
+            self._started().submit(_work, action.op, action.params, inputs, outputs).result()
+        except BrokenProcessPool:
+            raise BackendError(
+                f"the worker process for {action.op.name} died; out of memory?"
+            ) from None
+
+    def _started(self) -> ProcessPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                context = get_context("spawn")
+                self._steps = context.SimpleQueue()
+                self._listener = threading.Thread(target=self._listen, daemon=True)
+                self._listener.start()
+                self._pool = ProcessPoolExecutor(
+                    self._count, context, initializer=_connect, initargs=(self._steps,)
+                )
+            return self._pool
+
+    def _listen(self) -> None:
+        assert self._steps is not None
+        while (memory := self._steps.get()) is not None:
+            self._stepped(memory)
+
+
+_steps: SimpleQueue[int | None] | None = None
+"""In a worker: where it reports its steps."""
+
+
+def _connect(steps: SimpleQueue[int | None]) -> None:
+    global _steps
+    _steps = steps
+
+
+def _work(op: Any, params: Any, inputs: Any, outputs: Any) -> None:
+    cast(ProcessOp, op).run(params, inputs, outputs, _report)
+
+
+def _report() -> None:
+    assert _steps is not None
+    _steps.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -1,0 +1,36 @@
+"""Step `chat_template`: change how the model is made to write tool calls; moves no byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from carnice_build.chat.files import template_files, with_template
+from carnice_build.chat.hermes import to_hermes
+from carnice_build.errors import PlanError
+from carnice_build.graph import View
+from carnice_build.transforms.base import PlanContext, Step
+
+
+class ChatTemplate(Step):
+    """Patch the chat template that is packaged; the serving flags follow from it."""
+
+    patch: Literal["hermes"] = Field(
+        description="`hermes`: tool calls as JSON between tool_call tags, instead of Qwen3's XML."
+    )
+
+    def apply(self, view: View, context: PlanContext) -> View:
+        """The view as it is: a template is no tensor."""
+        return view
+
+    def edit(self, files: Mapping[str, bytes], context: PlanContext) -> Mapping[str, bytes]:
+        """The files with every copy of the template patched; PlanError when there is none."""
+        templates = template_files(files)
+        if not templates:
+            raise PlanError("there is no chat template to patch", expected="chat_template.jinja")
+        edited = dict(files)
+        for name, template in templates.items():
+            edited[name] = with_template(name, edited[name], to_hermes(template, name))
+        return edited
