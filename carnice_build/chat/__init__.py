@@ -1,0 +1,1 @@
+"""Chat templates: rendering, the tool-call format they make a model write, and its parsers."""

@@ -1,0 +1,52 @@
+"""Where a model folder keeps its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from carnice_build.checkpoint.json import parse_json, to_json
+from carnice_build.errors import CheckpointError
+
+TEMPLATE_NAME = "chat_template.jinja"
+_JSON_NAMES = ("chat_template.json", "tokenizer_config.json")
+
+
+def template_files(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Every copy of the chat template by the file that holds it, first the one that counts.
+
+    `files` are the small files of a folder.
+    transformers takes chat_template.jinja before the entry `chat_template` of a JSON file; other
+    programs may look at either, so both count as copies.
+    CheckpointError when a copy cannot be read, or is a table of named templates.
+    """
+    found = {}
+    if TEMPLATE_NAME in files:
+        try:
+            found[TEMPLATE_NAME] = files[TEMPLATE_NAME].decode("utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError("is not UTF-8", where=TEMPLATE_NAME) from None
+    for name in _JSON_NAMES:
+        template = _object(name, files[name]).get("chat_template") if name in files else None
+        if isinstance(template, str):
+            found[name] = template
+        elif template is not None:
+            raise CheckpointError("has several chat templates", where=name, expected="one text")
+    return found
+
+
+def with_template(name: str, content: bytes, template: str) -> bytes:
+    """File `name` with `template` in place of the one it holds."""
+    if name == TEMPLATE_NAME:
+        return template.encode()
+    return to_json({**_object(name, content), "chat_template": template})
+
+
+def _object(name: str, content: bytes) -> dict[str, Any]:
+    try:
+        value = parse_json(content)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError("is not a JSON object", where=name)
+    return value

@@ -1,0 +1,109 @@
+"""The program that renders chat templates: a child process, because a template is a program.
+
+`render` runs this file by its path, so nothing of carnice-build is imported here.
+It reads one JSON object, `{"template", "conversations", "most", "seconds"}`, from standard input
+and writes `{"texts": [...]}` or `{"error": "..."}`.
+
+The environment is the one that `apply_chat_template` of transformers 5 sets up: immutable and
+sandboxed, blocks trimmed, JSON without escapes, `raise_exception`, `strftime_now`, loop controls
+and the `generation` tag.
+The one difference is the clock: a rendering must not depend on the day it is made.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MEMORY = 512 * 2**20
+NOW = datetime(2026, 1, 1)
+
+
+class Generation(Extension):
+    """`{% generation %}`: marks what the assistant wrote, and changes nothing of it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The block's body in a scope of its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+def main() -> None:
+    """Answer one request, within its seconds of processor time and `MEMORY` bytes."""
+    request = json.load(sys.stdin)
+    _limit(resource.RLIMIT_AS, MEMORY)
+    _limit(resource.RLIMIT_CPU, request.pop("seconds"))
+    _limit(resource.RLIMIT_FSIZE, 0)
+    answer: dict[str, Any]
+    try:
+        answer = {"texts": _render(**request)}
+    except MemoryError:
+        answer = {"error": f"takes more than {MEMORY // 2**20} MB"}
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
+    json.dump(answer, sys.stdout)
+
+
+def _limit(what: int, most: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    least = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(what, (least, least))
+
+
+def _render(template: str, conversations: list[dict[str, Any]], most: int) -> list[str]:
+    compiled = _environment().from_string(template)
+    texts = []
+    for variables in conversations:
+        pieces, size = [], 0
+        for piece in compiled.generate(variables):
+            pieces.append(piece)
+            size += len(piece)
+            if size > most:
+                raise TemplateError(f"renders more than {most} characters")
+        texts.append("".join(pieces))
+    return texts
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = NOW.strftime
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+if __name__ == "__main__":
+    main()
