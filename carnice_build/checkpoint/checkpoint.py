@@ -158,6 +158,12 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
+def is_plain_path(path: str) -> bool:
+    """True for plain names joined by `/`, at most two folders deep and none of them hidden."""
+    names = path.split("/")
+    return len(names) <= 3 and all(is_plain_name(name) and name[0] != "." for name in names)
+
+
 def _no_weights(where: str, names: Iterable[str]) -> CheckpointError:
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:

@@ -9,10 +9,10 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from carnice_build.checkpoint.checkpoint import INDEX_NAME, is_plain_name
+from carnice_build.checkpoint.checkpoint import INDEX_NAME, is_plain_path
 from carnice_build.errors import StoreError
 from carnice_build.package.base import BUILD_NAME, Shard
 from carnice_build.store.files import link_or_copy, sync_folder, write_atomically
@@ -38,7 +38,7 @@ def is_current(folder: Path, key: str, shards: Sequence[Shard]) -> bool:
     if record.get("key") != key or not {*_REQUIRED, *(item.name for item in shards)} <= set(sizes):
         return False
     try:
-        whole = all(os.lstat(folder / name).st_size == size for name, size in sizes.items())
+        whole = all(_size(folder, name) == size for name, size in sizes.items())
         return whole and all(_is_same(folder / shard.name, shard.path) for shard in shards)
     except OSError:
         return False
@@ -54,10 +54,17 @@ def _recorded_sizes(files: object) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, item in files.items():
         size = item.get("size") if isinstance(item, dict) else None
-        if not is_plain_name(name) or type(size) is not int:
+        if not is_plain_path(name) or type(size) is not int:
             return {}
         sizes[name] = size
     return sizes
+
+
+def _size(folder: Path, name: str) -> int | None:
+    """Bytes of a published file, None when a link stands for it or for a folder on the way."""
+    if any((folder / part).is_symlink() for part in (*_folders([name]), name)):
+        return None
+    return (folder / name).stat().st_size
 
 
 def _is_same(published: Path, pack: Path) -> bool:
@@ -81,8 +88,12 @@ def assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) 
     """Make `folder` hold exactly these shards and files.
 
     Everything is put together in a temporary neighbour first, so a reader of `folder` sees the
-    old content or the new.  The caller has asked `check_place`.
+    old content or the new.  `files` are named by their paths in the folder; StoreError when one
+    leads out of it.  The caller has asked `check_place`.
     """
+    for name in files:
+        if not is_plain_path(name):
+            raise StoreError(f"cannot hold a file {name!r}", where=str(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder.parent):
         _remove_leftovers(folder)
@@ -95,13 +106,25 @@ def _assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes])
         fresh.chmod(0o755)
         for shard in shards:
             link_or_copy(shard.path, fresh / shard.name)
+        inner = _folders(files)
+        for name in inner:
+            (fresh / name).mkdir()
+            (fresh / name).chmod(0o755)
         for name, content in files.items():
             write_atomically(fresh / name, content)
+        for name in reversed(inner):
+            sync_folder(fresh / name)
         sync_folder(fresh)
         _swap(fresh, folder)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def _folders(names: Iterable[str]) -> list[str]:
+    """The folders that files of these paths lie in, outer before inner."""
+    parents = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    return sorted(parents - {"."})
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from carnice_build.checkpoint.checkpoint import is_plain_name
+from carnice_build.checkpoint.checkpoint import is_plain_path
 from carnice_build.package.base import BUILD_NAME
 from carnice_build.store.digests import digest_texts
 from carnice_build.store.packs import digest_range
@@ -44,7 +44,7 @@ def _sizes(folder: Path, files: Mapping[str, Any]) -> tuple[dict[str, Any], list
     present: dict[str, Any] = {}
     problems: list[str] = []
     for name, item in files.items():
-        if not is_plain_name(name):
+        if not is_plain_path(name):
             problems.append(f"{BUILD_NAME} names {name!r}, which is no file of the folder")
             continue
         try:

@@ -80,6 +80,12 @@ RECORDS: dict[str, Callable[[dict[str, object]], object]] = {
     "files that are numbers": lambda record: record | {"files": {"config.json": 1}},
     "files without sizes": lambda record: record | {"files": {"config.json": {}}},
     "files that are paths": lambda record: record | {"files": {"../../victim": {"size": 8}}},
+    "files that are paths in disguise": lambda record: (
+        record | {"files": {"serve/../../../victim": {"size": 8}}}
+    ),
+    "files that are absolute": lambda record: record | {"files": {"/etc/hostname": {"size": 8}}},
+    "files that are hidden": lambda record: record | {"files": {"serve/.profile": {"size": 8}}},
+    "files that are deep": lambda record: record | {"files": {"a/" * 500 + "b": {"size": 8}}},
     "no files": lambda record: record | {"files": {}},
 }
 
@@ -99,6 +105,25 @@ def test_a_forged_record_is_not_believed(project: Project, attack: Attack, what:
         check_named(finished, "holds files that are not a build", code=None)
     else:
         assert [] == differing(expected, project.built("mlx-4bit"))
+
+
+def test_a_folder_behind_a_link_is_not_taken_for_ours(project: Project, attack: Attack) -> None:
+    """A build.json that names a file behind a link: the folder is made again, the rest stays."""
+    attack("build", "mlx-4bit")
+    expected = project.built("mlx-4bit")
+    foreign = project.root / "foreign"
+    foreign.mkdir()
+    (foreign / "diary.txt").write_text("dear diary")
+    folder = project.out / "mlx-4bit"
+    (folder / "serve").symlink_to(foreign)
+    record = json.loads((folder / "build.json").read_text())
+    record["files"]["serve/diary.txt"] = {"size": len("dear diary")}
+    (folder / "build.json").write_text(json.dumps(record))
+    attack("build", "mlx-4bit")
+
+    assert not (folder / "serve").exists()
+    assert [] == differing(expected, project.built("mlx-4bit"))
+    assert {"diary.txt": b"dear diary"} == contents(foreign)
 
 
 def test_an_edited_shard_is_linked_anew(project: Project, attack: Attack) -> None:

@@ -1,0 +1,1 @@
+"""How a published folder is served: launches as data, what they must not combine, their files."""

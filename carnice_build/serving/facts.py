@@ -1,0 +1,29 @@
+"""What of a packaged folder its serving follows from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from carnice_build.architectures.base import KvGeometry
+
+
+@dataclass(frozen=True)
+class ServingFacts:
+    """Facts of one packaged folder.
+
+    `repo` is where it is published, as owner/name; `quantization` is the engine's name for its
+    format (`modelopt`, `compressed-tensors`, `auto_round`, `inc`); the parsers are those that
+    read what the packaged chat template makes the model write, None where it has no such form;
+    `weights_bytes` counts all shards; `max_positions` is the longest context in tokens.
+    """
+
+    repo: str
+    variant: str
+    quantization: str
+    tool_call_parser: str | None
+    reasoning_parser: str | None
+    has_mtp: bool
+    text_only: bool
+    weights_bytes: int
+    kv: KvGeometry
+    max_positions: int

@@ -1,0 +1,235 @@
+"""Launches worked out: the profile's data, the folder's facts and the recipe's changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from carnice_build.errors import PlanError, nearest
+from carnice_build.serving.facts import ServingFacts
+from carnice_build.serving.profile import (
+    Engine,
+    Flag,
+    Hardware,
+    LaunchData,
+    Profile,
+    Variable,
+    load_engine,
+    load_profile,
+    profile_names,
+)
+from carnice_build.serving.spec import (
+    FlagValue,
+    HardwareChange,
+    LaunchChange,
+    Scalar,
+    ServeSpec,
+    is_model_name,
+)
+from carnice_build.units import plural
+
+_UNCHANGED = LaunchChange.model_validate({})
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as it is written; `True` stands for one without a value."""
+
+    value: FlagValue
+    reason: str | None
+    load_bearing: bool
+
+    @property
+    def text(self) -> str | None:
+        """The argument after the option's name, None where there is none."""
+        return None if self.value is True else _as_argument(self.value)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to serve the folder, with every value known.
+
+    `data` is what the profile says of it, `changed` the options and variables that the recipe set.
+    """
+
+    name: str
+    data: LaunchData
+    profile: Profile
+    engine: Engine
+    image: str | None
+    port: int
+    hardware: Hardware | None
+    served_name: str
+    flags: Mapping[str, Option]
+    env: Mapping[str, Variable]
+    changed: frozenset[str]
+
+    def path(self, *parts: str) -> tuple[str, ...]:
+        """The place in the recipe's section of something in this launch."""
+        return ("launches", self.name, *parts)
+
+    def arguments(self, model: str) -> list[str]:
+        """The arguments after the engine's command, to serve `model`."""
+        option = self.engine.model_option
+        found = [option, model] if option else [model]
+        if self.served_name != model:
+            found += ["--served-model-name", self.served_name]
+        for name, flag in self.flags.items():
+            found += [f"--{name}"] if flag.text is None else [f"--{name}", flag.text]
+        return found
+
+
+def resolve_launches(spec: ServeSpec, facts: ServingFacts) -> tuple[Launch, ...]:
+    """The launches of a recipe's section for a folder; not yet held against any rule.
+
+    PlanError names what the profile or the engine does not know, or what follows from the folder.
+    """
+    profile = load_profile(spec.profile)
+    if not is_model_name(facts.repo):
+        raise PlanError(f"the repository {facts.repo!r} is no name that a command can take")
+    if facts.quantization not in profile.serves:
+        fitting = [name for name in profile_names() if _serves(name, facts.quantization)]
+        raise PlanError(
+            f"the profile {spec.profile!r} serves {profile.serves[0]}, and the folder is "
+            f"{facts.quantization}",
+            expected=" or ".join(fitting) or None,
+            at=("profile",),
+        )
+    for name in spec.launches:
+        if name not in profile.launches:
+            raise PlanError(
+                f"the profile {spec.profile!r} has no launch {name!r}",
+                expected=" or ".join(profile.launches),
+                nearest=nearest(name, profile.launches),
+                at=("launches", name),
+            )
+    return tuple(
+        _launch(name, profile, spec.launches.get(name, _UNCHANGED), spec, facts)
+        for name in profile.launches
+    )
+
+
+def _serves(profile: str, quantization: str) -> bool:
+    return quantization in load_profile(profile).serves
+
+
+def _launch(
+    name: str, profile: Profile, change: LaunchChange, spec: ServeSpec, facts: ServingFacts
+) -> Launch:
+    data = profile.launches[name]
+    engine = load_engine(data.engine)
+    flags: dict[str, Option] = {}
+    for flag, item in data.flags.items():
+        value = _value(item, profile, facts)
+        if value is not None and value is not False:
+            flags[flag] = Option(value, item.reason, item.load_bearing)
+    for flag, value in change.flags.items():
+        _check_option(flag, value, engine, facts, ("launches", name, "flags", flag))
+        _change(flags, flag, value)
+    return Launch(
+        name=name,
+        data=data,
+        profile=profile,
+        engine=engine,
+        image=change.image or data.image,
+        port=change.port or data.port,
+        hardware=_hardware(data.hardware, change.hardware),
+        served_name=spec.served_name or facts.repo,
+        flags=flags,
+        env=_environment(data.env, change.env),
+        changed=frozenset([*change.flags, *(f"env.{variable}" for variable in change.env)]),
+    )
+
+
+def _value(flag: Flag, profile: Profile, facts: ServingFacts) -> FlagValue | None:
+    if flag.only_if and not getattr(facts, flag.only_if):
+        return None
+    if flag.fact is None:
+        return flag.value
+    if flag.fact == "tools":
+        return facts.tool_call_parser is not None
+    value: str | bool | None = getattr(facts, flag.fact)
+    return profile.parsers.get(str(value), value) if flag.fact == "tool_call_parser" else value
+
+
+def _check_option(
+    flag: str, value: FlagValue, engine: Engine, facts: ServingFacts, at: tuple[str, ...]
+) -> None:
+    if flag in engine.reserved:
+        raise PlanError(f"{flag} is not set by hand: {engine.reserved[flag]}", at=at)
+    known = [*engine.options, *engine.own_options]
+    if flag not in known:
+        raise PlanError(
+            f"{' '.join(engine.command)} has no option {flag!r}",
+            nearest=nearest(flag, known),
+            at=at,
+        )
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        raise PlanError(f"{flag} is JSON in a text", expected="keys and values", at=at)
+    if flag == "speculative-config" and value is not False and not facts.has_mtp:
+        raise PlanError("the folder has no MTP head to draft with", at=at)
+
+
+def _change(flags: dict[str, Option], flag: str, value: FlagValue) -> None:
+    old = flags.get(flag)
+    if value is False:
+        flags.pop(flag, None)
+        return
+    reason = "set by the recipe"
+    if old is not None:
+        if isinstance(old.value, dict) and isinstance(value, dict):
+            value = {**old.value, **value}
+        reason += f"; the profile has {old.text or 'it without a value'}"
+        reason += f": {old.reason}" if old.reason else ""
+    flags[flag] = Option(value, reason, load_bearing=False)
+
+
+def _hardware(given: Hardware | None, change: HardwareChange) -> Hardware | None:
+    changes = change.model_dump(exclude_none=True)
+    if not changes:
+        return given
+    old = given.model_dump() if given else {"cards": 1}
+    values = {**old, **changes}
+    memory = f" of {values['vram']:g} GiB" if values.get("vram") else ""
+    return Hardware(**{**values, "name": plural(values["cards"], "card") + memory})
+
+
+def _environment(
+    given: Mapping[str, Variable], changes: Mapping[str, Scalar]
+) -> dict[str, Variable]:
+    changed = {
+        name: Variable(value=_as_argument(value), reason="set by the recipe")
+        for name, value in changes.items()
+    }
+    merged = {**given, **changed}
+    return {name: item for name, item in merged.items() if changes.get(name) is not False}
+
+
+def _as_argument(value: FlagValue) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def setting(launch: Launch, key: str, facts: ServingFacts) -> Any:
+    """The value of a setting as rules name it, the engine's default where it is left out."""
+    kind, _, name = key.partition(".")
+    if kind == "env":
+        return launch.env[name].value if name in launch.env else None
+    if kind == "hardware":
+        return getattr(launch.hardware, name, None)
+    if key == "fact.weights_gb":
+        return facts.weights_bytes / 1e9
+    if kind == "fact":
+        return getattr(facts, name)
+    default = facts.max_positions if key == "max-model-len" else launch.engine.defaults.get(key)
+    option = launch.flags.get(kind)
+    if option is None:
+        return default
+    if not name:
+        return option.value
+    return option.value.get(name, default) if isinstance(option.value, dict) else default

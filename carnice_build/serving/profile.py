@@ -1,0 +1,226 @@
+"""Serving profiles and engines: the shape of the data files in `data`, and their reader."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, model_validator
+
+from carnice_build.errors import PlanError, nearest
+from carnice_build.serving.spec import FlagName, FlagValue, Scalar, Strict, VariableName
+
+M = TypeVar("M", bound=BaseModel)
+
+FactName = Literal["quantization", "text_only", "tools", "tool_call_parser", "reasoning_parser"]
+Range = float | tuple[float, float]
+
+
+class Flag(Strict):
+    """An option of a launch: a value, or the fact that gives it.
+
+    It is left out when the fact is none or false, or when `only_if` is false.
+    """
+
+    value: FlagValue | None = None
+    fact: FactName | None = None
+    only_if: Literal["has_mtp"] | None = None
+    reason: str | None = None
+    load_bearing: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_value(cls, value: Any) -> Any:
+        return value if isinstance(value, dict) else {"value": value}
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Flag:
+        if (self.value is None) == (self.fact is None):
+            raise ValueError("a flag has a value or a fact")
+        return self
+
+
+class Variable(Strict):
+    """An environment variable of a launch."""
+
+    value: str
+    reason: str | None = None
+    mandatory: bool = False
+
+
+class Hardware(Strict):
+    """Cards; `vram` in GiB each, None where it is not known."""
+
+    name: str
+    cards: int = Field(ge=1)
+    vram: float | None = None
+    nvlink: bool | None = None
+
+
+class LaunchData(Strict):
+    """One way to serve the model."""
+
+    purpose: str
+    engine: str
+    image: str | None = None
+    port: int = 8000
+    hardware: Hardware | None = None
+    flags: dict[FlagName, Flag]
+    env: dict[VariableName, Variable] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    claimed_kv_cache: str | None = None
+
+
+class Condition(Strict):
+    """A test of one setting; exactly one key is given.
+
+    A setting that is not there fulfils `missing` and `lacks` alone.
+    """
+
+    equals: Scalar | None = Field(None, alias="is")
+    one_of: tuple[Scalar, ...] | None = None
+    at_least: float | None = None
+    over: float | None = None
+    missing: Literal[True] | None = None
+    lacks: str | None = None
+
+
+class Rule(Strict):
+    """Settings that must not meet: refused when all conditions of `when` hold.
+
+    Keys of `when` are options, `option.key` inside a JSON value, `env.NAME`, `hardware.*` and
+    `fact.*`.
+    """
+
+    name: str
+    when: dict[str, Condition] = Field(min_length=1)
+    reason: str
+    instead: str
+
+
+class Rung(Strict):
+    """A step of a ladder of contexts."""
+
+    launch: str
+    note: str
+
+
+class Requirement(Strict):
+    """A row of hardware, as the source card reports it."""
+
+    setup: str
+    vram: str
+    context: str
+    throughput: str
+
+
+class Sampling(Strict):
+    """A preset of sampling settings; a pair is a range."""
+
+    name: str
+    temperature: Range
+    top_p: Range | None = None
+    top_k: int | None = None
+    repetition_penalty: Range | None = None
+    note: str | None = None
+
+
+class Checklist(Strict):
+    """What to look at, under a heading."""
+
+    title: str
+    items: tuple[str, ...]
+
+
+class Container(Strict):
+    """What a container of the engine needs of its host."""
+
+    shm_size: str = "16gb"
+    ipc: str = "host"
+
+
+class Profile(Strict):
+    """Launches for folders of one format; the first launch is the recommended one.
+
+    `serves` are the engine's names of the format; `cards` are the model cards that the figures
+    come from; `parsers` are other tool-call parsers of the same form that the format is served
+    with; `left_out` says why an option of those cards is not used.
+    """
+
+    title: str
+    serves: tuple[str, ...]
+    cards: tuple[str, ...]
+    launches: dict[str, LaunchData] = Field(min_length=1)
+    parsers: dict[str, str] = Field(default_factory=dict)
+    container: Container = Field(default_factory=Container)
+    left_out: dict[FlagName, str] = Field(default_factory=dict)
+    ladder: tuple[Rung, ...] = ()
+    requirements: tuple[Requirement, ...] = ()
+    claims: tuple[str, ...] = ()
+    sampling: tuple[Sampling, ...] = ()
+    looping: tuple[str, ...] = ()
+    checklists: tuple[Checklist, ...] = ()
+    caveats: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+
+
+class Engine(Strict):
+    """A program that serves, and its options.
+
+    `model_option` goes before the model, None where it is a bare argument; `defaults` are what
+    rules assume of options that are left out; `reserved` says why a recipe cannot set an option.
+    """
+
+    command: tuple[str, ...]
+    model_option: str | None = None
+    defaults: dict[str, Scalar | list[Scalar]]
+    reserved: dict[FlagName, str]
+    rules: tuple[Rule, ...]
+    options: tuple[FlagName, ...]
+    own_options: tuple[FlagName, ...] = ()
+
+
+def profile_names() -> list[str]:
+    """The serving profiles that there are."""
+    names = [item.name for item in files(__package__).joinpath("data").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name != _ENGINES)
+
+
+def load_profile(name: str) -> Profile:
+    """The profile `name`; PlanError at `profile` when there is none."""
+    names = profile_names()
+    if name not in names:
+        raise PlanError(
+            f"there is no serving profile {name!r}",
+            expected=" or ".join(names),
+            nearest=nearest(name, names),
+            at=("profile",),
+        )
+    return _read_profile(name)
+
+
+def load_engine(name: str) -> Engine:
+    """The engine `name`, which a profile names."""
+    return _read_engines()[name]
+
+
+_ENGINES = "engines.yaml"
+
+
+@cache
+def _read_profile(name: str) -> Profile:
+    return Profile.model_validate(_read(f"{name}.yaml"))
+
+
+@cache
+def _read_engines() -> dict[str, Engine]:
+    return {name: Engine.model_validate(item) for name, item in _read(_ENGINES).items()}
+
+
+def _read(file: str) -> dict[str, Any]:
+    import yaml
+
+    content = yaml.safe_load(files(__package__).joinpath("data", file).read_text("utf-8"))
+    assert isinstance(content, dict)
+    return content

@@ -1,0 +1,58 @@
+"""serve/README.md: the launches, why each option is as it is, what they need, and their limits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+
+from carnice_build.serving.facts import ServingFacts
+from carnice_build.serving.launches import Launch
+from carnice_build.serving.memory import GIB, Memory, estimate
+from carnice_build.serving.profile import Range
+
+
+def readme(launches: Sequence[Launch], facts: ServingFacts) -> str:
+    """The page for these launches of a folder."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters |= {"cell": _cell, "code": _code, "range": _range, "sizes": _sizes}
+    template = files(__package__).joinpath("templates", "serve.md.j2").read_text("utf-8")
+    return environment.from_string(template).render(
+        launches=launches,
+        by_name={launch.name: launch for launch in launches},
+        profile=launches[0].profile,
+        facts=facts,
+        memory={launch.name: estimate(launch, facts) for launch in launches},
+        source="card" if len(launches[0].profile.cards) == 1 else "cards",
+    )
+
+
+def _cell(text: object) -> str:
+    """`text` inside a table."""
+    return str(text).replace("|", "\\|")
+
+
+def _code(text: object) -> str:
+    """`text` as code inside a table."""
+    return f"`{_cell(text)}`"
+
+
+def _range(value: Range | None) -> str:
+    if value is None:
+        return ""
+    return " to ".join(f"{number:g}" for number in (value if isinstance(value, tuple) else [value]))
+
+
+def _sizes(memory: Memory) -> list[str]:
+    """KV cache, weights, their sum and the budget, as people compare them."""
+    cache = f"{memory.kv_cache / GIB:.1f} GiB ({memory.kv_cache / 1e9:.1f} GB)"
+    plain = [f"{count / GIB:.1f} GiB" for count in (memory.weights, memory.needed)]
+    budget = "not known" if memory.budget is None else f"{memory.budget / GIB:.1f} GiB"
+    return [cache, *plain, budget]

@@ -1,0 +1,176 @@
+"""The files under `serve/`: launch scripts, a compose file, a client's configuration, a request."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from carnice_build.serving.facts import ServingFacts
+from carnice_build.serving.launches import Launch
+from carnice_build.serving.readme import readme
+from carnice_build.serving.rules import plan_launches
+from carnice_build.serving.spec import ServeSpec
+
+_MOUNT = "/model"
+_CONTAINER_PORT = 8000
+
+
+def serve_files(spec: ServeSpec, facts: ServingFacts) -> dict[str, bytes]:
+    """Contents by path in the folder, all below `serve/`; PlanError as `plan_launches`."""
+    launches = plan_launches(spec, facts)
+    texts = {f"{launch.name}.sh": _script(launch, facts) for launch in launches}
+    texts |= {
+        "compose.yaml": _compose(launches),
+        "hermes/cli-config.yaml": _hermes(launches[0]),
+        "request.sh": _request(launches[0], facts),
+        "README.md": readme(launches, facts),
+    }
+    return {f"serve/{name}": text.encode() for name, text in texts.items()}
+
+
+def base_url(launch: Launch) -> str:
+    """Where clients on the same machine find the API."""
+    return f"http://localhost:{launch.port}/v1"
+
+
+def _script(launch: Launch, facts: ServingFacts) -> str:
+    lines = ["#!/bin/sh", *_commented(f"{launch.name}: {launch.data.purpose}.")]
+    if launch.hardware:
+        lines += _commented(f"For {launch.hardware.name}.")
+    lines += [line for reason in _reasons(launch) for line in ("#", *_commented(reason, "  "))]
+    lines += ["set -eu", ""]
+    for name, variable in launch.env.items():
+        lines.append(f"export {name}={shlex.quote(variable.value)}")
+    lines += [""] if launch.env else []
+    command = [f"exec {shlex.join(launch.engine.command)}"]
+    command += [shlex.join(group) for group in _grouped(_arguments(launch, facts.repo))]
+    return "\n".join(lines) + "\n" + " \\\n    ".join([*command, '"$@"']) + "\n"
+
+
+def _arguments(launch: Launch, model: str) -> list[str]:
+    port = [] if launch.port == _CONTAINER_PORT else ["--port", str(launch.port)]
+    return [*launch.arguments(model), *port]
+
+
+def _grouped(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """An option with its value in each group."""
+    group: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--") and group:
+            yield group
+            group = []
+        group.append(argument)
+    yield group
+
+
+def _reasons(launch: Launch) -> Iterator[str]:
+    """Why the settings that matter are as they are."""
+    for name, variable in launch.env.items():
+        if variable.reason:
+            yield f"{name}={variable.value}: {variable.reason}."
+    for name, option in launch.flags.items():
+        if option.reason:
+            yield f"--{name}{f' {option.text}' if option.text else ''}: {option.reason}."
+
+
+def _commented(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        96,
+        initial_indent="# ",
+        subsequent_indent=f"# {indent}",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _compose(launches: Sequence[Launch]) -> str:
+    services = {launch.name: _service(launch) for launch in launches}
+    head = (
+        "Serves the folder above this one, one launch at a time: docker compose -f "
+        f"serve/compose.yaml up {launches[0].name}. README.md says why each option is as it is."
+    )
+    return "\n".join(_commented(head)) + "\n" + _yaml({"services": services})
+
+
+def _service(launch: Launch) -> dict[str, Any]:
+    container = launch.profile.container
+    unset = "${VLLM_IMAGE:?set it to an image that holds the engine of this launch}"
+    service: dict[str, Any] = {
+        "image": unset if launch.image is None else _literal(launch.image),
+        # A service with a profile starts only when it is named.
+        "profiles": [launch.name],
+        "entrypoint": [*launch.engine.command],
+        "command": [_literal(item) for item in launch.arguments(_MOUNT)],
+        "ports": [f"{launch.port}:{_CONTAINER_PORT}"],
+        "volumes": [f"..:{_MOUNT}:ro"],
+        "shm_size": container.shm_size,
+        "ipc": container.ipc,
+    }
+    if launch.env:
+        service["environment"] = {name: _literal(item.value) for name, item in launch.env.items()}
+    device = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
+    return service
+
+
+def _literal(text: str) -> str:
+    """`text` where compose would put variables in place of `$`."""
+    return text.replace("$", "$$")
+
+
+def _hermes(launch: Launch) -> str:
+    model = {"default": launch.served_name, "provider": "vllm", "base_url": base_url(launch)}
+    head = "Hermes Agent reads this from ~/.config/hermes/cli-config.yaml."
+    return "\n".join(_commented(head)) + "\n" + _yaml({"model": model})
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1000))
+
+
+_CITIES = "Get the weather in Tokyo, Paris, and New York simultaneously."
+
+
+def request_body(launch: Launch, facts: ServingFacts) -> dict[str, Any]:
+    """A chat request; three tool calls at once where the chat template has a form for calls."""
+    body: dict[str, Any] = {"model": launch.served_name}
+    if facts.tool_call_parser is None:
+        return {**body, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 400}
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+    }
+    function = {"name": "get_weather", "description": "Get weather", "parameters": parameters}
+    system = "You are a helpful agent that uses tools when needed."
+    return {
+        **body,
+        "messages": [
+            {"role": "system", "content": system},
+            {"role": "user", "content": _CITIES},
+        ],
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "max_tokens": 400,
+    }
+
+
+def _request(launch: Launch, facts: ServingFacts) -> str:
+    body = json.dumps(request_body(launch, facts), indent=2, ensure_ascii=False)
+    asks = "three tool calls in one turn" if facts.tool_call_parser else "an answer"
+    return (
+        "#!/bin/sh\n"
+        f"# Asks a running server for {asks}.\n"
+        f"curl {shlex.quote(base_url(launch) + '/chat/completions')} \\\n"
+        "    -H 'Content-Type: application/json' \\\n"
+        "    --data @- <<'JSON'\n"
+        f"{body}\n"
+        "JSON\n"
+    )

@@ -1,0 +1,98 @@
+"""Launches that cannot work are refused before anything is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from carnice_build.errors import PlanError
+from carnice_build.serving.facts import ServingFacts
+from carnice_build.serving.launches import Launch, resolve_launches, setting
+from carnice_build.serving.memory import GIB, estimate
+from carnice_build.serving.profile import Condition, Rule
+from carnice_build.serving.spec import ServeSpec
+
+
+def plan_launches(spec: ServeSpec, facts: ServingFacts) -> tuple[Launch, ...]:
+    """The launches of a recipe's section, each checked; PlanError with `at` below the section."""
+    launches = resolve_launches(spec, facts)
+    for launch in launches:
+        check_launch(launch, facts)
+    return launches
+
+
+def check_launch(launch: Launch, facts: ServingFacts) -> None:
+    """Raise PlanError when `launch` breaks a rule of its profile or asks for more than there is."""
+    for rule in (*launch.engine.rules, *launch.profile.rules):
+        if all(
+            _holds(condition, setting(launch, key, facts)) for key, condition in rule.when.items()
+        ):
+            raise PlanError(
+                f"the launch {launch.name!r} cannot work: {rule.reason}",
+                expected=rule.instead,
+                at=_blamed(launch, rule),
+            )
+    _check_size(launch, facts)
+
+
+def _check_size(launch: Launch, facts: ServingFacts) -> None:
+    memory = estimate(launch, facts)
+    if memory.tokens > facts.max_positions:
+        raise PlanError(
+            f"max-model-len {memory.tokens} is more than the model's {facts.max_positions}",
+            at=launch.path("flags", "max-model-len"),
+        )
+    parallel = setting(launch, "tensor-parallel-size", facts)
+    if launch.hardware and parallel > launch.hardware.cards:
+        raise PlanError(
+            f"tensor-parallel-size {parallel} is more than the {launch.hardware.cards} cards",
+            expected="that many cards in `hardware`",
+            at=launch.path("flags", "tensor-parallel-size"),
+        )
+    if memory.budget is not None and memory.needed > memory.budget:
+        raise PlanError(
+            f"the launch {launch.name!r} needs {memory.kv_cache / GIB:.1f} GiB for "
+            f"{memory.tokens} tokens and {memory.weights / GIB:.1f} GiB for weights, "
+            f"and may use {memory.budget / GIB:.1f} GiB",
+            expected="a smaller max-model-len, an FP8 cache, or more memory",
+            at=launch.path("flags", "max-model-len"),
+        )
+
+
+def _blamed(launch: Launch, rule: Rule) -> tuple[str, ...]:
+    """The first setting of the rule that the recipe changed, or the launch."""
+    for key in rule.when:
+        kind, _, name = key.partition(".")
+        if kind == "env" and key in launch.changed:
+            return launch.path("env", name)
+        if kind in launch.changed:
+            return launch.path("flags", kind)
+    return launch.path()
+
+
+def _holds(condition: Condition, value: Any) -> bool:
+    if condition.lacks is not None:
+        return value is None or condition.lacks not in str(value)
+    if condition.missing:
+        return value is None
+    if value is None:
+        return False
+    if condition.one_of is not None:
+        return str(value).casefold() in {str(item).casefold() for item in condition.one_of}
+    if condition.at_least is not None:
+        return any(number >= condition.at_least for number in _numbers(value))
+    if condition.over is not None:
+        return any(number > condition.over for number in _numbers(value))
+    if isinstance(condition.equals, bool | str):
+        return bool(value == condition.equals)
+    return condition.equals in _numbers(value)
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers in a setting, also where they were written as text."""
+    numbers = []
+    for item in value if isinstance(value, list) else [value]:
+        try:
+            numbers.append(float(item))
+        except (TypeError, ValueError):
+            continue
+    return numbers

@@ -1,0 +1,72 @@
+"""What the tests of serving share: facts of three folders, and sections of recipes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from carnice_build.errors import PlanError
+from carnice_build.architectures.base import KvGeometry
+from carnice_build.serving.facts import ServingFacts
+from carnice_build.serving.launches import Launch
+from carnice_build.serving.memory import GIB
+from carnice_build.serving.rules import plan_launches
+from carnice_build.serving.spec import ServeSpec
+
+NVFP4 = ServingFacts(
+    repo="owner/Carnice-V2-27b-NVFP4-TEXT-MTP",
+    variant="nvfp4",
+    quantization="modelopt",
+    tool_call_parser="qwen3_xml",
+    reasoning_parser="qwen3",
+    has_mtp=True,
+    text_only=True,
+    weights_bytes=19_640_000_000,
+    kv=KvGeometry(16, 4, 256, draft_layers=1),
+    max_positions=262_144,
+)
+INT4 = replace(
+    NVFP4,
+    repo="owner/Carnice-V2-27B-INT4-BF16-MTP",
+    variant="int4",
+    quantization="auto_round",
+    tool_call_parser="hermes",
+    text_only=False,
+    weights_bytes=int(2 * 9.19 * GIB),
+)
+AWQ40B = replace(
+    NVFP4,
+    repo="owner/Deckard-40B-W4A16-AWQ",
+    variant="w4a16",
+    quantization="compressed-tensors",
+    has_mtp=False,
+    text_only=False,
+    weights_bytes=38_200_000_000,
+    kv=KvGeometry(24, 4, 256),
+)
+FACTS = {
+    "nvfp4-vllm": NVFP4,
+    "int4-autoround-vllm": INT4,
+    "w4a16-awq-v100": AWQ40B,
+    "w4a16-awq-vllm": AWQ40B,
+}
+
+
+def spec_of(profile: str, **launches: Any) -> ServeSpec:
+    """A recipe's section; launches as keywords, `_` for `-`."""
+    changes = {name.replace("_", "-"): change for name, change in launches.items()}
+    return ServeSpec.model_validate({"profile": profile, "launches": changes})
+
+
+def launch_of(spec: ServeSpec, name: str, facts: ServingFacts) -> Launch:
+    """The checked launch `name`."""
+    return next(launch for launch in plan_launches(spec, facts) if launch.name == name)
+
+
+def refused(spec: ServeSpec, facts: ServingFacts) -> PlanError:
+    """The error that planning `spec` raises."""
+    with pytest.raises(PlanError) as caught:
+        plan_launches(spec, facts)
+    return caught.value
