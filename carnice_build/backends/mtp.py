@@ -1,0 +1,179 @@
+"""The drafter of the multi-token-prediction head, and how many of its drafts its model accepts.
+
+At position t the drafter is given h_t, the model's hidden state after the final norm, and x_{t+1},
+the token that the model chose from it.  One full-attention layer with a context of its own and the
+model's head then score x_{t+2}.  To draft further, the drafter's state takes the place of h and
+its draft that of x, one position on.  The order of computation is that of vLLM's `qwen3_5_mtp`.
+Needs the `torch` extra; to be imported in worker processes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from carnice_build.backends.layers import LayerwiseModel
+from carnice_build.backends.text_model import Continuation, OpenModel, ResidentModel
+
+MTP = "mtp."
+
+
+class Drafter(nn.Module):
+    """The MTP head as a module; weights are [out, in], norms have a gain of 1 + w."""
+
+    def __init__(self, model: OpenModel) -> None:
+        """Load the head of `model` alone."""
+        super().__init__()
+        parts, tensors = model.parts, model.below(MTP)
+        self._parts: LayerwiseModel = parts
+        self.pre_fc_norm_embedding = parts.final_norm(tensors.pop("pre_fc_norm_embedding.weight"))
+        self.pre_fc_norm_hidden = parts.final_norm(tensors.pop("pre_fc_norm_hidden.weight"))
+        self.norm = parts.final_norm(tensors.pop("norm.weight"))
+        self._fc = parts.place(tensors.pop("fc.weight"))
+        prefix = "layers.0."
+        layer = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        self.layer = parts.layer("full", layer)
+
+    @torch.no_grad()
+    def forward(
+        self, embedded: Tensor, hidden: Tensor, positions: Tensor, visible: Tensor
+    ) -> Tensor:
+        """States after `mtp.norm` [1, length, hidden], one for each place of the inputs.
+
+        `embedded` and `hidden` are [1, length, hidden]: at each place the embedding of a token and
+        the state from which the token was chosen; `positions` is [length].
+        `visible` [length, length] says which places (columns) each place (row) attends to.
+        """
+        normed = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)]
+        mixed = functional.linear(torch.cat(normed, dim=-1), self._fc)
+        # Added to the attention's scores, which sdpa and eager understand alike.
+        mask = torch.zeros(visible.shape, dtype=mixed.dtype, device=mixed.device)
+        mask.masked_fill_(~visible.to(mixed.device), torch.finfo(mixed.dtype).min)
+        rotary = self._parts.rotary(mixed, positions.to(mixed.device)[None])
+        result: Tensor = self.norm(
+            self.layer(mixed, position_embeddings=rotary, attention_mask=mask[None, None])
+        )
+        return result
+
+
+def draft(
+    drafter: Drafter,
+    target: ResidentModel,
+    states: Tensor,
+    following: Tensor,
+    first: int,
+    count: int,
+) -> Tensor:
+    """The `count` tokens, int64 [starts, count], drafted from every position from `first` on.
+
+    `states` [1, length, hidden] are the target's, `following` [length] the tokens that it chose
+    from them: x_1, x_2, ...
+    From each position t the drafter's context is the true one up to t and its own drafts after it,
+    as when decoding has just come to t.
+    All positions go together: a place is the draft number `depth` of the chain that begins at
+    `root`, and sees the true places up to its root and its own chain.
+    """
+    root = torch.arange(len(following))
+    depth = torch.zeros_like(root)
+    starts = root[first:]
+    embedded = target.embed(following)
+    drafts = []
+    for number in range(count):
+        context = (depth == 0) & (root <= root[:, None])
+        chain = (root == root[:, None]) & (depth <= depth[:, None])
+        drafted = drafter(embedded, states, root + depth, context | chain)[:, -len(starts) :]
+        tokens = target.scores(drafted).argmax(-1)[0].cpu()
+        drafts.append(tokens)
+        embedded = torch.cat([embedded, target.embed(tokens)], dim=1)
+        states = torch.cat([states, drafted], dim=1)
+        root = torch.cat([root, starts])
+        depth = torch.cat([depth, torch.full_like(starts, number + 1)])
+    return torch.stack(drafts, dim=1)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What became of the drafts of `steps` steps of decoding.
+
+    `rates[k]` is the share of steps whose first k + 1 drafts were all accepted.
+    """
+
+    steps: int
+    rates: tuple[float, ...]
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens that a step yields: its accepted drafts and the one that the model adds."""
+        return 1 + sum(self.rates)
+
+
+def accepted_drafts(
+    drafter: Drafter, target: ResidentModel, continuation: Continuation, count: int
+) -> list[int]:
+    """For each position at which a step may start, how many of `count` drafts are accepted.
+
+    A draft is accepted when it and all before it are what the target itself says.
+    The first start is the prompt's last position, the last the one with `count` tokens to compare.
+    """
+    tokens, first = continuation.tokens, continuation.prompt - 1
+    length = len(tokens) - 1 - count
+    if length <= first:
+        return []
+    drafts = draft(
+        drafter, target, continuation.states[:, :length], tokens[1 : length + 1], first, count
+    )
+    truth = tokens.unfold(0, count, 1)[first + 2 :]
+    return [int(number) for number in (drafts == truth).cumprod(dim=1).sum(dim=1)]
+
+
+def walk(accepted: Sequence[int]) -> list[int]:
+    """The entries of `accepted` at which decoding stops: k accepted drafts take it k + 1 on."""
+    steps, at = [], 0
+    while at < len(accepted):
+        steps.append(accepted[at])
+        at += accepted[at] + 1
+    return steps
+
+
+def measure_acceptance(
+    drafter: Drafter,
+    target: ResidentModel,
+    prompts: Sequence[Tensor],
+    *,
+    tokens: int,
+    counts: Collection[int] = (1, 3),
+    ends: Collection[int] = (),
+) -> dict[int, Acceptance]:
+    """For each number of drafts in `counts`, the acceptance of greedy speculative decoding.
+
+    The target first continues every prompt, int64 [length], by `tokens` tokens or up to one of
+    `ends`, alone.
+    Greedy verification lets through what the target says and nothing else, so speculative decoding
+    writes the same text, and its steps are a walk over it.
+    See `acceptance`.
+    """
+    texts = [target.continue_greedily(prompt, tokens, ends) for prompt in prompts]
+    return {count: acceptance(drafter, target, texts, count) for count in counts}
+
+
+def acceptance(
+    drafter: Drafter, target: ResidentModel, texts: Sequence[Continuation], count: int
+) -> Acceptance:
+    """The acceptance of `count` drafts a step over texts that `target` wrote.
+
+    Steps that would draft beyond a text's end are left out.
+    ValueError when no text is long enough for one step.
+    """
+    steps = [
+        accepted
+        for text in texts
+        for accepted in walk(accepted_drafts(drafter, target, text, count))
+    ]
+    if not steps:
+        raise ValueError(f"no text has room for {count} drafts")
+    rates = (sum(step > k for step in steps) / len(steps) for k in range(count))
+    return Acceptance(len(steps), tuple(rates))

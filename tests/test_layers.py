@@ -1,0 +1,183 @@
+"""A text model run one decoder layer at a time, against transformers' whole model and modelopt."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pytest
+import torch
+from demo_model import CONFIG, KINDS, layer_tensors, sample, weights, whole_model
+from torch import Tensor
+
+from carnice_build.architectures.qwen3_5 import BODY
+from carnice_build.backends.layers import (
+    Arithmetic,
+    LayerwiseModel,
+    NonFiniteInput,
+    as_data,
+    as_tensor,
+    input_amax,
+)
+from carnice_build.graph import TensorData
+
+SAMPLES = [sample(length, seed=length) for length in (64, 67)]
+"""One is a whole chunk of the delta rule, one is not."""
+
+every_arithmetic = pytest.mark.parametrize(
+    ("dtype", "attention"),
+    [(dtype, attention) for dtype in ("bfloat16", "float32") for attention in ("sdpa", "eager")],
+)
+
+
+def layerwise(dtype: str, attention: str) -> LayerwiseModel:
+    return LayerwiseModel(CONFIG, Arithmetic(dtype, attention, threads=1))
+
+
+def embedded(model: LayerwiseModel, tokens: Tensor) -> Tensor:
+    return model.embed(weights()[f"{BODY}embed_tokens.weight"][tokens])
+
+
+def hidden_states(model: LayerwiseModel, tokens: Tensor) -> Iterator[Tensor]:
+    """The input of every layer, then the last one's output."""
+    hidden = embedded(model, tokens)
+    yield hidden
+    for index, kind in enumerate(KINDS):
+        hidden = model.run(model.layer(kind, layer_tensors(index)), hidden)
+        yield hidden
+
+
+@every_arithmetic
+def test_hidden_states_and_logits_are_those_of_the_whole_model(dtype: str, attention: str) -> None:
+    """Every hidden state and every logit has the bits that transformers' model gives."""
+    model = layerwise(dtype, attention)
+    whole = whole_model(dtype, attention)
+    norm = model.final_norm(weights()[f"{BODY}norm.weight"])
+    for tokens in SAMPLES:
+        with torch.no_grad():
+            expected = whole(tokens[None], use_cache=False, output_hidden_states=True)
+
+        *inputs, last = hidden_states(model, tokens)
+
+        # transformers reports the last state after the final norm.
+        for theirs, ours in zip(expected.hidden_states, [*inputs, norm(last)], strict=True):
+            assert torch.equal(theirs, ours)
+        head = weights()["lm_head.weight"]
+        assert torch.equal(expected.logits, model.logits(norm, head, last))
+
+
+@every_arithmetic
+def test_no_position_sees_a_later_one(dtype: str, attention: str) -> None:
+    """Other tokens at the end leave the hidden states before them as they were."""
+    model = layerwise(dtype, attention)
+    tokens = SAMPLES[0]
+    changed = torch.cat([tokens[:40], tokens[40:].flip(0)])
+
+    *_, before = hidden_states(model, tokens)
+    *_, after = hidden_states(model, changed)
+
+    assert torch.equal(before[:, :40], after[:, :40])
+
+
+def test_a_layer_takes_exactly_its_own_tensors() -> None:
+    """A tensor too few or too many is refused, and named."""
+    model = layerwise("bfloat16", "sdpa")
+    tensors = layer_tensors(0)
+    lacking = {name: tensor for name, tensor in tensors.items() if name != "mlp.up_proj.weight"}
+
+    with pytest.raises(RuntimeError, match=r"mlp\.up_proj\.weight"):
+        model.layer("linear", lacking)
+    with pytest.raises(RuntimeError, match=r"extra\.weight"):
+        model.layer("linear", {**tensors, "extra.weight": torch.ones(1)})
+
+
+@pytest.fixture(scope="module")
+def modelopt_amax() -> Mapping[str, float]:
+    """`input_quantizer.amax` of every enabled linear after modelopt's calibration."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import modelopt.torch.quantization as mtq
+
+        whole = whole_model("bfloat16", "sdpa")
+
+        def calibrate(model: torch.nn.Module) -> None:
+            for tokens in SAMPLES:
+                model(tokens[None], use_cache=False)
+
+        mtq.quantize(whole, mtq.NVFP4_DEFAULT_CFG, calibrate)
+    return {
+        name: module.input_quantizer.amax.item()
+        for name, module in whole.model.layers.named_modules()
+        if hasattr(module, "input_quantizer") and module.input_quantizer.is_enabled
+    }
+
+
+def test_input_amax_is_what_modelopt_calibrates(modelopt_amax: Mapping[str, float]) -> None:
+    """The largest input of every linear that modelopt's NVFP4 enables has modelopt's bits."""
+    model = layerwise("bfloat16", "sdpa")
+    found = {}
+    hidden = [embedded(model, tokens) for tokens in SAMPLES]
+    for index, kind in enumerate(KINDS):
+        layer = model.layer(kind, layer_tensors(index))
+        with input_amax(layer) as amax:
+            hidden = [model.run(layer, sample) for sample in hidden]
+        found |= {f"{index}.{name}": value for name, value in amax.items()}
+
+    assert 50 == len(modelopt_amax)
+    assert modelopt_amax == {name: found[name] for name in modelopt_amax}
+
+
+def test_input_amax_leaves_the_layer_as_it_was() -> None:
+    """After the context, passes are no longer watched."""
+    model = layerwise("bfloat16", "sdpa")
+    layer = model.layer("linear", layer_tensors(0))
+    with input_amax(layer) as amax:
+        pass
+
+    model.run(layer, embedded(model, SAMPLES[0]))
+
+    assert {} == amax
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_input_amax_names_the_linear_that_meets_a_value_that_is_not_finite(bad: float) -> None:
+    """NaN and infinity raise, with the first linear that they reach."""
+    model = layerwise("bfloat16", "sdpa")
+    tensors = layer_tensors(0)
+    up = tensors["mlp.up_proj.weight"].clone()
+    up[3, 5] = bad
+    layer = model.layer("linear", {**tensors, "mlp.up_proj.weight": up})
+
+    with input_amax(layer), pytest.raises(NonFiniteInput) as raised:
+        model.run(layer, embedded(model, SAMPLES[0]))
+
+    assert "mlp.down_proj" == raised.value.linear
+
+
+@pytest.mark.parametrize(
+    ("dtype", "numpy_type", "torch_type"),
+    [
+        ("BF16", np.uint16, torch.bfloat16),
+        ("F16", np.float16, torch.float16),
+        ("F32", np.float32, torch.float32),
+        ("F8_E4M3", np.uint8, torch.float8_e4m3fn),
+        ("U8", np.uint8, torch.uint8),
+        ("I32", np.int32, torch.int32),
+    ],
+)
+def test_tensors_and_arrays_share_memory(
+    dtype: str, numpy_type: type, torch_type: torch.dtype
+) -> None:
+    """A tensor over an array sees later writes to it, and goes back to the same memory."""
+    array = np.zeros((2, 3), numpy_type)
+
+    tensor = as_tensor(TensorData(dtype, array))
+    array.view(np.uint8)[...] = 0x3C
+    back = as_data(tensor)
+
+    assert torch_type == tensor.dtype
+    assert (tensor.float() != 0).all()
+    assert dtype == back.dtype
+    assert array.dtype == back.array.dtype
+    assert np.shares_memory(array, back.array)
