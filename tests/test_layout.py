@@ -60,7 +60,7 @@ def test_neighbouring_layers_share_shards_up_to_the_limit(layers: int, limit: in
     assert all(len(group) == most for group in groups[:-1])
 
 
-@given(specs, specs)
+@given(specs.filter(lambda spec: spec.shape), specs.filter(lambda spec: spec.shape))
 def test_the_split_does_not_depend_on_sizes(first: TensorSpec, second: TensorSpec) -> None:
     """Other output types and shapes leave every module in its shard."""
     splits = [
@@ -69,6 +69,16 @@ def test_the_split_does_not_depend_on_sizes(first: TensorSpec, second: TensorSpe
     ]
 
     assert splits[0] == splits[1]
+
+
+def test_scalars_of_a_weight_lie_with_the_small_tensors() -> None:
+    """A scale of activations can change without the shard of the weights."""
+    weights, scales = layer_outputs(3, TensorSpec("U8", (3,))), TensorSpec("F32", ())
+    scalars = [output(f"{item.name}_scale", scales, item.fact) for item in weights]
+    first, second = pack_layouts([*weights, *scalars], 10**9, {})
+
+    assert {item.name for item in weights} == {slot.tensor.name for slot in first.slots}
+    assert {item.name for item in scalars} == {slot.tensor.name for slot in second.slots}
 
 
 def test_layer_ten_comes_after_layer_nine() -> None:

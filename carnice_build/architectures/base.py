@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -51,6 +51,27 @@ class TensorFact:
         return self.name.rpartition(".")[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """Linears that serving engines run as one, under one module's name."""
+
+    module: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvGeometry:
+    """The numbers that the size of a KV cache follows from.
+
+    `draft_layers` are the full-attention layers of the MTP head, which have a cache of their own.
+    """
+
+    full_attention_layers: int
+    kv_heads: int
+    head_dim: int
+    draft_layers: int = 0
+
+
 class Architecture(Protocol):
     """A model family's table; see `qwen3_5` for the reference."""
 
@@ -61,6 +82,35 @@ class Architecture(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorFact]:
         """Every tensor that the config calls for, by canonical name, in model order."""
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The entries of the config that describe the text model."""
+
+    @property
+    def kv_geometry(self) -> KvGeometry:
+        """What the size of a KV cache follows from."""
+
+    @property
+    def max_positions(self) -> int:
+        """The longest context, in tokens."""
+
+    @property
+    def dimensions(self) -> Mapping[str, int]:
+        """What two checkpoints must have in common for tensors of one to fit into the other."""
+
+    @property
+    def fusions(self) -> Sequence[Fusion]:
+        """The modules that serving engines fuse, of the MTP head too."""
+
+    def shared_inputs(self, layer: int) -> Sequence[Sequence[str]]:
+        """The linears of a decoder layer, by module path; those of one group read one input."""
+
+    def layer_kind(self, layer: int) -> str:
+        """What kind of decoder layer number `layer` is: `linear` or `full` attention."""
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the names of the layer's tensors begin with."""
 
     def optional(self, fact: TensorFact) -> bool:
         """True for a tensor that a checkpoint may lack."""
@@ -98,6 +148,11 @@ class ConfigReader:
         return CheckpointError(
             f"config entry {key} is {value!r}", where=self._where, expected=expected
         )
+
+    @property
+    def entries(self) -> Mapping[str, Any]:
+        """The section as it is."""
+        return self._config
 
     def section(self, key: str) -> ConfigReader:
         """The nested section `key`."""

@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-from carnice_build.architectures.base import MOST_LAYERS, ConfigReader, Part, Role, TensorFact
+from carnice_build.architectures.base import (
+    MOST_LAYERS,
+    ConfigReader,
+    Fusion,
+    KvGeometry,
+    Part,
+    Role,
+    TensorFact,
+)
 
 MODEL_TYPE = "qwen3_5"
 BODY = "model.language_model."
@@ -24,6 +32,35 @@ _SHIFTED_NORMS = (
     ".q_norm.weight",
     ".k_norm.weight",
 )
+
+
+_SHARED_INPUTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "full": (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+    "linear": (
+        tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a")),
+        ("linear_attn.out_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+}
+
+_FUSIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "full": {
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    },
+    "linear": {
+        "linear_attn.in_proj_qkvz": ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+        "linear_attn.in_proj_ba": ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    },
+}
+"""What vLLM's `packed_modules_mapping` of this family fuses."""
 
 
 class Qwen35:
@@ -66,6 +103,56 @@ class Qwen35:
         facts = [*self._body(), *self._mtp(), *self._visual()]
         return {fact.name: fact for fact in facts}
 
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The entries of the config that describe the text model."""
+        return self._text.entries
+
+    @property
+    def kv_geometry(self) -> KvGeometry:
+        """What the size of a KV cache follows from; linear attention has a state of fixed size."""
+        return KvGeometry(
+            full_attention_layers=self._kinds.count("full"),
+            kv_heads=self._text.count("num_key_value_heads"),
+            head_dim=self._text.count("head_dim"),
+            draft_layers=self.mtp_layers,
+        )
+
+    @property
+    def max_positions(self) -> int:
+        """The longest context, in tokens."""
+        return self._text.count("max_position_embeddings", 262_144)
+
+    @property
+    def dimensions(self) -> Mapping[str, int]:
+        """What two checkpoints must have in common for tensors of one to fit into the other."""
+        return {"hidden_size": self.hidden, "vocab_size": self.vocabulary}
+
+    @cached_property
+    def fusions(self) -> tuple[Fusion, ...]:
+        """The modules that serving engines fuse, of the MTP head too."""
+        layers = [(self.layer_prefix(layer), kind) for layer, kind in enumerate(self._kinds)]
+        layers += [(f"mtp.layers.{layer}.", "full") for layer in range(self.mtp_layers)]
+        return tuple(
+            Fusion(prefix + fused, tuple(prefix + part for part in parts))
+            for prefix, kind in layers
+            for fused, parts in _FUSIONS[kind].items()
+        )
+
+    def shared_inputs(self, layer: int) -> tuple[tuple[str, ...], ...]:
+        """The linears of a decoder layer, by module path; those of one group read one input."""
+        prefix = self.layer_prefix(layer)
+        groups = _SHARED_INPUTS[self.layer_kind(layer)]
+        return tuple(tuple(prefix + name for name in group) for group in groups)
+
+    def layer_kind(self, layer: int) -> str:
+        """`linear` or `full`, after the layer's attention."""
+        return self._kinds[layer]
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the names of the layer's tensors begin with."""
+        return f"{BODY}layers.{layer}."
+
     def optional(self, fact: TensorFact) -> bool:
         """True for tensors that a checkpoint may lack: the MTP head and the vision tower."""
         return fact.part in (Part.MTP, Part.VISION)
@@ -74,7 +161,8 @@ class Qwen35:
         table = (self.vocabulary, self.hidden)
         yield TensorFact(f"{BODY}embed_tokens.weight", table, Part.EMBED, Role.EMBEDDING)
         for layer in range(self.num_layers):
-            yield from self._layer(f"{BODY}layers.{layer}.", layer, self._kinds[layer], Part.LAYERS)
+            kind, prefix = self.layer_kind(layer), self.layer_prefix(layer)
+            yield from self._layer(prefix, layer, kind, Part.LAYERS)
         yield TensorFact(f"{BODY}norm.weight", (self.hidden,), Part.BODY, Role.NORM)
         if not self._text.flag("tie_word_embeddings", False):
             yield TensorFact("lm_head.weight", table, Part.HEAD, Role.LINEAR)
@@ -142,7 +230,8 @@ class Qwen35:
     def module_kind(self, name: str) -> str:
         """What tables call the module of tensor `name`: its path without layer numbers."""
         module = re.sub(r"\.(weight|scales|biases)$", "", name)
-        return re.sub(r"^.*?\.?(layers|blocks)\.\d+\.", "", module).removeprefix(BODY)
+        kind = re.sub(r"^.*?\.?(layers|blocks)\.\d+\.", "", module).removeprefix(BODY)
+        return f"mtp.{kind}" if module.startswith("mtp.layers.") else kind
 
     def canonical_name(self, name: str) -> str | None:
         """The name that a misprefixed `name` should have, or None when nothing fits."""

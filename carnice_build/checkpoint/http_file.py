@@ -68,6 +68,10 @@ class RemoteFile:
         self._location: str | None = None
         self._tags: dict[str, str] = {}
 
+    def path(self) -> None:
+        """See `ByteSource.path`."""
+        return
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Readable.read_into`: one request."""
         with self.open_range(offset, len(buffer)) as read:

@@ -94,6 +94,10 @@ class HubFile:
         """See `ByteSource.open_range`; the first read may download the file."""
         return self._place().open_range(offset, count)
 
+    def path(self) -> Path | None:
+        """See `ByteSource.path`; may download the file."""
+        return self._place().path()
+
     def header(self) -> Header:
         """The header of a shard, by range and without its weights; remembered."""
         known = self._notes.read("header", self._content)

@@ -72,6 +72,23 @@ def find_listing(model: str, revision: str, notes: Notes) -> Listing:
     return listing
 
 
+def dataset_commit(dataset: str, revision: str) -> str:
+    """The commit that a branch or tag of a dataset is at."""
+    if _HASH.fullmatch(revision):
+        return revision
+    where = f"datasets/{dataset}@{revision}"
+    api = HfApi(constants.ENDPOINT, library_name=LIBRARY, library_version=__version__)
+    ask = partial(api.dataset_info, dataset, revision=revision)
+
+    def refusal(response: httpx.Response) -> CheckpointError:
+        return refused(response, where, constants.ENDPOINT, dataset, revision)
+
+    commit = patiently(ask, where, refusal, ATTEMPTS).sha
+    if commit is None or not _HASH.fullmatch(commit):
+        raise CheckpointError("the hub names no commit", where=where)
+    return commit
+
+
 def _load_listing(commit: str, notes: Notes) -> Listing | None:
     try:
         return _check_listing(commit, json.loads(notes.read("files", commit)))

@@ -47,3 +47,8 @@ def _refuse(name: str) -> NoReturn:
 def _finite(text: str) -> float:
     number = float(text)
     return number if math.isfinite(number) else _refuse(text)
+
+
+def to_json(value: Any) -> bytes:
+    """JSON as people read it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from carnice_build.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from carnice_build.checkpoint.datasets import Dataset
+from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CheckpointError, RecipeError, nearest
-from carnice_build.recipe.schema import SourceSpec
+from carnice_build.recipe.schema import DATASET_FILES, CalibrationSpec, SourceSpec
 from carnice_build.recipe.tree import Node, read_tree
 
 PROFILES_NAME = "_profiles.yaml"
@@ -61,20 +63,39 @@ class SourceFinder:
         """The source called `name`, opened; CheckpointError when nothing says where it is."""
         if name in self._overrides:
             return Source(name, spec, None, self._open(self._overrides[name]))
-        path = self._path_of(name, spec)
+        path = self._path_of(spec.model, f"--source {name}=FOLDER")
         if path is None:
             checkpoint, commit = self._open_on_hub(spec)
             return Source(name, spec, self._profile, checkpoint, commit)
         return Source(name, spec, self._profile, self._open(path))
 
-    def _path_of(self, name: str, spec: SourceSpec) -> Path | None:
-        """Where the checkpoint is on this machine; None when it is on the hub."""
+    def find_dataset(self, spec: CalibrationSpec) -> Dataset:
+        """The dataset of a calibration; CheckpointError when it is not there or empty."""
+        if spec.dataset.endswith(DATASET_FILES):
+            path: Path | None = self._root / spec.dataset
+        else:
+            path = self._path_of(spec.dataset, "--set calibration.dataset=FILE")
+        if path is None:
+            from carnice_build.checkpoint.hub_listing import dataset_commit
+
+            return Dataset(spec.dataset, None, dataset_commit(spec.dataset, spec.revision))
+        file = LocalFile(path)
+        if not path.name.endswith(DATASET_FILES):
+            raise CheckpointError(
+                "is no dataset", where=file.name, expected=" or ".join(DATASET_FILES)
+            )
+        if not file.size:
+            raise CheckpointError("is empty", where=file.name, expected="rows of text")
+        return Dataset(spec.dataset, file)
+
+    def _path_of(self, name: str, otherwise: str) -> Path | None:
+        """Where a model or a dataset is on this machine; None when it is on the hub."""
         if self._table.value == HUB:
             return None
-        if isinstance(self._table.value, dict) and spec.model in self._table.value:
-            node = self._table.value[spec.model]
+        if isinstance(self._table.value, dict) and name in self._table.value:
+            node = self._table.value[name]
             if not isinstance(node.value, str):
-                raise RecipeError(f"does not say where {spec.model} is", where=node.where)
+                raise RecipeError(f"does not say where {name} is", where=node.where)
             if node.value == HUB:
                 return None
             pure = PurePosixPath(node.value)
@@ -82,9 +103,9 @@ class SourceFinder:
                 raise RecipeError(f"{str(pure)!r} is outside the project", where=node.where)
             return self._root / pure
         raise CheckpointError(
-            f"profile {self._profile!r} does not say where {spec.model} is",
+            f"profile {self._profile!r} does not say where {name} is",
             where=self._table.where,
-            expected=f"an entry there, or --source {name}=FOLDER",
+            expected=f"an entry there, or {otherwise}",
         )
 
     def _open(self, path: Path) -> Checkpoint:

@@ -37,6 +37,9 @@ class ByteSource(Readable, Protocol):
     def identity(self) -> str:
         """Changes whenever the content may have changed; holds on this machine only."""
 
+    def path(self) -> Path | None:
+        """Where the whole file is on this machine, None when it is not."""
+
     @property
     def random_access(self) -> bool:
         """True when a small read costs little wherever it is."""
@@ -72,6 +75,10 @@ class LocalFile:
         self._path, self.name, self.size, self.identity = state
         self._fd = None
         self._lock = threading.Lock()
+
+    def path(self) -> Path:
+        """Where the file is."""
+        return self._path
 
     def _descriptor(self) -> int:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """Where a tensor's bytes are; arrays are as `dtypes.NUMPY_NAME` carries its dtype."""
+    """Where a tensor's bytes are; arrays are as `dtypes.NUMPY_NAME` carries its dtype.
+
+    `name` is what messages call it.
+    """
 
     spec: TensorSpec
     path: str
     offset: int = 0
+    name: str = ""
 
     def read(self) -> np.ndarray[Any, Any]:
         """The whole tensor, in memory of its own."""
@@ -29,6 +34,19 @@ class TensorFile:
     def read_row(self, index: int) -> np.ndarray[Any, Any]:
         """Index `index` of the first axis, in memory of its own."""
         return self._read(index * self.spec.row_bytes, self.spec.shape[1:])
+
+    def gather(self, indices: Iterable[int]) -> np.ndarray[Any, Any]:
+        """These indices of the first axis, in this order, without reading the others."""
+        import numpy as np
+
+        wanted = list(indices)
+        array = np.empty((len(wanted), *self.spec.shape[1:]), NUMPY_NAME[self.spec.dtype])
+        with Path(self.path).open("rb", buffering=0) as file:
+            for row, index in zip(array, wanted, strict=True):
+                view = row.reshape(-1).view(np.uint8).data
+                if os.preadv(file.fileno(), [view], self.offset + index * len(view)) != len(view):
+                    raise StoreError("ends inside a tensor", where=self.path)
+        return array
 
     def _read(self, start: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         import numpy as np

@@ -170,7 +170,19 @@ def _describe(variant: VariantPlan, shards: Sequence[Shard]) -> Variant:
         quantized=variant.conversion.quantized,
         parameters=variant.conversion.parameters,
         shards=shards,
+        copied=dict(variant.files),
+        architecture=variant.architecture,
+        serve=_serve_files(variant),
     )
+
+
+def _serve_files(variant: VariantPlan) -> dict[str, bytes]:
+    spec = variant.recipe.package.serve
+    if spec is None or variant.serving is None:
+        return {}
+    from carnice_build.serving.render import serve_files
+
+    return serve_files(spec, variant.serving)
 
 
 def _peak_memory() -> int:

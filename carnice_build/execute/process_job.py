@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.dtypes import TensorSpec
-from carnice_build.checkpoint.source import LocalFile
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BuildError
 from carnice_build.execute.array_job import non_finite
@@ -100,10 +99,11 @@ class ProcessJob:
         """The input in a file that stays while the job runs; a new one is called `own`."""
         source = ref.origin
         if isinstance(source, SourceTensor):
-            if isinstance(source.file, LocalFile):
-                return TensorFile(ref.spec, source.file.name, source.offset)
+            path = source.file.path() if source.file else None
+            if path is not None:
+                return TensorFile(ref.spec, str(path), source.offset, source.name)
             _download(source, own)
-            return TensorFile(ref.spec, str(own))
+            return TensorFile(ref.spec, str(own), 0, source.name)
         place = self._place(ref)
         assert place is not None, "an input that was there a moment ago is gone"
         # Another build may drop it meanwhile; a link of our own keeps the bytes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import threading
 from collections.abc import Callable, Sequence
@@ -77,6 +78,8 @@ _steps: SimpleQueue[int | None] | None = None
 def _connect(steps: SimpleQueue[int | None]) -> None:
     global _steps
     _steps = steps
+    # That an optional library is missing is no news to whoever runs a build.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _work(op: Any, params: Any, inputs: Any, outputs: Any) -> None:

@@ -119,7 +119,7 @@ class _Run:
 
     def _check_disk(self, status: BuildStatus) -> None:
         held = sum(pack.allocated_bytes() for pack in self._packs.values())
-        needed = status.bytes_to_write - held
+        needed = status.bytes_to_write + status.scratch_bytes(self._actions) - held
         free = self._store.free_bytes()
         if needed > free:
             raise PlanError(

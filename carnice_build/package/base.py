@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,30 +9,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from carnice_build import __version__
+from carnice_build.architectures.base import Architecture
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, Checkpoint
 from carnice_build.checkpoint.dtypes import TensorSpec
-from carnice_build.checkpoint.json import parse_json
+from carnice_build.checkpoint.json import parse_json, to_json
 from carnice_build.checkpoint.profiles import Source
 from carnice_build.errors import CheckpointError
 from carnice_build.keys import canonical_json
 from carnice_build.recipe.schema import CardSpec
 from carnice_build.store.digests import digest_bytes, digest_texts
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Taken over as they are: a tokenizer library that saves them again may change what they mean."""
-
-COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
-MAX_COPIED_BYTES = 200_000_000
 BUILD_NAME = "build.json"
 
 
@@ -50,7 +35,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Variant:
-    """All that the files of a folder may speak of."""
+    """All that the files of a folder may speak of.
+
+    `copied` holds the small files that come from the checkpoint, as the steps left them;
+    `serve` those that say how to serve it.
+    """
 
     name: str
     description: str
@@ -63,6 +52,9 @@ class Variant:
     quantized: Mapping[str, Mapping[str, Any]]
     parameters: int
     shards: Sequence[Shard]
+    copied: Mapping[str, bytes]
+    architecture: Architecture
+    serve: Mapping[str, bytes]
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -80,21 +72,6 @@ class Variant:
         return 8 * self.tensor_bytes / self.parameters
 
     @cached_property
-    def copied(self) -> dict[str, bytes]:
-        """The small files that are taken from the checkpoint as they are."""
-        found: dict[str, bytes] = {}
-        for name in COPIED_FILES:
-            source = self.checkpoint.assets.get(name)
-            if source is None:
-                continue
-            if source.size > MAX_COPIED_BYTES:
-                raise CheckpointError(f"has {source.size} bytes", where=source.name)
-            content = self.checkpoint.asset(name)
-            assert content is not None
-            found[name] = content
-        return found
-
-    @cached_property
     def key(self) -> str:
         """Changes whenever any file of the folder may change."""
         return digest_texts(
@@ -105,6 +82,7 @@ class Variant:
                 canonical_json(dict(self.tools)),
                 canonical_json(self.checkpoint.config),
                 *(f"{name} {digest_bytes(content)}" for name, content in self.copied.items()),
+                *(f"{name} {digest_bytes(content)}" for name, content in self.serve.items()),
                 *(f"{shard.name} {shard.pack}" for shard in self.shards),
             ]
         )
@@ -115,11 +93,6 @@ class Packager(Protocol):
 
     def files(self, variant: Variant) -> dict[str, bytes]:
         """Contents by file name: config.json and README.md at least."""
-
-
-def to_json(value: Any) -> bytes:
-    """JSON as people read it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def load_asset(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
@@ -138,7 +111,12 @@ def load_asset(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 def small_files(variant: Variant, packager: Packager) -> dict[str, bytes]:
     """Every file of the folder but the shards, by name; deterministic."""
-    files = {**variant.copied, INDEX_NAME: _index(variant), **packager.files(variant)}
+    files = {
+        **variant.copied,
+        **variant.serve,
+        INDEX_NAME: _index(variant),
+        **packager.files(variant),
+    }
     files[BUILD_NAME] = _provenance(variant, files)
     return files
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+from carnice_build.architectures.base import Part
 from carnice_build.package.base import Variant
 from carnice_build.units import format_size
 
@@ -65,7 +66,18 @@ def _facts(variant: Variant) -> dict[str, Any]:
         "size": f"{format_size(size)} ({size / 2**30:.2f} GiB)",
         "widths": _widths(variant),
         "has_template": any("chat_template" in name for name in variant.copied),
+        "has_mtp": _has_part(variant, Part.MTP),
+        "has_vision": _has_part(variant, Part.VISION),
+        "grafts": [item for item in variant.sources.items() if item[0] != variant.body],
+        "calibration": variant.recipe.get("calibration"),
+        "serve": variant.recipe.get("package", {}).get("serve"),
     }
+
+
+def _has_part(variant: Variant, part: Part) -> bool:
+    published = {name for shard in variant.shards for name, _, _ in shard.tensors}
+    facts = variant.architecture.tensors.values()
+    return any(fact.part is part and fact.name in published for fact in facts)
 
 
 def _widths(variant: Variant) -> list[tuple[int, int, int]]:

@@ -3,8 +3,9 @@
 Shards follow the source's modules, never the sizes after quantization, so that the same modules
 are together in every variant and a change of bits moves nothing from one shard to another.
 Linear layers of neighbouring decoder layers form shards; the embedding, the head, the MTP head,
-the vision tower and all small tensors (norms, convolutions, states) each have their own, so
-that what variants have in common is one file.
+the vision tower and all small tensors (norms, convolutions, states, scalars) each have their own,
+so that what variants have in common is one file, and scales of activations, which follow from the
+calibration, are not among the weights.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ _ORDER = {Part.EMBED: 0, Part.LAYERS: 1, Part.BODY: 2, Part.HEAD: 3, Part.MTP: 4
 
 def _group(tensor: OutputTensor, layers_per_shard: int) -> tuple[int, int]:
     fact = tensor.fact
-    if fact.part is Part.LAYERS and fact.role is not Role.LINEAR:
+    if fact.part is Part.LAYERS and (fact.role is not Role.LINEAR or not tensor.ref.spec.shape):
         return _ORDER[Part.BODY], 0
     chunk = fact.layer // layers_per_shard if fact.layer is not None else 0
     return _ORDER[fact.part], chunk

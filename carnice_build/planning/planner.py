@@ -4,29 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from carnice_build.architectures import architecture_of
 from carnice_build.architectures.base import Architecture, TensorFact
+from carnice_build.checkpoint.assets import Assets
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.errors import PlanError, nearest
-from carnice_build.graph import Action, ActionGraph, ActionOutput, TensorRef, View
+from carnice_build.graph import Action, ActionGraph, ActionOutput, TensorRef, View, source_view
 from carnice_build.planning.layout import PackLayout, pack_layouts
+from carnice_build.planning.serve import plan_serving
 from carnice_build.recipe.loader import Recipe
-from carnice_build.transforms.base import Conversion, Format, PlanContext, Step
+from carnice_build.serving.facts import ServingFacts
+from carnice_build.transforms.base import CalibrationSource, Conversion, Format, PlanContext, Step
 
 
 @dataclass(frozen=True)
 class VariantPlan:
-    """One variant, worked out: where it comes from, what its tensors are, how they are packed."""
+    """One variant, worked out: where it comes from, what its tensors are, how they are packed.
+
+    `files` holds the small files that are taken from the body, as the steps left them;
+    `serving` what its launches follow from, when it has any.
+    """
 
     recipe: Recipe
     sources: Mapping[str, Source]
     architecture: Architecture
     conversion: Conversion
     packs: tuple[PackLayout, ...]
+    files: Mapping[str, bytes]
+    serving: ServingFacts | None
 
     @property
     def name(self) -> str:
@@ -90,26 +99,46 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     """
     sources = {name: _find(finder, recipe, name) for name in recipe.sources}
     body = sources[recipe.body]
+    _refuse_quantized(body.checkpoint)
     architecture = architecture_of(body.checkpoint.config, body.checkpoint.where)
-    context = PlanContext(architecture, graph, body.profile, recipe.layers)
-    view: View = {
-        name: TensorRef(tensor.spec, tensor) for name, tensor in body.checkpoint.tensors.items()
-    }
+    context = PlanContext(architecture, graph, body.profile, recipe.layers, sources)
+    view = source_view(body.checkpoint)
+    files: Mapping[str, bytes] = Assets(body.checkpoint)
     for step in recipe.steps:
         with _located(recipe, "steps", step.index, step.kind):
             assert isinstance(step.params, Step)
             view = step.params.apply(view, context)
+            files = step.params.edit(files, context)
     check_structure(view, architecture, body.checkpoint.where)
+    if recipe.calibration is not None:
+        dataset = finder.find_dataset(recipe.calibration)
+        source = CalibrationSource(recipe.calibration, dataset, body.checkpoint, files)
+        context = replace(context, calibration=source)
     with _located(recipe, "quantize"):
         assert isinstance(recipe.quantize, Format)
         conversion = recipe.quantize.convert(view, context)
     _check_names(conversion)
     packs = pack_layouts(conversion.tensors, recipe.package.shard, recipe.quantize.metadata())
-    return VariantPlan(recipe, sources, architecture, conversion, tuple(packs))
+    with _located(recipe, "package", "serve"):
+        size = sum(pack.size for pack in packs)
+        serving = plan_serving(recipe, architecture, conversion, files, size)
+    return VariantPlan(recipe, sources, architecture, conversion, tuple(packs), files, serving)
 
 
 def _find(finder: SourceFinder, recipe: Recipe, name: str) -> Source:
     return finder.find(name, recipe.sources[name])
+
+
+def _refuse_quantized(body: Checkpoint) -> None:
+    for key in ("quantization_config", "quantization"):
+        if key in body.config:
+            table = body.config[key]
+            method = table.get("quant_method", "") if isinstance(table, dict) else ""
+            raise PlanError(
+                f"is quantized already ({method or key})",
+                where=body.where,
+                expected="the weights that it was quantized from",
+            )
 
 
 @contextmanager

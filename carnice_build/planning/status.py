@@ -6,7 +6,7 @@ nothing has it) and *read* (an input was never read, so its key is not known yet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -14,6 +14,7 @@ from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.graph import Action, ActionOutput, TensorRef
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
+from carnice_build.planning.scratch import scratch_bytes
 from carnice_build.store.packs import Location
 from carnice_build.store.store import Store
 
@@ -49,6 +50,11 @@ class BuildStatus:
     def bytes_to_read(self) -> int:
         """Bytes of the source tensors that must be read."""
         return sum(tensor.spec.nbytes for tensor in self.sources.values())
+
+    def scratch_bytes(self, actions: Iterable[Action]) -> int:
+        """Most disk for outputs that are not kept, when those of `actions` run that must."""
+        states = (Status.RUN, Status.READ)
+        return scratch_bytes(item for item in actions if self.actions.get(item.identity) in states)
 
     @property
     def bytes_to_write(self) -> int:

@@ -14,6 +14,7 @@ from carnice_build.errors import RecipeError, nearest
 from carnice_build.recipe.layers import LayerSpan
 from carnice_build.recipe.merge import override, read_with_parents
 from carnice_build.recipe.schema import (
+    CalibrationSpec,
     CardSpec,
     PackageSpec,
     RecipeBody,
@@ -44,6 +45,7 @@ class Recipe:
     layers: Mapping[str, list[LayerSpan]]
     steps: Sequence[Step]
     quantize: BaseModel
+    calibration: CalibrationSpec | None
     package: PackageSpec
     card: CardSpec
     tree: Node
@@ -97,6 +99,7 @@ def load_recipe(path: Path, vocabulary: Vocabulary, overrides: Iterable[str] = (
         layers=body.layers,
         steps=steps,
         quantize=_format(tree, vocabulary),
+        calibration=body.calibration,
         package=body.package,
         card=body.card,
         tree=tree,

@@ -15,25 +15,25 @@ MAX_PARENTS = 16
 
 
 def read_with_parents(path: Path) -> Node:
-    """The recipe at `path` merged over the recipes it `extends`, nearest last."""
-    chain: list[Node] = []
-    seen: set[Path] = set()
-    current: Path | None = path
-    while current is not None:
-        tree = _mapping_at(current)
-        if current.resolve() in seen:
-            raise RecipeError("extends itself", where=chain[-1].where)
-        if len(chain) >= MAX_PARENTS:
-            raise RecipeError(f"extends more than {MAX_PARENTS} others", where=chain[-1].where)
-        seen.add(current.resolve())
-        chain.append(tree)
-        current = _parent(tree, current)
-    merged = Node({}, chain[-1].where)
-    for tree in reversed(chain):
-        merged = merge(merged, tree)
+    """The recipe at `path` merged over the recipes it `extends`, the last one named nearest."""
+    merged = _merged(path, (), [])
     assert isinstance(merged.value, dict)
     merged.value.pop("extends", None)
-    return Node(merged.value, chain[0].where)
+    return merged
+
+
+def _merged(path: Path, children: tuple[Path, ...], read: list[Path]) -> Node:
+    """`read` counts all files of the recipe, which two parents of one file may multiply."""
+    tree = _mapping_at(path)
+    merged = Node({}, tree.where)
+    for parent in _parents(tree, path):
+        read.append(parent)
+        if parent.resolve() in (*children, path.resolve()):
+            raise RecipeError("extends itself", where=tree.where)
+        if len(read) > MAX_PARENTS:
+            raise RecipeError(f"extends more than {MAX_PARENTS} others", where=tree.where)
+        merged = merge(merged, _merged(parent, (*children, path.resolve()), read))
+    return Node(merge(merged, tree).value, tree.where)
 
 
 def _mapping_at(path: Path) -> Node:
@@ -43,11 +43,16 @@ def _mapping_at(path: Path) -> Node:
     return tree
 
 
-def _parent(tree: Node, path: Path) -> Path | None:
+def _parents(tree: Node, path: Path) -> list[Path]:
     assert isinstance(tree.value, dict)
     node = tree.value.get("extends")
     if node is None:
-        return None
+        return []
+    names = node.value if isinstance(node.value, list) else [node]
+    return [_parent(name, path) for name in names]
+
+
+def _parent(node: Node, path: Path) -> Path:
     if not isinstance(node.value, str):
         raise RecipeError("extends is not a file name", where=node.where)
     pure = PurePosixPath(node.value)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +19,7 @@ from pydantic import (
 
 from carnice_build.recipe.layers import LayerSet
 from carnice_build.recipe.patterns import compile_pattern
+from carnice_build.serving.spec import ServeSpec
 from carnice_build.units import parse_size
 
 
@@ -35,6 +37,13 @@ def _check_pattern(text: str) -> str:
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
+
+AnyPatterns = Annotated[
+    list[Annotated[str, AfterValidator(_check_pattern)]],
+    BeforeValidator(_as_list),
+    WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}}),
+]
+"""One pattern or a list of patterns, which may be empty."""
 
 PatternList = Annotated[
     list[Annotated[str, AfterValidator(_check_pattern)]],
@@ -75,6 +84,49 @@ class SourceSpec(Strict):
     revision: str = Field("main", description="Branch, tag or commit of the repository.")
 
 
+ByProfile = int | dict[str, int]
+"""A number, or one for each profile."""
+
+DATASET_FILES = (".jsonl", ".parquet", ".txt")
+
+
+def _check_dataset(name: str) -> str:
+    if not name.endswith(DATASET_FILES):
+        return _check_model(name)
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\0" in name:
+        raise ValueError(f"{name!r} is outside the project")
+    return name
+
+
+class CalibrationSpec(Strict):
+    """The forward passes behind a calibrated format: over which text, and how they compute."""
+
+    dataset: Annotated[str, AfterValidator(_check_dataset)] = Field(
+        description="Repository of a dataset on the hub, as owner/name, which a profile may map to "
+        "a file; or a .jsonl, .parquet or .txt file of the project."
+    )
+    subset: str | None = Field(None, description="Configuration of a dataset on the hub.")
+    split: str = Field("train", description="Split of a dataset on the hub.")
+    revision: str = Field("main", description="Branch, tag or commit of a dataset on the hub.")
+    samples: ByProfile = Field(20, description="How many rows of the dataset, the first ones.")
+    length: Annotated[int, Field(ge=2)] = Field(
+        8192, description="Most tokens of a sample; longer ones are cut."
+    )
+    roles: dict[str, str] = Field(
+        default_factory=lambda: {"human": "user", "gpt": "assistant"},
+        description="What the chat template calls the dataset's roles; others keep their name.",
+    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type to compute in.")
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa", description="Attention of transformers; the two round differently."
+    )
+    threads: Annotated[int, Field(ge=1)] = Field(
+        2, description="Threads of torch; sums may round differently with another number."
+    )
+    device: str = Field("cpu", description="Device of torch, such as cpu or cuda.")
+
+
 class PackageSpec(Strict):
     """What the output folder holds beside the weights, and how they are split."""
 
@@ -83,6 +135,9 @@ class PackageSpec(Strict):
     ] = Field(
         5_000_000_000,
         description="Most that the modules of one shard may weigh in BF16, such as 5GB.",
+    )
+    serve: ServeSpec | None = Field(
+        None, description="A serving profile, whose launches go into `serve/`, or changes of one."
     )
 
 
@@ -114,6 +169,9 @@ class RecipeBody(Strict):
         default_factory=list, description="What happens to the body's tensors, in order."
     )
     quantize: dict[str, Any] = Field(description="The number format, and which modules get it.")
+    calibration: CalibrationSpec | None = Field(
+        None, description="The forward passes that a calibrated format needs."
+    )
     package: PackageSpec = Field(
         default_factory=lambda: PackageSpec.model_validate({}),
         description="How the output folder is laid out.",
@@ -140,7 +198,11 @@ def json_schema(vocabulary: Vocabulary) -> dict[str, Any]:
     schema = RecipeBody.model_json_schema()
     definitions = schema.setdefault("$defs", {})
     properties = schema["properties"]
-    properties["extends"] = {"type": "string", "description": "A recipe that this one changes."}
+    properties["extends"] = {
+        "type": ["string", "array"],
+        "items": {"type": "string"},
+        "description": "A recipe that this one changes, or several; the last one has precedence.",
+    }
     steps = [
         {
             "type": "object",

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from carnice_build.architectures.base import Architecture
+from carnice_build.checkpoint.checkpoint import Checkpoint
+from carnice_build.checkpoint.datasets import Dataset
+from carnice_build.checkpoint.profiles import Source
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import ActionGraph, OutputTensor, View
 from carnice_build.package.base import Packager
 from carnice_build.recipe.layers import LayerSpan, layers_in
 from carnice_build.recipe.patterns import Patterns
-from carnice_build.recipe.schema import Expectation, Strict
+from carnice_build.recipe.schema import CalibrationSpec, Expectation, Strict
+
+
+@dataclass(frozen=True)
+class CalibrationSource:
+    """A recipe's calibration, with its dataset found and the small files as they are packaged."""
+
+    spec: CalibrationSpec
+    dataset: Dataset
+    body: Checkpoint
+    files: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,8 @@ class PlanContext:
     graph: ActionGraph
     profile: str | None
     layer_sets: Mapping[str, Sequence[LayerSpan]]
+    sources: Mapping[str, Source]
+    calibration: CalibrationSource | None = None
 
     def layers(self, name: str) -> frozenset[int]:
         """The decoder layers of the recipe's named set; PlanError when it has none so named."""
@@ -97,6 +112,10 @@ class Format(Strict):
     def packager(self) -> Packager:
         """What writes the files beside the weights."""
 
+    def engine_name(self) -> str | None:
+        """What serving engines call the format, None when no profile of `serving` is for it."""
+        return None
+
     def metadata(self) -> Mapping[str, str]:
         """What the shards' headers say in `__metadata__`."""
         return {"format": "pt"}
@@ -104,6 +123,17 @@ class Format(Strict):
     def extras(self) -> tuple[str, ...]:
         """The optional dependencies, as in `pip install carnice-build[...]`, that a build needs."""
         return ()
+
+
+def check_fusions(quantized: Container[str], view: View, architecture: Architecture) -> None:
+    """Raise PlanError where a serving engine would fuse a quantized linear with a plain one."""
+    for fusion in architecture.fusions:
+        states = {part in quantized for part in fusion.parts if f"{part}.weight" in view}
+        if len(states) > 1:
+            raise PlanError(
+                f"some of {', '.join(fusion.parts)} are quantized and some are not",
+                expected=f"all or none, because serving engines fuse them to {fusion.module}",
+            )
 
 
 def require_match(patterns: Patterns, names: Sequence[str], what: str) -> list[str]:

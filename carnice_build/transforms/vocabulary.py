@@ -12,12 +12,20 @@ from typing import Any
 
 from carnice_build.recipe.schema import Vocabulary
 from carnice_build.transforms.base import Format, Step
+from carnice_build.transforms.chat_template import ChatTemplate
 from carnice_build.transforms.drop import Drop
+from carnice_build.transforms.graft import Graft
 from carnice_build.transforms.mlx import MlxFormat
+from carnice_build.transforms.nvfp4 import Nvfp4Format
 from carnice_build.transforms.rename import Rename
 
-STEPS: dict[str, type[Step]] = {"rename": Rename, "drop": Drop}
-FORMATS: dict[str, type[Format]] = {"mlx": MlxFormat}
+STEPS: dict[str, type[Step]] = {
+    "rename": Rename,
+    "drop": Drop,
+    "graft": Graft,
+    "chat_template": ChatTemplate,
+}
+FORMATS: dict[str, type[Format]] = {"mlx": MlxFormat, "nvfp4": Nvfp4Format}
 
 
 class _Extensible(Mapping[str, Any]):

@@ -1,0 +1,174 @@
+"""Rows of a dataset through a chat template and a tokenizer; runs in worker processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from carnice_build.chat.render import Chat, render
+from carnice_build.errors import BackendError, CheckpointError
+
+_BATCH = 32
+"""Conversations that are rendered by one child process."""
+
+_SHORTEST = 2
+"""Tokens below which a sample says nothing about a model of sequences."""
+
+Row = Mapping[str, Any]
+
+
+def tokenize(
+    params: Mapping[str, Any], tokenizer: np.ndarray[Any, Any], file: str | None
+) -> list[list[int]]:
+    """The token ids of the first `samples` rows, each cut at `length`; see `transforms.tokens`.
+
+    `tokenizer` holds the bytes of tokenizer.json, `file` is the path of a dataset that is a file.
+    Raises CheckpointError, naming the row, for one that is no text, is too short or that the
+    template refuses, and when there are too few rows.
+    """
+    where = file or params["dataset"]["name"]
+    rows = _from_file(file, params["rows"]) if file is not None else _from_hub(params["dataset"])
+    wanted: int = params["samples"]
+    found = list(islice(rows, wanted))
+    if len(found) < wanted:
+        raise CheckpointError(
+            f"has {len(found)} rows", where=where, expected=f"{wanted}, or fewer `samples`"
+        )
+    encode = _encoder(tokenizer.tobytes())
+    texts = _texts(found, params["template"], params["roles"], where)
+    samples = []
+    for index, text in enumerate(texts):
+        ids = encode(text)[: params["length"]]
+        if len(ids) < _SHORTEST:
+            raise CheckpointError(f"row {index + 1} is too short: {len(ids)} tokens", where=where)
+        samples.append(ids)
+    return samples
+
+
+def _encoder(content: bytes) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise BackendError(
+            "tokenizers is not installed: pip install 'carnice-build[torch]'"
+        ) from None
+    try:
+        tokenizer = Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises nothing more precise
+        raise CheckpointError(f"cannot be used: {error}", where="tokenizer.json") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _from_file(path: str, form: str) -> Iterator[Row]:
+    if form == "parquet":
+        yield from _from_parquet(path)
+        return
+    with Path(path).open(encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield {"text": line} if form == "txt" else _parsed(line, number, path)
+        except UnicodeDecodeError:
+            raise CheckpointError("is not text in UTF-8", where=path) from None
+
+
+def _parsed(line: str, number: int, path: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise CheckpointError(f"line {number} is not a JSON object", where=path)
+    return row
+
+
+def _from_parquet(path: str) -> Iterator[Row]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        for batch in ParquetFile(path).iter_batches(_BATCH):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise CheckpointError(f"is not a readable parquet file: {error}", where=path) from None
+
+
+def _from_hub(dataset: Mapping[str, Any]) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    try:
+        yield from load_dataset(
+            dataset["name"],
+            dataset["subset"],
+            split=dataset["split"],
+            revision=dataset["commit"],
+            streaming=True,
+        )
+    except Exception as error:  # the library raises whatever its readers and the network raise
+        raise CheckpointError(
+            f"cannot be read: {type(error).__name__}: {error}", where=dataset["name"]
+        ) from None
+
+
+def _texts(
+    rows: Sequence[Row], template: str | None, roles: Mapping[str, str], where: str
+) -> Iterator[str]:
+    """The text of each row, in order."""
+    for start in range(0, len(rows), _BATCH):
+        batch = [
+            _content(row, roles, f"{where}: row {start + index + 1}")
+            for index, row in enumerate(rows[start : start + _BATCH])
+        ]
+        yield from _rendered(batch, template, start, where)
+
+
+def _rendered(
+    batch: Sequence[str | Chat], template: str | None, start: int, where: str
+) -> Iterable[str]:
+    chats = [item for item in batch if isinstance(item, Chat)]
+    if chats and template is None:
+        raise CheckpointError("holds conversations, but there is no chat template", where=where)
+    try:
+        texts = iter(render(template or "", chats, "the chat template") if chats else ())
+    except CheckpointError as error:
+        first, last = start + 1, start + len(batch)
+        raise CheckpointError(f"rows {first} to {last}: {error}", where=where) from None
+    return [item if isinstance(item, str) else next(texts) for item in batch]
+
+
+def _content(row: Row, roles: Mapping[str, str], where: str) -> str | Chat:
+    """A row's text, or its conversation: `messages`, or `conversations` as ShareGPT has them."""
+    text = row.get("text")
+    if isinstance(text, str):
+        return text
+    turns = row.get("messages") or row.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise CheckpointError(
+            "holds no text", where=where, expected="`text`, `messages` or `conversations`"
+        )
+    return Chat([_message(turn, roles, where) for turn in turns], _tools(row, where))
+
+
+def _message(turn: Row, roles: Mapping[str, str], where: str) -> Row:
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str | list | None):
+        raise CheckpointError("has a turn without a role or text", where=where)
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {**others, "role": roles.get(role, role), "content": content}
+
+
+def _tools(row: Row, where: str) -> Sequence[Row] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise CheckpointError("has `tools` that are not JSON", where=where) from None
+    return tools or None

@@ -1,0 +1,62 @@
+"""Folders as NVIDIA ModelOpt exports them: hf_quant_config.json and its twin in config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from carnice_build.checkpoint.json import to_json
+from carnice_build.package.base import Variant
+from carnice_build.package.card import render_card
+from carnice_build.package.ignore import unquantized_modules
+
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+"""Whose format the files are in; engines tell it by this name."""
+
+
+class ModelOptPackager:
+    """Writes config.json, hf_quant_config.json and README.md."""
+
+    def files(self, variant: Variant) -> dict[str, bytes]:
+        """See `Packager.files`."""
+        ignore = unquantized_modules(variant)
+        return {
+            "config.json": to_json(_config(variant, ignore)),
+            "hf_quant_config.json": to_json(_quantization(variant, ignore)),
+            "README.md": render_card(
+                "nvfp4.md.j2", variant, library="transformers", tags=("modelopt", "nvfp4", "vllm")
+            ),
+        }
+
+
+def _quantization(variant: Variant, ignore: list[str]) -> dict[str, Any]:
+    return {
+        "producer": PRODUCER,
+        "quantization": {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": variant.defaults["group_size"],
+            "exclude_modules": ignore,
+        },
+    }
+
+
+def _config(variant: Variant, ignore: list[str]) -> dict[str, Any]:
+    """The checkpoint's config; its `vision_config` stays, as the architecture does."""
+    group_size = variant.defaults["group_size"]
+    numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": group_size}
+    return {
+        **variant.checkpoint.config,
+        "quantization_config": {
+            "config_groups": {
+                "group_0": {
+                    "input_activations": numbers,
+                    "weights": numbers,
+                    "targets": ["Linear"],
+                }
+            },
+            "ignore": ignore,
+            "quant_algo": "NVFP4",
+            "producer": PRODUCER,
+            "quant_method": "modelopt",
+        },
+    }

@@ -1,0 +1,51 @@
+"""How a variant will be served: facts that follow from what is packaged, checked before a build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from carnice_build.architectures.base import Architecture, Part
+from carnice_build.chat.files import template_files
+from carnice_build.chat.tool_format import tool_format
+from carnice_build.errors import PlanError
+from carnice_build.recipe.loader import Recipe
+from carnice_build.serving.facts import ServingFacts
+from carnice_build.serving.rules import plan_launches
+from carnice_build.transforms.base import Conversion, Format
+
+
+def plan_serving(
+    recipe: Recipe,
+    architecture: Architecture,
+    conversion: Conversion,
+    files: Mapping[str, bytes],
+    weights_bytes: int,
+) -> ServingFacts | None:
+    """What the launches of `package.serve` follow from, None when the recipe has none.
+
+    Raises PlanError for a launch that cannot work.
+    """
+    spec = recipe.package.serve
+    if spec is None:
+        return None
+    assert isinstance(recipe.quantize, Format)
+    engine_name = recipe.quantize.engine_name()
+    if engine_name is None:
+        raise PlanError("no serving engine that we know loads this format")
+    parts = {tensor.fact.part for tensor in conversion.tensors}
+    template = next(iter(template_files(files).values()), None)
+    found = tool_format(template) if template is not None else None
+    facts = ServingFacts(
+        repo=recipe.card.repo or recipe.variant,
+        variant=recipe.variant,
+        quantization=engine_name,
+        tool_call_parser=found.tool_call_parser if found else None,
+        reasoning_parser=found.reasoning_parser if found else None,
+        has_mtp=Part.MTP in parts,
+        text_only=Part.VISION not in parts,
+        weights_bytes=weights_bytes,
+        kv=architecture.kv_geometry,
+        max_positions=architecture.max_positions,
+    )
+    plan_launches(spec, facts)
+    return facts

@@ -1,0 +1,253 @@
+"""Calibration: forward passes as actions, cut at the decoder layer.
+
+tokens -> hidden(0) -> for each layer *i*: forward(i) -> hidden(i + 1), amax(i)
+
+The hidden states are large and go when the next layer is done; what is kept of a layer are the
+largest magnitudes that its linears were given.
+No key holds anything of the quantizer, so all recipes of one body and one dataset share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from carnice_build.architectures.base import Part, Role, TensorFact
+from carnice_build.chat.files import template_files
+from carnice_build.checkpoint.checkpoint import Checkpoint, SourceTensor
+from carnice_build.checkpoint.datasets import whole_file
+from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
+from carnice_build.checkpoint.tensor_file import TensorFile
+from carnice_build.errors import CheckpointError, PlanError
+from carnice_build.graph import ProcessOp, TensorRef, View
+from carnice_build.processor import vector_instructions
+from carnice_build.transforms.base import PlanContext
+from carnice_build.transforms.tokens import PADDING, Tokens
+
+_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+
+
+class Embed(ProcessOp):
+    """The rows of the embedding for each token: the hidden states before the first layer.
+
+    Inputs: tokens I32 [samples, length]; the embedding [vocabulary, hidden].
+    Output: [samples, length, hidden] of `dtype`, zero behind the end of a sample.
+    Parameter: `dtype`.
+    """
+
+    name = "calibration.embed"
+    version = 1
+    libraries = ("numpy",)
+    transient = frozenset({0})
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Hidden states."""
+        tokens, table = inputs
+        return (TensorSpec(params["dtype"], (*tokens.shape, table.shape[1])),)
+
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """The tokens, and one sample twice."""
+        (hidden,) = self.infer(params, inputs)
+        return inputs[0].nbytes + 2 * hidden.row_bytes
+
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        report: Callable[[], None],
+    ) -> None:
+        """Raises CheckpointError for a token that has no row."""
+        import numpy as np
+
+        from carnice_build.kernels.elementwise import cast
+
+        table = inputs[1]
+        for index, tokens in enumerate(samples(inputs[0])):
+            if tokens.max() >= table.spec.shape[0]:
+                raise CheckpointError(
+                    f"token {tokens.max()} has no row in the embedding",
+                    where="tokenizer.json",
+                    expected=f"at most {table.spec.shape[0] - 1}",
+                )
+            rows = table.gather(tokens)
+            out = np.empty(rows.shape, NUMPY_NAME[params["dtype"]])
+            cast(rows, table.spec.dtype, params["dtype"], out)
+            outputs[0].write_row(index, out)
+
+
+class Forward(ProcessOp):
+    """One decoder layer over every sample, as transformers computes it.
+
+    Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors.
+    Outputs: the layer's own hidden states; amax F32 [linears], the largest magnitude of each
+    linear's inputs over all samples, as modelopt's max calibrator has it.
+    Parameters: `names` (of the tensors, within the layer), `linears` (of the modules in amax),
+    `kind` of the layer, `config` of the text model, and `dtype`, `attention`, `threads`,
+    `device` and `processor` of the arithmetic.
+    """
+
+    name = "calibration.forward"
+    version = 1
+    # transformers takes the last two in place of its own code when they are there.
+    libraries = ("torch", "transformers", "flash-linear-attention", "causal-conv1d")
+    transient = frozenset({0})
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Hidden states and amax."""
+        return inputs[1], TensorSpec("F32", (len(params["linears"]),))
+
+    def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """One for each sample."""
+        return inputs[0].shape[0]
+
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """The layer, and what one sample of full length needs inside it."""
+        return layer_memory(params["config"], inputs)
+
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        report: Callable[[], None],
+    ) -> None:
+        """Raises CheckpointError for NaN or infinity in what a linear is given."""
+        import numpy as np
+
+        from carnice_build.backends.forward import run_layer
+
+        amax = run_layer(params, samples(inputs[0]), inputs[1], inputs[2:], outputs[0], report)
+        outputs[1].write(np.array([amax[name] for name in params["linears"]], np.float32))
+
+
+def samples(tokens: TensorFile) -> list[Any]:
+    """The rows of a tensor of tokens, each without its padding."""
+    return [row[row != PADDING] for row in tokens.read()]
+
+
+def layer_memory(config: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+    """Bytes for a layer (`inputs[2:]`) and one sample of hidden states (`inputs[1]`) inside it.
+
+    A token takes, in float32, some copies of what the widest modules give: measured with torch
+    2.13 on samples of 8192 tokens in the shapes of Qwen3.6-27B (docs/benchmarks.md).
+    """
+    length, hidden = inputs[1].shape[1:]
+    inner = max(int(config["intermediate_size"]), 4 * hidden)
+    weights = sum(spec.nbytes for spec in inputs[2:])
+    return weights + 4 * length * (6 * hidden + 4 * inner)
+
+
+class Calibration:
+    """Adds the actions of a calibration to the graph, as far as somebody asks for their results."""
+
+    def __init__(self, view: View, context: PlanContext) -> None:
+        """Calibrate the text model in `view`; PlanError when the recipe does not say on what."""
+        if context.calibration is None:
+            raise PlanError("the format needs a section `calibration`", at=("format",))
+        self._source = context.calibration
+        self._spec = self._source.spec
+        self._view = view
+        self._context = context
+        self._architecture = context.architecture
+        self._hidden = [self._embed()]
+        self._amax: list[tuple[TensorRef, tuple[str, ...]]] = []
+
+    def amax(self, layer: int) -> tuple[TensorRef, tuple[str, ...]]:
+        """The largest inputs of a layer's linears, F32 [linears], and the linears' module paths."""
+        while len(self._amax) <= layer:
+            self._forward(len(self._amax))
+        return self._amax[layer]
+
+    def _embed(self) -> TensorRef:
+        self.tokens = self._tokens()
+        facts = self._architecture.tensors.values()
+        table = next(fact for fact in facts if fact.part is Part.EMBED)
+        params = {"dtype": _DTYPES[self._spec.dtype]}
+        (hidden,) = self._context.graph.add(Embed(), params, self.tokens, self._view[table.name])
+        return hidden
+
+    def _tokens(self) -> TensorRef:
+        spec, dataset, body = self._spec, self._source.dataset, self._source.body
+        template = next(iter(template_files(self._source.files).values()), None)
+        params: dict[str, Any] = {
+            "samples": self._sample_count(),
+            "length": spec.length,
+            "roles": spec.roles,
+            "template": template,
+        }
+        inputs = [_tokenizer(body)]
+        if dataset.file is not None:
+            params["rows"] = dataset.file.name.rpartition(".")[2]
+            inputs.append(_file_ref(whole_file(dataset.file)))
+        else:
+            params["dataset"] = {
+                "name": dataset.name,
+                "subset": spec.subset,
+                "split": spec.split,
+                "commit": dataset.commit,
+            }
+        (tokens,) = self._context.graph.add(Tokens(), params, *inputs)
+        return tokens
+
+    def _sample_count(self) -> int:
+        samples, profile = self._spec.samples, self._context.profile
+        if isinstance(samples, int):
+            return samples
+        if profile not in samples:
+            raise PlanError(
+                "calibration.samples says nothing for this checkpoint",
+                expected=f"an entry for profile {profile}" if profile else "one number",
+            )
+        return samples[profile]
+
+    def _forward(self, layer: int) -> None:
+        architecture, spec = self._architecture, self._spec
+        prefix = architecture.layer_prefix(layer)
+        facts = layer_facts(architecture.tensors.values(), layer)
+        linears = [fact.module for fact in facts if fact.role is Role.LINEAR]
+        params = {
+            "names": [fact.name.removeprefix(prefix) for fact in facts],
+            "linears": [module.removeprefix(prefix) for module in linears],
+            "kind": architecture.layer_kind(layer),
+            "config": layer_config(architecture.text_config),
+            "dtype": spec.dtype,
+            "attention": spec.attention,
+            "threads": spec.threads,
+            "device": spec.device,
+            "processor": vector_instructions(),
+        }
+        weights = [self._view[fact.name] for fact in facts]
+        hidden, amax = self._context.graph.add(
+            Forward(), params, self.tokens, self._hidden[layer], *weights
+        )
+        self._hidden.append(hidden)
+        self._amax.append((amax, tuple(linears)))
+
+
+def layer_facts(facts: Any, layer: int) -> list[TensorFact]:
+    """The tensors of a decoder layer, in the order of the table."""
+    return [fact for fact in facts if fact.layer == layer and fact.part is Part.LAYERS]
+
+
+def layer_config(text_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What one layer depends on: all of the text config but how many layers there are."""
+    others = ("num_hidden_layers", "layer_types")
+    return {key: value for key, value in text_config.items() if key not in others}
+
+
+def _tokenizer(body: Checkpoint) -> TensorRef:
+    file = body.assets.get("tokenizer.json")
+    if file is None and body.buildable:
+        raise PlanError("has no tokenizer.json, which the calibration needs", where=body.where)
+    if file is None:
+        return _file_ref(SourceTensor("tokenizer.json", TensorSpec("U8", (0,)), None, 0))
+    return _file_ref(whole_file(file))
+
+
+def _file_ref(tensor: SourceTensor) -> TensorRef:
+    return TensorRef(tensor.spec, tensor)

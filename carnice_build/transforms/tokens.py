@@ -1,0 +1,56 @@
+"""Op `calibration.tokens`: the text of a calibration, as the model would be given it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.checkpoint.tensor_file import TensorFile
+from carnice_build.graph import ProcessOp
+
+PADDING = -1
+"""Behind the tokens of a sample that is shorter than the longest it may be."""
+
+
+class Tokens(ProcessOp):
+    """The first rows of a dataset, rendered through the chat template and tokenized.
+
+    Inputs: tokenizer.json, and the dataset when it is a file, each U8 [size].
+    Output: I32 [samples, length]; a row is cut at `length` tokens and padded with -1.
+    Parameters: `samples`, `length`, `roles` (names that the template uses instead of the
+    dataset's), `template` (its text, or None), `rows` (the form of the file: `jsonl`, `parquet` or
+    `txt`), or `dataset` (name, subset, split and commit on the hub).
+    """
+
+    name = "calibration.tokens"
+    version = 1
+    libraries = ("tokenizers", "jinja2")
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """I32 [samples, length]."""
+        return (TensorSpec("I32", (params["samples"], params["length"])),)
+
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """The tokenizer's tables, and one batch of rendered rows."""
+        return 64 << 20
+
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        report: Callable[[], None],
+    ) -> None:
+        """Raises CheckpointError, which names the row, when the data will not do."""
+        import numpy as np
+
+        from carnice_build.backends.tokens import tokenize
+
+        dataset = inputs[1].path if len(inputs) > 1 else None
+        rows = np.full(outputs[0].spec.shape, PADDING, np.int32)
+        for row, tokens in zip(rows, tokenize(params, inputs[0].read(), dataset), strict=True):
+            row[: len(tokens)] = tokens
+        outputs[0].write(rows)
