@@ -225,7 +225,8 @@ class Qwen35:
         if self._vision is None:
             return
         for name, shape in _vision_shapes(self._vision):
-            yield TensorFact(VISION + name, shape, Part.VISION, Role.VISION)
+            role = Role.LINEAR if name.endswith(_VISION_LINEARS) else Role.VISION
+            yield TensorFact(VISION + name, shape, Part.VISION, role)
 
     def module_kind(self, name: str) -> str:
         """What tables call the module of tensor `name`: its path without layer numbers."""
@@ -256,6 +257,14 @@ class Qwen35:
     def mlx_keeps_dtype(self, name: str) -> bool:
         """True for the tensors that mlx-lm does not cast to the model's type."""
         return name.endswith("A_log")
+
+
+_VISION_LINEARS = (
+    ".attn.qkv.weight",
+    ".attn.proj.weight",
+    ".linear_fc1.weight",
+    ".linear_fc2.weight",
+)
 
 
 def _vision_shapes(config: ConfigReader) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from carnice_build.backends.layers import (
     Arithmetic,
     LayerwiseModel,
@@ -14,7 +16,7 @@ from carnice_build.backends.layers import (
     input_amax,
 )
 from carnice_build.checkpoint.tensor_file import TensorFile
-from carnice_build.errors import CheckpointError
+from carnice_build.errors import BackendError, CheckpointError
 from carnice_build.graph import TensorData
 
 
@@ -29,28 +31,50 @@ def run_layer(
     """Run each sample's hidden states through the layer into `out`; see `Forward` for `params`.
 
     Returns the largest magnitude of each linear's inputs, by its name within the layer.
-    Raises CheckpointError when one is NaN or infinity.
+    Raises CheckpointError when one is NaN or infinity, or when transformers refuses the config;
+    BackendError when torch has no such device.
     """
-    arithmetic = Arithmetic(
-        params["dtype"], params["attention"], params["threads"], params["device"]
-    )
-    model = LayerwiseModel(params["config"], arithmetic)
-    tensors = {
-        name: as_tensor(TensorData(file.spec.dtype, file.read()))
-        for name, file in zip(params["names"], weights, strict=True)
-    }
-    layer = model.layer(params["kind"], tensors)
+    model, layer = _load(params, weights)
     with input_amax(layer) as amax:
         for index, tokens in enumerate(samples):
             data = TensorData(hidden.spec.dtype, hidden.read_row(index)[: len(tokens)])
             try:
                 result = model.run(layer, model.embed(as_tensor(data)))
             except NonFiniteInput as error:
-                layer_name = weights[0].name.removesuffix(params["names"][0])
+                name = _layer_name(params, weights) + error.linear
                 raise CheckpointError(
-                    f"{layer_name}{error.linear} was given NaN or infinity by sample {index + 1}",
+                    f"{name} was given NaN or infinity by sample {index + 1}",
                     expected="finite activations",
                 ) from None
             out.write_row(index, as_data(result[0]).array)
             report()
     return amax
+
+
+def _load(
+    params: Mapping[str, Any], weights: Sequence[TensorFile]
+) -> tuple[LayerwiseModel, torch.nn.Module]:
+    device = params["device"]
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises AssertionError, RuntimeError or what a driver raises
+        raise BackendError(
+            f"torch cannot use calibration.device {device}: {error}", expected="such as cpu or cuda"
+        ) from None
+    tensors = {
+        name: as_tensor(TensorData(file.spec.dtype, file.read()))
+        for name, file in zip(params["names"], weights, strict=True)
+    }
+    arithmetic = Arithmetic(params["dtype"], params["attention"], params["threads"], device)
+    try:
+        model = LayerwiseModel(params["config"], arithmetic)
+        return model, model.layer(params["kind"], tensors)
+    except Exception as error:  # transformers raises KeyError and the like for what it cannot use
+        raise CheckpointError(
+            f"transformers makes no layer of it: {type(error).__name__}: {error}",
+            where=f"{_layer_name(params, weights)[:-1]}: config.json",
+        ) from None
+
+
+def _layer_name(params: Mapping[str, Any], weights: Sequence[TensorFile]) -> str:
+    return weights[0].name.removesuffix(params["names"][0])

@@ -39,6 +39,7 @@ _TORCH_DTYPE = {
     "BF16": torch.bfloat16,
     "I32": torch.int32,
     "F32": torch.float32,
+    "F64": torch.float64,
     "I64": torch.int64,
 }
 _SAFETENSORS_DTYPE = {dtype: name for name, dtype in _TORCH_DTYPE.items()}

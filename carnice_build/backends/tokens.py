@@ -33,21 +33,37 @@ def tokenize(
     """
     where = file or params["dataset"]["name"]
     rows = _from_file(file, params["rows"]) if file is not None else _from_hub(params["dataset"])
-    wanted: int = params["samples"]
-    found = list(islice(rows, wanted))
-    if len(found) < wanted:
-        raise CheckpointError(
-            f"has {len(found)} rows", where=where, expected=f"{wanted}, or fewer `samples`"
-        )
     encode = _encoder(tokenizer.tobytes())
-    texts = _texts(found, params["template"], params["roles"], where)
-    samples = []
-    for index, text in enumerate(texts):
-        ids = encode(text)[: params["length"]]
+    joined = params.get("joined", False)
+    rows = rows if joined else islice(rows, params["samples"])
+    encoded = (encode(text) for text in _texts(rows, params["template"], params["roles"], where))
+    cut = _joined if joined else _single
+    samples = list(islice(cut(encoded, params["length"], where), params["samples"]))
+    if len(samples) < params["samples"]:
+        raise CheckpointError(
+            f"gives {len(samples)} samples",
+            where=where,
+            expected=f"{params['samples']}, or fewer `samples`",
+        )
+    return samples
+
+
+def _single(rows: Iterable[list[int]], length: int, where: str) -> Iterator[list[int]]:
+    """Each row is a sample, cut at `length`."""
+    for index, ids in enumerate(rows):
         if len(ids) < _SHORTEST:
             raise CheckpointError(f"row {index + 1} is too short: {len(ids)} tokens", where=where)
-        samples.append(ids)
-    return samples
+        yield ids[:length]
+
+
+def _joined(rows: Iterable[list[int]], length: int, where: str) -> Iterator[list[int]]:
+    """All rows one after another, cut into samples of `length`; what is left at the end goes."""
+    held: list[int] = []
+    for ids in rows:
+        held += ids
+        while len(held) >= length:
+            yield held[:length]
+            held = held[length:]
 
 
 def _encoder(content: bytes) -> Any:
@@ -118,15 +134,17 @@ def _from_hub(dataset: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _texts(
-    rows: Sequence[Row], template: str | None, roles: Mapping[str, str], where: str
+    rows: Iterator[Row], template: str | None, roles: Mapping[str, str], where: str
 ) -> Iterator[str]:
-    """The text of each row, in order."""
-    for start in range(0, len(rows), _BATCH):
+    """The text of each row, in order, rendered as late as it is wanted."""
+    start = 0
+    while found := list(islice(rows, _BATCH)):
         batch = [
             _content(row, roles, f"{where}: row {start + index + 1}")
-            for index, row in enumerate(rows[start : start + _BATCH])
+            for index, row in enumerate(found)
         ]
         yield from _rendered(batch, template, start, where)
+        start += len(found)
 
 
 def _rendered(

@@ -1,0 +1,340 @@
+"""AutoRound's sign-gradient rounding, driven through auto-round one decoder layer at a time.
+
+The algorithm (https://aclanthology.org/2024.findings-emnlp.662) and its arithmetic are the
+library's, by its public `AutoRound.quantize_block`; ours are the layers, which a run of the
+whole library would feed a wrong mask on hybrid models, and what passes from one to the next.
+Importing auto-round changes some functions of transformers, and its constructor seeds the
+generators of this process: to be imported in worker processes alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from auto_round import AutoRound, QuantizationScheme, RTNConfig, SignRoundConfig
+from torch import Tensor, nn
+
+from carnice_build.backends.layers import Arithmetic, Kind, LayerwiseModel
+
+# Layers with as many bits are left alone.
+WHOLE = 16
+
+# The library quantizes no linear with a size that this does not divide, whatever it is told
+# (auto_round/compressors/layer_config_resolver.py).
+_UNIT = 32
+
+# Where a layer stands in the model that the library is shown.
+_PATH = "model.layers.0"
+
+
+@dataclass(frozen=True)
+class AutoRoundSettings:
+    """Everything but the inputs that decides the bytes; names and defaults are the library's.
+
+    `iters` 0 rounds to nearest.
+    `lr` None means 1 / iters, `minmax_lr` None means `lr`.
+    `layer_bits` gives single linears, by their names in the layer (`linear_attn.in_proj_a`),
+    other bits than `bits`; 16 leaves them alone.
+    `amp` tunes a BF16 layer under autocast, as the library does by default; else all is float32.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    iters: int = 200
+    lr: float | None = None
+    minmax_lr: float | None = None
+    enable_minmax_tuning: bool = True
+    batch_size: int = 8
+    gradient_accumulate_steps: int = 1
+    not_use_best_mse: bool = False
+    scale_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    amp: bool = True
+    seed: int = 42
+    layer_bits: Mapping[str, int] = field(default_factory=dict)
+
+    def bits_of(self, linear: str) -> int:
+        """The bits of one linear of the layer."""
+        return self.layer_bits.get(linear, self.bits)
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A weight on its grid: weight = scale * (code - zero_point), rounded to the weight's type.
+
+    `weight` is [out, in], BF16 (float32 without `amp`).
+    `scale` is [out, in / group], of `scale_dtype`; when `sym` it is negative wherever the weight
+    of largest magnitude is positive, for that weight gets code 0.
+    `zero_point` is U8 [out, in / group], 2^(bits - 1) everywhere when `sym`.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+@dataclass(frozen=True)
+class TunedLayer:
+    """What became of a layer.
+
+    `linears` holds the quantized ones, by their names in the layer.
+    `outputs` and `quantized_outputs` are the next layer's `inputs` and `quantized_inputs`.
+    The losses are mean squared errors of the layer's outputs over all samples: the quantized
+    layer's on quantized inputs against the given layer's on full-precision inputs.
+    """
+
+    linears: Mapping[str, QuantizedLinear]
+    outputs: list[Tensor]
+    quantized_outputs: list[Tensor]
+    nearest_loss: float
+    loss: float
+
+
+def tune_layer(
+    kind: Kind,
+    text_config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    quantized_inputs: Sequence[Tensor] | None,
+    settings: AutoRoundSettings,
+    threads: int,
+) -> TunedLayer:
+    """Quantize the linears of a layer so that its outputs stay as they are on these samples.
+
+    `tensors` are the layer's, named as in `mlp.up_proj.weight`; they are not changed.
+    `inputs` are hidden states [1, length, hidden], one for each sample, as the full-precision
+    layers before this one make them; `quantized_inputs` are those of the quantized ones, None
+    for the first layer, where they are the same.
+    The result depends on nothing that ran before, so a run that stops after layer k goes on from
+    the two outputs of that layer, with the bits of one that never stopped.
+    `threads` was not seen to matter, but torch does not promise that: it belongs into a key.
+
+    Differs from `AutoRound(...).quantize()` of a whole model in two things: every layer draws its
+    batches from `seed` anew, and the last token of each sample counts in the loss.
+
+    Raises ValueError when `layer_bits` names no linear of the layer, when a linear to be quantized
+    has a size that 32 does not divide, when there is no sample, when samples of several lengths
+    are to share a batch, and when an output is NaN or infinite.
+    """
+    _check_lengths(inputs, settings)
+    arithmetic = Arithmetic("bfloat16" if settings.amp else "float32", "sdpa", threads)
+    model = LayerwiseModel(text_config, arithmetic)
+    inputs = [sample.to(arithmetic.torch_dtype) for sample in inputs]
+    effective = inputs if quantized_inputs is None else list(quantized_inputs)
+    outputs = _outputs(model, model.layer(kind, tensors), inputs, settings)
+
+    layer = _quantizable_layer(model, kind, tensors, settings)
+    _round_to_nearest(layer, model, settings)
+    nearest_outputs = _outputs(model, layer, effective, settings)
+    nearest_loss = _mean_squared_error(nearest_outputs, outputs)
+    if not math.isfinite(nearest_loss):
+        # The library would find no best iteration and return what it began with.
+        raise ValueError(f"outputs of a {kind} layer are NaN or infinite on these samples")
+    if not settings.iters:
+        linears = _quantized_linears(layer, settings)
+        return TunedLayer(linears, outputs, nearest_outputs, nearest_loss, nearest_loss)
+
+    layer = _quantizable_layer(model, kind, tensors, settings)
+    tuned_outputs = _tune(layer, model, inputs, quantized_inputs, outputs, settings)
+    loss = _mean_squared_error(tuned_outputs, outputs)
+    linears = _quantized_linears(layer, settings)
+    return TunedLayer(linears, outputs, tuned_outputs, nearest_loss, loss)
+
+
+def _check_lengths(inputs: Sequence[Tensor], settings: AutoRoundSettings) -> None:
+    if not inputs:
+        raise ValueError("there is no sample to tune on")
+    lengths = {sample.shape[1] for sample in inputs}
+    if settings.batch_size > 1 and len(lengths) > 1:
+        raise ValueError(
+            f"samples of {min(lengths)} to {max(lengths)} tokens cannot share a batch, "
+            "expected batch_size 1 or samples of one length"
+        )
+
+
+def _quantizable_layer(
+    model: LayerwiseModel, kind: Kind, tensors: Mapping[str, Tensor], settings: AutoRoundSettings
+) -> nn.Module:
+    """A layer whose weights may be overwritten, as the library does."""
+    layer = model.layer(kind, {name: tensor.clone() for name, tensor in tensors.items()})
+    linears = dict(_linears(layer))
+    unknown = sorted(settings.layer_bits.keys() - linears.keys())
+    if unknown:
+        raise ValueError(f"layer_bits names {', '.join(unknown)}, no linear of a {kind} layer")
+    odd = [
+        name
+        for name, linear in linears.items()
+        if settings.bits_of(name) < WHOLE and any(size % _UNIT for size in linear.weight.shape)
+    ]
+    if odd:
+        raise ValueError(
+            f"auto-round leaves {', '.join(odd)} alone for sizes that {_UNIT} does not divide, "
+            f"expected layer_bits {WHOLE} for it"
+        )
+    return layer
+
+
+def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module
+
+
+@torch.no_grad()
+def _outputs(
+    model: LayerwiseModel, layer: nn.Module, inputs: Sequence[Tensor], settings: AutoRoundSettings
+) -> list[Tensor]:
+    """The layer's outputs in the batches and with the arithmetic in which the library tunes."""
+    size = settings.batch_size
+    device = torch.device(model.arithmetic.device).type
+    outputs: list[Tensor] = []
+    with torch.autocast(device, torch.bfloat16, enabled=settings.amp):
+        for first in range(0, len(inputs), size):
+            batch = torch.cat(list(inputs[first : first + size]))
+            outputs += torch.split(model.run(layer, batch), 1)
+    return outputs
+
+
+def _mean_squared_error(outputs: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+    pairs = list(zip(outputs, references, strict=True))
+    squares = sum((a.double() - b.double()).square().sum().item() for a, b in pairs)
+    return squares / sum(output.numel() for output in outputs)
+
+
+def _round_to_nearest(layer: nn.Module, model: LayerwiseModel, settings: AutoRoundSettings) -> None:
+    # A module, not a folder's name, is what keeps the library off its "model-free" path, which
+    # would quantize more than it was asked to.
+    with _library(layer, model, RTNConfig(disable_opt_rtn=True), settings, samples=1) as library:
+        library.quantize_block(layer, inputs=None)
+
+
+def _tune(
+    layer: nn.Module,
+    model: LayerwiseModel,
+    inputs: Sequence[Tensor],
+    quantized_inputs: Sequence[Tensor] | None,
+    references: Sequence[Tensor],
+    settings: AutoRoundSettings,
+) -> list[Tensor]:
+    """Tune `layer` in place; returns its outputs."""
+    config = SignRoundConfig(
+        iters=settings.iters,
+        lr=settings.lr,
+        minmax_lr=settings.minmax_lr,
+        enable_minmax_tuning=settings.enable_minmax_tuning,
+        gradient_accumulate_steps=settings.gradient_accumulate_steps,
+        not_use_best_mse=settings.not_use_best_mse,
+    )
+    calls = [(((sample,), _arguments(model, sample)),) for sample in inputs]
+    with (
+        _library(layer, model, config, settings, samples=len(inputs)) as library,
+        torch.enable_grad(),
+    ):
+        # The library empties the lists that it is given.
+        outputs, _ = library.quantize_block(
+            layer,
+            inputs=calls,
+            q_input=None if quantized_inputs is None else list(quantized_inputs),
+            device=model.arithmetic.device,
+            reference_output=list(references),
+        )
+    result: list[Tensor] = outputs
+    return result
+
+
+def _arguments(model: LayerwiseModel, sample: Tensor) -> dict[str, Any]:
+    """What the layer is called with beside its input; sdpa without a mask is causal."""
+    positions = torch.arange(sample.shape[1], device=sample.device).unsqueeze(0)
+    return {"position_embeddings": model.rotary(sample, positions), "attention_mask": None}
+
+
+@contextmanager
+def _library(
+    layer: nn.Module,
+    model: LayerwiseModel,
+    config: RTNConfig | SignRoundConfig,
+    settings: AutoRoundSettings,
+    samples: int,
+) -> Iterator[Any]:
+    """auto-round, made for a model whose only layer is `layer`, and silent."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    logger = logging.getLogger("autoround")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    # The library collects garbage again and again, each time among all that its imports made.
+    gc.freeze()
+    try:
+        with TemporaryDirectory(prefix="auto-round-") as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            library = AutoRound(
+                _wrapped(layer, model, folder),
+                tokenizer="",
+                scheme=QuantizationScheme(
+                    bits=settings.bits,
+                    group_size=settings.group_size,
+                    sym=settings.sym,
+                    data_type="int",
+                    act_bits=16,
+                ),
+                alg_configs=config,
+                layer_config={
+                    f"{_PATH}.{name}": {"bits": bits} for name, bits in settings.layer_bits.items()
+                },
+                nsamples=samples,
+                batch_size=settings.batch_size,
+                scale_dtype=settings.scale_dtype,
+                amp=settings.amp,
+                seed=settings.seed,
+                device_map=model.arithmetic.device,
+                enable_torch_compile=False,
+                low_cpu_mem_usage=False,
+                trust_remote_code=False,
+            )
+            library.post_init()
+            # Without this the layer runs in batches of 8 whatever was asked for.
+            library.alg_composer.block_forward.batch_size = settings.batch_size
+            yield library
+    finally:
+        gc.unfreeze()
+        logger.setLevel(level)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def _wrapped(layer: nn.Module, model: LayerwiseModel, folder: str) -> Any:
+    """The least model that the library accepts.
+
+    It looks for a config in the folder of that name, and in the current one when there is none,
+    to find out whether the model is multimodal.
+    """
+    wrapper: Any = nn.Module()
+    wrapper.model = nn.Module()
+    wrapper.model.layers = nn.ModuleList([layer])
+    model.config.save_pretrained(folder)
+    wrapper.name_or_path = folder
+    wrapper.config = model.config
+    wrapper.dtype = model.arithmetic.torch_dtype
+    return wrapper
+
+
+def _quantized_linears(layer: nn.Module, settings: AutoRoundSettings) -> dict[str, QuantizedLinear]:
+    """What the library left in the linears of `layer`."""
+    return {
+        name: _quantized_linear(linear)
+        for name, linear in _linears(layer)
+        if settings.bits_of(name) < WHOLE
+    }
+
+
+def _quantized_linear(linear: Any) -> QuantizedLinear:
+    zero_point = torch.as_tensor(linear.zp).to(torch.uint8).expand(linear.scale.shape)
+    return QuantizedLinear(linear.weight.detach(), linear.scale, zero_point.contiguous())

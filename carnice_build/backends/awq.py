@@ -1,0 +1,266 @@
+"""llm-compressor's AWQ search on one decoder layer at a time.
+
+Scales and hidden states have the bits that `oneshot` has when it runs through the whole model,
+at the same samples in the same order, one at a time, under eager attention and with the same
+number of threads.  The library's own modifiers do the work, each layer in a session of its own.
+What is found does not depend on the observer that later picks the integers: the search always
+rounds with `memoryless_minmax`, and the next layer reads smoothed weights, not quantized ones.
+Needs the `llmcompressor` extra; to be imported in worker processes alone.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, Literal
+
+import numpy as np
+from llmcompressor.core import LifecycleCallbacks, create_session
+from llmcompressor.modeling.offset_norm import norm_calibration_context
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pipelines.cache import IntermediatesCache
+from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from carnice_build.architectures.smoothing import (
+    HYBRID_MAPPINGS,
+    SmoothingMapping,
+    mappings_of_layer,
+)
+from carnice_build.backends.compressed import WeightScheme, quiet
+from carnice_build.backends.layers import Kind, LayerwiseModel, as_data, as_tensor
+from carnice_build.errors import BackendError
+from carnice_build.graph import TensorData
+from carnice_build.kernels import smoothing
+
+OFFSET_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+)
+"""The norms of a layer that store w for a gain of 1 + w."""
+
+Keep = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class AwqSettings:
+    """What a search depends on besides weights, samples and arithmetic.
+
+    `norms` says how gains 1 + w are held: in the model's type, as llm-compressor does ("library"),
+    which alters most norms a little, or in float32, which leaves alone what is not smoothed.
+    """
+
+    scheme: WeightScheme = field(default_factory=WeightScheme)
+    mappings: tuple[SmoothingMapping, ...] = HYBRID_MAPPINGS
+    n_grid: int = 20
+    duo_scaling: bool | Literal["both"] = True
+    norms: Literal["library", "exact"] = "library"
+
+
+def smooth_layer(
+    model: LayerwiseModel,
+    kind: Kind,
+    tensors: Mapping[str, Tensor],
+    quantized: Collection[str],
+    inputs: Sequence[Tensor],
+    settings: AwqSettings,
+    put_output: Callable[[int, Tensor], None],
+    scratch: Path | None = None,
+) -> dict[str, Tensor]:
+    """Search the smoothing of a layer, and give the smoothed layer's outputs to `put_output`.
+
+    `tensors` are the layer's, named relative to it, and stay as they are; `quantized` are those
+    of its linears that will be quantized.
+    `inputs` are hidden states [1, length, hidden], one per sample; each is read twice, in order,
+    and may be loaded as late as that.  `put_output` gets the index of a sample and what the next
+    layer reads for it, [1, length, hidden], in order.
+    What the search has to hold for all samples at once, (3 hidden + intermediate) values per token
+    and a mask per sample, lies in memory, or, given a folder `scratch` on a disk, in files without
+    a name there, which vanish with the process.
+
+    Returns for each mapping that applies the scales F64 [channels] by the name of its smooth
+    layer: all that `apply_smoothing` needs.
+    BackendError when the library finds none, as with hidden states that are not finite.
+    """
+    # A layer that the library has hooked is held by reference cycles: let the last one go first.
+    gc.collect()
+    layer: Any = model.layer(kind, {name: tensor.clone() for name, tensor in tensors.items()})
+    # The library asks its model for a config, and passes it on unread.
+    layer.config = model.config
+    modules = dict(layer.named_modules())
+    mappings = list(mappings_of_layer(settings.mappings, modules, quantized))
+    if settings.norms == "exact":
+        for name in OFFSET_NORMS:
+            if name in modules:
+                modules[name].float()
+    search = _Search.of(mappings, settings, _kept_in(scratch) if scratch else _kept_as_is)
+    with quiet(), _calibrating(layer, [search, _quantizer(settings.scheme, quantized)]):
+        for hidden in inputs:
+            model.run(layer, hidden)
+        LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
+        _check_all_found(mappings, search.scales)
+        if settings.norms == "library":
+            with HooksMixin.disable_hooks():
+                _put_outputs(model, layer, inputs, put_output)
+    if settings.norms == "exact":
+        del layer
+        smoothed = apply_smoothing(tensors, search.scales, settings)
+        _put_outputs(model, model.layer(kind, smoothed), inputs, put_output)
+    return search.scales
+
+
+def apply_smoothing(
+    tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor], settings: AwqSettings
+) -> dict[str, Tensor]:
+    """A layer's tensors smoothed, as they end on disk but for quantization.
+
+    Given what `smooth_layer` was given and returned, by elementwise operations alone.
+    """
+    result = dict(tensors)
+    for mapping in settings.mappings:
+        names = (mapping.smooth, *mapping.balance)
+        if mapping.smooth in scales and all(f"{name}.weight" in tensors for name in names):
+            vector = scales[mapping.smooth].numpy()
+            for name in mapping.balance:
+                _rewrite(result, name, smoothing.multiply_columns, vector)
+            if mapping.smooth not in OFFSET_NORMS:
+                _rewrite(result, mapping.smooth, smoothing.divide_rows, vector)
+    for name in OFFSET_NORMS:
+        if f"{name}.weight" in tensors:
+            divisor = scales[name].numpy() if name in scales else None
+            _rewrite(result, name, smoothing.smooth_gain, divisor, settings.norms == "exact")
+    return result
+
+
+class _Search(AWQModifier):
+    """The library's search, which tells what it finds and keeps what it caches where we say."""
+
+    _scales: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+    _keep: Keep = PrivateAttr()
+    _searching: bool = PrivateAttr(default=False)
+
+    @classmethod
+    def of(cls, mappings: Iterable[SmoothingMapping], settings: AwqSettings, keep: Keep) -> _Search:
+        search = cls(
+            mappings=[AWQMapping(mapping.smooth, list(mapping.balance)) for mapping in mappings],
+            offload_device=None,
+            duo_scaling=settings.duo_scaling,
+            n_grid=settings.n_grid,
+        )
+        search._keep = keep
+        return search
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        return self._scales
+
+    def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+        super().on_calibration_start(state, event, **kwargs)
+        for module in self._parent_args_cache:
+            self._parent_args_cache[module] = _Arguments(self._keep)
+
+    def _compute_best_scale(self, mapping: Any, outputs: Any, weights: Any) -> Tensor:
+        self._searching = True
+        scales: Tensor = super()._compute_best_scale(mapping, outputs, weights)
+        self._searching = False
+        self._scales[mapping.smooth_name] = scales.double()
+        return scales
+
+    def _run_samples(self, module: nn.Module) -> Any:
+        """In a search each output is compared once, and need not outlive that."""
+        results = (module(**arguments) for arguments in self._parent_args_cache[module])
+        outputs = (result[0] if isinstance(result, tuple) else result for result in results)
+        return outputs if self._searching else [self._keep(output) for output in outputs]
+
+
+class _Arguments(IntermediatesCache):
+    """What a module was called with, once per sample, its tensors kept where we say."""
+
+    def __init__(self, keep: Keep) -> None:
+        super().__init__(offload_device=None)
+        self._keep = keep
+
+    def append(self, values: dict[str, Any]) -> None:
+        super().append(tree_map_only(Tensor, self._keep, dict(values)))
+
+    def pin_memory(self, batch_index: int, input_names: list[str] | None = None) -> None:
+        """Do nothing: the library would pin without asking whether there is an accelerator."""
+
+
+def _kept_as_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _kept_in(folder: Path) -> Keep:
+    """Move tensors to files without a name, which the system frees with the last reference."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        data = as_data(tensor)
+        with TemporaryFile(dir=folder) as file:
+            data.array.tofile(file)
+            file.flush()
+            pages = np.memmap(file, data.array.dtype, mode="c", shape=data.array.shape)
+        return as_tensor(TensorData(data.dtype, pages))
+
+    return keep
+
+
+def _quantizer(scheme: WeightScheme, quantized: Collection[str]) -> QuantizationModifier:
+    group = scheme.group(sorted(quantized), "memoryless_minmax")
+    return QuantizationModifier(config_groups={"group_0": group})
+
+
+@contextmanager
+def _calibrating(layer: Any, recipe: list[Any]) -> Iterator[None]:
+    """A session of llm-compressor around passes through `layer`, as `oneshot` sets it up."""
+    with create_session() as session, norm_calibration_context(layer):
+        session.initialize(model=layer, start=-1, recipe=recipe)
+        LifecycleCallbacks.calibration_start()
+        with calibration_forward_context(layer), DisableQuantization(layer):
+            session.state.loss_masks = None
+            session.state.sequential_prefetch = False
+            yield
+        LifecycleCallbacks.calibration_end()
+        session.finalize()
+
+
+def _check_all_found(mappings: Iterable[SmoothingMapping], scales: Mapping[str, Tensor]) -> None:
+    for mapping in mappings:
+        if mapping.smooth not in scales:
+            raise BackendError(
+                f"llm-compressor found no scales between {mapping.smooth} and "
+                f"{', '.join(mapping.balance)}",
+                expected="finite hidden states and layers whose shapes fit each other",
+            )
+
+
+def _put_outputs(
+    model: LayerwiseModel,
+    layer: nn.Module,
+    inputs: Iterable[Tensor],
+    put_output: Callable[[int, Tensor], None],
+) -> None:
+    for index, hidden in enumerate(inputs):
+        put_output(index, model.run(layer, hidden))
+
+
+def _rewrite(
+    tensors: dict[str, Tensor], module: str, kernel: Callable[..., int], *parameters: Any
+) -> None:
+    """Replace a module's weight by what a kernel of `smoothing` makes of it."""
+    name = f"{module}.weight"
+    source = as_data(tensors[name])
+    out = np.empty_like(source.array)
+    if kernel(source.array, source.dtype, *parameters, out) >= 0:
+        raise BackendError(f"{name} holds NaN or infinity", expected="finite weights")
+    tensors[name] = as_tensor(TensorData(source.dtype, out))

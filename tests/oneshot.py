@@ -1,0 +1,119 @@
+"""The demo's text model quantized by llm-compressor's own `oneshot`, and the samples it sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from demo_model import BASE, whole_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+IGNORE = [
+    "re:.*lm_head",
+    "re:visual.*",
+    "re:model.visual.*",
+    "re:.*mlp.gate$",
+    "re:.*embed_tokens$",
+    "re:.*shared_expert_gate$",
+    "re:.*linear_attn.*",
+    "re:.*mtp.*",
+]
+"""The ignore list of the published W4A16 recipe."""
+
+WEIGHTS = {
+    "num_bits": 4,
+    "type": "int",
+    "symmetric": False,
+    "group_size": 128,
+    "strategy": "group",
+    "dynamic": False,
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What `oneshot` gives: the model's tensors before they are packed, and those on disk."""
+
+    smoothed: dict[str, Tensor]
+    written: dict[str, Tensor]
+    folder: Path
+
+
+@cache
+def tokenizer() -> Any:
+    """The demo's, as transformers loads it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(BASE)
+
+
+@cache
+def samples() -> tuple[Tensor, ...]:
+    """Token ids of four calibration dialogues, longest first, as `oneshot` takes them."""
+    roles = {"human": "user", "gpt": "assistant"}
+    lines = (BASE.parent / "calibration.jsonl").read_text().splitlines()
+    found = []
+    for length, line in zip((67, 64, 61, 40), lines, strict=False):
+        dialogue = json.loads(line)
+        turns = [
+            {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+            for turn in dialogue["conversations"]
+        ]
+        text = tokenizer().apply_chat_template(turns, tools=dialogue["tools"], tokenize=False)
+        found.append(torch.tensor(tokenizer()(text)["input_ids"][:length]))
+    return tuple(found)
+
+
+def run_oneshot(
+    observer: str, folder: Path, token_rows: Sequence[Tensor] | None = None
+) -> Reference:
+    """Smooth, quantize and save the whole demo with one thread, one sample at a time.
+
+    `token_rows`, longest first, take the place of `samples()`.
+    """
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    torch.set_num_threads(1)
+    model = whole_model("bfloat16", "eager")
+    group = {"targets": ["Linear"], "weights": {**WEIGHTS, "observer": observer}}
+    rows = [
+        {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)}
+        for ids in token_rows or samples()
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        # It would pin memory without asking whether there is an accelerator.
+        patch.setattr(IntermediatesCache, "pin_memory", lambda *_: None)
+        oneshot(
+            model=model,
+            processor=tokenizer(),
+            recipe=[
+                AWQModifier(),
+                QuantizationModifier(config_groups={"group_0": group}, ignore=IGNORE),
+            ],
+            dataset=Dataset.from_list(rows),
+            sequential_targets=["Qwen3_5DecoderLayer"],
+            shuffle_calibration_samples=False,
+        )
+    smoothed = {
+        name.replace("model.", "model.language_model.", 1): tensor.detach().clone()
+        for name, tensor in model.named_parameters()
+        if not name.endswith(("weight_scale", "weight_zero_point"))
+    }
+    model.save_pretrained(folder, save_compressed=True)
+    written = {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    return Reference(smoothed, written, folder)
