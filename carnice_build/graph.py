@@ -36,16 +36,29 @@ class TensorData:
     array: np.ndarray[Any, Any]
 
 
+class BadInput(Exception):
+    """An op cannot work on what its input number `operand` holds."""
+
+    def __init__(self, operand: int, what: str, expected: str | None = None) -> None:
+        super().__init__(operand, what, expected)
+        self.operand = operand
+        self.what = what
+        self.expected = expected
+
+
 class Op(ABC):
     """A kind of action: what it makes of its inputs, on specs at plan time, on bytes later.
 
     `version` rises whenever the same inputs would give other bytes.
     `libraries` are the distributions whose code decides the bytes; their versions are in the key.
+    The outputs named in `figures`, by their index, are a few numbers (F32 or I64) that people want
+    to see; the cache remembers their values.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     libraries: ClassVar[tuple[str, ...]] = ()
+    figures: ClassVar[frozenset[int]] = frozenset()
 
     @abstractmethod
     def infer(
@@ -62,6 +75,14 @@ class ArrayOp(Op):
     """
 
     rowwise: ClassVar[bool] = False
+
+    def passes(self, digests: Sequence[str]) -> Sequence[int | None] | None:
+        """For each output the input that it equals, None for zeros; None when it must be computed.
+
+        `digests` are the contents of the inputs.  Where they alone tell what comes out (a merge
+        of a weight that did not change, say), the bytes are copied and no action runs.
+        """
+        return None
 
     @abstractmethod
     def apply(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +122,7 @@ def _package(
     listen: Listener,
 ) -> VariantReport:
     shards = [_shard(variant, index, packs, store) for index in range(len(variant.packs))]
-    described = _describe(variant, shards)
+    described = _describe(variant, shards, _figures(variant, store))
     folder = options.out / variant.name
     stale = not is_current(folder, described.key, shards)
     if stale:
@@ -155,7 +155,20 @@ def _shard(variant: VariantPlan, index: int, packs: dict[str, str], store: Store
     return Shard(variant.shard_name(index), pack, store.pack_path(pack), layout.size, tensors)
 
 
-def _describe(variant: VariantPlan, shards: Sequence[Shard]) -> Variant:
+def _figures(variant: VariantPlan, store: Store) -> dict[str, list[float]]:
+    contents = Contents(store)
+    found = {}
+    for name, ref in variant.conversion.figures.items():
+        digest = contents.digest(ref)
+        values = store.records.figure(digest) if digest else None
+        if values is not None:
+            found[name] = values
+    return found
+
+
+def _describe(
+    variant: VariantPlan, shards: Sequence[Shard], figures: Mapping[str, Sequence[float]]
+) -> Variant:
     recipe = variant.recipe
     libraries = {library for action in variant.actions.values() for library in action.op.libraries}
     return Variant(
@@ -168,11 +181,13 @@ def _describe(variant: VariantPlan, shards: Sequence[Shard]) -> Variant:
         tools={library: library_version(library) for library in sorted(libraries)},
         defaults=variant.conversion.defaults,
         quantized=variant.conversion.quantized,
+        ignored=variant.conversion.ignored,
         parameters=variant.conversion.parameters,
         shards=shards,
         copied=dict(variant.files),
         architecture=variant.architecture,
         serve=_serve_files(variant),
+        figures=figures,
     )
 
 

@@ -28,7 +28,8 @@ from carnice_build.execute.streaming import (
     stream,
 )
 from carnice_build.execute.workbench import Found, JobResult, Workbench
-from carnice_build.graph import Action, ArrayOp, NonFiniteValue, TensorData, TensorRef
+from carnice_build.graph import Action, ArrayOp, BadInput, NonFiniteValue, TensorData, TensorRef
+from carnice_build.planning.status import passed_digests
 from carnice_build.store.digests import digest_bytes
 from carnice_build.store.store import read_location
 
@@ -130,6 +131,10 @@ class ArrayJob:
         arrays = {source.identity: self._load_source(source) for source in self._job.sources}
         for action in self._job.actions:
             digests = [self._bench.digest_of(ref) for ref in action.inputs]
+            passed = passed_digests(action, digests)
+            if passed is not None:
+                self._pass_on(action, passed, digests, arrays)
+                continue
             # Equal tensors of several sources meet here: one is computed, the others find it.
             with self._bench.lock(action.key(digests)):
                 found = self._bench.find(action, digests)
@@ -141,6 +146,25 @@ class ArrayJob:
                 self._write_outputs(action, outputs)
             for index, output in enumerate(outputs):
                 arrays[f"{action.identity}|{index}"] = output
+
+    def _pass_on(
+        self,
+        action: Action,
+        passed: Sequence[str],
+        digests: Sequence[str],
+        arrays: dict[str, TensorData],
+    ) -> None:
+        """Put inputs, or zeros, in the places of the outputs that equal them."""
+        for index, (digest, spec) in enumerate(zip(passed, action.outputs, strict=True)):
+            if digest in digests:
+                data = self._operand(action.inputs[digests.index(digest)], arrays)
+            else:
+                data = TensorData(spec.dtype, np.zeros(spec.shape, NUMPY_NAME[spec.dtype]))
+            output = TensorData(spec.dtype, data.array.reshape(spec.shape))
+            self._write_output(action, index, output)
+            self._bench.digests[f"{action.identity}|{index}"] = digest
+            self._bench.fill(self._job.sinks_of(action, index), spec, digest, self._result)
+            arrays[f"{action.identity}|{index}"] = output
 
     def _load_source(self, source: SourceTensor) -> TensorData:
         assert source.file is not None
@@ -178,18 +202,25 @@ class ArrayJob:
             return outputs
         except NonFiniteValue as error:
             raise non_finite(action, error) from None
+        except BadInput as error:
+            raise bad_input(action, error) from None
 
     def _write_outputs(self, action: Action, outputs: Sequence[TensorData]) -> None:
-        digests = []
-        for index, output in enumerate(outputs):
-            view = as_bytes(output.array)
-            if self._job.keeps(action, index):
-                self._bench.store.put_blob(view)
-            for sink in self._job.sinks_of(action, index):
-                self._bench.packs[sink.layout].write(sink.offset, view)
-            digests.append(digest_bytes(view))
+        digests = [
+            self._write_output(action, index, output) for index, output in enumerate(outputs)
+        ]
         with self._records.together():
+            for index in action.op.figures:
+                self._records.set_figure(digests[index], outputs[index].array.reshape(-1).tolist())
             self._bench.remember(self._job, action, digests, self._result)
+
+    def _write_output(self, action: Action, index: int, output: TensorData) -> str:
+        view = as_bytes(output.array)
+        if self._job.keeps(action, index):
+            self._bench.store.put_blob(view)
+        for sink in self._job.sinks_of(action, index):
+            self._bench.packs[sink.layout].write(sink.offset, view)
+        return digest_bytes(view)
 
     # --- the cache ----------------------------------------------------------------------------
 
@@ -230,6 +261,15 @@ def non_finite(action: Action, error: NonFiniteValue) -> CheckpointError:
     if isinstance(origin, SourceTensor):
         return _non_finite(origin, error.index)
     return CheckpointError(f"{action.op.name} met NaN or infinity")
+
+
+def bad_input(action: Action, error: BadInput) -> CheckpointError:
+    """The error for an input of `action` that its op refuses."""
+    origin = action.inputs[error.operand].origin
+    name, where = action.op.name, None
+    if isinstance(origin, SourceTensor):
+        name, where = f"tensor {origin.name!r}", origin.file.name if origin.file else None
+    return CheckpointError(f"{name} {error.what}", where=where, expected=error.expected)
 
 
 def _non_finite(source: SourceTensor, index: int) -> CheckpointError:

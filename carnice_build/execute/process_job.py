@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,11 +10,12 @@ from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BuildError
-from carnice_build.execute.array_job import non_finite
+from carnice_build.execute.array_job import bad_input, non_finite
 from carnice_build.execute.jobs import Job
 from carnice_build.execute.streaming import stream
-from carnice_build.execute.workbench import JobResult, Workbench
-from carnice_build.graph import NonFiniteValue, ProcessOp, TensorRef
+from carnice_build.execute.transients import own_link
+from carnice_build.execute.workbench import Found, JobResult, Workbench
+from carnice_build.graph import BadInput, NonFiniteValue, ProcessOp, TensorRef
 from carnice_build.store.packs import Location, digest_range
 
 
@@ -29,16 +31,33 @@ class ProcessJob:
         self._result = JobResult(settled=job.actions)
 
     def run(self) -> JobResult:
-        """Do the job and remember what it made; other builds wait and then find it."""
-        with self._bench.store.lease(self._action.identity, "long"):
-            digests = [self._learn(ref) for ref in self._action.inputs]
-            found = self._bench.find(self._action, digests)
+        """Do the job and remember what it made; whoever wants the same waits and then finds it."""
+        digests = [self._learn(ref) for ref in self._action.inputs]
+        with self._bench.store.lease(self._action.key(digests), "long"):
+            found = self._find(digests)
             if found is not None:
                 self._bench.take(self._job, self._action, found, self._result)
             elif not self._passed_by():
                 with TemporaryDirectory(dir=self._bench.scratch) as folder:
                     self._make(Path(folder))
         return self._result
+
+    def _find(self, digests: Sequence[str]) -> Found | None:
+        """The outputs, if the store has them all; those that it may drop are held."""
+        found = self._bench.find(self._action, digests)
+        try:
+            for index, (_, location) in enumerate(found or ()):
+                self._hold(index, location.path)
+        except FileNotFoundError:  # another build has just dropped it
+            return None
+        return found
+
+    def _hold(self, index: int, path: Path) -> None:
+        """Keep a transient output for its readers in this build, whoever else drops it."""
+        if index in self._op.transient and self._job.keeps(self._action, index):
+            own = own_link(self._bench.scratch, f"{self._action.identity}|{index}")
+            own.unlink(missing_ok=True)
+            own.hardlink_to(path)
 
     def _learn(self, ref: TensorRef) -> str:
         """Digest of an input; a source that nobody has read yet is read for it."""
@@ -77,6 +96,9 @@ class ProcessJob:
         return isinstance(ref.origin, SourceTensor) or self._place(ref) is not None
 
     def _place(self, ref: TensorRef) -> Location | None:
+        own = own_link(self._bench.scratch, ref.identity)
+        if own.exists():
+            return Location(own, 0)
         return self._bench.store.locate(self._bench.digest_of(ref), ref.spec.nbytes)
 
     def _make(self, folder: Path) -> None:
@@ -91,8 +113,13 @@ class ProcessJob:
             self._bench.workers.run(action, inputs, outputs)
         except NonFiniteValue as error:
             raise non_finite(action, error) from None
+        except BadInput as error:
+            raise bad_input(action, error) from None
+        figures = {index: outputs[index].read() for index in self._op.figures}
         digests = [self._take_over(index, file) for index, file in enumerate(outputs)]
         with self._bench.store.records.together():
+            for index, figure in figures.items():
+                self._bench.store.records.set_figure(digests[index], figure.reshape(-1).tolist())
             self._bench.remember(self._job, action, digests, self._result)
 
     def _input(self, ref: TensorRef, own: Path) -> TensorFile:
@@ -121,6 +148,7 @@ class ProcessJob:
             )
         if self._job.keeps(action, index):
             transient = index in self._op.transient
+            self._hold(index, path)
             self._bench.store.adopt_blob(path, digest, durable=not transient)
         return digest
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.queues import SimpleQueue
 from typing import Any, cast
 
 from carnice_build.checkpoint.tensor_file import TensorFile
-from carnice_build.errors import BackendError
-from carnice_build.graph import Action, ProcessOp
+from carnice_build.errors import BackendError, CarniceError
+from carnice_build.graph import Action, NonFiniteValue, ProcessOp
 
 
 class Workers:
@@ -44,7 +45,7 @@ class Workers:
     ) -> None:
         """Have a process fill `outputs`.
 
-        Raises BackendError when the process died, and whatever the op raises.
+        Raises BackendError when the process died or a library failed, and what else the op raises.
         """
         try:
             self._started().submit(_work, action.op, action.params, inputs, outputs).result()
@@ -80,10 +81,30 @@ def _connect(steps: SimpleQueue[int | None]) -> None:
     _steps = steps
     # That an optional library is missing is no news to whoever runs a build.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # On import it prints to standard output, which is the build's.
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
+    # Threads that spin while they wait for each other take ten times as long on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Ctrl-C reaches workers, too: they go without a word, which is for the main process to say.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """The pool ends its workers unless its process was killed; they would then wait forever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(op: Any, params: Any, inputs: Any, outputs: Any) -> None:
-    cast(ProcessOp, op).run(params, inputs, outputs, _report)
+    try:
+        cast(ProcessOp, op).run(params, inputs, outputs, _report)
+    except (CarniceError, NonFiniteValue, OSError):
+        raise
+    except Exception as error:
+        raise BackendError(f"{op.name} failed: {type(error).__name__}: {error}") from error
 
 
 def _report() -> None:

@@ -15,7 +15,7 @@ from carnice_build.execute.executor import Executor
 from carnice_build.execute.jobs import Job, Placement, Sink, plan_jobs, plan_placements
 from carnice_build.execute.process_job import ProcessJob
 from carnice_build.execute.processes import Workers
-from carnice_build.execute.transients import Transients
+from carnice_build.execute.transients import Transients, own_link
 from carnice_build.execute.workbench import JobResult, Workbench
 from carnice_build.graph import Action
 from carnice_build.planning.layout import PackLayout
@@ -172,6 +172,7 @@ class _Run:
             for action in result.settled:
                 for ref in transients.release(action):
                     self._store.drop_blob(bench.digest_of(ref))
+                    own_link(bench.scratch, ref.identity).unlink(missing_ok=True)
 
         for placement in placements:
             done(_place(bench, placement))

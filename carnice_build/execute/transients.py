@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from carnice_build.execute.jobs import Job
 from carnice_build.graph import Action, TensorRef
 from carnice_build.planning.scratch import transient_inputs
+
+
+def own_link(scratch: Path, identity: str) -> Path:
+    """Where a build keeps a link of its own to the transient tensor with this identity.
+
+    The store has one file for equal tensors, and drops it for all variants and builds at once.
+    """
+    return scratch / identity.replace("|", "-")
 
 
 class Transients:

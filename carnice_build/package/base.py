@@ -38,7 +38,7 @@ class Variant:
     """All that the files of a folder may speak of.
 
     `copied` holds the small files that come from the checkpoint, as the steps left them;
-    `serve` those that say how to serve it.
+    `serve` those that say how to serve it.  `figures` are numbers that actions measured.
     """
 
     name: str
@@ -50,11 +50,13 @@ class Variant:
     tools: Mapping[str, str]
     defaults: Mapping[str, Any]
     quantized: Mapping[str, Mapping[str, Any]]
+    ignored: Sequence[str]
     parameters: int
     shards: Sequence[Shard]
     copied: Mapping[str, bytes]
     architecture: Architecture
     serve: Mapping[str, bytes]
+    figures: Mapping[str, Sequence[float]]
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -162,6 +164,7 @@ def _provenance(variant: Variant, files: Mapping[str, bytes]) -> bytes:
             "recipe": variant.recipe,
             "parameters": variant.parameters,
             "bits_per_weight": round(variant.bits_per_weight, 4),
+            "figures": dict(variant.figures),
             "files": sizes,
             "tensors": {
                 name: {

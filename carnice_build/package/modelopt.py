@@ -7,7 +7,6 @@ from typing import Any
 from carnice_build.checkpoint.json import to_json
 from carnice_build.package.base import Variant
 from carnice_build.package.card import render_card
-from carnice_build.package.ignore import unquantized_modules
 
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 """Whose format the files are in; engines tell it by this name."""
@@ -18,7 +17,7 @@ class ModelOptPackager:
 
     def files(self, variant: Variant) -> dict[str, bytes]:
         """See `Packager.files`."""
-        ignore = unquantized_modules(variant)
+        ignore = list(variant.ignored)
         return {
             "config.json": to_json(_config(variant, ignore)),
             "hf_quant_config.json": to_json(_quantization(variant, ignore)),

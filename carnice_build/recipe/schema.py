@@ -110,8 +110,9 @@ class CalibrationSpec(Strict):
     split: str = Field("train", description="Split of a dataset on the hub.")
     revision: str = Field("main", description="Branch, tag or commit of a dataset on the hub.")
     samples: ByProfile = Field(20, description="How many rows of the dataset, the first ones.")
-    length: Annotated[int, Field(ge=2)] = Field(
-        8192, description="Most tokens of a sample; longer ones are cut."
+    length: ByProfile = Field(8192, description="Most tokens of a sample; longer ones are cut.")
+    joined: bool = Field(
+        False, description="Join the rows, and cut them into samples of exactly `length` tokens."
     )
     roles: dict[str, str] = Field(
         default_factory=lambda: {"human": "user", "gpt": "assistant"},

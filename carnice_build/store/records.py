@@ -3,6 +3,7 @@
     source:<identity>   content digest of a source tensor, once read
     sample:<sample>     content digest of the last source tensor that had this sample
     action:<key>        content digests of an action's outputs
+    figure:<digest>     the numbers in a small tensor that people want to see
     place:<digest>      where a tensor's bytes are: layout and offset, or "blob"
     layout:<layout>     the pack that a layout became
     pack:<pack>         size, mtime, layout and the tensors' digests, in the order of the pack
@@ -144,6 +145,17 @@ class Records:
     def set_outputs(self, key: str, digests: Sequence[str]) -> None:
         """Remember an action's outputs."""
         self._set("action", key, list(digests))
+
+    def figure(self, digest: str) -> list[float] | None:
+        """The numbers in a small tensor of this content, if an action made it a figure."""
+        value = self._get("figure", digest)
+        if isinstance(value, list) and all(type(item) in (int, float) for item in value):
+            return value
+        return None
+
+    def set_figure(self, digest: str, values: Sequence[float]) -> None:
+        """Remember the numbers in a small tensor."""
+        self._set("figure", digest, list(values))
 
     def place(self, digest: str) -> tuple[str, int] | None:
         """Layout and offset at which a tensor's bytes were last written; layout "" is a blob."""

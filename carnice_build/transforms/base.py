@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from carnice_build.architectures.base import Architecture
@@ -12,7 +12,7 @@ from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.profiles import Source
 from carnice_build.errors import PlanError, nearest
-from carnice_build.graph import ActionGraph, OutputTensor, View
+from carnice_build.graph import ActionGraph, OutputTensor, TensorRef, View
 from carnice_build.package.base import Packager
 from carnice_build.recipe.layers import LayerSpan, layers_in
 from carnice_build.recipe.patterns import Patterns
@@ -90,6 +90,8 @@ class Conversion:
     `parameters` counts the elements of the source tensors that the variant keeps.
     `quantized` maps the path of each quantized module to its settings, as the format's config
     spells both; `defaults` are the settings that the config states for the whole model.
+    `ignored` names what is not quantized, as the format's config spells it.
+    `figures` are small tensors whose numbers build.json states, by what they are of.
     `causes` says, by the name of an action's first output and by parameter, which entry below
     `quantize` in the recipe chose the value.
     """
@@ -99,6 +101,8 @@ class Conversion:
     defaults: Mapping[str, Any]
     quantized: Mapping[str, Mapping[str, Any]]
     causes: Mapping[str, Mapping[str, tuple[str | int, ...]]]
+    ignored: Sequence[str] = ()
+    figures: Mapping[str, TensorRef] = field(default_factory=dict)
 
 
 class Format(Strict):

@@ -10,9 +10,10 @@ No key holds anything of the quantizer, so all recipes of one body and one datas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from carnice_build.architectures.base import Part, Role, TensorFact
+from carnice_build.architectures.base import Part, Role
 from carnice_build.chat.files import template_files
 from carnice_build.checkpoint.checkpoint import Checkpoint, SourceTensor
 from carnice_build.checkpoint.datasets import whole_file
@@ -21,6 +22,7 @@ from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.graph import ProcessOp, TensorRef, View
 from carnice_build.processor import vector_instructions
+from carnice_build.recipe.schema import ByProfile
 from carnice_build.transforms.base import PlanContext
 from carnice_build.transforms.tokens import PADDING, Tokens
 
@@ -107,7 +109,7 @@ class Forward(ProcessOp):
 
     def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """The layer, and what one sample of full length needs inside it."""
-        return layer_memory(params["config"], inputs)
+        return layer_memory(params, inputs)
 
     def run(
         self,
@@ -130,20 +132,49 @@ def samples(tokens: TensorFile) -> list[Any]:
     return [row[row != PADDING] for row in tokens.read()]
 
 
-def layer_memory(config: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+def layer_memory(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
     """Bytes for a layer (`inputs[2:]`) and one sample of hidden states (`inputs[1]`) inside it.
 
-    A token takes, in float32, some copies of what the widest modules give: measured with torch
-    2.13 on samples of 8192 tokens in the shapes of Qwen3.6-27B (docs/benchmarks.md).
+    Fitted to `python -m benchmarks.calibration` on a CPU with torch 2.13 and transformers 5.17, in
+    the shapes of Qwen3.6-27B and samples of 1024 to 8192 tokens: 1.0 to 1.2 times what was taken.
     """
+    config, width = params["config"], {"bfloat16": 2, "float32": 4}[params["dtype"]]
     length, hidden = inputs[1].shape[1:]
-    inner = max(int(config["intermediate_size"]), 4 * hidden)
+    # gate, up, their product and its activation stand side by side, beside some hidden states.
+    token = 4 * width * (int(config["intermediate_size"]) + hidden)
+    if params["kind"] == "linear":
+        # transformers' own delta rule makes seven copies of its operands, in float32.
+        chunk = 64
+        head = int(config["linear_key_head_dim"]) + int(config["linear_value_head_dim"]) + chunk
+        token = max(token, 7 * 4 * int(config["linear_num_value_heads"]) * head)
+    elif params["attention"] == "eager":
+        # The scores, their softmax in float32, and both once more on the way.
+        token += 12 * int(config["num_attention_heads"]) * length
     weights = sum(spec.nbytes for spec in inputs[2:])
-    return weights + 4 * length * (6 * hidden + 4 * inner)
+    placed = sum(spec.size * width for spec in inputs[2:] if spec.dtype != _DTYPES[params["dtype"]])
+    return (64 << 20) + weights + placed + length * token
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """A decoder layer as actions on it need it: its tensors, and what decides how it computes.
+
+    `names` are those of `weights` within the layer, `linears` those of its linear modules;
+    `params` holds what every forward pass through the layer depends on.
+    """
+
+    prefix: str
+    names: tuple[str, ...]
+    linears: tuple[str, ...]
+    weights: tuple[TensorRef, ...]
+    params: Mapping[str, Any]
 
 
 class Calibration:
-    """Adds the actions of a calibration to the graph, as far as somebody asks for their results."""
+    """The samples of a calibration, before the first layer, and the layers to run them through.
+
+    `tokens` is I32 [samples, length], `start` the hidden states [samples, length, hidden].
+    """
 
     def __init__(self, view: View, context: PlanContext) -> None:
         """Calibrate the text model in `view`; PlanError when the recipe does not say on what."""
@@ -154,29 +185,51 @@ class Calibration:
         self._view = view
         self._context = context
         self._architecture = context.architecture
-        self._hidden = [self._embed()]
-        self._amax: list[tuple[TensorRef, tuple[str, ...]]] = []
+        self.graph = context.graph
+        self.tokens = self._tokens()
+        self.start = self._embed()
 
-    def amax(self, layer: int) -> tuple[TensorRef, tuple[str, ...]]:
-        """The largest inputs of a layer's linears, F32 [linears], and the linears' module paths."""
-        while len(self._amax) <= layer:
-            self._forward(len(self._amax))
-        return self._amax[layer]
+    def layer(self, layer: int) -> LayerPart:
+        """Decoder layer number `layer`."""
+        architecture, spec = self._architecture, self._spec
+        prefix = architecture.layer_prefix(layer)
+        facts = [
+            fact
+            for fact in architecture.tensors.values()
+            if fact.layer == layer and fact.part is Part.LAYERS
+        ]
+        names = tuple(fact.name.removeprefix(prefix) for fact in facts)
+        linears = (fact.module for fact in facts if fact.role is Role.LINEAR)
+        return LayerPart(
+            prefix,
+            names,
+            tuple(module.removeprefix(prefix) for module in linears),
+            tuple(self._view[fact.name] for fact in facts),
+            {
+                "names": list(names),
+                "kind": architecture.layer_kind(layer),
+                "config": _layer_config(architecture.text_config),
+                "dtype": spec.dtype,
+                "attention": spec.attention,
+                "threads": spec.threads,
+                "device": spec.device,
+                "processor": vector_instructions(),
+            },
+        )
 
     def _embed(self) -> TensorRef:
-        self.tokens = self._tokens()
         facts = self._architecture.tensors.values()
         table = next(fact for fact in facts if fact.part is Part.EMBED)
         params = {"dtype": _DTYPES[self._spec.dtype]}
-        (hidden,) = self._context.graph.add(Embed(), params, self.tokens, self._view[table.name])
+        (hidden,) = self.graph.add(Embed(), params, self.tokens, self._view[table.name])
         return hidden
 
     def _tokens(self) -> TensorRef:
         spec, dataset, body = self._spec, self._source.dataset, self._source.body
         template = next(iter(template_files(self._source.files).values()), None)
         params: dict[str, Any] = {
-            "samples": self._sample_count(),
-            "length": spec.length,
+            "samples": self._count("samples", spec.samples),
+            "length": self._count("length", spec.length),
             "roles": spec.roles,
             "template": template,
         }
@@ -191,50 +244,50 @@ class Calibration:
                 "split": spec.split,
                 "commit": dataset.commit,
             }
-        (tokens,) = self._context.graph.add(Tokens(), params, *inputs)
+        if spec.joined:
+            params["joined"] = True
+        (tokens,) = self.graph.add(Tokens(), params, *inputs)
         return tokens
 
-    def _sample_count(self) -> int:
-        samples, profile = self._spec.samples, self._context.profile
-        if isinstance(samples, int):
-            return samples
-        if profile not in samples:
+    def _count(self, name: str, count: ByProfile) -> int:
+        if isinstance(count, int):
+            return count
+        profile = self._context.profile
+        if profile not in count:
             raise PlanError(
-                "calibration.samples says nothing for this checkpoint",
+                f"calibration.{name} says nothing for this checkpoint",
                 expected=f"an entry for profile {profile}" if profile else "one number",
             )
-        return samples[profile]
+        return count[profile]
 
-    def _forward(self, layer: int) -> None:
-        architecture, spec = self._architecture, self._spec
-        prefix = architecture.layer_prefix(layer)
-        facts = layer_facts(architecture.tensors.values(), layer)
-        linears = [fact.module for fact in facts if fact.role is Role.LINEAR]
-        params = {
-            "names": [fact.name.removeprefix(prefix) for fact in facts],
-            "linears": [module.removeprefix(prefix) for module in linears],
-            "kind": architecture.layer_kind(layer),
-            "config": layer_config(architecture.text_config),
-            "dtype": spec.dtype,
-            "attention": spec.attention,
-            "threads": spec.threads,
-            "device": spec.device,
-            "processor": vector_instructions(),
-        }
-        weights = [self._view[fact.name] for fact in facts]
-        hidden, amax = self._context.graph.add(
-            Forward(), params, self.tokens, self._hidden[layer], *weights
+
+class Activations:
+    """The largest inputs of linears, layer by layer, as far as somebody asks for them."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration = calibration
+        self._hidden = [calibration.start]
+        self._amax: list[tuple[TensorRef, tuple[str, ...]]] = []
+
+    def amax(self, layer: int) -> tuple[TensorRef, tuple[str, ...]]:
+        """The largest inputs of a layer's linears, F32 [linears], and the linears' module paths."""
+        while len(self._amax) <= layer:
+            self._forward(len(self._amax))
+        return self._amax[layer]
+
+    def _forward(self, number: int) -> None:
+        calibration = self._calibration
+        layer = calibration.layer(number)
+        params = {**layer.params, "linears": list(layer.linears)}
+        hidden, amax = calibration.graph.add(
+            Forward(), params, calibration.tokens, self._hidden[number], *layer.weights
         )
         self._hidden.append(hidden)
-        self._amax.append((amax, tuple(linears)))
+        modules = tuple(layer.prefix + name for name in layer.linears)
+        self._amax.append((amax, modules))
 
 
-def layer_facts(facts: Any, layer: int) -> list[TensorFact]:
-    """The tensors of a decoder layer, in the order of the table."""
-    return [fact for fact in facts if fact.layer == layer and fact.part is Part.LAYERS]
-
-
-def layer_config(text_config: Mapping[str, Any]) -> dict[str, Any]:
+def _layer_config(text_config: Mapping[str, Any]) -> dict[str, Any]:
     """What one layer depends on: all of the text config but how many layers there are."""
     others = ("num_hidden_layers", "layer_types")
     return {key: value for key, value in text_config.items() if key not in others}

@@ -27,7 +27,8 @@ from carnice_build.transforms.base import (
     check_fusions,
     require_match,
 )
-from carnice_build.transforms.calibration import Calibration
+from carnice_build.transforms.calibration import Activations, Calibration
+from carnice_build.transforms.ignore import unquantized_modules
 
 BLOCK = 16
 SETTINGS = {"bits": 4, "group_size": BLOCK}
@@ -73,6 +74,9 @@ KEEP_LISTS: Mapping[str, tuple[str, ...]] = {
 library.  0.43: those that the model cards made with it name; `mtp.*` and the vision tower are
 not among them, because transformers had left out the one and the recipes excluded the other.
 """
+
+
+_PLAIN_ROLES = (Role.LINEAR, Role.EMBEDDING, Role.CONV)
 
 
 class BlockQuantize(ArrayOp):
@@ -180,10 +184,10 @@ class Nvfp4Format(Format):
         """Every tensor of the view under its own name, the linears quantized."""
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
         chosen = {fact.module: fact for fact in self._quantized(facts)}
-        calibration = Calibration(view, context)
+        activations = Activations(Calibration(view, context))
         made: dict[str, list[OutputTensor]] = {}
         for layer in range(context.architecture.num_layers):
-            made |= _layer(layer, chosen, view, calibration, context)
+            made |= _layer(layer, chosen, view, activations, context)
         if left := [module for module in chosen if module not in made]:
             raise PlanError(
                 f"{left[0]} is in no decoder layer, so it has no calibrated input",
@@ -201,6 +205,7 @@ class Nvfp4Format(Format):
             defaults=SETTINGS,
             quantized=dict.fromkeys(chosen, SETTINGS),
             causes={},
+            ignored=unquantized_modules(view, chosen, context.architecture, _PLAIN_ROLES),
         )
 
     def _quantized(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
@@ -220,7 +225,7 @@ def _layer(
     layer: int,
     chosen: Mapping[str, TensorFact],
     view: View,
-    calibration: Calibration,
+    activations: Activations,
     context: PlanContext,
 ) -> dict[str, list[OutputTensor]]:
     """The tensors of each quantized module of a decoder layer."""
@@ -231,7 +236,7 @@ def _layer(
     groups = [group for group in groups if group]
     if not groups:
         return {}
-    amax, linears = calibration.amax(layer)
+    amax, linears = activations.amax(layer)
     indices = [[linears.index(fact.module) for fact in group] for group in groups]
     scales = context.graph.add(InputScales(), {"groups": indices}, amax)
     return {

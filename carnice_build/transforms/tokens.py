@@ -18,7 +18,8 @@ class Tokens(ProcessOp):
 
     Inputs: tokenizer.json, and the dataset when it is a file, each U8 [size].
     Output: I32 [samples, length]; a row is cut at `length` tokens and padded with -1.
-    Parameters: `samples`, `length`, `roles` (names that the template uses instead of the
+    Parameters: `samples`, `length`, `joined` (rows are joined, in order, and cut into samples of
+    exactly `length`; False if not given), `roles` (names that the template uses instead of the
     dataset's), `template` (its text, or None), `rows` (the form of the file: `jsonl`, `parquet` or
     `txt`), or `dataset` (name, subset, split and commit on the hub).
     """

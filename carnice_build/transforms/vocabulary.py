@@ -11,8 +11,10 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from carnice_build.recipe.schema import Vocabulary
+from carnice_build.transforms.autoround import AutoRoundFormat
 from carnice_build.transforms.base import Format, Step
 from carnice_build.transforms.chat_template import ChatTemplate
+from carnice_build.transforms.compressed import CompressedFormat
 from carnice_build.transforms.drop import Drop
 from carnice_build.transforms.graft import Graft
 from carnice_build.transforms.mlx import MlxFormat
@@ -25,7 +27,12 @@ STEPS: dict[str, type[Step]] = {
     "graft": Graft,
     "chat_template": ChatTemplate,
 }
-FORMATS: dict[str, type[Format]] = {"mlx": MlxFormat, "nvfp4": Nvfp4Format}
+FORMATS: dict[str, type[Format]] = {
+    "mlx": MlxFormat,
+    "nvfp4": Nvfp4Format,
+    "autoround": AutoRoundFormat,
+    "compressed-tensors": CompressedFormat,
+}
 
 
 class _Extensible(Mapping[str, Any]):

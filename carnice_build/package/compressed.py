@@ -1,0 +1,125 @@
+"""Folders as llm-compressor saves them: compressed-tensors' config, and its own recipe.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from carnice_build.architectures.smoothing import HYBRID_MAPPINGS
+from carnice_build.checkpoint.json import to_json
+from carnice_build.package.base import Variant
+from carnice_build.package.card import render_card
+
+VERSION = "0.19.0"
+"""The version of compressed-tensors whose format the files are in."""
+
+
+class CompressedPackager:
+    """Writes config.json, recipe.yaml and README.md."""
+
+    def files(self, variant: Variant) -> dict[str, bytes]:
+        """See `Packager.files`."""
+        return {
+            "config.json": to_json(_config(variant)),
+            "recipe.yaml": _recipe(variant),
+            "README.md": render_card(
+                "compressed.md.j2",
+                variant,
+                library="transformers",
+                tags=("compressed-tensors", "awq", "w4a16", "int4", "vllm"),
+            ),
+        }
+
+
+def _weights(variant: Variant) -> dict[str, Any]:
+    """The scheme, with every entry that compressed-tensors writes."""
+    weights: Mapping[str, Any] = variant.defaults["config_groups"]["group_0"]["weights"]
+    return {
+        **weights,
+        "actorder": None,
+        "block_structure": None,
+        "observer_kwargs": {},
+        "scale_dtype": None,
+        "zp_dtype": "torch.int8",
+    }
+
+
+def _config(variant: Variant) -> dict[str, Any]:
+    return {
+        **variant.checkpoint.config,
+        "quantization_config": {
+            "config_groups": {
+                "group_0": {
+                    "format": "pack-quantized",
+                    "input_activations": None,
+                    "output_activations": None,
+                    "targets": ["Linear"],
+                    "weights": dict(sorted(_weights(variant).items())),
+                }
+            },
+            "format": "pack-quantized",
+            "global_compression_ratio": None,
+            "ignore": list(variant.ignored),
+            "kv_cache_scheme": None,
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "sparsity_config": {},
+            "transform_config": {},
+            "version": VERSION,
+        },
+    }
+
+
+def _recipe(variant: Variant) -> bytes:
+    """What llm-compressor writes of the modifiers that it ran."""
+    import yaml
+
+    knobs = variant.defaults
+    modifiers = {
+        "AWQModifier": {
+            "requires_calibration_data": True,
+            "mappings": _mappings(variant),
+            "duo_scaling": knobs["duo_scaling"],
+            "n_grid": knobs["n_grid"],
+        },
+        "QuantizationModifier": {
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": _weights(variant),
+                    "input_activations": None,
+                    "output_activations": None,
+                    "format": None,
+                }
+            },
+            "targets": knobs["targets"],
+            "ignore": knobs["ignore"],
+            "bypass_divisibility_checks": False,
+            "requires_calibration_data": False,
+        },
+    }
+    stage = {"default_stage": {"default_modifiers": modifiers}}
+    return yaml.safe_dump(stage, sort_keys=False, allow_unicode=True, width=100).encode()
+
+
+def _mappings(variant: Variant) -> list[dict[str, Any]]:
+    """The library's mappings for this model, which name layers of each kind by their numbers."""
+    architecture = variant.architecture
+    numbers: dict[str, list[str]] = {}
+    for layer in range(architecture.num_layers):
+        numbers.setdefault(architecture.layer_kind(layer), []).append(str(layer))
+    kinds = {"self_attn": "full", "linear_attn": "linear"}
+    mappings = []
+    for mapping in HYBRID_MAPPINGS:
+        kind = kinds.get(mapping.balance[0].partition(".")[0])
+        if kind is None:
+            smooth = f"re:.*{mapping.smooth.rpartition('.')[2]}$"
+            balance = [f"re:.*{name.rpartition('.')[2]}$" for name in mapping.balance]
+        else:
+            layers = "|".join(numbers.get(kind, ()))
+            smooth = f"re:.*layers\\.({layers})\\.{mapping.smooth}$"
+            balance = [f"re:.*{name}$" for name in mapping.balance]
+        mappings.append(
+            {"smooth_layer": smooth, "balance_layers": balance, "activation_hook_target": None}
+        )
+    return mappings

@@ -1,0 +1,268 @@
+"""Format `autoround`: symmetric INT4 in groups, as auto-round packs it for GPTQ kernels.
+
+Three ways to the codes: `nearest` rounds each weight by itself, `tune` learns the rounding over
+a calibration, and `merge` takes over what was learned for the base that the model was fine-tuned
+from.  What is published looks the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from carnice_build.architectures.base import Part, Role, TensorFact
+from carnice_build.checkpoint.checkpoint import Checkpoint
+from carnice_build.checkpoint.dtypes import WIDE_FLOATS
+from carnice_build.errors import PlanError, nearest
+from carnice_build.graph import OutputTensor, TensorRef, View, source_view
+from carnice_build.package.autoround import AutoRoundPackager
+from carnice_build.package.base import Packager
+from carnice_build.recipe.patterns import Patterns
+from carnice_build.recipe.schema import AnyPatterns, Expectation, PatternList, Strict
+from carnice_build.transforms.base import (
+    Conversion,
+    Format,
+    PlanContext,
+    check_fusions,
+    require_match,
+)
+from carnice_build.transforms.calibration import Calibration
+from carnice_build.transforms.elementwise import Elementwise
+from carnice_build.transforms.ignore import unquantized_modules
+from carnice_build.transforms.int4 import PARTS, Merge, Nearest
+from carnice_build.transforms.tune import Tuning
+
+GroupSize = Literal[32, 64, 128]
+
+_KEPT = ["*.linear_attn.in_proj_a.weight", "*.linear_attn.in_proj_b.weight"]
+_PLAIN = {"bfloat16": "BF16", "float16": "F16"}
+
+Parts = Mapping[str, Sequence[TensorRef]]
+"""qweight, qzeros and scales of modules, by their paths."""
+
+
+class TuneSpec(Strict):
+    """How auto-round learns; names and defaults are the library's."""
+
+    iters: int = Field(200, ge=1, description="Steps of each decoder layer.")
+    lr: float | None = Field(None, gt=0, description="Learning rate; 1 / iters if none.")
+    minmax_lr: float | None = Field(None, gt=0, description="Learning rate of ranges; lr if none.")
+    enable_minmax_tuning: bool = Field(True, description="Learn the ranges of groups, too.")
+    batch_size: int = Field(8, ge=1, description="Samples a step; more than 1 need one length.")
+    gradient_accumulate_steps: int = Field(1, ge=1, description="Batches a step.")
+    not_use_best_mse: bool = Field(False, description="Keep the last step, not the best.")
+    seed: int = Field(42, description="Decides the batches of each layer.")
+
+
+class LeftOut(Strict):
+    """Tensors of the grid that have no place in the variant."""
+
+    match: PatternList = Field(description="Names of tensors of the grid's source.")
+    expect: Expectation = Field(None, description="How many there must be.")
+
+
+class GridSpec(Strict):
+    """A quantized base whose grid a fine-tune is put on."""
+
+    source: str = Field(description="Name of the source that is quantized in this format.")
+    base: str = Field(description="Name of the source that it was quantized from.")
+    rounding: Literal["delta", "nearest"] = Field(
+        "delta",
+        description="Move the base's codes by what the fine-tune changed, or round each weight "
+        "of the fine-tune to nearest.",
+    )
+    leave: LeftOut | None = Field(None, description="What is not taken of the grid.")
+
+
+class AutoRoundFormat(Format):
+    """INT4 in auto-round's `auto_round:auto_gptq` packing."""
+
+    format: Literal["autoround"]
+    method: Literal["nearest", "tune", "merge"] = Field(description="Where the codes come from.")
+    group_size: GroupSize = Field(128, description="Weights that share a scale.")
+    keep: AnyPatterns = Field(
+        default_factory=lambda: list(_KEPT),
+        description="Weights of decoder layers that stay as they are, by name.",
+    )
+    plain: Literal["bfloat16", "float16"] = Field(
+        "bfloat16", description="Type of everything that is not quantized."
+    )
+    tune: TuneSpec | None = Field(None, description="For method `tune`.")
+    grid: GridSpec | None = Field(None, description="For method `merge`.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> AutoRoundFormat:
+        for method, section in (("tune", self.tune), ("merge", self.grid)):
+            name = "grid" if method == "merge" else method
+            if method == self.method and section is None and method == "merge":
+                raise ValueError(f"method {method} needs a section `{name}`")
+            if method != self.method and section is not None:
+                raise ValueError(f"method {self.method} has no use for `{name}`")
+        return self
+
+    def packager(self) -> Packager:
+        """Folders as auto-round writes them and vLLM loads them."""
+        return AutoRoundPackager()
+
+    def extras(self) -> tuple[str, ...]:
+        """Only tuning needs the library."""
+        return ("autoround",) if self.method == "tune" else ()
+
+    def engine_name(self) -> str:
+        """As vLLM's `--quantization` has it."""
+        return "auto_round"
+
+    def convert(self, view: View, context: PlanContext) -> Conversion:
+        """Every tensor of the view, the linears of decoder layers quantized."""
+        facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
+        chosen = {fact.module: fact for fact in self._quantized(facts)}
+        check_fusions(chosen, view, context.architecture)
+        parts, figures = self._parts(chosen, view, context)
+        tensors: list[OutputTensor] = []
+        for fact in facts:
+            if fact.module in parts:
+                made = zip(PARTS, parts[fact.module], strict=True)
+                tensors += [OutputTensor(f"{fact.module}.{part}", ref, fact) for part, ref in made]
+            else:
+                tensors.append(OutputTensor(fact.name, self._cast(view[fact.name], context), fact))
+        settings = {"bits": 4, "group_size": self.group_size}
+        return Conversion(
+            tensors=tensors,
+            parameters=sum(view[fact.name].spec.size for fact in facts),
+            defaults={**settings, **self._provenance(context)},
+            quantized=dict.fromkeys(chosen, settings),
+            causes={},
+            ignored=unquantized_modules(view, chosen, context.architecture, (Role.LINEAR,)),
+            figures=figures,
+        )
+
+    def _provenance(self, context: PlanContext) -> dict[str, Any]:
+        """What the library's config says of how the codes were found."""
+        if self.method != "tune":
+            return {"iters": 0}
+        return dict(self._tuning().model_dump(include={"iters", "batch_size", "seed"}))
+
+    def _tuning(self) -> TuneSpec:
+        return self.tune or TuneSpec.model_validate({})
+
+    def _quantized(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
+        linears = [fact for fact in facts if fact.part is Part.LAYERS and fact.role is Role.LINEAR]
+        kept: set[str] = set()
+        if self.keep:
+            try:
+                kept = set(require_match(Patterns(self.keep), [f.name for f in linears], "weight"))
+            except PlanError as error:
+                raise PlanError(error.what, nearest=error.nearest, at=("keep",)) from None
+        return (fact for fact in linears if fact.name not in kept)
+
+    def _parts(
+        self, chosen: Mapping[str, TensorFact], view: View, context: PlanContext
+    ) -> tuple[dict[str, Sequence[TensorRef]], dict[str, TensorRef]]:
+        """The tensors of each quantized module, and what was measured on the way."""
+        if self.method == "tune":
+            return self._tuned(chosen, view, context)
+        if self.method == "merge":
+            return self._merged(chosen, view, context)
+        params = {"group_size": self.group_size}
+
+        def round_to_nearest(fact: TensorFact) -> Sequence[TensorRef]:
+            return context.graph.add(Nearest(), params, view[fact.name])
+
+        return {module: _located(round_to_nearest, fact) for module, fact in chosen.items()}, {}
+
+    def _tuned(
+        self, chosen: Mapping[str, TensorFact], view: View, context: PlanContext
+    ) -> tuple[dict[str, Sequence[TensorRef]], dict[str, TensorRef]]:
+        settings = {"group_size": self.group_size, **self._tuning().model_dump()}
+        tuning = Tuning(Calibration(view, context), settings)
+        parts: dict[str, Sequence[TensorRef]] = {}
+        figures = {}
+        for layer in range(context.architecture.num_layers):
+            made, losses = tuning.layer(layer, list(chosen))
+            parts |= made
+            figures[f"loss of layer {layer}, nearest and tuned"] = losses
+        return parts, figures
+
+    def _merged(
+        self, chosen: Mapping[str, TensorFact], view: View, context: PlanContext
+    ) -> tuple[dict[str, Sequence[TensorRef]], dict[str, TensorRef]]:
+        assert self.grid is not None
+        spec = self.grid
+        grid = _source(context, spec.source, "source")
+        base = source_view(_source(context, spec.base, "base"))
+        _check_scheme(grid, self.group_size)
+        tensors = source_view(grid)
+        if spec.leave is not None:
+            patterns = Patterns(spec.leave.match)
+            left = require_match(patterns, list(tensors), "tensor of the grid's source")
+            context.check_count(spec.leave.expect, patterns, len(left), derive=False)
+        params = {"group_size": self.group_size, "rounding": spec.rounding}
+        parts: dict[str, Sequence[TensorRef]] = {}
+        figures = {}
+        for module, fact in chosen.items():
+            names = [f"{module}.{part}" for part in PARTS]
+            for name, there in ((fact.name, base), *((name, tensors) for name in names)):
+                if name not in there:
+                    raise PlanError(
+                        f"the grid has no {name!r}", nearest=nearest(name, there), at=("grid",)
+                    )
+            stored = [tensors[name] for name in names]
+            operands = (view[fact.name], base[fact.name], *stored)
+
+            def merge(_: TensorFact, operands: Sequence[TensorRef] = operands) -> Any:
+                return context.graph.add(Merge(), params, *operands)
+
+            qweight, clipped = _located(merge, fact)
+            parts[module] = (qweight, *stored[1:])
+            figures[f"clipped codes of {module}"] = clipped
+        return parts, figures
+
+    def _cast(self, ref: TensorRef, context: PlanContext) -> TensorRef:
+        dtype = _PLAIN[self.plain]
+        if ref.spec.dtype == dtype or ref.spec.dtype not in WIDE_FLOATS:
+            return ref
+        params = {"add": None, "dtype": dtype, "nonfinite": "refuse"}
+        (cast,) = context.graph.add(Elementwise(), params, ref)
+        return cast
+
+
+def _located(
+    make: Callable[[TensorFact], Sequence[TensorRef]], fact: TensorFact
+) -> Sequence[TensorRef]:
+    try:
+        return make(fact)
+    except PlanError as error:
+        raise PlanError(f"module {fact.module}: {error.what}", expected=error.expected) from None
+
+
+def _source(context: PlanContext, name: str, key: str) -> Checkpoint:
+    if name not in context.sources:
+        raise PlanError(
+            f"the recipe has no source {name!r}",
+            expected=" or ".join(context.sources),
+            nearest=nearest(name, context.sources),
+            at=("grid", key),
+        )
+    return context.sources[name].checkpoint
+
+
+def _check_scheme(grid: Checkpoint, group_size: int) -> None:
+    """Refuse a grid of another kind than ours; what it is stands in its config."""
+    found = grid.config.get("quantization_config")
+    if not isinstance(found, dict):
+        raise PlanError("is not quantized", where=grid.where, expected="a grid by auto-round")
+    packing = str(found.get("packing_format", ""))
+    wanted = {"bits": 4, "group_size": group_size, "sym": True}
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise PlanError(
+                f"the grid's {key} is {found.get(key)}", where=grid.where, expected=str(value)
+            )
+    if not packing.endswith("gptq"):
+        raise PlanError(
+            f"the grid's packing_format is {packing!r}",
+            where=grid.where,
+            expected="auto_round:auto_gptq",
+        )

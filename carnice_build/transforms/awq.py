@@ -1,0 +1,237 @@
+"""Ops of AWQ: the search for smoothing scales, and what they make of weights and norms.
+
+tokens -> hidden(0) -> for each layer *i*: smooth(i) -> hidden(i + 1), scales(i)
+
+The search does not depend on the observer that picks the integers, and the next layer reads
+smoothed, unquantized outputs; so one chain serves every observer.  The arithmetic that applies
+the scales is in `kernels.smoothing`, the search in `backends.awq`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.checkpoint.tensor_file import TensorFile
+from carnice_build.errors import PlanError
+from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, ProcessOp, TensorData, TensorRef
+from carnice_build.transforms.calibration import Calibration, layer_memory, samples
+
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+"""The tensors that a weight becomes, by the end of their names, in the order of outputs."""
+
+_PER_WORD = 8
+
+
+class Smooth(ProcessOp):
+    """llm-compressor's AWQ search on one decoder layer.
+
+    Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors.
+    Outputs: the smoothed layer's hidden states; scales F64 [channels] for each of `mappings`.
+    Parameters: `mappings`, each the name of a smoothed module and those it is balanced by, within
+    the layer; `quantized`, the linears that will be; `scheme` (`num_bits`, `group_size`,
+    `symmetric`), `n_grid`, `duo_scaling` and `norms` as in `backends.awq.AwqSettings`; `names`,
+    `kind`, `config`, `dtype`, `attention`, `threads`, `device` and `processor`.
+    """
+
+    name = "awq.smooth"
+    version = 1
+    libraries = (
+        "llmcompressor",
+        "compressed-tensors",
+        "torch",
+        "transformers",
+        "flash-linear-attention",
+        "causal-conv1d",
+    )
+    transient = frozenset({0})
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Hidden states, and a vector for each mapping."""
+        weights = dict(zip(params["names"], inputs[2:], strict=True))
+        channels = (weights[f"{smooth}.weight"].shape[0] for smooth, _ in params["mappings"])
+        return inputs[1], *(TensorSpec("F64", (count,)) for count in channels)
+
+    def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """One for each sample that the smoothed layer has read."""
+        return inputs[0].shape[0]
+
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """The layer twice, and one sample inside it; what the search keeps lies on disk."""
+        return layer_memory(params, inputs) + 2 * sum(spec.nbytes for spec in inputs[2:])
+
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        report: Callable[[], None],
+    ) -> None:
+        """Raises BackendError when the library finds no scales."""
+        from carnice_build.backends.smoothing import smooth
+
+        smooth(params, samples(inputs[0]), inputs[1], inputs[2:], outputs, report)
+
+
+class SmoothNorm(ArrayOp):
+    """A norm with gain 1 + w, its gain over the scales, as llm-compressor stores it.
+
+    Inputs: w [channels], and the scales F64 [channels] when something smooths it.
+    Output: the stored weight, of the same type.  Parameter: `exact`, see `smooth_gain`.
+    """
+
+    name = "awq.norm"
+    version = 1
+    libraries = ("numpy",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """As the norm is."""
+        return (inputs[0],)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Raises NonFiniteValue."""
+        from carnice_build.kernels.smoothing import smooth_gain
+
+        weight = inputs[0]
+        scales = inputs[1].array if len(inputs) > 1 else None
+        _check(smooth_gain(weight.array, weight.dtype, scales, params["exact"], outputs[0].array))
+
+
+class GroupQuantize(ArrayOp):
+    """An INT4 weight in the format pack-quantized, smoothed first if it is to be.
+
+    Inputs: a weight [rows, columns]; scales F64 [columns] if `columns`; scales F64 [rows] if
+    `rows`.
+    Outputs: weight_packed I32 [rows, columns / 8]; weight_scale [rows, columns / group];
+    weight_zero_point I32 [rows / 8, columns / group], unless `symmetric`; weight_shape I64 [2].
+    Parameters: `observer`, `group_size`, `columns` and `rows`.
+    """
+
+    name = "compressed.quantize"
+    version = 1
+    libraries = ("numba", "numpy")
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """The parts of the packed weight."""
+        spec, group = inputs[0], params["group_size"]
+        if spec.dtype not in WIDE_FLOATS:
+            raise PlanError(
+                f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
+            )
+        if params["observer"] == "mse" and spec.dtype == "F32":
+            raise PlanError("the observer mse needs 16-bit weights")
+        rows, columns = spec.shape
+        if columns % group:
+            raise PlanError(f"group_size {group} does not divide the {columns} inputs")
+        grid = (rows, columns // group)
+        return (
+            TensorSpec("I32", (rows, columns // _PER_WORD)),
+            TensorSpec(spec.dtype, grid),
+            TensorSpec("I32", (-(-rows // _PER_WORD), grid[1])),
+            TensorSpec("I64", (2,)),
+        )
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Raises NonFiniteValue, and BadInput for weights whose range has no scale."""
+        import numpy as np
+
+        from carnice_build.kernels import compressed
+
+        weight = _smoothed(params, inputs)
+        dtype, group = weight.dtype, params["group_size"]
+        packed, scales, packed_zeros, shape = (output.array for output in outputs)
+        zeros = np.empty(scales.shape, np.int8)
+        observe = {"mse": compressed.mse_qparams, "memoryless_minmax": compressed.minmax_qparams}
+        _check(observe[params["observer"]](weight.array, dtype, group, scales, zeros))
+        try:
+            _check(compressed.quantize_affine(weight.array, dtype, group, scales, zeros, packed))
+        except ValueError as error:
+            raise BadInput(0, f"cannot be quantized: {error}") from None
+        compressed.pack_zero_points(zeros, packed_zeros)
+        shape[...] = weight.array.shape
+
+
+class SmoothWeight(ArrayOp):
+    """A linear's weight that is smoothed and stays unquantized; as `GroupQuantize` begins.
+
+    Inputs and the parameters `columns` and `rows` as there; the output is as the weight.
+    """
+
+    name = "awq.weight"
+    version = 1
+    libraries = ("numpy",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """As the weight is."""
+        return (inputs[0],)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Raises NonFiniteValue."""
+        outputs[0].array[...] = _smoothed(params, inputs).array
+
+
+def _smoothed(params: Mapping[str, Any], inputs: Sequence[TensorData]) -> TensorData:
+    """The weight times the column scales, then over the row scales, each rounded to its type."""
+    import numpy as np
+
+    from carnice_build.kernels.smoothing import divide_rows, multiply_columns
+
+    weight, *vectors = inputs
+    scales = iter(vectors)
+    for wanted, change in ((params["columns"], multiply_columns), (params["rows"], divide_rows)):
+        if wanted:
+            out = np.empty_like(weight.array)
+            _check(change(weight.array, weight.dtype, next(scales).array, out))
+            weight = TensorData(weight.dtype, out)
+    return weight
+
+
+def _check(bad_index: int) -> None:
+    if bad_index >= 0:
+        raise NonFiniteValue(bad_index)
+
+
+class Smoothing:
+    """Smooths the layers of a model in turn, as far as somebody asks for them."""
+
+    def __init__(self, calibration: Calibration, settings: Mapping[str, Any]) -> None:
+        """`settings` are `scheme`, `n_grid`, `duo_scaling` and `norms`."""
+        self._calibration = calibration
+        self._settings = settings
+        self._hidden = calibration.start
+
+    def layer(
+        self,
+        number: int,
+        mappings: Sequence[tuple[str, Sequence[str]]],
+        quantized: Sequence[str],
+    ) -> tuple[TensorRef, ...]:
+        """The scales of each of `mappings` in layer `number`; to be asked in order."""
+        calibration = self._calibration
+        layer = calibration.layer(number)
+        params = {
+            **layer.params,
+            **self._settings,
+            "mappings": [[smooth, list(balance)] for smooth, balance in mappings],
+            "quantized": list(quantized),
+        }
+        hidden, *scales = calibration.graph.add(
+            Smooth(), params, calibration.tokens, self._hidden, *layer.weights
+        )
+        self._hidden = hidden
+        return tuple(scales)

@@ -1,0 +1,238 @@
+"""Format `compressed-tensors`: asymmetric INT4 in groups, as llm-compressor's AWQ writes it.
+
+The section speaks llm-compressor's language, so that its recipe can be read off it and is written
+beside the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from carnice_build.architectures.base import Part, Role, TensorFact
+from carnice_build.architectures.smoothing import (
+    HYBRID_MAPPINGS,
+    SmoothingMapping,
+    mappings_of_layer,
+)
+from carnice_build.errors import PlanError
+from carnice_build.graph import OutputTensor, TensorRef, View
+from carnice_build.package.base import Packager
+from carnice_build.package.compressed import CompressedPackager
+from carnice_build.recipe.patterns import Patterns
+from carnice_build.recipe.schema import AnyPatterns, Strict
+from carnice_build.transforms.awq import PARTS, GroupQuantize, Smoothing, SmoothNorm, SmoothWeight
+from carnice_build.transforms.base import Conversion, Format, PlanContext, check_fusions
+from carnice_build.transforms.calibration import Calibration
+from carnice_build.transforms.ignore import plain_modules
+
+MTP_PATTERN = "re:^mtp.*"
+"""How llm-compressor ignores an MTP head that it copies."""
+
+_KERNEL_ROWS = 8
+
+
+class Weights(Strict):
+    """How the integers of a weight are chosen, in the words of compressed-tensors."""
+
+    num_bits: Literal[4] = Field(4, description="Bits per weight.")
+    type: Literal["int"] = Field("int", description="Integers.")
+    symmetric: Literal[False] = Field(False, description="Each group has a zero point.")
+    strategy: Literal["group"] = Field("group", description="A scale for each group of inputs.")
+    group_size: Literal[32, 64, 128] = Field(128, description="Weights that share a scale.")
+    dynamic: Literal[False] = Field(False, description="Scales are stored.")
+    observer: Literal["mse", "memoryless_minmax"] = Field(
+        "mse",
+        description="The range of a group: where the error is least, or from the smallest to the "
+        "largest weight.",
+    )
+
+
+class ConfigGroup(Strict):
+    """Modules that share a scheme."""
+
+    targets: list[Literal["Linear"]] = Field(description="Classes of modules.")
+    weights: Weights = Field(description="The scheme of their weights.")
+
+
+class ConfigGroups(Strict):
+    """The one group of modules."""
+
+    group_0: ConfigGroup = Field(description="What is quantized.")
+
+
+class CompressedFormat(Format):
+    """W4A16 in the format pack-quantized, after AWQ's smoothing."""
+
+    format: Literal["compressed-tensors"]
+    algorithm: Literal["awq"] = Field("awq", description="What happens before the rounding.")
+    targets: list[Literal["Linear"]] = Field(description="Classes of modules that are quantized.")
+    config_groups: ConfigGroups = Field(description="Groups of modules and their schemes.")
+    ignore: AnyPatterns = Field(description="Modules that stay as they are.")
+    mappings: Literal["hybrid"] = Field(
+        "hybrid",
+        description="What is smoothed into what: llm-compressor's mappings for models of full and "
+        "linear attention.",
+    )
+    n_grid: Annotated[int, Field(ge=1)] = Field(20, description="Ratios that the search tries.")
+    duo_scaling: bool | Literal["both"] = Field(
+        True, description="Use the weights' magnitudes beside those of activations."
+    )
+    sequential_targets: list[str] = Field(
+        default_factory=lambda: ["Qwen3_5DecoderLayer"],
+        description="The class of modules that are calibrated one after another.",
+    )
+    moe_calibrate_all_experts: bool = Field(
+        True, description="Every expert sees every token; without experts it changes nothing."
+    )
+    norms: Literal["library", "exact"] = Field(
+        "library",
+        description="Hold gains 1 + w in the model's type, as llm-compressor does, which alters "
+        "norms that nothing smoothed; or in float32, which leaves those alone.",
+    )
+
+    @property
+    def weights(self) -> Weights:
+        """The scheme of all weights."""
+        return self.config_groups.group_0.weights
+
+    def packager(self) -> Packager:
+        """Folders as llm-compressor saves them."""
+        return CompressedPackager()
+
+    def extras(self) -> tuple[str, ...]:
+        """The search is llm-compressor's."""
+        return ("llmcompressor",)
+
+    def engine_name(self) -> str:
+        """As vLLM's `--quantization` has it."""
+        return "compressed-tensors"
+
+    def convert(self, view: View, context: PlanContext) -> Conversion:
+        """Every tensor of the view, smoothed, and the linears quantized."""
+        architecture = context.architecture
+        facts = [fact for name, fact in architecture.tensors.items() if name in view]
+        chosen = {fact.module: fact for fact in self._quantized(facts)}
+        check_fusions(chosen, view, architecture)
+        smoothed = _Smoothed(self, chosen, view, context)
+        tensors = [tensor for fact in facts for tensor in smoothed.tensors(fact)]
+        ignored = [
+            module
+            for module in plain_modules(view, chosen, architecture, (Role.LINEAR,))
+            if architecture.tensors[f"{module}.weight"].part is not Part.MTP
+        ]
+        if any(fact.part is Part.MTP for fact in facts):
+            ignored.append(MTP_PATTERN)
+        settings = {"bits": 4, "group_size": self.weights.group_size}
+        return Conversion(
+            tensors=tensors,
+            parameters=sum(view[fact.name].spec.size for fact in facts),
+            defaults=self.model_dump(),
+            quantized=dict.fromkeys(chosen, settings),
+            causes={},
+            ignored=ignored,
+        )
+
+    def _quantized(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
+        patterns = Patterns(self.ignore)
+        for fact in facts:
+            if fact.role is Role.LINEAR and not patterns.matches(fact.module):
+                if fact.part is not Part.LAYERS:
+                    raise PlanError(
+                        f"{fact.module} is in no decoder layer", expected="it among `ignore`"
+                    )
+                yield fact
+
+
+class _Smoothed:
+    """The tensors of a model after the search, layer by layer."""
+
+    def __init__(
+        self,
+        knobs: CompressedFormat,
+        chosen: Mapping[str, TensorFact],
+        view: View,
+        context: PlanContext,
+    ) -> None:
+        self._knobs = knobs
+        self._chosen = chosen
+        self._view = view
+        self._graph = context.graph
+        self._architecture = context.architecture
+        self._columns: dict[str, TensorRef] = {}
+        self._rows: dict[str, TensorRef] = {}
+        scheme = {"num_bits": 4, "group_size": knobs.weights.group_size, "symmetric": False}
+        settings = {
+            "scheme": scheme,
+            "n_grid": knobs.n_grid,
+            "duo_scaling": knobs.duo_scaling,
+            "norms": knobs.norms,
+        }
+        smoothing = Smoothing(Calibration(view, context), settings)
+        for layer in range(self._architecture.num_layers):
+            self._search(layer, smoothing)
+
+    def _search(self, layer: int, smoothing: Smoothing) -> None:
+        """Note by which vectors the modules of a layer are multiplied and divided."""
+        prefix = self._architecture.layer_prefix(layer)
+        names = [
+            fact.module.removeprefix(prefix)
+            for fact in self._architecture.tensors.values()
+            if fact.layer == layer and fact.part is Part.LAYERS
+        ]
+        quantized = [name for name in names if prefix + name in self._chosen]
+        mappings = list(mappings_of_layer(HYBRID_MAPPINGS, names, quantized))
+        found = smoothing.layer(
+            layer, [(item.smooth, item.balance) for item in mappings], quantized
+        )
+        for mapping, scales in zip(mappings, found, strict=True):
+            self._note(prefix, mapping, scales)
+
+    def _note(self, prefix: str, mapping: SmoothingMapping, scales: TensorRef) -> None:
+        self._rows[prefix + mapping.smooth] = scales
+        for name in mapping.balance:
+            self._columns[prefix + name] = scales
+
+    def tensors(self, fact: TensorFact) -> list[OutputTensor]:
+        """What is published of a source tensor."""
+        ref, module = self._view[fact.name], fact.module
+        columns, rows = self._columns.get(module), self._rows.get(module)
+        if fact.role is Role.NORM and self._architecture.mlx_shifted(fact.name):
+            return [OutputTensor(fact.name, self._norm(fact, ref, rows), fact)]
+        vectors = [scales for scales in (columns, rows) if scales is not None]
+        used = {"columns": columns is not None, "rows": rows is not None}
+        if module in self._chosen:
+            return self._packed(fact, ref, vectors, used)
+        if vectors and fact.role is Role.LINEAR:
+            (ref,) = self._graph.add(SmoothWeight(), used, ref, *vectors)
+        return [OutputTensor(fact.name, ref, fact)]
+
+    def _norm(self, fact: TensorFact, ref: TensorRef, scales: TensorRef | None) -> TensorRef:
+        exact = self._knobs.norms == "exact"
+        if fact.part is Part.MTP or (exact and scales is None):
+            return ref
+        vectors = () if scales is None else (scales,)
+        (norm,) = self._graph.add(SmoothNorm(), {"exact": exact}, ref, *vectors)
+        return norm
+
+    def _packed(
+        self,
+        fact: TensorFact,
+        ref: TensorRef,
+        vectors: Sequence[TensorRef],
+        used: Mapping[str, Any],
+    ) -> list[OutputTensor]:
+        weights = self._knobs.weights
+        params = {**used, "observer": weights.observer, "group_size": weights.group_size}
+        try:
+            made = self._graph.add(GroupQuantize(), params, ref, *vectors)
+        except PlanError as error:
+            raise PlanError(
+                f"module {fact.module}: {error.what}", expected=error.expected
+            ) from None
+        return [
+            OutputTensor(f"{fact.module}.{part}", output, fact)
+            for part, output in zip(PARTS, made, strict=True)
+        ]

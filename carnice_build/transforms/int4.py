@@ -1,0 +1,147 @@
+"""Ops on weights in auto-round's INT4 format: rounding to nearest, and merging onto a grid.
+
+A weight [rows, columns] becomes `qweight` I32 [columns / 8, rows], `qzeros` I32 [columns / group,
+rows / 8] and `scales` F16 [columns / group, rows]; see `kernels.autoround`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.errors import PlanError
+from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData
+
+PARTS = ("qweight", "qzeros", "scales")
+"""The tensors that a weight becomes, by the end of their names, in the order of outputs."""
+
+_NEAR = 0.1
+"""Steps beyond one that the weight of a grid's own base may lie from its code.
+
+Learned rounding takes one of the two codes beside a weight; scales that are stored in F16 move
+those a little.
+"""
+
+_FAR_SHARE = 1e-3
+"""Tuning also learns how far a group's range is cut, which leaves a few weights outside it."""
+
+
+def packed_specs(spec: TensorSpec, group_size: int) -> tuple[TensorSpec, ...]:
+    """Specs of qweight, qzeros and scales; PlanError when the weight does not fit the format."""
+    if spec.dtype not in WIDE_FLOATS:
+        raise PlanError(f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS))
+    rows, columns = spec.shape
+    if columns % group_size:
+        raise PlanError(f"group_size {group_size} does not divide the {columns} inputs")
+    if rows % 8:
+        raise PlanError(f"8 does not divide the {rows} outputs", expected="it among `keep`")
+    groups = columns // group_size
+    return (
+        TensorSpec("I32", (columns // 8, rows)),
+        TensorSpec("I32", (groups, rows // 8)),
+        TensorSpec("F16", (groups, rows)),
+    )
+
+
+class Nearest(ArrayOp):
+    """Symmetric INT4, each weight rounded to nearest: auto-round without a single iteration.
+
+    Input: a weight.  Outputs: qweight, qzeros and scales.  Parameter: `group_size`.
+    """
+
+    name = "autoround.nearest"
+    version = 1
+    libraries = ("numba",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """See `packed_specs`."""
+        (spec,) = inputs
+        return packed_specs(spec, params["group_size"])
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Quantize; raises NonFiniteValue, also for weights whose scale F16 cannot hold."""
+        from carnice_build.kernels.autoround import quantize_rtn
+
+        weight, arrays = inputs[0], [output.array for output in outputs]
+        bad_index = quantize_rtn(weight.array, weight.dtype, params["group_size"], 0, *arrays)
+        if bad_index >= 0:
+            raise NonFiniteValue(bad_index)
+
+
+class Merge(ArrayOp):
+    """A fine-tune's weight on the grid of its quantized base; `kernels.autoround_merge` says how.
+
+    Inputs: the weight, the base's weight, and the base's qweight, qzeros and scales.
+    Outputs: qweight; clipped I64 [], the codes that would have left the grid's range.
+    Parameters: `rounding`, `delta` or `nearest`, and `group_size`.
+    A weight that equals the base's keeps the base's codes, and nothing is computed.
+    """
+
+    name = "autoround.merge"
+    version = 1
+    libraries = ("numba",)
+    figures = frozenset({1})
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """The new codes, and how many were clipped."""
+        weight, base, *grid = inputs
+        if base != weight:
+            raise PlanError(
+                f"the grid's base is {base.dtype} {list(base.shape)}",
+                expected=f"{weight.dtype} {list(weight.shape)}",
+            )
+        expected = packed_specs(weight, params["group_size"])
+        for part, spec, wanted in zip(PARTS, grid, expected, strict=True):
+            if spec != wanted:
+                raise PlanError(
+                    f"{part} of the grid is {spec.dtype} {list(spec.shape)}",
+                    expected=f"{wanted.dtype} {list(wanted.shape)}",
+                )
+        return expected[0], TensorSpec("I64", ())
+
+    def passes(self, digests: Sequence[str]) -> Sequence[int | None] | None:
+        """The grid's own codes, none clipped, for a weight that the fine-tune left alone."""
+        return (2, None) if digests[0] == digests[1] else None
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Merge; raises BadInput for a base or a grid that does not fit the other."""
+        from carnice_build.kernels.autoround_merge import merge_delta, merge_reround
+
+        weight, base, codes, zeros, scales = (item.array for item in inputs)
+        dtype, out = inputs[0].dtype, outputs[0].array
+        _check_grid(base, dtype, codes, zeros, scales)
+        if params["rounding"] == "delta":
+            merged = merge_delta(weight, base, dtype, 0, codes, zeros, scales, out)
+        else:
+            merged = merge_reround(weight, dtype, 0, codes, zeros, scales, out)
+        if merged.non_finite >= 0:
+            raise NonFiniteValue(merged.non_finite)
+        outputs[1].array[...] = merged.clipped
+
+
+def _check_grid(base: Any, dtype: str, codes: Any, zeros: Any, scales: Any) -> None:
+    """Refuse a grid that was not made from this base, or that stands for nothing."""
+    from carnice_build.kernels.autoround_merge import grid_residual
+
+    found = grid_residual(base, dtype, 0, codes, zeros, scales, _NEAR)
+    if found.non_finite >= 0:
+        raise NonFiniteValue(found.non_finite, operand=1)
+    if found.unusable_groups:
+        raise BadInput(4, f"has {found.unusable_groups} scales that are zero or not finite")
+    if found.far > _FAR_SHARE * base.size:
+        share = found.far / base.size
+        raise BadInput(
+            1,
+            f"is not what the grid was made from: {share:.1%} of its weights are further than a "
+            f"step from their codes, up to {found.largest:.1f} steps",
+            expected="the checkpoint that the grid's source quantizes",
+        )

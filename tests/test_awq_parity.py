@@ -1,0 +1,166 @@
+"""AWQ builds of the demo checkpoint, held against llm-compressor's `oneshot` on the same samples."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from oneshot import run_oneshot, tokenizer
+from tiny import Tensor, read_all_tensors, read_json
+
+from carnice_build.commands.build import BuildReport, build_variants
+from carnice_build.commands.options import Options
+
+SAMPLES = 3
+OBSERVERS = {"w4a16": "mse", "w4a16-minmax": "memoryless_minmax"}
+
+RECIPE = """
+extends: w4a16-awq.yaml
+variant: w4a16
+description: AWQ of the whole Qwen stand-in
+sources:
+  body: {model: Qwen/Qwen3.6-27B}
+steps:
+  - drop: {match: 'model.visual.*'}
+calibration: {dataset: rows.jsonl, samples: 3, threads: 1}
+"""
+MINMAX = """
+extends: w4a16.yaml
+variant: w4a16-minmax
+description: The same with the other observer
+quantize: {config_groups: {group_0: {weights: {observer: memoryless_minmax}}}}
+"""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Our folders and the library's, by variant, and what building ours one by one took."""
+
+    ours: dict[str, Path]
+    theirs: dict[str, Path]
+    reports: dict[str, BuildReport]
+
+
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
+    """Both observers, built one after the other into one cache, and by `oneshot`."""
+    root = tmp_path_factory.mktemp("awq")
+    recipes = root / "recipes"
+    recipes.mkdir()
+    (recipes / "_base").symlink_to(REPOSITORY / "recipes" / "_base")
+    for name, text in (
+        ("w4a16-awq", (REPOSITORY / "recipes" / "w4a16-awq.yaml").read_text()),
+        ("w4a16", RECIPE),
+        ("w4a16-minmax", MINMAX),
+        ("_profiles", "demo:\n  Qwen/Qwen3.6-27B: demo\n"),
+    ):
+        (recipes / f"{name}.yaml").write_text(text)
+    (root / "demo").symlink_to(REPOSITORY / "demo" / "qwen3.6-27b")
+    tokens = _write_rows(root / "rows.jsonl")
+    options = Options(recipes=recipes, out=root / "ours", cache=root / "cache")
+    reports = {name: build_variants([name], options) for name in OBSERVERS}
+    for name, observer in OBSERVERS.items():
+        run_oneshot(observer, root / name, tokens)
+    return Parity(
+        {name: root / "ours" / name for name in OBSERVERS},
+        {name: root / name for name in OBSERVERS},
+        reports,
+    )
+
+
+def _write_rows(path: Path) -> list[torch.Tensor]:
+    """The shortest dialogues, longest first, as `oneshot` takes them whatever their order is."""
+    roles = {"human": "user", "gpt": "assistant"}
+    rows = []
+    for line in (REPOSITORY / "demo" / "calibration.jsonl").read_text().splitlines():
+        dialogue = json.loads(line)
+        turns = [
+            {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+            for turn in dialogue["conversations"]
+        ]
+        text = tokenizer().apply_chat_template(turns, tools=dialogue["tools"], tokenize=False)
+        rows.append((torch.tensor(tokenizer()(text)["input_ids"]), line))
+    rows.sort(key=lambda row: len(row[0]))
+    chosen = rows[:SAMPLES][::-1]
+    path.write_text("".join(f"{line}\n" for _, line in chosen))
+    return [tokens for tokens, _ in chosen]
+
+
+def _written(folder: Path) -> dict[str, Tensor]:
+    return {
+        name.replace("model.", "model.language_model.", 1)
+        if name.startswith("model.layers.")
+        else name: tensor
+        for name, tensor in read_all_tensors(folder).items()
+    }
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_every_tensor_that_oneshot_writes_is_ours_bit_for_bit(parity: Parity, name: str) -> None:
+    """Packed weights, scales, zero points, norms and what stays plain; the MTP head is copied."""
+    ours, theirs = read_all_tensors(parity.ours[name]), _written(parity.theirs[name])
+    different = [key for key, tensor in theirs.items() if ours.get(key) != tensor]
+
+    assert [] == different
+    assert {key for key in ours if not key.startswith("mtp.")} <= set(theirs)
+    assert len(theirs) >= 205
+
+
+def test_the_other_observer_takes_no_search_and_no_forward_pass(parity: Parity) -> None:
+    """Switching from mse to minmax runs the observers and the packing of each weight alone."""
+    first, second = (parity.reports[name] for name in OBSERVERS)
+    quantized = sum(name.endswith("_packed") for name in read_all_tensors(parity.ours["w4a16"]))
+
+    assert quantized == second.actions_run
+    assert first.actions_run - second.actions_run == second.actions_reused
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_the_config_is_the_librarys(parity: Parity, name: str) -> None:
+    """quantization_config says what `save_pretrained` says, and covers the MTP head besides."""
+    ours, theirs = (
+        read_json(folder / "config.json")["quantization_config"]
+        for folder in (parity.ours[name], parity.theirs[name])
+    )
+    ignored, library = ours.pop("ignore"), theirs.pop("ignore")
+
+    assert theirs == ours
+    assert {_canonical(entry) for entry in library} | {"re:^mtp.*"} == set(ignored)
+
+
+def _canonical(name: str) -> str:
+    plain = name.startswith("model.layers.")
+    return name.replace("model.", "model.language_model.", 1) if plain else name
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_the_recipe_beside_the_weights_is_llm_compressors(parity: Parity, name: str) -> None:
+    """recipe.yaml names the modifiers and their arguments as the library writes them."""
+    ours, theirs = (
+        yaml.safe_load((folder / "recipe.yaml").read_text())
+        for folder in (parity.ours[name], parity.theirs[name])
+    )
+
+    assert theirs == ours
+
+
+def test_transformers_loads_the_folder_and_its_logits_are_finite(parity: Parity) -> None:
+    """compressed-tensors decompresses every weight on a CPU; no parameter is left at random."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        parity.ours["w4a16"], output_loading_info=True
+    )
+    model, info = loaded
+    logits = model(
+        tokenizer()("Which functions do you have?", return_tensors="pt").input_ids
+    ).logits
+
+    assert not info["missing_keys"]
+    assert torch.isfinite(logits).all()
