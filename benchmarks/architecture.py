@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Config = dict[str, Any]
 Tensors = dict[str, tuple[str, list[int]]]
 
-ITEM_BYTES = {"BF16": 2, "F32": 4}
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4}
 ROTARY_SHARE = 0.25
 FULL_ATTENTION_INTERVAL = 4
 

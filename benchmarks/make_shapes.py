@@ -15,6 +15,8 @@ Known:
   series apart the same way).
 - Carnice-V2-27b has the prefix `language_model.` three times on every key, has its vision tower,
   lost its MTP head in the merge, and is about 54.7 GB of BF16 (model cards).
+- The INT4 base packs seven projections of its MTP layer beside 8 BF16 tensors, 29 in all (model
+  card), in groups of 128, symmetric, as `auto_round:auto_gptq`.
 - The 40B has 96 layers, 72 of them linear attention, head_dim 256 and 4 KV heads (model card), and
   keeps the 27B's hidden size, since a 27B vision projector and MTP head fit it (model cards).
 
@@ -25,6 +27,8 @@ Assumed:
 - Carnice's config.json is the base model's, so that it still announces the MTP head it lacks.
 - The 40B's intermediate size, vocabulary and dtypes are the 27B's, and it carries an MTP head.
 - The 40B's hub name is that of its GGUF release without the suffix.
+- The INT4 base packs all linears of its decoder layers but the narrow `in_proj_a` and `in_proj_b`,
+  and has the vision tower.
 - `transformers_version` and the order of config.json's keys; nothing reads either.
 """
 
@@ -46,6 +50,17 @@ from benchmarks.architecture import (
 
 SHAPES = Path(__file__).parent / "shapes"
 TRIPLE = "language_model." * 3
+BLOCKS = ("model.language_model.layers", "mtp.layers")
+NARROW = (".in_proj_a.weight", ".in_proj_b.weight")
+INT4: Config = {
+    "bits": 4,
+    "block_name_to_quantize": ",".join(BLOCKS),
+    "data_type": "int",
+    "group_size": 128,
+    "packing_format": "auto_round:auto_gptq",
+    "quant_method": "auto-round",
+    "sym": True,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +72,7 @@ class ShapeFile:
     size: Dimensions
     rename: Callable[[str], str] = str
     mtp_tensors: bool = True
+    int4: bool = False
 
 
 def triple_prefix(name: str) -> str:
@@ -77,6 +93,12 @@ MODELS = (
         mtp_tensors=False,
     ),
     ShapeFile(
+        "qwen3.6-27b-int4-autoround.json",
+        "noonghunna/Qwen3.6-27B-int4-AutoRound",
+        Dimensions(),
+        int4=True,
+    ),
+    ShapeFile(
         "qwen3.6-40b-deckard.json",
         "DavidAU/Qwen3.6-40B-Claude-4.6-Opus-Deckard-Heretic-Uncensored-Thinking",
         Dimensions(layers=96),
@@ -92,8 +114,26 @@ def describe(entry: ShapeFile) -> tuple[Config, Tensors]:
         for name, tensor in tensor_table(config).items()
         if entry.mtp_tensors or not name.startswith("mtp.")
     }
+    if entry.int4:
+        config |= {"quantization_config": INT4}
+        tensors = dict(pair for item in tensors.items() for pair in packed(*item))
 
     return config, dict(sorted(tensors.items()))
+
+
+def packed(name: str, tensor: tuple[str, list[int]]) -> list[tuple[str, tuple[str, list[int]]]]:
+    """The three tensors of a linear that is packed to INT4, or the tensor as it is."""
+    shape = tensor[1]
+    if len(shape) != 2 or not name.startswith(BLOCKS) or name.endswith(NARROW):
+        return [(name, tensor)]
+    rows, columns = shape
+    module, groups = name.removesuffix(".weight"), columns // INT4["group_size"]
+
+    return [
+        (f"{module}.qweight", ("I32", [columns // 8, rows])),
+        (f"{module}.qzeros", ("I32", [groups, rows // 8])),
+        (f"{module}.scales", ("F16", [groups, rows])),
+    ]
 
 
 def render(model: str, config: Config, tensors: Tensors) -> str:

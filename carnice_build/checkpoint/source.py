@@ -54,6 +54,7 @@ class LocalFile:
     random_access = True
 
     def __init__(self, path: Path) -> None:
+        self._fd: int | None = None
         try:
             stat = path.stat()
         except OSError as error:
@@ -61,7 +62,6 @@ class LocalFile:
                 f"cannot read the file: {error.strerror}", where=str(path)
             ) from None
         self._path = path
-        self._fd: int | None = None
         self._lock = threading.Lock()
         self.name = str(path)
         self.size = stat.st_size

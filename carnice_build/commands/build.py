@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from carnice_build.planning.explain import variant_facts
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import Contents, survey
 from carnice_build.store.files import io_errors_named
-from carnice_build.store.history import write_history
+from carnice_build.store.history import BuildRecord, add_build, write_history
 from carnice_build.store.store import Store
 
 
@@ -29,6 +30,7 @@ class VariantReport:
 
     `actions_run` and `actions_reused` count the actions behind this variant alone; an action
     that several variants of one build share is counted with each.
+    `seconds` is the time that workers spent on those that were run; `key` is the folder's.
     """
 
     variant: str
@@ -38,6 +40,8 @@ class VariantReport:
     size: int
     bits_per_weight: float
     packaged: bool
+    seconds: float
+    key: str
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def _build(
 ) -> BuildReport:
     status = survey(plan.variants, store)
     packs = dict(status.finished)
-    made: set[str] = set()
+    made: dict[str, float] = {}
     read_bytes = written_bytes = 0
     if status.pending:
         # Numpy and networkx are needed from here on; a build with nothing to do never pays.
@@ -97,18 +101,20 @@ def _build(
         executor = LocalExecutor(options.jobs, options.memory)
         outcome = execute(plan.variants, status, plan.graph, store, executor, options.jobs, listen)
         packs = outcome.packs
-        made = {action.identity for action in outcome.made}
+        made = outcome.seconds
         read_bytes, written_bytes = outcome.read_bytes, outcome.written_bytes
     reports = tuple(
         _package(variant, packs, made, options, store, listen) for variant in plan.variants
     )
+    seconds = time.perf_counter() - start
+    _remember(plan, reports, made, store, seconds)
     return BuildReport(
         variants=reports,
         actions_run=len(made),
         actions_reused=len(plan.graph) - len(made),
         read_bytes=read_bytes,
         written_bytes=written_bytes,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         peak_memory=_peak_memory(),
     )
 
@@ -116,7 +122,7 @@ def _build(
 def _package(
     variant: VariantPlan,
     packs: dict[str, str],
-    made: set[str],
+    made: Mapping[str, float],
     options: Options,
     store: Store,
     listen: Listener,
@@ -131,16 +137,47 @@ def _package(
         with io_errors_named(options.out):
             assemble(folder, shards, small_files(described, variant.format.packager()))
         listen(Packaged(variant.name, str(folder)))
-    actions = {action.identity for action in variant.actions.values()}
+    actions = _identities(variant)
     return VariantReport(
         variant=variant.name,
         folder=folder,
-        actions_run=len(actions & made),
-        actions_reused=len(actions - made),
+        actions_run=len(actions & made.keys()),
+        actions_reused=len(actions - made.keys()),
         size=variant.weights_bytes,
         bits_per_weight=variant.bits_per_weight,
         packaged=stale,
+        seconds=sum(made[identity] for identity in actions & made.keys()),
+        key=described.key,
     )
+
+
+def _remember(
+    plan: Plan,
+    reports: Sequence[VariantReport],
+    made: Mapping[str, float],
+    store: Store,
+    elapsed: float,
+) -> None:
+    """Note for `carnice report` what the build did for each variant for which it did something."""
+    behind = [_identities(variant) for variant in plan.variants]
+    needed = Counter(identity for identities in behind for identity in identities)
+    for variant, report, identities in zip(plan.variants, reports, behind, strict=True):
+        if not (report.packaged or report.actions_run):
+            continue
+        record = BuildRecord(
+            key=report.key,
+            actions=len(identities),
+            run=report.actions_run,
+            shared=sum(needed[identity] > 1 for identity in identities & made.keys()),
+            seconds=report.seconds,
+            elapsed=elapsed,
+            variants=len(reports),
+        )
+        add_build(store.root, variant.name, record)
+
+
+def _identities(variant: VariantPlan) -> set[str]:
+    return {action.identity for action in variant.actions.values()}
 
 
 def _shard(variant: VariantPlan, index: int, packs: dict[str, str], store: Store) -> Shard:
@@ -192,12 +229,11 @@ def _describe(
 
 
 def _serve_files(variant: VariantPlan) -> dict[str, bytes]:
-    spec = variant.recipe.package.serve
-    if spec is None or variant.serving is None:
+    if variant.serving is None:
         return {}
-    from carnice_build.serving.render import serve_files
+    from carnice_build.serving.render import serve_all
 
-    return serve_files(spec, variant.serving)
+    return serve_all(variant.recipe.package.serve, variant.serving)
 
 
 def _peak_memory() -> int:

@@ -16,6 +16,7 @@ from functools import cached_property
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.graph import Action, ActionOutput, ArrayOp, ProcessOp, TensorRef
 from carnice_build.planning.layout import PackLayout
+from carnice_build.planning.scratch import depths
 from carnice_build.planning.status import BuildStatus, Status
 from carnice_build.store.packs import Location
 
@@ -172,7 +173,7 @@ def plan_jobs(status: BuildStatus, actions: Iterable[Action]) -> list[Job]:
         )
         for members in _clusters(status.sources, pending)
     ]
-    jobs.sort(key=_Order(status))
+    jobs.sort(key=_Order(status, pending))
     _link(jobs)
     return jobs
 
@@ -249,7 +250,8 @@ def _producers(action: Action) -> list[str]:
 class _Order:
     """Long work first, then heavy packs, so that neither is left for the end; then as files lie."""
 
-    def __init__(self, status: BuildStatus) -> None:
+    def __init__(self, status: BuildStatus, pending: Sequence[Action]) -> None:
+        self._depth = depths(pending)
         self._rank: dict[str, int] = {}
         layouts = sorted(status.pending.values(), key=_heaviest_slot, reverse=True)
         for rank, layout in enumerate(layouts):
@@ -257,15 +259,18 @@ class _Order:
                 self._note(slot.tensor.ref, rank)
 
     def _note(self, ref: TensorRef, rank: int) -> None:
-        if self._rank.setdefault(ref.identity, rank) == rank and isinstance(
-            ref.origin, ActionOutput
-        ):
-            for operand in ref.origin.action.inputs:
-                self._note(operand, rank)
+        waiting = [ref]
+        while waiting:
+            item = waiting.pop()
+            if item.identity not in self._rank:
+                self._rank[item.identity] = rank
+                if isinstance(item.origin, ActionOutput):
+                    waiting += item.origin.action.inputs
 
     def __call__(self, job: Job) -> tuple[int, str, int]:
         if job.process is not None:
-            return -1, "", 0
+            # Chains side by side, or the hidden states of the first would wait for the second.
+            return -1, "", self._depth[job.actions[0].identity]
         if not job.sources:
             return len(self._rank), "", 0
         first = min(job.sources, key=lambda source: (self._file(source), source.offset))

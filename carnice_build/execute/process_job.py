@@ -1,21 +1,27 @@
-"""Running one action of a `ProcessOp`: look it up, give a worker files, take over what it wrote."""
+"""Running one action of a `ProcessOp`: look it up, give a worker files, take over what it wrote.
+
+An action whose lasting outputs the store has is settled without its transient ones.  Should
+another action turn out to need one of those after all, it is made again, and all before it that
+have gone, for that action alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.tensor_file import TensorFile
-from carnice_build.errors import BuildError
+from carnice_build.errors import StoreError
 from carnice_build.execute.array_job import bad_input, non_finite
 from carnice_build.execute.jobs import Job
 from carnice_build.execute.streaming import stream
 from carnice_build.execute.transients import own_link
-from carnice_build.execute.workbench import Found, JobResult, Workbench
-from carnice_build.graph import BadInput, NonFiniteValue, ProcessOp, TensorRef
+from carnice_build.execute.workbench import JobResult, Workbench
+from carnice_build.graph import ActionOutput, BadInput, NonFiniteValue, ProcessOp, TensorRef
 from carnice_build.store.packs import Location, digest_range
 
 
@@ -34,23 +40,34 @@ class ProcessJob:
         """Do the job and remember what it made; whoever wants the same waits and then finds it."""
         digests = [self._learn(ref) for ref in self._action.inputs]
         with self._bench.store.lease(self._action.key(digests), "long"):
-            found = self._find(digests)
-            if found is not None:
-                self._bench.take(self._job, self._action, found, self._result)
-            elif not self._passed_by():
+            if not self._is_settled(digests):
                 with TemporaryDirectory(dir=self._bench.scratch) as folder:
                     self._make(Path(folder))
         return self._result
 
-    def _find(self, digests: Sequence[str]) -> Found | None:
-        """The outputs, if the store has them all; those that it may drop are held."""
-        found = self._bench.find(self._action, digests)
-        try:
-            for index, (_, location) in enumerate(found or ()):
-                self._hold(index, location.path)
-        except FileNotFoundError:  # another build has just dropped it
-            return None
-        return found
+    def _is_settled(self, digests: Sequence[str]) -> bool:
+        """Use what the store has of the outputs; False when it lacks one that is to last."""
+        action = self._action
+        outputs = self._bench.store.records.outputs(action.key(digests), len(action.outputs))
+        if outputs is None:
+            return False
+        places: dict[int, Location] = {}
+        for index, (digest, spec) in enumerate(zip(outputs, action.outputs, strict=True)):
+            wanted = self._job.keeps(action, index) or self._job.sinks_of(action, index)
+            place = self._bench.store.locate(digest, spec.nbytes) if wanted else None
+            if place is not None:
+                places[index] = place
+            elif wanted and index not in self._op.transient:
+                return False
+        for index, digest in enumerate(outputs):
+            self._bench.digests[f"{action.identity}|{index}"] = digest
+        for index, place in places.items():
+            with suppress(FileNotFoundError):  # another build has just dropped it
+                self._hold(index, place.path)
+            count, digest = action.outputs[index].nbytes, outputs[index]
+            for sink in self._job.sinks_of(action, index):
+                self._bench.copy(place, sink, count, digest, self._result)
+        return True
 
     def _hold(self, index: int, path: Path) -> None:
         """Keep a transient output for its readers in this build, whoever else drops it."""
@@ -73,28 +90,6 @@ class ProcessJob:
             self._bench.digests[source.identity] = digest
         return self._bench.digest_of(ref)
 
-    def _passed_by(self) -> bool:
-        """True when another build made the outputs meanwhile, and dropped what it needs no more.
-
-        The action is then settled without its transient outputs, whose readers are settled too.
-        """
-        if all(self._located(ref) for ref in self._action.inputs):
-            return False
-        inputs = [self._bench.digest_of(ref) for ref in self._action.inputs]
-        key, outputs = self._action.key(inputs), self._action.outputs
-        digests = self._bench.store.records.outputs(key, len(outputs))
-        if digests is None:
-            raise BuildError(
-                f"what {self._action.op.name} reads was removed while this build ran",
-                expected="another build, which finds what this one finished",
-            )
-        for index, digest in enumerate(digests):
-            self._bench.digests[f"{self._action.identity}|{index}"] = digest
-        return True
-
-    def _located(self, ref: TensorRef) -> bool:
-        return isinstance(ref.origin, SourceTensor) or self._place(ref) is not None
-
     def _place(self, ref: TensorRef) -> Location | None:
         own = own_link(self._bench.scratch, ref.identity)
         if own.exists():
@@ -102,6 +97,17 @@ class ProcessJob:
         return self._bench.store.locate(self._bench.digest_of(ref), ref.spec.nbytes)
 
     def _make(self, folder: Path) -> None:
+        action = self._action
+        outputs = self._compute(folder)
+        figures = {index: outputs[index].read() for index in self._op.figures}
+        digests = [self._take_over(index, file) for index, file in enumerate(outputs)]
+        with self._bench.store.records.together():
+            for index, figure in figures.items():
+                self._bench.store.records.set_figure(digests[index], figure.reshape(-1).tolist())
+            self._bench.remember(self._job, action, digests, self._result)
+
+    def _compute(self, folder: Path) -> list[TensorFile]:
+        """The outputs, as files in `folder`."""
         action = self._action
         outputs = [
             _empty_file(folder / f"out-{index}", spec) for index, spec in enumerate(action.outputs)
@@ -115,12 +121,7 @@ class ProcessJob:
             raise non_finite(action, error) from None
         except BadInput as error:
             raise bad_input(action, error) from None
-        figures = {index: outputs[index].read() for index in self._op.figures}
-        digests = [self._take_over(index, file) for index, file in enumerate(outputs)]
-        with self._bench.store.records.together():
-            for index, figure in figures.items():
-                self._bench.store.records.set_figure(digests[index], figure.reshape(-1).tolist())
-            self._bench.remember(self._job, action, digests, self._result)
+        return outputs
 
     def _input(self, ref: TensorRef, own: Path) -> TensorFile:
         """The input in a file that stays while the job runs; a new one is called `own`."""
@@ -132,10 +133,27 @@ class ProcessJob:
             _download(source, own)
             return TensorFile(ref.spec, str(own), 0, source.name)
         place = self._place(ref)
-        assert place is not None, "an input that was there a moment ago is gone"
-        # Another build may drop it meanwhile; a link of our own keeps the bytes.
-        own.hardlink_to(place.path)
-        return TensorFile(ref.spec, str(own), place.offset)
+        try:
+            if place is not None:
+                # Another build may drop it meanwhile; a link of our own keeps the bytes.
+                own.hardlink_to(place.path)
+                return TensorFile(ref.spec, str(own), place.offset)
+        except FileNotFoundError:
+            pass
+        self._make_again(source, own)
+        return TensorFile(ref.spec, str(own))
+
+    def _make_again(self, output: ActionOutput, own: Path) -> None:
+        """Put a transient tensor that is gone into the file `own`."""
+        if not isinstance(output.action.op, ProcessOp):
+            raise StoreError(
+                f"what {self._op.name} reads was removed while this build ran",
+                where=str(self._bench.store.root),
+            )
+        producer = ProcessJob(self._bench, Job([], [output.action], {}, frozenset()))
+        with TemporaryDirectory(dir=self._bench.scratch) as folder:
+            files = producer._compute(Path(folder))
+            Path(files[output.index].path).rename(own)
 
     def _take_over(self, index: int, file: TensorFile) -> str:
         """Digest an output and put it where it is wanted."""

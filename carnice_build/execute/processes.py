@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BackendError, CarniceError
-from carnice_build.graph import Action, NonFiniteValue, ProcessOp
+from carnice_build.graph import Action, BadInput, NonFiniteValue, ProcessOp
 
 
 class Workers:
@@ -101,9 +101,9 @@ def _end_with_parent() -> None:
 def _work(op: Any, params: Any, inputs: Any, outputs: Any) -> None:
     try:
         cast(ProcessOp, op).run(params, inputs, outputs, _report)
-    except (CarniceError, NonFiniteValue, OSError):
+    except (CarniceError, NonFiniteValue, BadInput, OSError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic in Rust is no Exception
         raise BackendError(f"{op.name} failed: {type(error).__name__}: {error}") from error
 
 

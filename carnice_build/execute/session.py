@@ -29,10 +29,15 @@ from carnice_build.units import format_size
 
 @dataclass
 class Outcome:
-    """What a run did; `packs` maps every layout that the variants need to its pack."""
+    """What a run did; `packs` maps every layout that the variants need to its pack.
+
+    `seconds` is the time that a worker spent on each action that was made, by its identity;
+    actions of one job have equal parts of the job's.
+    """
 
     packs: dict[str, str] = field(default_factory=dict)
     made: list[Action] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
     read_bytes: int = 0
     written_bytes: int = 0
 
@@ -195,6 +200,7 @@ class _Run:
         kind = ProcessJob if job.process is not None else ArrayJob
         result = kind(bench, job).run()
         end = time.perf_counter()
+        result.seconds = end - start
         self._listen(Span(job.title, "job", get_ident(), start, end, result.read_bytes))
         return result
 
@@ -210,6 +216,8 @@ class _Run:
 
     def _count(self, result: JobResult) -> None:
         self._outcome.made += result.made
+        for action in result.made:
+            self._outcome.seconds[action.identity] = result.seconds / len(result.made)
         self._outcome.read_bytes += result.read_bytes
         self._outcome.written_bytes += result.written_bytes
 

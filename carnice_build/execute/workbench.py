@@ -21,13 +21,14 @@ Found = Sequence[tuple[str, Location]]
 
 @dataclass
 class JobResult:
-    """What a job did: filled places by layout, the actions that it ran and those it settled."""
+    """What a job did, in how many `seconds`: places filled by layout, actions run and settled."""
 
     filled: list[tuple[Sink, str]] = field(default_factory=list)
     made: list[Action] = field(default_factory=list)
     settled: Sequence[Action] = ()
     read_bytes: int = 0
     written_bytes: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,14 @@ class Workbench:
         pack = self.packs[sink.layout]
         # A resumed pack may hold these very bytes already.
         if location != Location(pack.path, sink.offset):
-            pack.copy_from(location, sink.offset, count)
+            try:
+                pack.copy_from(location, sink.offset, count)
+            except FileNotFoundError:
+                # The pack that it lay in was finished meanwhile, and has another name now.
+                moved = self.store.locate(digest, count)
+                if moved is None:
+                    raise
+                pack.copy_from(moved, sink.offset, count)
             result.written_bytes += count
         self.store.records.set_place(digest, sink.layout, sink.offset)
         result.filled.append((sink, digest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from carnice_build.checkpoint.assets import Assets
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.errors import PlanError, nearest
-from carnice_build.graph import Action, ActionGraph, ActionOutput, TensorRef, View, source_view
+from carnice_build.graph import Action, ActionGraph, ActionOutput, View, source_view
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.planning.serve import plan_serving
 from carnice_build.recipe.loader import Recipe
@@ -25,6 +26,7 @@ from carnice_build.transforms.base import CalibrationSource, Conversion, Format,
 class VariantPlan:
     """One variant, worked out: where it comes from, what its tensors are, how they are packed.
 
+    `view` holds the tensors that the format was given, as the steps left them;
     `files` holds the small files that are taken from the body, as the steps left them;
     `serving` what its launches follow from, when it has any.
     """
@@ -32,6 +34,7 @@ class VariantPlan:
     recipe: Recipe
     sources: Mapping[str, Source]
     architecture: Architecture
+    view: View
     conversion: Conversion
     packs: tuple[PackLayout, ...]
     files: Mapping[str, bytes]
@@ -57,18 +60,16 @@ class VariantPlan:
         """The actions by what they make: a tensor of the variant, or a step towards one."""
         found: dict[str, Action] = {}
         seen: set[str] = set()
-
-        def visit(ref: TensorRef, label: str) -> None:
-            if not isinstance(ref.origin, ActionOutput) or ref.origin.action.identity in seen:
-                return
-            action = ref.origin.action
-            seen.add(action.identity)
-            found[label] = action
-            for index, operand in enumerate(action.inputs):
-                visit(operand, f"{label} < {index}")
-
-        for tensor in self.conversion.tensors:
-            visit(tensor.ref, tensor.name)
+        # Nearest first: through a chain of layers, a label would grow with every step.
+        waiting = deque((tensor.ref, tensor.name) for tensor in self.conversion.tensors)
+        while waiting:
+            ref, label = waiting.popleft()
+            if isinstance(ref.origin, ActionOutput) and ref.origin.action.identity not in seen:
+                action = ref.origin.action
+                seen.add(action.identity)
+                found[label] = action
+                for index, operand in enumerate(action.inputs):
+                    waiting.append((operand, f"{label} < {index}"))
         return found
 
     @property
@@ -122,7 +123,9 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     with _located(recipe, "package", "serve"):
         size = sum(pack.size for pack in packs)
         serving = plan_serving(recipe, architecture, conversion, files, size)
-    return VariantPlan(recipe, sources, architecture, conversion, tuple(packs), files, serving)
+    return VariantPlan(
+        recipe, sources, architecture, view, conversion, tuple(packs), files, serving
+    )
 
 
 def _find(finder: SourceFinder, recipe: Recipe, name: str) -> Source:

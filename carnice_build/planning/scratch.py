@@ -22,14 +22,30 @@ def transient_inputs(action: Action) -> Iterator[TensorRef]:
             yield ref
 
 
+def depths(actions: Iterable[Action]) -> dict[str, int]:
+    """How many transient tensors lie behind each of `actions`, which are in topological order.
+
+    Chains of layers that run beside each other have equal depths layer by layer.
+    """
+    found: dict[str, int] = {}
+    for action in actions:
+        behind = [
+            found.get(ref.origin.action.identity, 0) + 1
+            for ref in transient_inputs(action)
+            if isinstance(ref.origin, ActionOutput)
+        ]
+        found[action.identity] = max(behind, default=0)
+    return found
+
+
 def scratch_bytes(actions: Iterable[Action]) -> int:
-    """Most bytes of transient tensors at one time, when `actions` run in this order."""
+    """Most bytes of transient tensors at one time, when `actions` run layer by layer."""
     order = list(actions)
-    last = {
-        ref.identity: index
-        for index, action in enumerate(order)
-        for ref in transient_inputs(action)
-    }
+    depth = depths(order)
+    order.sort(key=lambda action: depth[action.identity])
+    last: dict[str, int] = {}
+    for index, action in enumerate(order):
+        last |= {ref.identity: index for ref in transient_inputs(action)}
     ends: dict[int, int] = {}
     held = most = 0
     for index, action in enumerate(order):

@@ -25,8 +25,7 @@ def plan_serving(
 
     Raises PlanError for a launch that cannot work.
     """
-    spec = recipe.package.serve
-    if spec is None:
+    if not recipe.package.serve:
         return None
     assert isinstance(recipe.quantize, Format)
     engine_name = recipe.quantize.engine_name()
@@ -47,5 +46,23 @@ def plan_serving(
         kv=architecture.kv_geometry,
         max_positions=architecture.max_positions,
     )
-    plan_launches(spec, facts)
+    _check_sections(recipe, facts)
     return facts
+
+
+def _check_sections(recipe: Recipe, facts: ServingFacts) -> None:
+    listed = isinstance(recipe.tree.find(("package", "serve")).value, list)
+    seen: set[str] = set()
+    for index, spec in enumerate(recipe.package.serve):
+        try:
+            if spec.profile in seen:
+                raise PlanError(f"the profile {spec.profile!r} is listed twice", at=("profile",))
+            seen.add(spec.profile)
+            plan_launches(spec, facts)
+        except PlanError as error:
+            raise PlanError(
+                error.what,
+                expected=error.expected,
+                nearest=error.nearest,
+                at=(index, *error.at) if listed else error.at,
+            ) from None

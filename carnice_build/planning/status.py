@@ -103,17 +103,28 @@ class Contents:
 
     def digest(self, ref: TensorRef) -> str | None:
         """Digest of the tensor's bytes; None when they were never read or made."""
-        identity = ref.identity
-        if identity not in self._digests and identity not in self._asked:
-            self._asked.add(identity)
-            if isinstance(ref.origin, ActionOutput):
-                self._learn_outputs(ref.origin.action)
+        # A chain of layers is deeper than Python's stack.
+        waiting = [ref]
+        while waiting:
+            identity, origin = waiting[-1].identity, waiting[-1].origin
+            if identity in self._digests or identity in self._asked:
+                waiting.pop()
+            elif isinstance(origin, ActionOutput):
+                inputs = [item for item in origin.action.inputs if not self._is_settled(item)]
+                waiting += inputs
+                if not inputs:
+                    self._asked.add(identity)
+                    self._learn_outputs(origin.action)
             else:
+                self._asked.add(identity)
                 self._learn(identity, self._records.source_digest(identity))
-        return self._digests.get(identity)
+        return self._digests.get(ref.identity)
+
+    def _is_settled(self, ref: TensorRef) -> bool:
+        return ref.identity in self._digests or ref.identity in self._asked
 
     def _learn_outputs(self, action: Action) -> None:
-        digests = [self.digest(ref) for ref in action.inputs]
+        digests = [self._digests.get(ref.identity) for ref in action.inputs]
         known = [digest for digest in digests if digest]
         if len(known) < len(digests):
             return
@@ -141,31 +152,35 @@ class _Surveyor:
             self._mark_cached(slot.tensor.ref)
 
     def _mark_cached(self, ref: TensorRef) -> None:
-        if not isinstance(ref.origin, ActionOutput):
-            return
-        action = ref.origin.action
-        if self._status.actions.setdefault(action.identity, Status.CACHED) is Status.CACHED:
-            for operand in action.inputs:
-                self._mark_cached(operand)
+        waiting = [ref]
+        while waiting:
+            origin = waiting.pop().origin
+            if isinstance(origin, ActionOutput):
+                identity = origin.action.identity
+                if identity not in self._status.actions:
+                    self._status.actions[identity] = Status.CACHED
+                    waiting += origin.action.inputs
 
     def need(self, ref: TensorRef) -> None:
         """Note what must happen so that the bytes of `ref` can be written."""
-        digest = self._contents.digest(ref)
-        if digest is not None and self._available(ref, digest):
-            self._mark_cached(ref)
-            return
-        if isinstance(ref.origin, ActionOutput):
-            self._need_action(ref.origin.action)
-        else:
-            self._status.sources[ref.identity] = ref.origin
+        waiting = [ref]
+        while waiting:
+            wanted = waiting.pop()
+            digest = self._contents.digest(wanted)
+            if digest is not None and self._available(wanted, digest):
+                self._mark_cached(wanted)
+            elif isinstance(wanted.origin, ActionOutput):
+                waiting += self._need_action(wanted.origin.action)
+            else:
+                self._status.sources[wanted.identity] = wanted.origin
 
-    def _need_action(self, action: Action) -> None:
+    def _need_action(self, action: Action) -> Sequence[TensorRef]:
+        """Note that `action` must run; gives what is needed for it."""
         if self._status.actions.get(action.identity) in (Status.RUN, Status.READ):
-            return
+            return ()
         known = all(self._contents.digest(ref) is not None for ref in action.inputs)
         self._status.actions[action.identity] = Status.RUN if known else Status.READ
-        for ref in action.inputs:
-            self.need(ref)
+        return action.inputs
 
     def _available(self, ref: TensorRef, digest: str) -> bool:
         if ref.identity in self._status.locations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,10 @@ def _translate(
     message = detail["msg"].removeprefix("Value error, ")
     given = detail["input"]
     suffix = "" if isinstance(given, dict | list) or repr(given) in message else f" (got {given!r})"
-    return RecipeError(f"{shown}: {message}{suffix}", where=where)
+    near = None
+    if detail["type"] == "literal_error" and isinstance(given, str):
+        near = nearest(given, re.findall("'([^']+)'", detail["ctx"]["expected"]))
+    return RecipeError(f"{shown}: {message}{suffix}", where=where, nearest=near)
 
 
 def _keys(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:

@@ -19,7 +19,7 @@ from pydantic import (
 
 from carnice_build.recipe.layers import LayerSet
 from carnice_build.recipe.patterns import compile_pattern
-from carnice_build.serving.spec import ServeSpec
+from carnice_build.serving.spec import ServeSpecs
 from carnice_build.units import parse_size
 
 
@@ -137,8 +137,10 @@ class PackageSpec(Strict):
         5_000_000_000,
         description="Most that the modules of one shard may weigh in BF16, such as 5GB.",
     )
-    serve: ServeSpec | None = Field(
-        None, description="A serving profile, whose launches go into `serve/`, or changes of one."
+    serve: ServeSpecs = Field(
+        (),
+        description="A serving profile, whose launches go into `serve/`, or changes of one; or a "
+        "list of such, each of which goes into a folder of its own there.",
     )
 
 

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import Launch
 from carnice_build.serving.memory import GIB, Memory, estimate
-from carnice_build.serving.profile import Range
+from carnice_build.serving.place import Place
+from carnice_build.serving.profile import Range, load_profile
 
 
-def readme(launches: Sequence[Launch], facts: ServingFacts) -> str:
-    """The page for these launches of a folder."""
+def readme(launches: Sequence[Launch], facts: ServingFacts, place: Place) -> str:
+    """The page for these launches of a folder, to lie at `place`."""
+    return _render(
+        "serve.md.j2",
+        launches=launches,
+        by_name={launch.name: launch for launch in launches},
+        profile=launches[0].profile,
+        facts=facts,
+        place=place,
+        drafts=any("speculative-config" in launch.flags for launch in launches),
+        memory={launch.name: estimate(launch, facts) for launch in launches},
+        source="card" if len(launches[0].profile.cards) == 1 else "cards",
+    )
+
+
+def contents_page(profiles: Sequence[str], facts: ServingFacts) -> str:
+    """The page above the folders of several profiles."""
+    return _render(
+        "several.md.j2",
+        profiles={name: load_profile(name) for name in profiles},
+        facts=facts,
+    )
+
+
+def _render(template: str, **values: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(
@@ -23,15 +48,8 @@ def readme(launches: Sequence[Launch], facts: ServingFacts) -> str:
         autoescape=False,
     )
     environment.filters |= {"cell": _cell, "code": _code, "range": _range, "sizes": _sizes}
-    template = files(__package__).joinpath("templates", "serve.md.j2").read_text("utf-8")
-    return environment.from_string(template).render(
-        launches=launches,
-        by_name={launch.name: launch for launch in launches},
-        profile=launches[0].profile,
-        facts=facts,
-        memory={launch.name: estimate(launch, facts) for launch in launches},
-        source="card" if len(launches[0].profile.cards) == 1 else "cards",
-    )
+    text = files(__package__).joinpath("templates", template).read_text("utf-8")
+    return environment.from_string(text).render(values)
 
 
 def _cell(text: object) -> str:

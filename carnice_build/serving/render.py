@@ -10,7 +10,8 @@ from typing import Any
 
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import Launch
-from carnice_build.serving.readme import readme
+from carnice_build.serving.place import ALONE, Place
+from carnice_build.serving.readme import contents_page, readme
 from carnice_build.serving.rules import plan_launches
 from carnice_build.serving.spec import ServeSpec
 
@@ -18,17 +19,30 @@ _MOUNT = "/model"
 _CONTAINER_PORT = 8000
 
 
-def serve_files(spec: ServeSpec, facts: ServingFacts) -> dict[str, bytes]:
-    """Contents by path in the folder, all below `serve/`; PlanError as `plan_launches`."""
+def serve_all(specs: Sequence[ServeSpec], facts: ServingFacts) -> dict[str, bytes]:
+    """Contents by path in the folder: one section's in `serve/`, several in a folder each there.
+
+    PlanError as `plan_launches`.
+    """
+    if len(specs) == 1:
+        return serve_files(specs[0], facts)
+    files = {"serve/README.md": contents_page([spec.profile for spec in specs], facts).encode()}
+    for spec in specs:
+        files |= serve_files(spec, facts, Place(f"serve/{spec.profile}"))
+    return files
+
+
+def serve_files(spec: ServeSpec, facts: ServingFacts, place: Place = ALONE) -> dict[str, bytes]:
+    """Contents by path in the folder, all below `place`; PlanError as `plan_launches`."""
     launches = plan_launches(spec, facts)
     texts = {f"{launch.name}.sh": _script(launch, facts) for launch in launches}
     texts |= {
-        "compose.yaml": _compose(launches),
-        "hermes/cli-config.yaml": _hermes(launches[0]),
+        "compose.yaml": _compose(launches, place),
+        place.hermes: _hermes(launches[0]),
         "request.sh": _request(launches[0], facts),
-        "README.md": readme(launches, facts),
+        "README.md": readme(launches, facts, place),
     }
-    return {f"serve/{name}": text.encode() for name, text in texts.items()}
+    return {f"{place.folder}/{name}": text.encode() for name, text in texts.items()}
 
 
 def base_url(launch: Launch) -> str:
@@ -87,16 +101,17 @@ def _commented(text: str, indent: str = "") -> list[str]:
     )
 
 
-def _compose(launches: Sequence[Launch]) -> str:
-    services = {launch.name: _service(launch) for launch in launches}
+def _compose(launches: Sequence[Launch], place: Place) -> str:
+    services = {launch.name: _service(launch, place) for launch in launches}
     head = (
-        "Serves the folder above this one, one launch at a time: docker compose -f "
-        f"serve/compose.yaml up {launches[0].name}. README.md says why each option is as it is."
+        f"Serves the model in {place.model_folder}, one launch at a time: docker compose -f "
+        f"{place.folder}/compose.yaml up {launches[0].name}. "
+        "README.md says why each option is as it is."
     )
     return "\n".join(_commented(head)) + "\n" + _yaml({"services": services})
 
 
-def _service(launch: Launch) -> dict[str, Any]:
+def _service(launch: Launch, place: Place) -> dict[str, Any]:
     container = launch.profile.container
     unset = "${VLLM_IMAGE:?set it to an image that holds the engine of this launch}"
     service: dict[str, Any] = {
@@ -106,7 +121,7 @@ def _service(launch: Launch) -> dict[str, Any]:
         "entrypoint": [*launch.engine.command],
         "command": [_literal(item) for item in launch.arguments(_MOUNT)],
         "ports": [f"{launch.port}:{_CONTAINER_PORT}"],
-        "volumes": [f"..:{_MOUNT}:ro"],
+        "volumes": [f"{place.model_folder}:{_MOUNT}:ro"],
         "shm_size": container.shm_size,
         "ipc": container.ipc,
     }

@@ -16,6 +16,8 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     StrictStr,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 from pydantic_core import CoreSchema
@@ -146,3 +148,23 @@ class ServeSpec(Strict):
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         return {"anyOf": [{"type": "string"}, handler(core_schema)]}
+
+
+def _as_sections(value: Any, check_all: ValidatorFunctionWrapHandler) -> Any:
+    # A section that is in no list is checked by itself, so that no error names it by a position.
+    return check_all(value) if isinstance(value, list) else (ServeSpec.model_validate(value),)
+
+
+class _OneOrSeveral:
+    """What an editor is told of a list whose only item may stand for it."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        several = handler(core_schema)
+        return {"anyOf": [several["items"], several]}
+
+
+ServeSpecs = Annotated[tuple[ServeSpec, ...], WrapValidator(_as_sections), _OneOrSeveral]
+"""One section or a list of sections, one for each profile that the folder is served with."""

@@ -169,13 +169,15 @@ class Store:
         if not layout:
             path = self._blob_path(digest)
             return Location(path, 0) if digest_range(path, 0, count) == digest else None
-        pack = self.finished_pack(layout)
-        if pack:
-            found = self._offsets_in(pack).get(digest)
-            return Location(self.pack_path(pack), found) if found is not None else None
         path = self._partial_path(layout)
-        if digest_range(path, offset, count) == digest:
-            return Location(path, offset)
+        # Twice, because the pack may be finished between the two looks at it.
+        for _ in range(2):
+            pack = self.finished_pack(layout)
+            if pack:
+                found = self._offsets_in(pack).get(digest)
+                return Location(self.pack_path(pack), found) if found is not None else None
+            if digest_range(path, offset, count) == digest:
+                return Location(path, offset)
         return None
 
     def _offsets_in(self, pack: str) -> dict[str, int]:

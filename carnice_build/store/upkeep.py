@@ -17,6 +17,8 @@ from carnice_build.store.digests import is_digest
 from carnice_build.store.packs import digest_range
 from carnice_build.store.store import Store
 
+_STATISTIC_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -73,7 +75,7 @@ def stats(store: Store) -> Stats:
 def collect(
     store: Store, *, max_age: float | None = None, max_bytes: int | None = None
 ) -> Collected:
-    """Remove what no build folder needs, oldest first.
+    """Remove what no build folder needs, oldest first; statistics of calibrations stay.
 
     With `max_age` (seconds since it was written) only what is older goes; with `max_bytes` only as
     much as brings the cache down to that size; with neither, all of it.
@@ -84,7 +86,7 @@ def collect(
             path
             for folder in ("packs", "partial", "blobs")
             for path in _files(store.root / folder)
-            if path.stat().st_nlink == 1
+            if path.stat().st_nlink == 1 and not _is_statistic(path, folder)
         ]
         candidates.sort(key=lambda path: path.stat().st_mtime)
         if max_age is not None:
@@ -94,6 +96,11 @@ def collect(
         removed = _remove(candidates, excess)
         _forget_lost(store)
         return removed
+
+
+def _is_statistic(path: Path, folder: str) -> bool:
+    """What a calibration leaves is kept: it takes kilobytes and cost hours."""
+    return folder == "blobs" and path.stat().st_size <= _STATISTIC_BYTES
 
 
 def _remove(candidates: list[Path], excess: int | None) -> Collected:

@@ -7,7 +7,8 @@ from.  What is published looks the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -20,7 +21,13 @@ from carnice_build.graph import OutputTensor, TensorRef, View, source_view
 from carnice_build.package.autoround import AutoRoundPackager
 from carnice_build.package.base import Packager
 from carnice_build.recipe.patterns import Patterns
-from carnice_build.recipe.schema import AnyPatterns, Expectation, PatternList, Strict
+from carnice_build.recipe.schema import (
+    AnyPatterns,
+    CalibrationSpec,
+    Expectation,
+    PatternList,
+    Strict,
+)
 from carnice_build.transforms.base import (
     Conversion,
     Format,
@@ -31,7 +38,7 @@ from carnice_build.transforms.base import (
 from carnice_build.transforms.calibration import Calibration
 from carnice_build.transforms.elementwise import Elementwise
 from carnice_build.transforms.ignore import unquantized_modules
-from carnice_build.transforms.int4 import PARTS, Merge, Nearest
+from carnice_build.transforms.int4 import PARTS, Merge, Nearest, packed_specs
 from carnice_build.transforms.tune import Tuning
 
 GroupSize = Literal[32, 64, 128]
@@ -68,10 +75,10 @@ class GridSpec(Strict):
 
     source: str = Field(description="Name of the source that is quantized in this format.")
     base: str = Field(description="Name of the source that it was quantized from.")
-    rounding: Literal["delta", "nearest"] = Field(
-        "delta",
-        description="Move the base's codes by what the fine-tune changed, or round each weight "
-        "of the fine-tune to nearest.",
+    rounding: Literal["nearest", "delta"] = Field(
+        "nearest",
+        description="Round each weight that the fine-tune changed to the nearest code, or move the "
+        "base's codes by the whole steps of the change.",
     )
     leave: LeftOut | None = Field(None, description="What is not taken of the grid.")
 
@@ -94,10 +101,10 @@ class AutoRoundFormat(Format):
 
     @model_validator(mode="after")
     def _fits(self) -> AutoRoundFormat:
-        for method, section in (("tune", self.tune), ("merge", self.grid)):
-            name = "grid" if method == "merge" else method
-            if method == self.method and section is None and method == "merge":
-                raise ValueError(f"method {method} needs a section `{name}`")
+        if self.method == "merge" and self.grid is None:
+            raise ValueError("method merge needs a section `grid`")
+        sections = {"tune": ("tune", self.tune), "merge": ("grid", self.grid)}
+        for method, (name, section) in sections.items():
             if method != self.method and section is not None:
                 raise ValueError(f"method {self.method} has no use for `{name}`")
         return self
@@ -119,6 +126,9 @@ class AutoRoundFormat(Format):
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
         chosen = {fact.module: fact for fact in self._quantized(facts)}
         check_fusions(chosen, view, context.architecture)
+        for module, fact in chosen.items():
+            with _located(module):
+                packed_specs(view[fact.name].spec, self.group_size)
         parts, figures = self._parts(chosen, view, context)
         tensors: list[OutputTensor] = []
         for fact in facts:
@@ -166,21 +176,27 @@ class AutoRoundFormat(Format):
         if self.method == "merge":
             return self._merged(chosen, view, context)
         params = {"group_size": self.group_size}
-
-        def round_to_nearest(fact: TensorFact) -> Sequence[TensorRef]:
-            return context.graph.add(Nearest(), params, view[fact.name])
-
-        return {module: _located(round_to_nearest, fact) for module, fact in chosen.items()}, {}
+        return {
+            module: context.graph.add(Nearest(), params, view[fact.name])
+            for module, fact in chosen.items()
+        }, {}
 
     def _tuned(
         self, chosen: Mapping[str, TensorFact], view: View, context: PlanContext
     ) -> tuple[dict[str, Sequence[TensorRef]], dict[str, TensorRef]]:
-        settings = {"group_size": self.group_size, **self._tuning().model_dump()}
-        tuning = Tuning(Calibration(view, context), settings)
+        calibration = Calibration(view, context)
+        assert context.calibration is not None
+        _check_arithmetic(context.calibration.spec)
+        settings = {
+            "group_size": self.group_size,
+            "amp": context.calibration.spec.dtype == "bfloat16",
+            **self._tuning().model_dump(),
+        }
+        tuning = Tuning(calibration, settings)
         parts: dict[str, Sequence[TensorRef]] = {}
         figures = {}
         for layer in range(context.architecture.num_layers):
-            made, losses = tuning.layer(layer, list(chosen))
+            made, losses = tuning.layer(layer, chosen)
             parts |= made
             figures[f"loss of layer {layer}, nearest and tuned"] = losses
         return parts, figures
@@ -203,18 +219,11 @@ class AutoRoundFormat(Format):
         figures = {}
         for module, fact in chosen.items():
             names = [f"{module}.{part}" for part in PARTS]
-            for name, there in ((fact.name, base), *((name, tensors) for name in names)):
-                if name not in there:
-                    raise PlanError(
-                        f"the grid has no {name!r}", nearest=nearest(name, there), at=("grid",)
-                    )
-            stored = [tensors[name] for name in names]
-            operands = (view[fact.name], base[fact.name], *stored)
-
-            def merge(_: TensorFact, operands: Sequence[TensorRef] = operands) -> Any:
-                return context.graph.add(Merge(), params, *operands)
-
-            qweight, clipped = _located(merge, fact)
+            weight = _tensor(base, fact.name, spec.base)
+            stored = [_tensor(tensors, name, spec.source) for name in names]
+            operands = (view[fact.name], weight, *stored)
+            with _located(module):
+                qweight, clipped = context.graph.add(Merge(), params, *operands)
             parts[module] = (qweight, *stored[1:])
             figures[f"clipped codes of {module}"] = clipped
         return parts, figures
@@ -228,13 +237,29 @@ class AutoRoundFormat(Format):
         return cast
 
 
-def _located(
-    make: Callable[[TensorFact], Sequence[TensorRef]], fact: TensorFact
-) -> Sequence[TensorRef]:
+@contextmanager
+def _located(module: str) -> Iterator[None]:
+    """Give errors of the block the module that they are about."""
     try:
-        return make(fact)
+        yield
     except PlanError as error:
-        raise PlanError(f"module {fact.module}: {error.what}", expected=error.expected) from None
+        raise PlanError(f"module {module}: {error.what}", expected=error.expected) from None
+
+
+def _check_arithmetic(spec: CalibrationSpec) -> None:
+    """Refuse what `backends.autoround` does not offer, for it would be left out in silence."""
+    for key, offered in (("attention", "sdpa"), ("device", "cpu")):
+        found = getattr(spec, key)
+        if found != offered:
+            raise PlanError(f"method tune cannot use calibration.{key} {found}", expected=offered)
+
+
+def _tensor(tensors: View, name: str, source: str) -> TensorRef:
+    if name not in tensors:
+        raise PlanError(
+            f"source {source!r} has no {name!r}", nearest=nearest(name, tensors), at=("grid",)
+        )
+    return tensors[name]
 
 
 def _source(context: PlanContext, name: str, key: str) -> Checkpoint:

@@ -40,6 +40,11 @@ class PlanContext:
     sources: Mapping[str, Source]
     calibration: CalibrationSource | None = None
 
+    @property
+    def body(self) -> Checkpoint:
+        """The checkpoint that the variant is made from: the recipe's first source."""
+        return next(iter(self.sources.values())).checkpoint
+
     def layers(self, name: str) -> frozenset[int]:
         """The decoder layers of the recipe's named set; PlanError when it has none so named."""
         if name not in self.layer_sets:

@@ -6,7 +6,7 @@ beside the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -31,7 +31,7 @@ from carnice_build.transforms.ignore import plain_modules
 MTP_PATTERN = "re:^mtp.*"
 """How llm-compressor ignores an MTP head that it copies."""
 
-_KERNEL_ROWS = 8
+_WEIGHTS = ("config_groups", "group_0", "weights")
 
 
 class Weights(Strict):
@@ -76,7 +76,7 @@ class CompressedFormat(Format):
         description="What is smoothed into what: llm-compressor's mappings for models of full and "
         "linear attention.",
     )
-    n_grid: Annotated[int, Field(ge=1)] = Field(20, description="Ratios that the search tries.")
+    n_grid: Annotated[int, Field(ge=4)] = Field(20, description="Ratios that the search tries.")
     duo_scaling: bool | Literal["both"] = Field(
         True, description="Use the weights' magnitudes beside those of activations."
     )
@@ -115,7 +115,10 @@ class CompressedFormat(Format):
         architecture = context.architecture
         facts = [fact for name, fact in architecture.tensors.items() if name in view]
         chosen = {fact.module: fact for fact in self._quantized(facts)}
-        check_fusions(chosen, view, architecture)
+        try:
+            check_fusions(chosen, view, architecture)
+        except PlanError as error:
+            raise PlanError(error.what, expected=error.expected, at=("ignore",)) from None
         smoothed = _Smoothed(self, chosen, view, context)
         tensors = [tensor for fact in facts for tensor in smoothed.tensors(fact)]
         ignored = [
@@ -131,9 +134,21 @@ class CompressedFormat(Format):
             parameters=sum(view[fact.name].spec.size for fact in facts),
             defaults=self.model_dump(),
             quantized=dict.fromkeys(chosen, settings),
-            causes={},
+            causes=self._causes(facts, chosen),
             ignored=ignored,
         )
+
+    def _causes(
+        self, facts: Sequence[TensorFact], chosen: Container[str]
+    ) -> dict[str, Mapping[str, tuple[str, ...]]]:
+        found: dict[str, Mapping[str, tuple[str, ...]]] = {}
+        for fact in facts:
+            if fact.module in chosen:
+                weights = {name: (*_WEIGHTS, name) for name in ("observer", "group_size")}
+                found[f"{fact.module}.{PARTS[0]}"] = weights
+            elif fact.role is Role.NORM:
+                found[fact.name] = {"exact": ("norms",)}
+        return found
 
     def _quantized(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
         patterns = Patterns(self.ignore)
@@ -141,7 +156,9 @@ class CompressedFormat(Format):
             if fact.role is Role.LINEAR and not patterns.matches(fact.module):
                 if fact.part is not Part.LAYERS:
                     raise PlanError(
-                        f"{fact.module} is in no decoder layer", expected="it among `ignore`"
+                        f"{fact.module} would be quantized, and is in no decoder layer",
+                        expected="a pattern for it under `ignore`",
+                        at=("ignore",),
                     )
                 yield fact
 
@@ -230,7 +247,7 @@ class _Smoothed:
             made = self._graph.add(GroupQuantize(), params, ref, *vectors)
         except PlanError as error:
             raise PlanError(
-                f"module {fact.module}: {error.what}", expected=error.expected
+                f"module {fact.module}: {error.what}", expected=error.expected, at=_WEIGHTS
             ) from None
         return [
             OutputTensor(f"{fact.module}.{part}", output, fact)

@@ -16,15 +16,14 @@ from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData
 PARTS = ("qweight", "qzeros", "scales")
 """The tensors that a weight becomes, by the end of their names, in the order of outputs."""
 
-_NEAR = 0.1
+_NEAR = 0.02
 """Steps beyond one that the weight of a grid's own base may lie from its code.
 
-Learned rounding takes one of the two codes beside a weight; scales that are stored in F16 move
-those a little.
+AutoRound adds a learned offset of half a step at most before it rounds, so code and weight are
+within one step of each other, clipped ranges included: clipping moves both.
+What remains is arithmetic.  With a range of 8 steps, a quotient in BF16 is off by 8 * 2^-9 and a
+scale stored in F16 by 8 * 2^-11, together 0.0196.
 """
-
-_FAR_SHARE = 1e-3
-"""Tuning also learns how far a group's range is cut, which leaves a few weights outside it."""
 
 
 def packed_specs(spec: TensorSpec, group_size: int) -> tuple[TensorSpec, ...]:
@@ -130,6 +129,7 @@ class Merge(ArrayOp):
 
 def _check_grid(base: Any, dtype: str, codes: Any, zeros: Any, scales: Any) -> None:
     """Refuse a grid that was not made from this base, or that stands for nothing."""
+    from carnice_build.kernels.autoround import SYMMETRIC_ZEROS
     from carnice_build.kernels.autoround_merge import grid_residual
 
     found = grid_residual(base, dtype, 0, codes, zeros, scales, _NEAR)
@@ -137,11 +137,12 @@ def _check_grid(base: Any, dtype: str, codes: Any, zeros: Any, scales: Any) -> N
         raise NonFiniteValue(found.non_finite, operand=1)
     if found.unusable_groups:
         raise BadInput(4, f"has {found.unusable_groups} scales that are zero or not finite")
-    if found.far > _FAR_SHARE * base.size:
-        share = found.far / base.size
+    if (zeros != SYMMETRIC_ZEROS).any():
+        raise BadInput(3, "has zero points other than 8", expected="a symmetric grid")
+    if found.far:
         raise BadInput(
             1,
-            f"is not what the grid was made from: {share:.1%} of its weights are further than a "
-            f"step from their codes, up to {found.largest:.1f} steps",
+            f"is not what the grid was made from: {found.far} of its {base.size} weights are "
+            f"further than a step from their codes, up to {found.largest:.2f} steps",
             expected="the checkpoint that the grid's source quantizes",
         )

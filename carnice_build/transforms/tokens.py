@@ -35,8 +35,8 @@ class Tokens(ProcessOp):
         return (TensorSpec("I32", (params["samples"], params["length"])),)
 
     def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
-        """The tokenizer's tables, and one batch of rendered rows."""
-        return 64 << 20
+        """The tokenizer's tables, and what it needs for the longest row that may be."""
+        return 1 << 30
 
     def run(
         self,

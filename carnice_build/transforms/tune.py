@@ -1,14 +1,17 @@
 """Op `autoround.tune`: one decoder layer's linears, rounded as its samples suit best.
 
-tokens -> hidden(0) -> for each layer *i*: tune(i) -> hidden(i + 1), quantized hidden(i + 1)
+tokens -> hidden(0) -> for each layer *i*: tune(i) -> advance(i) -> both hidden(i + 1)
 
 Two chains of hidden states run beside each other: the layers as they were say what should come
 out, the quantized ones what will go in.
+Tuning takes hours, and its results are kept; hidden states are large, and go when the next layer
+is done.  So they are actions of their own: when layer *k* changes, the layers before it are run
+through once more, which takes minutes, and none is tuned again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from carnice_build.checkpoint.dtypes import TensorSpec
@@ -17,8 +20,7 @@ from carnice_build.graph import ProcessOp, TensorRef
 from carnice_build.transforms.calibration import Calibration, samples
 from carnice_build.transforms.int4 import packed_specs
 
-_FIRST = 3
-"""The number of the first output that belongs to a linear."""
+_LAYER_LIBRARIES = ("torch", "transformers", "flash-linear-attention", "causal-conv1d", "numba")
 
 
 class Tune(ProcessOp):
@@ -26,30 +28,21 @@ class Tune(ProcessOp):
 
     Inputs: tokens; hidden states [samples, length, hidden] before the layer, of the model as it
     was and of the quantized one; the layer's tensors.
-    Outputs: the two hidden states behind the layer; losses F32 [2], mean squared errors of the
-    layer's outputs when rounded to nearest and when tuned; then qweight, qzeros and scales of
-    each linear.
+    Outputs: losses F32 [2], mean squared errors of the layer's outputs when rounded to nearest
+    and when tuned; then qweight, qzeros and scales of each linear.
     Parameters: `linears` to quantize, by their names in the layer; `settings`, those of
     `backends.autoround.AutoRoundSettings`; `names`, `kind`, `config`, `threads` and `processor`.
     """
 
     name = "autoround.tune"
     version = 1
-    libraries = (
-        "auto-round",
-        "torch",
-        "transformers",
-        "flash-linear-attention",
-        "causal-conv1d",
-        "numba",
-    )
-    transient = frozenset({0, 1})
-    figures = frozenset({2})
+    libraries = ("auto-round", *_LAYER_LIBRARIES)
+    figures = frozenset({0})
 
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
-        """Hidden states, losses, and the tensors of each linear."""
+        """Losses, and the tensors of each linear."""
         weights = dict(zip(params["names"], inputs[3:], strict=True))
         group_size = params["settings"]["group_size"]
         packed = [
@@ -57,7 +50,7 @@ class Tune(ProcessOp):
             for linear in params["linears"]
             for spec in packed_specs(weights[f"{linear}.weight"], group_size)
         ]
-        return inputs[1], inputs[2], TensorSpec("F32", (2,)), *packed
+        return TensorSpec("F32", (2,)), *packed
 
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """One: the library does not tell how far it is."""
@@ -68,8 +61,7 @@ class Tune(ProcessOp):
 
         Measured with auto-round 0.15.1 on a layer of 57 million weights.
         """
-        weights = sum(spec.size for spec in inputs[3:])
-        return 6 * inputs[1].nbytes + 32 * weights
+        return 6 * inputs[1].nbytes + 32 * _weights(params, inputs)
 
     def run(
         self,
@@ -84,6 +76,54 @@ class Tune(ProcessOp):
         tune(params, samples(inputs[0]), inputs[1:3], inputs[3:], outputs, report)
 
 
+class Advance(ProcessOp):
+    """Both hidden states behind a layer that was tuned, with the bits that tuning has them in.
+
+    Inputs: those of `Tune`, then qweight, qzeros and scales of each linear.
+    Outputs: hidden states of the model as it was, and of the quantized one.
+    Parameters: `linears`; `batch_size` and `amp` of the settings; `names`, `kind`, `config`,
+    `threads` and `processor`.
+    """
+
+    name = "autoround.advance"
+    version = 1
+    libraries = _LAYER_LIBRARIES
+    transient = frozenset({0, 1})
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Hidden states."""
+        return inputs[1], inputs[2]
+
+    def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """One for each of both."""
+        return 2
+
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """As `Tune.memory`, without what training takes: some 8 bytes a weight are left."""
+        return 6 * inputs[1].nbytes + 8 * _weights(params, inputs)
+
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        report: Callable[[], None],
+    ) -> None:
+        """Run the samples through the layer as it was, and as it is packed."""
+        from carnice_build.backends.tuning import advance
+
+        end = 3 + len(params["names"])
+        weights, packed = inputs[3:end], inputs[end:]
+        advance(params, samples(inputs[0]), inputs[1:3], weights, packed, outputs, report)
+
+
+def _weights(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+    """How many the layer has."""
+    return sum(spec.size for spec in inputs[3 : 3 + len(params["names"])])
+
+
 class Tuning:
     """Tunes the layers of a model in turn, as far as somebody asks for them."""
 
@@ -91,11 +131,12 @@ class Tuning:
         """`settings` are those of `backends.autoround.AutoRoundSettings` but `layer_bits`."""
         self._calibration = calibration
         self._settings = settings
-        self._hidden = (calibration.start, calibration.start)
+        # Behind the last layer nobody asks.
+        self._hidden: Callable[[], Sequence[TensorRef]] = lambda: (calibration.start,) * 2
 
     def layer(
-        self, number: int, linears: Sequence[str]
-    ) -> tuple[dict[str, tuple[TensorRef, ...]], TensorRef]:
+        self, number: int, linears: Container[str]
+    ) -> tuple[dict[str, Sequence[TensorRef]], TensorRef]:
         """The parts of each of `linears`, by module path, and the losses of layer `number`.
 
         To be asked for all layers in their order.
@@ -105,17 +146,12 @@ class Tuning:
         chosen = [name for name in layer.linears if layer.prefix + name in linears]
         kept = {name: 16 for name in layer.linears if name not in chosen}
         used = ("names", "kind", "config", "threads", "processor")
-        params = {
-            **{name: layer.params[name] for name in used},
-            "linears": chosen,
-            "settings": {**self._settings, "layer_bits": kept},
-        }
-        made = calibration.graph.add(
-            Tune(), params, calibration.tokens, *self._hidden, *layer.weights
-        )
-        self._hidden = made[0], made[1]
-        parts = {
-            layer.prefix + name: made[_FIRST + 3 * index : _FIRST + 3 * index + 3]
-            for index, name in enumerate(chosen)
-        }
-        return parts, made[2]
+        params = {**{name: layer.params[name] for name in used}, "linears": chosen}
+        settings = {**self._settings, "layer_bits": kept}
+        inputs = calibration.tokens, *self._hidden(), *layer.weights
+        losses, *packed = calibration.graph.add(Tune(), {**params, "settings": settings}, *inputs)
+        passing = {**params, **{name: settings[name] for name in ("batch_size", "amp")}}
+        self._hidden = lambda: calibration.graph.add(Advance(), passing, *inputs, *packed)
+        triples = (packed[first : first + 3] for first in range(0, len(packed), 3))
+        parts = {layer.prefix + name: triple for name, triple in zip(chosen, triples, strict=True)}
+        return parts, losses
