@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Finished, Project, TinyCheckpoint
+from conftest import REPOSITORY, Finished, Project, TinyCheckpoint
 from tiny import Tensor, read_json, read_safetensors, write_json, write_safetensors
 
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.kernels.affine import dequantize_rows, quantize_rows
-from carnice_build.verification import worker
+from carnice_build.verification import run_mlx
 from carnice_build.verification.result import Check, Outcome
 
+DEMO = REPOSITORY / "demo" / "carnice-v2-27b"
 VARIANT = "mlx-mixed_3_6"
 BODY = "language_model.model."
 DOWN = f"{BODY}layers.3.mlp.down_proj"
@@ -28,6 +29,7 @@ DOWN = f"{BODY}layers.3.mlp.down_proj"
 @pytest.fixture
 def built(project: Project) -> Path:
     """A built variant whose files are copies, so that damage does not reach the cache."""
+    shutil.copy(DEMO / "chat_template.jinja", project.checkpoint)
     build_variants([VARIANT], project.options())
     folder = project.out / VARIANT
     for shard in folder.glob("*.safetensors"):
@@ -88,6 +90,7 @@ def test_a_fresh_build_passes(
     assert outcomes == {
         "digests": "passed",
         "structure": "passed",
+        "chat": "passed",
         "round trip": "passed",
         "generate": "skipped",
         "perplexity": "skipped",
@@ -301,7 +304,7 @@ def test_without_mlx_the_rest_is_verified(
     project: Project, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Running the model is skipped with the way to install what it needs."""
-    monkeypatch.setattr(worker, "available", lambda: False)
+    monkeypatch.setattr(run_mlx, "installed", lambda library: False)
 
     report = verify_variants([VARIANT], project.options())
 
@@ -328,7 +331,7 @@ GROUPS: dict[str, Callable[[np.random.Generator], np.ndarray[Any, Any]]] = {
 def test_the_bound_holds_for_every_weight(bits: int, kind: str, dtype: str) -> None:
     """No weight that the quantizer made is outside, whatever its group looks like."""
     from carnice_build.kernels import elementwise
-    from carnice_build.verification.roundtrip import allowance
+    from carnice_build.verification.formats.mlx import allowance
 
     values = GROUPS[kind](np.random.default_rng(0)).astype(np.float32)
     storage = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[dtype]
@@ -384,8 +387,10 @@ def test_the_model_runs_and_is_measured(running: Project) -> None:
     report = verify_variants(["mlx-6bit"], running.options(), SHORT)
 
     assert report.passed, report
-    outcomes = [check.outcome for check in report.variants[0].checks]
-    assert outcomes == [Outcome.PASSED] * 5
+    outcomes = {check.name: check.outcome for check in report.variants[0].checks}
+    # Its template knows no tools.
+    assert outcomes.pop("chat") is Outcome.SKIPPED
+    assert list(outcomes.values()) == [Outcome.PASSED] * 5
     source, variant = report.perplexities
     assert (source.name, variant.name) == ("BF16", "mlx-6bit")
     assert [(item.length, item.samples) for item in source.found] == [(16, 3), (48, 3)]

@@ -35,11 +35,11 @@ def verify(
     cache: Cache = CACHE,
     jobs: Jobs = None,
     run: Annotated[
-        bool, typer.Option("--run/--no-run", help="Load the models with mlx-lm and run them.")
+        bool, typer.Option("--run/--no-run", help="Load the models and run them.")
     ] = True,
     text: Annotated[
         Path | None,
-        typer.Option(help="Held-out text for perplexity; the demo profile has its own."),
+        typer.Option(help="Held-out text to run the models on; the demo profile has its own."),
     ] = None,
     samples: Annotated[
         int | None,

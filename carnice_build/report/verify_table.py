@@ -10,9 +10,11 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from carnice_build.commands.verify import PerplexityRow, VariantResult, VerifyReport
+from carnice_build.commands.verify import VariantResult, VerifyReport
+from carnice_build.verification.acceptance import row_json
 from carnice_build.verification.perplexity import Perplexity, format_perplexity
 from carnice_build.verification.result import Check, Outcome
+from carnice_build.verification.running import AcceptanceRow, PerplexityRow
 
 _SHOWN_PROBLEMS = 10
 _STYLES = {Outcome.PASSED: "green", Outcome.FAILED: "bold red", Outcome.SKIPPED: "yellow"}
@@ -32,6 +34,10 @@ def verify_json(report: VerifyReport) -> dict[str, Any]:
             for variant in report.variants
         ],
         "perplexity": [asdict(row) for row in report.perplexities],
+        "acceptance": [
+            {"variant": row.variant, "head": row.head, "drafts": row_json(row)}
+            for row in report.acceptances
+        ],
     }
 
 
@@ -47,18 +53,35 @@ def check_lines(variant: str, check: Check) -> str:
 
 
 def verify_tables(report: VerifyReport) -> Iterator[RenderableType]:
-    """The worst modules of each variant, then the perplexities of all."""
+    """The worst modules of each variant, then figures of the running models."""
     for variant in report.variants:
-        worst = _details(variant, "round trip").get("worst")
-        if worst:
-            yield _worst_table(variant, worst)
-    if report.perplexities:
-        yield _perplexity_table(report.perplexities)
+        details = _details(variant, "round trip")
+        if details.get("worst"):
+            yield _kinds_table(variant, details["kinds"])
+            yield _worst_table(variant, details["worst"])
+    for library in dict.fromkeys(row.library for row in report.perplexities):
+        yield _perplexity_table([row for row in report.perplexities if row.library is library])
+    for variant in report.variants:
+        rows = [row for row in report.acceptances if row.variant == variant.variant]
+        if rows:
+            yield _acceptance_table(rows)
 
 
 def _details(variant: VariantResult, name: str) -> dict[str, Any]:
     found = [check.details for check in variant.checks if check.name == name]
     return dict(found[0]) if found else {}
+
+
+def _kinds_table(variant: VariantResult, kinds: Sequence[dict[str, Any]]) -> Table:
+    title = f"{variant.variant}: relative errors by kind of module"
+    table = Table(title=title, title_justify="left")
+    table.add_column("kind")
+    for heading in ("modules", "error", "largest"):
+        table.add_column(heading, justify="right")
+    for item in kinds:
+        errors = (_error(item["error"]), _error(item["largest"]))
+        table.add_row(item["kind"], str(item["modules"]), *errors)
+    return table
 
 
 def _worst_table(variant: VariantResult, worst: Sequence[dict[str, Any]]) -> Table:
@@ -68,25 +91,53 @@ def _worst_table(variant: VariantResult, worst: Sequence[dict[str, Any]]) -> Tab
     for heading in ("bits", "error", "bound"):
         table.add_column(heading, justify="right")
     for item in worst:
-        error = "not finite" if item["error"] is None else f"{item['error']:.4f}"
-        figures = (str(item["bits"]), error, f"{item['bound']:.4f}")
+        figures = (str(item["bits"]), _error(item["error"]), f"{item['bound']:.4f}")
         table.add_row(item["module"], *figures)
     return table
 
 
+def _error(error: float | None) -> str:
+    return "not finite" if error is None else f"{error:.4f}"
+
+
 def _perplexity_table(rows: Sequence[PerplexityRow]) -> Table:
-    lengths = sorted({item.length for row in rows for item in row.found})
+    """The rows of one library."""
     samples = {item.length: item.samples for row in rows for item in row.found}
-    table = Table(title="Perplexity on the held-out text", title_justify="left")
+    diverging = any(item.kl is not None for row in rows for item in row.found)
+    title = f"Perplexity on the held-out text, by {rows[0].library}"
+    table = Table(title=title, title_justify="left")
     table.add_column("variant")
-    for length in lengths:
+    for length in sorted(samples):
         table.add_column(f"seq {length}, {samples[length]} samples", justify="right")
+        if diverging:
+            table.add_column("KL to BF16", justify="right")
     for row in rows:
-        table.add_row(row.name, *(_cell(row.found, length) for length in lengths))
+        found = {item.length: item for item in row.found}
+        cells = [_cells(found.get(length), diverging) for length in sorted(samples)]
+        table.add_row(row.name, *(text for cell in cells for text in cell))
         if row.missing:
             table.caption = f"{row.name} not measured: {row.missing}"
     return table
 
 
-def _cell(found: Sequence[Perplexity], length: int) -> str:
-    return next((format_perplexity(item) for item in found if item.length == length), "-")
+def _cells(item: Perplexity | None, diverging: bool) -> list[str]:
+    perplexity = format_perplexity(item) if item else "-"
+    kl = "-" if item is None or item.kl is None else f"{item.kl:.5f}"
+    return [perplexity, kl] if diverging else [perplexity]
+
+
+def _acceptance_table(rows: Sequence[AcceptanceRow]) -> Table:
+    """The rows of one variant."""
+    title = f"{rows[0].variant}: drafts accepted at each position, and tokens a step"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for number in rows[0].drafts:
+        table.add_column(f"n={number}", justify="right")
+        table.add_column("tokens", justify="right")
+    for row in rows:
+        cells = []
+        for item in row.drafts.values():
+            cells.append(" ".join(f"{rate:.2f}" for rate in item.rates))
+            cells.append(f"{item.mean_length:.2f} ± {item.error:.2f}")
+        table.add_row(row.head, *cells)
+    return table

@@ -39,12 +39,28 @@ class ModelFolder:
         return Path(file.name).name
 
     def settings(self, module: str) -> Mapping[str, Any]:
-        """What config.json says of the quantization of `module`, as mlx-lm reads it."""
+        """What config.json says of the quantization of `module`, {} when it does not say one thing.
+
+        `module` is named as in this folder.  Every format's settings have `bits` and `group_size`,
+        beside what else it states.
+        """
         table = self.config.get("quantization")
-        if not isinstance(table, dict):
+        if isinstance(table, dict):
+            own = table.get(module)
+            return own if isinstance(own, dict) else table
+        stated = _section(self.config, "quantization_config")
+        groups = _section(stated, "config_groups")
+        if not groups:
+            return {**stated, **_section(_section(stated, "extra_config"), module)}
+        if len(groups) > 1:
             return {}
-        own = table.get(module)
-        return own if isinstance(own, dict) else table
+        weights = _section(_section(groups, next(iter(groups))), "weights")
+        return {**weights, "bits": weights.get("num_bits")}
+
+
+def _section(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = table.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def open_folder(path: Path) -> ModelFolder:

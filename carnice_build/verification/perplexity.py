@@ -26,13 +26,16 @@ LOGITS_BYTES = 256 << 20
 class Perplexity:
     """Perplexity over `samples` sequences of `length` tokens, with its standard error.
 
-    `mean` and `error` are None when they are not finite.
+    `kl` is the mean of KL(source || model) in nats over the same positions, None where it was not
+    measured.
+    A figure that is not finite is None.
     """
 
     length: int
     samples: int
     mean: float | None
     error: float | None
+    kl: float | None = None
 
 
 def measure(model: Any, tokens: list[int], length: int, samples: int) -> Perplexity | None:
@@ -40,10 +43,10 @@ def measure(model: Any, tokens: list[int], length: int, samples: int) -> Perplex
     import mlx.core as mx
     import mlx.nn as nn
 
-    samples = min(samples, len(tokens) // length)
-    if not samples:
+    sequences = cut(tokens, length, samples)
+    if not sequences:
         return None
-    rows = mx.array(tokens[: samples * length]).reshape(samples, length)
+    rows, samples = mx.array(sequences), len(sequences)
     losses = []
     first, batch = 0, 1
     while first < samples:
@@ -62,6 +65,12 @@ def measure(model: Any, tokens: list[int], length: int, samples: int) -> Perplex
         return Perplexity(length, samples, None, None)
     perplexity = math.exp(mean)
     return Perplexity(length, samples, perplexity, perplexity * spread / together.size**0.5)
+
+
+def cut(tokens: Sequence[int], length: int, samples: int) -> list[Sequence[int]]:
+    """The first `samples` sequences of `length` tokens, or as many as there are."""
+    starts = range(0, min(samples, len(tokens) // length) * length, length)
+    return [tokens[start : start + length] for start in starts]
 
 
 def judge_perplexities(found: Sequence[Perplexity]) -> Check:

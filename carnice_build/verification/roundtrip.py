@@ -1,21 +1,11 @@
 """Check `round trip`: what the folder's numbers have lost against the source's.
 
 A tensor that is not quantized must have the very bytes that the plan's own small ops (a cast,
-norm + 1) give.  A quantized one is dequantized and every weight is held against the most that
-its bits allow:
-
-- A group spans R = max - min in top = 2^bits - 1 steps.  mlx then moves zero onto a step: with x
-  steps between zero and the end of larger magnitude (x >= top/2), each becomes x / rint(x) as
-  long, at most top / (top - 1).  Rounding to a step leaves at most half of one.
-- Where that made steps shorter, the grid ends up to one step before the end of smaller magnitude:
-  a weight at distance d from that end may be off by one step less d.
-- Scale and bias are stored in 16 bits, and a weight of another type is cast first: for r, half a
-  unit in the last place, that is at most 4 r max|w| (2 r max|w| for code times scale, r max|w|
-  each for bias and cast).
-
-A single weight further off cannot come from the quantizer.  The relative error of a module is
-||dequantized - source|| / ||source||, about 0.3 steps in practice; the bound on it is that of its
-weights in root mean square.
+norm + 1) give.
+A quantized one is dequantized, and every weight is held against the most that its bits allow,
+as the format's file in `formats` derives it: a weight further off cannot come from the quantizer.
+The relative error of a module is ||dequantized - source|| / ||source||; the bound on it is that of
+its weights in root mean square.
 """
 
 from __future__ import annotations
@@ -24,20 +14,18 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from math import prod
 
 import numpy as np
 
-from carnice_build.checkpoint.dtypes import WIDE_FLOATS
+from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.errors import CheckpointError
-from carnice_build.graph import ActionOutput, NonFiniteValue, OutputTensor
-from carnice_build.kernels.elementwise import zero_non_finite
+from carnice_build.graph import NonFiniteValue, OutputTensor
 from carnice_build.planning.planner import VariantPlan
-from carnice_build.transforms.mlx import AffineQuantize
 from carnice_build.verification.folder import ModelFolder
+from carnice_build.verification.formats.base import FormatChecks, QuantizedValues
 from carnice_build.verification.result import Check, judged, skipped
 from carnice_build.verification.values import (
-    AffineValues,
     Floats,
     Incomparable,
     as_float32,
@@ -50,14 +38,6 @@ from carnice_build.verification.values import (
 
 NAME = "round trip"
 WORST = 10
-
-_HALF_PLACE = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
-_HALF_SMALLEST = {"BF16": 2.0**-134, "F16": 2.0**-25, "F32": 2.0**-150}
-_SMALLEST_STEP = 1.5e-7
-"""mlx takes no step below 1e-7; moving zero onto one makes it at most half as long again."""
-
-_FLOAT32_SLACK = 1.001
-"""The quantizer computes in float32, so a weight halfway between steps may go either way."""
 
 
 @dataclass
@@ -75,19 +55,32 @@ class ModuleError:
 
 
 @dataclass(frozen=True)
+class KindErrors:
+    """The modules of one kind together: `error` in root mean square, and that of the worst."""
+
+    kind: str
+    modules: int
+    error: float | None
+    largest: float | None
+
+
+@dataclass(frozen=True)
 class _Finding:
     problem: str | None = None
     module: ModuleError | None = None
     skipped: bool = False
 
 
-def check_roundtrip(variant: VariantPlan, folder: ModelFolder, jobs: int) -> Check:
+def check_roundtrip(
+    variant: VariantPlan, folder: ModelFolder, checks: FormatChecks, jobs: int
+) -> Check:
     """Compare every tensor of the folder with the source, module by module."""
+    comparison = _Comparison(variant, folder, checks)
     modules: dict[str, list[OutputTensor]] = {}
     for tensor in variant.conversion.tensors:
         modules.setdefault(tensor.fact.name, []).append(tensor)
     with ThreadPoolExecutor(jobs) as pool:
-        found = list(pool.map(lambda tensors: _module(tensors, folder), modules.values()))
+        found = list(pool.map(comparison.module, modules.values()))
     errors = [item.module for item in found if item.module]
     plain = sum(1 for item in found if not item.module and not item.skipped)
     left_out = sum(item.skipped for item in found)
@@ -102,6 +95,7 @@ def check_roundtrip(variant: VariantPlan, folder: ModelFolder, jobs: int) -> Che
     problems = [item.problem for item in found if item.problem]
     details = {
         "worst": [asdict(item) for item in worst],
+        "kinds": [asdict(item) for item in _by_kind(errors, variant)],
         "modules": {item.module: item.error for item in errors},
         "equal": plain,
         "not_compared": left_out,
@@ -109,50 +103,71 @@ def check_roundtrip(variant: VariantPlan, folder: ModelFolder, jobs: int) -> Che
     return judged(NAME, problems, summary, details)
 
 
-def _module(tensors: Sequence[OutputTensor], folder: ModelFolder) -> _Finding:
-    """Compare the tensors that stand for one source tensor."""
-    for tensor in tensors:
-        found = folder.tensors.get(tensor.name)
-        if found is None or found.spec != tensor.ref.spec:
-            # The structure check names it.
+def _by_kind(errors: Sequence[ModuleError], variant: VariantPlan) -> list[KindErrors]:
+    kinds: dict[str, list[float | None]] = {}
+    for item in errors:
+        kinds.setdefault(variant.architecture.module_kind(item.module), []).append(item.error)
+    found = []
+    for kind, values in kinds.items():
+        finite = [value for value in values if value is not None]
+        mean = math.hypot(*finite) / len(finite) ** 0.5 if len(finite) == len(values) else None
+        largest = max(finite) if len(finite) == len(values) else None
+        found.append(KindErrors(kind, len(values), mean, largest))
+    return found
+
+
+class _Comparison:
+    """A folder beside what it was made from."""
+
+    def __init__(self, variant: VariantPlan, folder: ModelFolder, checks: FormatChecks) -> None:
+        self._folder = folder
+        self._checks = checks
+        self._quantized = variant.conversion.quantized
+        self._view = variant.view
+
+    def module(self, tensors: Sequence[OutputTensor]) -> _Finding:
+        """Compare the tensors that stand for one source tensor."""
+        for tensor in tensors:
+            found = self._folder.tensors.get(tensor.name)
+            if found is None or found.spec != tensor.ref.spec:
+                # The structure check names it.
+                return _Finding(skipped=True)
+        module = tensors[0].name.rpartition(".")[0]
+        try:
+            if module in self._quantized and len(tensors) > 1:
+                return self._packed(module, tensors)
+            return self._equal(tensors)
+        except Incomparable:
             return _Finding(skipped=True)
-    origin = tensors[0].ref.origin
-    try:
-        if isinstance(origin, ActionOutput) and isinstance(origin.action.op, AffineQuantize):
-            return _quantized(tensors, origin, folder)
-        return _equal(tensors[0], folder)
-    except Incomparable:
-        return _Finding(skipped=True)
-    except NonFiniteValue:
-        return _Finding(f"the source of {tensors[0].name} holds NaN or infinity")
-    except CheckpointError as error:
-        return _Finding(f"{tensors[0].name} cannot be read: {error}")
+        except NonFiniteValue:
+            return _Finding(f"the source of {tensors[0].name} holds NaN or infinity")
+        except CheckpointError as error:
+            return _Finding(f"{tensors[0].name} cannot be read: {error}")
 
+    def _equal(self, tensors: Sequence[OutputTensor]) -> _Finding:
+        for tensor in tensors:
+            spec, found = tensor.ref.spec, self._folder.tensors[tensor.name]
+            for start, stop in blocks(matrix(spec)):
+                wanted = ref_rows(tensor.ref, start, stop).array
+                if wanted.tobytes() != read_rows(found, spec, start, stop).array.tobytes():
+                    return _Finding(f"tensor {tensor.name} is not equal to its source")
+        return _Finding()
 
-def _equal(tensor: OutputTensor, folder: ModelFolder) -> _Finding:
-    spec, found = tensor.ref.spec, folder.tensors[tensor.name]
-    for start, stop in blocks(matrix(spec)):
-        wanted = ref_rows(tensor.ref, start, stop).array
-        if wanted.tobytes() != read_rows(found, spec, start, stop).array.tobytes():
-            return _Finding(f"tensor {tensor.name} is not equal to its source")
-    return _Finding()
-
-
-def _quantized(
-    tensors: Sequence[OutputTensor], origin: ActionOutput, folder: ModelFolder
-) -> _Finding:
-    module = tensors[0].name.rpartition(".")[0]
-    params = origin.action.params
-    (source,) = origin.action.inputs
-    values = AffineValues(folder.tensors, module, params)
-    total = _Sums()
-    for start, stop in blocks(values.shape):
-        data = ref_rows(source, start, stop)
-        if params["nonfinite"] == "zero" and data.dtype in WIDE_FLOATS:
-            data = type(data)(data.dtype, zero_non_finite(data.array, data.dtype))
-        total.add(as_float32(data), values.rows(start, stop), params)
-    error = total.result(module, params["bits"])
-    return _Finding(_problem(error), error)
+    def _packed(self, module: str, tensors: Sequence[OutputTensor]) -> _Finding:
+        self._checks.compared(tensors)
+        taken_over = [item for item in tensors if isinstance(item.ref.origin, SourceTensor)]
+        if (found := self._equal(taken_over)).problem:
+            return found
+        source = self._view[tensors[0].fact.name]
+        settings = self._quantized[module]
+        values = self._checks.values(self._folder.tensors, module, settings)
+        total = _Sums()
+        for start, stop in blocks(values.shape):
+            data = self._checks.prepared(ref_rows(source, start, stop))
+            total.add(as_float32(data), values, start)
+        error = total.result(module, settings["bits"])
+        too_many = error.outside > values.tolerated * prod(values.shape)
+        return _Finding(_problem(error) if too_many else None, error)
 
 
 def _rank(item: ModuleError) -> float:
@@ -163,14 +178,12 @@ def _format(error: float | None) -> str:
     return "not finite" if error is None else f"{error:.4f}"
 
 
-def _problem(error: ModuleError) -> str | None:
-    if error.outside:
-        return (
-            f"module {error.module}: {error.outside} weights are further from their source than "
-            f"{error.bits} bits allow; relative error {_format(error.error)}, "
-            f"bound {error.bound:.4f}"
-        )
-    return None
+def _problem(error: ModuleError) -> str:
+    return (
+        f"module {error.module}: {error.outside} weights are further from their source than "
+        f"{error.bits} bits allow; relative error {_format(error.error)}, "
+        f"bound {error.bound:.4f}"
+    )
 
 
 class _Sums:
@@ -180,14 +193,13 @@ class _Sums:
         self._error = self._norm = self._bound = 0.0
         self._outside = 0
 
-    def add(self, source: Floats, values: Floats, params: Any) -> None:
-        groups = source.reshape(-1, params["group_size"])
-        off = np.abs(values.reshape(groups.shape) - groups)
-        allowed = allowance(groups, params["bits"], params["dtype"])
+    def add(self, source: Floats, values: QuantizedValues, start: int) -> None:
+        off = np.abs(values.rows(start, start + len(source)) - source)
+        allowed = values.allowance(source, start)
         # Written so that NaN counts as outside.
-        self._outside += int(groups.size - np.count_nonzero(off <= allowed))
+        self._outside += int(source.size - np.count_nonzero(off <= allowed))
         self._error += square_sum(off)
-        self._norm += square_sum(groups)
+        self._norm += square_sum(source)
         self._bound += square_sum(allowed)
 
     def result(self, module: str, bits: int) -> ModuleError:
@@ -196,19 +208,3 @@ class _Sums:
 
         error = relative(self._error) if math.isfinite(self._error) else None
         return ModuleError(module, bits, error, relative(self._bound), self._outside)
-
-
-def allowance(groups: Floats, bits: int, dtype: str) -> Floats:
-    """The most that each weight of `groups` [n, group size] may be off; see the module's text."""
-    top = float(2**bits - 1)
-    low, high = groups.min(axis=1), groups.max(axis=1)
-    low_is_edge = np.abs(low) > np.abs(high)
-    far = np.where(low_is_edge, high, low)
-    largest = np.where(low_is_edge, -low, np.abs(high))
-    step = np.maximum((high - low) / (top - 1), _SMALLEST_STEP) * _FLOAT32_SLACK
-    rounding = 4 * _HALF_PLACE[dtype] * largest + (top + 1) * _HALF_SMALLEST[dtype]
-    allowed: Floats = np.abs(groups - far[:, None])
-    np.subtract(step[:, None], allowed, out=allowed)
-    np.maximum(allowed, step[:, None] / 2, out=allowed)
-    allowed += rounding[:, None]
-    return allowed

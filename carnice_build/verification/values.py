@@ -118,13 +118,16 @@ class AffineValues:
         """Take `module`'s weight, scales and biases; Incomparable when they do not fit together."""
         try:
             self._parts = [tensors[f"{module}.{part}"] for part in ("weight", "scales", "biases")]
-            self._bits, self._group = int(settings["bits"]), int(settings["group_size"])
+            self.bits, self.group_size = int(settings["bits"]), int(settings["group_size"])
         except (KeyError, TypeError, ValueError):
             raise Incomparable(f"{module} is not in MLX's affine format") from None
         packed, grid = (matrix(part.spec) for part in self._parts[:2])
-        self.shape = grid[0], grid[1] * self._group
-        if packed != (grid[0], self.shape[1] * self._bits // 32):
-            raise Incomparable(f"{module} is not of {self._bits} bits in groups of {self._group}")
+        self.shape = grid[0], grid[1] * self.group_size
+        self.dtype = self._parts[1].spec.dtype
+        if packed != (grid[0], self.shape[1] * self.bits // 32):
+            raise Incomparable(
+                f"{module} is not of {self.bits} bits in groups of {self.group_size}"
+            )
 
     def rows(self, start: int, stop: int) -> Floats:
         """The rows from `start` to `stop`, dequantized."""
@@ -135,9 +138,9 @@ class AffineValues:
                 packed.array,
                 scales.array,
                 biases.array,
-                scales.dtype,
-                self._bits,
-                self._group,
+                self.dtype,
+                self.bits,
+                self.group_size,
                 out,
             )
         except ValueError as error:

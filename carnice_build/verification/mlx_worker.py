@@ -1,24 +1,16 @@
-"""A model is loaded and run in a process of its own: one model in memory, a crash is an answer."""
+"""Running a model in mlx-lm, to be called in a process of its own."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from carnice_build.errors import BackendError
 from carnice_build.verification.generate import Generation, generate
 from carnice_build.verification.perplexity import SAMPLES, SAMPLES_ON_CPU, Perplexity, measure
-
-MISSING = "mlx is not installed: pip install 'carnice-build[mlx]'"
 
 
 @dataclass(frozen=True)
@@ -53,35 +45,8 @@ class Answer:
     perplexities: Sequence[Perplexity]
 
 
-def available() -> bool:
-    """True when mlx-lm is installed."""
-    return importlib.util.find_spec("mlx_lm") is not None
-
-
 def run(task: Task) -> Answer:
-    """Do the task in a fresh process; BackendError when the library refuses or the process dies."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(_work, task).result()
-        except BrokenProcessPool:
-            raise BackendError("the process that ran the model died; out of memory?") from None
-
-
-def _work(task: Task) -> Answer:
-    # A folder must be complete in itself; nothing may be looked up on the hub.
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
-    try:
-        return _answer(task)
-    except Exception as error:
-        # Whatever the library finds wrong with the folder is our result.
-        raise BackendError(f"{type(error).__name__}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
-
-
-def _answer(task: Task) -> Answer:
+    """Do the task, in a process where mlx may be loaded; raises whatever mlx-lm does."""
     from mlx_lm.utils import load_model, load_tokenizer
 
     tokenizer: Any = load_tokenizer(task.tokenizer)  # type: ignore[no-untyped-call]

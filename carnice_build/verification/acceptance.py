@@ -1,0 +1,56 @@
+"""Check `mtp`: how many drafts of the MTP head the model accepts, as it is and quantized too.
+
+The model writes its own text greedily, and decoding with drafts is a walk over it.
+A step of n drafts calls the head's one layer n times, as vLLM does.
+Without a head a step yields one token, which is what the others are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from carnice_build.verification.result import Check, judged
+from carnice_build.verification.running import AcceptanceRow, Drafts
+
+NAME = "mtp"
+
+
+def make_rows(
+    variant: str, packaged: Mapping[int, Drafts], quantized: Mapping[int, Drafts]
+) -> list[AcceptanceRow]:
+    """What was measured, and beside it what is true without a head: nothing is drafted."""
+    nothing = {number: Drafts(item.steps, [0.0] * number) for number, item in packaged.items()}
+    return [
+        AcceptanceRow(variant, "head as packaged", packaged),
+        AcceptanceRow(variant, "head quantized too", quantized),
+        AcceptanceRow(variant, "no head", nothing),
+    ]
+
+
+def judge_acceptance(rows: Sequence[AcceptanceRow]) -> Check:
+    """The check's result; the first row is the head as packaged, which must be of some use."""
+    problems = [
+        f"no draft of the packaged head is accepted at n={number}"
+        for number, drafts in rows[0].drafts.items()
+        if not drafts.rates[0] > 0
+    ]
+    summary = "tokens a step: " + "; ".join(f"{row.head} {_lengths(row)}" for row in rows)
+    details = {row.head: row_json(row) for row in rows}
+    return judged(NAME, problems, summary, details)
+
+
+def row_json(row: AcceptanceRow) -> dict[str, dict[str, object]]:
+    """The figures of a row by the number of drafts, JSON-ready."""
+    return {
+        str(number): {
+            "steps": drafts.steps,
+            "rates": list(drafts.rates),
+            "mean_length": drafts.mean_length,
+            "error": drafts.error,
+        }
+        for number, drafts in row.drafts.items()
+    }
+
+
+def _lengths(row: AcceptanceRow) -> str:
+    return ", ".join(f"{item.mean_length:.2f} at n={number}" for number, item in row.drafts.items())

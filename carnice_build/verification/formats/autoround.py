@@ -1,0 +1,148 @@
+"""Format `autoround`: what config.json must list, and how far symmetric INT4 may be off.
+
+A group of weights has one scale s, and w becomes s times a code of -8..7.
+
+- Rounded to nearest, s = -m / 8, where m is the end of the group of larger magnitude, in F16:
+  off by 2^-11 of itself, and never below 1e-5.  Codes are one step apart, so w is off by half of
+  one; but on the side away from m they end at 7, and what lies beyond is cut.
+- Tuning chooses one of the two codes beside w, and cuts the range as far as it pays: s is what is
+  stored, up to the above.  A weight is off by a step, and a few outside the range by more.
+- Merging moves the code that tuning chose for the base by what the fine-tune changed, rounded to
+  half a step, on the base's own grid; a weight that the fine-tune moved beyond it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from carnice_build.architectures.base import Architecture, Role
+from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.kernels import autoround
+from carnice_build.transforms.autoround import AutoRoundFormat
+from carnice_build.transforms.int4 import PARTS
+from carnice_build.verification.folder import ModelFolder
+from carnice_build.verification.formats.base import Settings, Tensors, TorchChecks
+from carnice_build.verification.formats.config import section, statements
+from carnice_build.verification.formats.ignore import ignore_problems
+from carnice_build.verification.values import Floats, Incomparable, matrix, read_rows
+
+_FLOAT32_SLACK = 1.001
+_SMALLEST_SCALE = 1e-5
+_REACH = {"nearest": 0.5, "tune": 1.1, "merge": 1.6}
+"""Steps that a weight within the range may be off; scales in F16 move learned codes a little."""
+
+_CUT = {"nearest": 0.0, "tune": 1e-3, "merge": 1e-3}
+"""The share of weights that learned ranges may cut."""
+
+
+class AutoRoundChecks(TorchChecks):
+    """Folders as auto-round packs them."""
+
+    def __init__(self, number_format: AutoRoundFormat) -> None:
+        self._method = number_format.method
+        self._group = number_format.group_size
+
+    def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
+        """What is packed lies in the listed blocks, and all else is listed with 16 bits."""
+        stated = section(folder.config, "quantization_config")
+        wanted = {
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+            "data_type": "int",
+            "sym": True,
+            "bits": 4,
+            "group_size": self._group,
+        }
+        yield from statements("config.json", stated, wanted)
+        extra = section(stated, "extra_config")
+        for module in extra:
+            if section(extra, module).get("bits") != 16:
+                yield f"config.json gives {module} other bits than 4 or 16"
+        yield from ignore_problems(folder, architecture, list(extra), (Role.LINEAR,))
+        blocks = str(stated.get("block_name_to_quantize")).split(",")
+        for name in folder.tensors:
+            if name.endswith(".qweight") and not name.startswith(tuple(f"{b}." for b in blocks)):
+                yield f"config.json lists no block that holds {name}"
+
+    def values(self, tensors: Tensors, module: str, settings: Settings) -> Int4Values:
+        """See `FormatChecks.values`."""
+        return Int4Values(tensors, module, self._method, self._group)
+
+    def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
+        """See `TorchChecks.rounded`: to nearest, without calibration."""
+        return [self._round_trip(weight) for weight in weights]
+
+    def _round_trip(self, weight: Floats) -> Floats:
+        rows, columns = weight.shape
+        groups = columns // self._group
+        codes, zeros = np.empty((columns // 8, rows), "i4"), np.empty((groups, rows // 8), "i4")
+        scales = np.empty((groups, rows), np.float16)
+        autoround.quantize_rtn(weight, "F32", self._group, 0, codes, zeros, scales)
+        out = np.empty_like(weight)
+        autoround.dequantize_rows(codes, zeros, scales, 0, out)
+        return out
+
+
+class Int4Values:
+    """A module dequantized by scale * (code - zero point); its tensors are held in memory."""
+
+    def __init__(self, tensors: Tensors, module: str, method: str, group: int) -> None:
+        """Read `module`'s tensors; Incomparable when they do not fit together."""
+        try:
+            parts = [tensors[f"{module}.{part}"] for part in PARTS]
+        except KeyError:
+            raise Incomparable(f"{module} is not in auto-round's format") from None
+        lines, rows = matrix(parts[0].spec)
+        self.shape = rows, 8 * lines
+        grid = (self.shape[1] // group, rows)
+        expected = [
+            TensorSpec("I32", (lines, rows)),
+            TensorSpec("I32", (grid[0], rows // 8)),
+            TensorSpec("F16", grid),
+        ]
+        if [part.spec for part in parts] != expected:
+            raise Incomparable(f"{module} is not of groups of {group}")
+        whole = [read_rows(part, part.spec, 0, part.spec.shape[0]).array for part in parts]
+        self._codes, self._zeros, self._scales = whole
+        self._method, self._group = method, group
+        self.tolerated = _CUT[method]
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The rows from `start` to `stop`, dequantized."""
+        out = np.empty((stop - start, self.shape[1]), np.float32)
+        autoround.dequantize_rows(self._codes, self._zeros, self._scales, start, out)
+        return out
+
+    def allowance(self, source: Floats, start: int) -> Floats:
+        """See `QuantizedValues.allowance`."""
+        groups = source.reshape(len(source), -1, self._group)
+        if self._method == "nearest":
+            return nearest_allowance(groups).reshape(source.shape)
+        scales = self._scales[:, start : start + len(source)].T.astype(np.float32)[..., None]
+        if self._method == "tune":
+            allowed = _REACH["tune"] * np.minimum(np.abs(scales), _steps(groups)[1])
+        else:
+            ends = np.sort(np.concatenate([-8 * scales, 7 * scales], axis=-1))
+            beyond = np.maximum(groups - ends[..., 1:], ends[..., :1] - groups)
+            allowed = _REACH["merge"] * np.abs(scales) + np.maximum(beyond, 0)
+        whole = np.broadcast_to(allowed, groups.shape).reshape(source.shape)
+        return np.ascontiguousarray(whole, np.float32)
+
+
+def nearest_allowance(groups: Floats) -> Floats:
+    """The most that each of `groups` [..., group size] may be off when rounded to nearest."""
+    low, high = _steps(groups)
+    largest_is_upper = groups.max(axis=-1) >= -groups.min(axis=-1)
+    on_its_side = (groups >= 0) == largest_is_upper[..., None]
+    beyond = np.abs(groups) - np.where(on_its_side, 8, 7) * low
+    allowed: Floats = np.maximum(_REACH["nearest"] * high, beyond) * _FLOAT32_SLACK
+    return allowed.astype(np.float32)
+
+
+def _steps(groups: Floats) -> tuple[Floats, Floats]:
+    """The least and the most that the magnitude of -m / 8 can be in F16, [..., 1]."""
+    exact = np.maximum(np.abs(groups).max(axis=-1, keepdims=True) / 8, _SMALLEST_SCALE)
+    off = np.maximum(exact * 2.0**-11, 2.0**-25)
+    return exact - off, exact + off

@@ -1,0 +1,75 @@
+"""The questions that the checks ask of a number format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+from carnice_build.architectures.base import Architecture
+from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.graph import OutputTensor, TensorData
+from carnice_build.verification.folder import ModelFolder
+from carnice_build.verification.running import Library
+from carnice_build.verification.values import Floats, Values
+
+Tensors = Mapping[str, SourceTensor]
+Settings = Mapping[str, Any]
+"""What `Conversion.quantized` says of a module."""
+
+Rounding = Callable[[Floats], Floats]
+"""From activations, float32 [rows, columns], to those that the engine computes with."""
+
+
+class QuantizedValues(Values, Protocol):
+    """A quantized module, dequantized, and how near it must be to its source.
+
+    `tolerated` is the share of weights that may be further off.
+    """
+
+    tolerated: float
+
+    def allowance(self, source: Floats, start: int) -> Floats:
+        """The most that each weight may be off, given the rows of the source from `start` on."""
+
+
+class FormatChecks(ABC):
+    """One number format, as its folders show it.  Can be sent to other processes."""
+
+    library: ClassVar[Library]
+    """What runs the folders."""
+
+    @abstractmethod
+    def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
+        """What is wrong in config.json and its like; the tensors are those that it should have.
+
+        `architecture` is the one that config.json describes.
+        """
+
+    @abstractmethod
+    def values(self, tensors: Tensors, module: str, settings: Settings) -> QuantizedValues:
+        """The quantized `module`; Incomparable when its tensors do not fit together."""
+
+    def compared(self, tensors: Sequence[OutputTensor]) -> None:
+        """Raise Incomparable for a quantized module that has no source to be compared with."""
+        return
+
+    def prepared(self, source: TensorData) -> TensorData:
+        """Source rows as the quantizer takes them."""
+        return source
+
+
+class TorchChecks(FormatChecks):
+    """A format whose tensors have canonical names, and which torch runs dequantized."""
+
+    library = Library.TRANSFORMERS
+    activations: ClassVar[str] = ""
+    """What the engine does to the inputs of quantized linears; empty when nothing."""
+
+    def input_rounding(self, tensors: Tensors, module: str) -> Rounding | None:
+        """What the engine does to the inputs of the quantized `module`."""
+        return None
+
+    @abstractmethod
+    def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
+        """Weights that engines fuse, float32 [rows, columns] each, quantized and dequantized."""

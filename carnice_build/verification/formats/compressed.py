@@ -1,0 +1,147 @@
+"""Format `compressed-tensors`: what config.json must list, and how far asymmetric INT4 may be off.
+
+A group spans R = max - min, 0 included, in 15 steps of s = p R / 15; w becomes s times a code less
+a zero point.  The observer memoryless_minmax has p = 1, mse takes the best p from 0.81 on.
+
+- Rounding to a code leaves half a step; so do codes that end before the range does, because the
+  zero point is a whole number too.
+- The arithmetic is that of the weight's type: for r, half a unit in its last place, the quotient
+  and the sum are off by 16 r steps each, and s by r of itself, as much at 16 steps from zero.
+  Where r is that of denormal numbers, it is half the smallest instead.
+- With p < 1 an end is cut by (1 - p) of its distance from zero.
+
+What AWQ smoothed is not compared: the folder does not tell by what its weights were multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carnice_build.architectures.base import Architecture, Role
+from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
+from carnice_build.graph import ActionOutput, OutputTensor, TensorData
+from carnice_build.kernels import compressed, elementwise
+from carnice_build.transforms.compressed import CompressedFormat
+from carnice_build.verification.folder import ModelFolder
+from carnice_build.verification.formats.base import Settings, Tensors, TorchChecks
+from carnice_build.verification.formats.config import names, section, statements
+from carnice_build.verification.formats.ignore import ignore_problems
+from carnice_build.verification.values import Floats, Incomparable, as_float32, matrix, read_rows
+
+_HALF_PLACE = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
+_HALF_SMALLEST = {"BF16": 2.0**-134, "F16": 2.0**-25, "F32": 2.0**-150}
+_SMALLEST_SHARE = {"mse": 0.81, "memoryless_minmax": 1.0}
+_PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+_PER_WORD = 8
+
+
+class CompressedChecks(TorchChecks):
+    """Folders in the format pack-quantized."""
+
+    def __init__(self, number_format: CompressedFormat) -> None:
+        self._observer = number_format.weights.observer
+        self._group = number_format.weights.group_size
+
+    def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
+        """The scheme is that of the tensors, and every plain linear is ignored.
+
+        This format's engines look for the parts of a fused linear, so none is listed.
+        """
+        stated = section(folder.config, "quantization_config")
+        wanted = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+        yield from statements("config.json", stated, wanted)
+        group = section(section(stated, "config_groups"), "group_0")
+        scheme = {"num_bits": 4, "type": "int", "symmetric": False, "group_size": self._group}
+        yield from statements("config.json", section(group, "weights"), scheme)
+        ignore = names(stated.get("ignore"))
+        yield from ignore_problems(folder, architecture, ignore, (Role.LINEAR,), fused=False)
+
+    def compared(self, tensors: Sequence[OutputTensor]) -> None:
+        """Raise Incomparable for what was smoothed."""
+        origin = tensors[0].ref.origin
+        if isinstance(origin, ActionOutput) and len(origin.action.inputs) > 1:
+            raise Incomparable(f"{tensors[0].name} was smoothed")
+
+    def values(self, tensors: Tensors, module: str, settings: Settings) -> PackedValues:
+        """See `FormatChecks.values`."""
+        return PackedValues(tensors, module, self._observer, self._group)
+
+    def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
+        """See `TorchChecks.rounded`: in BF16, by the recipe's observer, not smoothed."""
+        return [self._round_trip(weight) for weight in weights]
+
+    def _round_trip(self, weight: Floats) -> Floats:
+        rows, columns = weight.shape
+        raw = np.empty(weight.shape, NUMPY_NAME["BF16"])
+        elementwise.cast(weight, "F32", "BF16", raw)
+        scales = np.empty((rows, columns // self._group), raw.dtype)
+        zeros = np.empty(scales.shape, np.int8)
+        packed = np.empty((rows, columns // _PER_WORD), np.int32)
+        observe = {"mse": compressed.mse_qparams, "memoryless_minmax": compressed.minmax_qparams}
+        observe[self._observer](raw, "BF16", self._group, scales, zeros)
+        compressed.quantize_affine(raw, "BF16", self._group, scales, zeros, packed)
+        return _dequantized(packed, as_float32(TensorData("BF16", scales)), zeros)
+
+
+class PackedValues:
+    """A module dequantized by scale * (code - zero point)."""
+
+    tolerated = 0.0
+
+    def __init__(self, tensors: Tensors, module: str, observer: str, group: int) -> None:
+        """Take `module`'s tensors; Incomparable when they do not fit together."""
+        try:
+            self._parts = [tensors[f"{module}.{part}"] for part in _PARTS]
+        except KeyError:
+            raise Incomparable(f"{module} is not in the format pack-quantized") from None
+        rows, words = matrix(self._parts[0].spec)
+        self.shape = rows, words * _PER_WORD
+        self.dtype = self._parts[1].spec.dtype
+        grid = (rows, self.shape[1] // group)
+        if self._parts[1].spec.shape != grid:
+            raise Incomparable(f"{module} is not of groups of {group}")
+        if self._parts[2].spec != TensorSpec("I32", (-(-rows // _PER_WORD), grid[1])):
+            raise Incomparable(f"{module} has no zero point for each group")
+        whole = read_rows(self._parts[2], self._parts[2].spec, 0, -(-rows // _PER_WORD)).array
+        # Zero points are packed along rows, codes along columns.
+        self._zeros = np.ascontiguousarray(_unpacked(whole.T)[:, :rows].T)
+        self._observer, self._group = observer, group
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The rows from `start` to `stop`, dequantized."""
+        packed, scales = (read_rows(part, part.spec, start, stop) for part in self._parts[:2])
+        return _dequantized(packed.array, as_float32(scales), self._zeros[start:stop])
+
+    def allowance(self, source: Floats, start: int) -> Floats:
+        """See `QuantizedValues.allowance`."""
+        groups = source.reshape(-1, self._group)
+        return allowance(groups, self._observer, self.dtype).reshape(source.shape)
+
+
+def allowance(groups: Floats, observer: str, dtype: str) -> Floats:
+    """The most that each weight of `groups` [n, group size] may be off; see the module's text."""
+    place, share = _HALF_PLACE[dtype], _SMALLEST_SHARE[observer]
+    low = np.minimum(groups.min(axis=1), 0)[:, None]
+    high = np.maximum(groups.max(axis=1), 0)[:, None]
+    step = (high - low) / 15
+    rounding = 3 * 16 * place * step
+    cut = np.maximum(groups - share * high, share * low - groups)
+    # The ends of the codes lie up to half a step inside those of the range.
+    allowed: Floats = np.maximum(cut, 0) + step / 2 + rounding + 32 * _HALF_SMALLEST[dtype]
+    return allowed.astype(np.float32)
+
+
+def _unpacked(words: NDArray[np.int32]) -> NDArray[np.int8]:
+    """Codes of -8..7, eight of each word along the last axis, the first one lowest."""
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)
+    nibbles = (words.view(np.uint32)[..., None] >> shifts) & np.uint32(15)
+    return (nibbles.astype(np.int8) - np.int8(8)).reshape(*words.shape[:-1], -1)
+
+
+def _dequantized(packed: NDArray[np.int32], scales: Floats, zeros: NDArray[np.int8]) -> Floats:
+    codes = _unpacked(packed).astype(np.float32).reshape(*scales.shape, -1)
+    values: Floats = (codes - zeros.astype(np.float32)[..., None]) * scales[..., None]
+    return values.reshape(len(scales), -1)

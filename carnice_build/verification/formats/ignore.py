@@ -1,0 +1,65 @@
+"""What a config lists as unquantized, held against the tensors under every name engines ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from carnice_build.architectures.base import Architecture, Role
+from carnice_build.checkpoint.dtypes import WIDE_FLOATS
+from carnice_build.recipe.patterns import compile_pattern
+from carnice_build.verification.folder import ModelFolder
+
+_PATTERN = "re:"
+
+
+def ignore_problems(
+    folder: ModelFolder,
+    architecture: Architecture,
+    listed: Collection[str],
+    roles: Collection[Role],
+    *,
+    fused: bool = True,
+) -> Iterator[str]:
+    """Modules of `roles` that are plain and not listed, and entries for modules that are not.
+
+    A module is plain when its weight is there as a float.
+    Where engines look a `fused` module up under its own name alone, it must be listed exactly when
+    its parts are plain.
+    An entry is a name, or `re:` and a pattern for the beginning of names.
+    """
+    owners = {name.rpartition(".")[0] for name in folder.tensors}
+    facts = [fact for fact in architecture.tensors.values() if fact.role in roles]
+    plain = {fact.module for fact in facts if _is_plain(folder, fact.name)}
+    quantized = {fact.module for fact in facts if fact.module in owners} - plain
+    for fusion in architecture.fusions:
+        if quantized.issuperset(fusion.parts):
+            quantized.add(fusion.module)
+        elif plain.issuperset(fusion.parts):
+            plain |= {fusion.module} if fused else set()
+        elif not quantized.isdisjoint(fusion.parts):
+            yield f"only some of {', '.join(fusion.parts)} are quantized, which engines fuse"
+    covered: set[str] = set()
+    for entry in sorted(set(listed)):
+        found = _matching(entry, plain | quantized)
+        covered |= found
+        for module in sorted(found & quantized):
+            by = "" if entry == module else f" by {entry}"
+            yield f"config.json lists {module}{by}, which is quantized"
+        if not found:
+            yield f"config.json lists {entry}, which is no module of the folder"
+    for module in sorted(plain - covered):
+        yield f"config.json does not list {module}, which is not quantized"
+
+
+def _matching(entry: str, modules: Collection[str]) -> set[str]:
+    if not entry.startswith(_PATTERN):
+        return {entry}.intersection(modules)
+    try:
+        pattern = compile_pattern(entry)
+    except ValueError:
+        return set()
+    return {module for module in modules if pattern.match(module)}
+
+
+def _is_plain(folder: ModelFolder, name: str) -> bool:
+    return name in folder.tensors and folder.tensors[name].spec.dtype in WIDE_FLOATS

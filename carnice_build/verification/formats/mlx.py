@@ -1,0 +1,137 @@
+"""Format `mlx`: config.json as mlx-lm reads it, and the bound of affine group quantization.
+
+- A group spans R = max - min in top = 2^bits - 1 steps.  mlx then moves zero onto a step: with x
+  steps between zero and the end of larger magnitude (x >= top/2), each becomes x / rint(x) as
+  long, at most top / (top - 1).  Rounding to a step leaves at most half of one.
+- Where that made steps shorter, the grid ends up to one step before the end of smaller magnitude:
+  a weight at distance d from that end may be off by one step less d.
+- Scale and bias are stored in 16 bits, and a weight of another type is cast first: for r, half a
+  unit in the last place, that is at most 4 r max|w| (2 r max|w| for code times scale, r max|w|
+  each for bias and cast).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from carnice_build.architectures.base import Architecture, TensorFact
+from carnice_build.checkpoint.dtypes import WIDE_FLOATS
+from carnice_build.graph import TensorData
+from carnice_build.kernels.elementwise import zero_non_finite
+from carnice_build.transforms.mlx import MlxFormat
+from carnice_build.verification.folder import ModelFolder
+from carnice_build.verification.formats.base import FormatChecks, Settings, Tensors
+from carnice_build.verification.running import Library
+from carnice_build.verification.values import AffineValues, Floats
+
+_HALF_PLACE = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
+_HALF_SMALLEST = {"BF16": 2.0**-134, "F16": 2.0**-25, "F32": 2.0**-150}
+_SMALLEST_STEP = 1.5e-7
+"""mlx takes no step below 1e-7; moving zero onto one makes it at most half as long again."""
+
+_FLOAT32_SLACK = 1.001
+"""The quantizer computes in float32, so a weight halfway between steps may go either way."""
+
+
+class MlxChecks(FormatChecks):
+    """Folders that mlx-lm loads; their names are mlx-lm's."""
+
+    library = Library.MLX_LM
+
+    def __init__(self, number_format: MlxFormat) -> None:
+        self._zero = number_format.nonfinite == "zero"
+
+    def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
+        """config.json held against the tensors, as mlx-lm will when it loads the folder."""
+        config = folder.config
+        if not isinstance(config.get("quantization"), dict):
+            yield "config.json has no section quantization"
+            return
+        if config["quantization"] != config.get("quantization_config"):
+            yield "config.json: quantization and quantization_config differ"
+        for fact in architecture.tensors.values():
+            name = architecture.mlx_name(fact.name)
+            if name is not None:
+                yield from _module(folder, name, fact)
+        for path, settings in config["quantization"].items():
+            if isinstance(settings, dict) and f"{path}.scales" not in folder.tensors:
+                yield f"config.json states bits for {path}, which is not quantized"
+
+    def values(self, tensors: Tensors, module: str, settings: Settings) -> MlxValues:
+        """See `FormatChecks.values`."""
+        return MlxValues(tensors, module, settings)
+
+    def prepared(self, source: TensorData) -> TensorData:
+        """With zeros for NaN and infinity, when the recipe says so."""
+        if self._zero and source.dtype in WIDE_FLOATS:
+            return TensorData(source.dtype, zero_non_finite(source.array, source.dtype))
+        return source
+
+
+class MlxValues(AffineValues):
+    """Affine values with their bound."""
+
+    tolerated = 0.0
+
+    def allowance(self, source: Floats, start: int) -> Floats:
+        """See `QuantizedValues.allowance`."""
+        groups = source.reshape(-1, self.group_size)
+        return allowance(groups, self.bits, self.dtype).reshape(source.shape)
+
+
+def allowance(groups: Floats, bits: int, dtype: str) -> Floats:
+    """The most that each weight of `groups` [n, group size] may be off; see the module's text."""
+    top = float(2**bits - 1)
+    low, high = groups.min(axis=1), groups.max(axis=1)
+    low_is_edge = np.abs(low) > np.abs(high)
+    far = np.where(low_is_edge, high, low)
+    largest = np.where(low_is_edge, -low, np.abs(high))
+    step = np.maximum((high - low) / (top - 1), _SMALLEST_STEP) * _FLOAT32_SLACK
+    rounding = 4 * _HALF_PLACE[dtype] * largest + (top + 1) * _HALF_SMALLEST[dtype]
+    allowed: Floats = np.abs(groups - far[:, None])
+    np.subtract(step[:, None], allowed, out=allowed)
+    np.maximum(allowed, step[:, None] / 2, out=allowed)
+    allowed += rounding[:, None]
+    return allowed
+
+
+def _module(folder: ModelFolder, name: str, fact: TensorFact) -> Iterator[str]:
+    module = name.rpartition(".")[0]
+    if f"{module}.scales" in folder.tensors:
+        yield from _quantized_module(folder, module, fact)
+    elif name not in folder.tensors:
+        yield f"config.json calls for {name}, which is in no shard"
+    elif folder.tensors[name].spec.size != prod(fact.shape):
+        yield f"config.json calls for {name} of {prod(fact.shape)} elements"
+
+
+def _quantized_module(folder: ModelFolder, module: str, fact: TensorFact) -> Iterator[str]:
+    parts = [folder.tensors.get(f"{module}.{part}") for part in ("weight", "scales", "biases")]
+    shapes = [part.spec.shape if part else () for part in parts]
+    if any(len(shape) != 2 for shape in shapes):
+        yield f"module {module} lacks a weight, scales or biases of two dimensions"
+        return
+    rows, columns = fact.shape
+    settings = folder.settings(module)
+    bits, group = settings.get("bits"), settings.get("group_size")
+    if not _fits(rows, columns, bits, group, shapes[0], shapes[1]) or shapes[1] != shapes[2]:
+        yield (
+            f"config.json states {bits} bits in groups of {group} for {module} "
+            f"[{rows}, {columns}], but its weight is {list(shapes[0])} "
+            f"and its scales are {list(shapes[1])}"
+        )
+    if settings.get("mode", "affine") != "affine":
+        yield f"config.json states mode {settings['mode']!r} for {module}"
+
+
+def _fits(
+    rows: int, columns: int, bits: Any, group: Any, weight: tuple[int, ...], scales: tuple[int, ...]
+) -> bool:
+    if type(bits) is not int or type(group) is not int:
+        return False
+    packed = (rows, columns * bits // 32)
+    return weight == packed and scales[0] == rows and scales[1] * group == columns

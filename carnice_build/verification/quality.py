@@ -1,0 +1,143 @@
+"""How much a quantized model differs from its source: perplexity, divergence, a continuation.
+
+Models run in torch, all over the same sequences and one decoder layer at a time, so that any model
+whose tensors can be had by name is measured in the same way.
+Needs the `torch` extra; to be imported in worker processes alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from carnice_build.backends.layers import Arithmetic
+from carnice_build.backends.text_model import ModelSource, OpenModel, ResidentModel
+from carnice_build.verification.generate import PROMPT, TOKENS, Generation
+
+_LOGITS_BYTES = 256 << 20
+"""Memory for the float32 logits of the positions that are scored at once, for one model."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts text, over `tokens` predicted tokens, two at least.
+
+    `perplexity` is the exponential of the mean loss, `error` its standard error.
+    `kl` is the mean over the same positions of KL(reference || model), in nats.
+    A figure that is not finite is None.
+    """
+
+    perplexity: float | None
+    error: float | None
+    kl: float | None
+    tokens: int
+
+
+def measure(
+    models: Mapping[str, ModelSource], sequences: Sequence[Tensor], arithmetic: Arithmetic
+) -> dict[str, Quality]:
+    """The quality of each model on `sequences`, int64 [length]; the first one is the reference.
+
+    All models have one vocabulary.
+    In memory at a time: one layer of one model, the norms and heads of all, and for each model
+    the hidden states of all sequences.
+    """
+    opened = {name: OpenModel(source, arithmetic) for name, source in models.items()}
+    hidden = {name: _last_hidden(model, sequences) for name, model in opened.items()}
+    scorers = {name: _Scorer(model) for name, model in opened.items()}
+    vocabulary = next(iter(scorers.values())).vocabulary
+    figures: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
+    for index, tokens in enumerate(sequences):
+        for start, stop in _blocks(len(tokens) - 1, vocabulary):
+            targets = tokens[start + 1 : stop + 1]
+            reference = None
+            for name, scorer in scorers.items():
+                found = scorer.log_probabilities(hidden[name][index][:, start:stop])
+                reference = found if reference is None else reference
+                figures[name].append((_losses(found, targets), _divergences(reference, found)))
+    return {name: _quality(blocks) for name, blocks in figures.items()}
+
+
+def generate(source: ModelSource, tokenizer: Any, arithmetic: Arithmetic) -> Generation:
+    """Continue the chat prompt of check `generate` greedily, with the whole model in memory.
+
+    `tokenizer` is one of transformers.
+    Goes on after an end-of-turn token, so that as many steps are tried in every model.
+    """
+    if tokenizer.chat_template is None:
+        prompt = tokenizer.encode(PROMPT)
+    else:
+        messages = [{"role": "user", "content": PROMPT}]
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+    model = ResidentModel(OpenModel(source, arithmetic))
+    text = model.continue_greedily(torch.tensor(prompt), TOKENS)
+    new = text.tokens[text.prompt :]
+    return Generation(tokenizer.decode(new), len(new), text.bad_step)
+
+
+class _Scorer:
+    """The end of a model, from hidden states to log-probabilities."""
+
+    def __init__(self, model: OpenModel) -> None:
+        self._parts = model.parts
+        self._norm: nn.Module = model.norm()
+        self._head = model.head()
+        self.vocabulary = len(self._head)
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Float32 [length, vocabulary] from `hidden` [1, length, hidden]."""
+        logits = self._parts.logits(self._norm, self._head, hidden)[0]
+        return logits.float().log_softmax(dim=-1)
+
+
+def _last_hidden(model: OpenModel, sequences: Sequence[Tensor]) -> list[Tensor]:
+    """The last layer's output for each sequence."""
+    table = model.embedding()
+    hidden = [model.parts.embed(table[tokens.to(table.device)]) for tokens in sequences]
+    del table
+    for index in range(len(model.parts.kinds)):
+        _advance(model, model.layer(index), hidden)
+    return hidden
+
+
+def _advance(model: OpenModel, layer: nn.Module, hidden: list[Tensor]) -> None:
+    """Put the layer's outputs in the place of its inputs, one by one to save memory."""
+    for index, states in enumerate(hidden):
+        hidden[index] = model.parts.run(layer, states)
+
+
+def _blocks(positions: int, vocabulary: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover the positions, each with few enough logits."""
+    step = max(1, _LOGITS_BYTES // (4 * vocabulary))
+    return ((start, min(start + step, positions)) for start in range(0, positions, step))
+
+
+def _losses(found: Tensor, targets: Tensor) -> Tensor:
+    """The loss at each position, in nats, from log-probabilities."""
+    return functional.nll_loss(found, targets.to(found.device), reduction="none")
+
+
+def _divergences(reference: Tensor, found: Tensor) -> Tensor:
+    """KL(reference || found) at each position, in nats, from log-probabilities."""
+    return functional.kl_div(found, reference, log_target=True, reduction="none").sum(dim=-1)
+
+
+def _quality(blocks: Sequence[tuple[Tensor, Tensor]]) -> Quality:
+    """Figures from the losses and divergences of blocks of positions."""
+    losses, divergences = (torch.cat(parts).double() for parts in zip(*blocks, strict=True))
+    perplexity = losses.mean().exp()
+    error = perplexity * losses.std() / len(losses) ** 0.5
+    return Quality(_finite(perplexity), _finite(error), _finite(divergences.mean()), len(losses))
+
+
+def _finite(figure: Tensor) -> float | None:
+    value = float(figure)
+    return value if math.isfinite(value) else None

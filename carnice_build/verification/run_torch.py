@@ -1,0 +1,168 @@
+"""Checks `generate`, `perplexity` and `mtp` in torch, on the dequantized weights.
+
+For formats that no library runs on every machine; `torch_worker` says how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from carnice_build.architectures import architecture_of
+from carnice_build.architectures.base import Part
+from carnice_build.checkpoint.source import LocalFile
+from carnice_build.errors import CarniceError
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.verification import acceptance, generate, perplexity, torch_worker
+from carnice_build.verification.folder import open_folder
+from carnice_build.verification.formats.base import FormatChecks, TorchChecks
+from carnice_build.verification.perplexity import Perplexity
+from carnice_build.verification.process import Worker, installed
+from carnice_build.verification.result import Check, judged, skipped
+from carnice_build.verification.running import (
+    NO_TEXT,
+    SOURCE,
+    Library,
+    PerplexityRow,
+    RunSettings,
+    Tables,
+    too_large,
+)
+from carnice_build.verification.sources import source_tensors
+from carnice_build.verification.torch_worker import StoredModel
+
+NAMES = (generate.NAME, perplexity.NAME, acceptance.NAME)
+MISSING = "torch is not installed: pip install 'carnice-build[torch]'"
+
+_FLOAT32 = 4
+
+
+def run_torch(
+    checks: FormatChecks,
+    variant: VariantPlan,
+    folder: Path,
+    settings: RunSettings,
+    tables: Tables,
+) -> Iterator[Check]:
+    """Run the folder's text model; what was measured goes to `tables`."""
+    assert isinstance(checks, TorchChecks)
+    if not (installed("torch") and installed("transformers")):
+        yield from (skipped(name, MISSING) for name in NAMES)
+        return
+    with Worker() as worker:
+        run = _Run(checks, variant, folder, settings, tables, worker)
+        for name, check in zip(NAMES, (run.generate, run.perplexity, run.acceptance), strict=True):
+            try:
+                yield check()
+            except CarniceError as error:
+                yield judged(name, [str(error)], "the model cannot be loaded and run")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One folder, and a process to run it in."""
+
+    checks: TorchChecks
+    variant: VariantPlan
+    folder: Path
+    settings: RunSettings
+    tables: Tables
+    worker: Worker
+
+    def generate(self) -> Check:
+        """The answer of the model as it is served."""
+        why_not = too_large(self._whole_bytes())
+        if why_not:
+            return skipped(generate.NAME, why_not)
+        found = self.worker.call(
+            torch_worker.generate, self._served(), self.folder, self.settings.threads
+        )
+        return generate.judge_generation(found)
+
+    def perplexity(self) -> Check:
+        """Perplexity and KL of the weights alone, and of the model as it is served."""
+        if self.settings.text is None:
+            return skipped(perplexity.NAME, NO_TEXT)
+        models = self._models()
+        why_not = too_large(self._layerwise_bytes(len(models)))
+        if why_not:
+            return skipped(perplexity.NAME, why_not)
+        found = self.worker.call(
+            torch_worker.measure_perplexities,
+            models,
+            self.folder,
+            self.settings.text,
+            self.settings.lengths,
+            self.settings.samples,
+            self.settings.threads,
+        )
+        self._add_rows(found)
+        *_, served = found.values()
+        return perplexity.judge_perplexities(served)
+
+    def acceptance(self) -> Check:
+        """The drafts of the MTP head, as packaged and quantized."""
+        if not any(tensor.fact.part is Part.MTP for tensor in self.variant.conversion.tensors):
+            return skipped(acceptance.NAME, "the folder has no MTP head")
+        why_not = too_large(self._whole_bytes())
+        if why_not or self.settings.text is None:
+            return skipped(acceptance.NAME, why_not or NO_TEXT)
+        found = self.worker.call(
+            torch_worker.measure_acceptance,
+            self._served(),
+            self.folder,
+            self.settings.text,
+            self.settings.samples,
+            self.settings.threads,
+        )
+        rows = acceptance.make_rows(self.variant.name, *found)
+        self.tables.acceptances += rows
+        return acceptance.judge_acceptance(rows)
+
+    def _dequantized(self) -> StoredModel:
+        folder = open_folder(self.folder)
+        config = architecture_of(folder.config, str(self.folder)).text_config
+        quantized = self.variant.conversion.quantized
+        return StoredModel(config, folder.tensors, self.checks, quantized)
+
+    def _served(self) -> StoredModel:
+        return replace(self._dequantized(), activations=bool(self.checks.activations))
+
+    def _models(self) -> dict[str, StoredModel]:
+        """What is compared, by the name of its row, the source first if it is here."""
+        name, models = self.variant.name, {}
+        tensors = source_tensors(self.variant)
+        if all(isinstance(tensor.file, LocalFile) for tensor in tensors.values()):
+            models[SOURCE] = StoredModel(self.variant.architecture.text_config, tensors)
+        models[name] = self._dequantized()
+        if self.checks.activations:
+            models[f"{name}, {self.checks.activations}"] = self._served()
+        return models
+
+    def _add_rows(self, found: Mapping[str, list[Perplexity]]) -> None:
+        model = self.variant.recipe.sources[self.variant.recipe.body].model
+        if not self.tables.has_source(Library.TRANSFORMERS, model):
+            missing = "" if SOURCE in found else "the source is not on this machine"
+            row = PerplexityRow(SOURCE, Library.TRANSFORMERS, found.get(SOURCE, ()), missing, model)
+            self.tables.perplexities.append(row)
+        for name, items in found.items():
+            if name != SOURCE:
+                # Divergences are from the first model: without the source they say nothing.
+                kept = items if SOURCE in found else [replace(item, kl=None) for item in items]
+                self.tables.perplexities.append(PerplexityRow(name, Library.TRANSFORMERS, kept))
+
+    def _whole_bytes(self) -> int:
+        return _FLOAT32 * self.variant.conversion.parameters
+
+    def _layerwise_bytes(self, models: int) -> int:
+        """The heads and hidden states of all models, one embedding and one layer."""
+        facts = self.variant.architecture.tensors.values()
+        table = next(fact.shape for fact in facts if fact.part is Part.EMBED)
+        layers: dict[int | None, int] = {}
+        for tensor in self.variant.conversion.tensors:
+            layers[tensor.fact.layer] = layers.get(tensor.fact.layer, 0) + tensor.ref.spec.size
+        samples = self.settings.samples or perplexity.SAMPLES_ON_CPU
+        states = samples * max(self.settings.lengths) * table[1]
+        largest = max(size for layer, size in layers.items() if layer is not None)
+        return _FLOAT32 * (table[0] * table[1] * (models + 1) + models * states + 2 * largest)

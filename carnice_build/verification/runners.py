@@ -1,0 +1,27 @@
+"""How the folders of a format are run, by the library that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.verification import run_mlx, run_torch
+from carnice_build.verification.formats.base import FormatChecks
+from carnice_build.verification.result import Check
+from carnice_build.verification.running import Library, RunSettings, Tables
+
+
+@dataclass(frozen=True)
+class Runner:
+    """`run` makes the checks of these `names`, in their order."""
+
+    names: tuple[str, ...]
+    run: Callable[[FormatChecks, VariantPlan, Path, RunSettings, Tables], Iterator[Check]]
+
+
+RUNNERS: Mapping[Library, Runner] = {
+    Library.MLX_LM: Runner(run_mlx.NAMES, run_mlx.run_mlx),
+    Library.TRANSFORMERS: Runner(run_torch.NAMES, run_torch.run_torch),
+}

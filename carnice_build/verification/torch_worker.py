@@ -1,0 +1,196 @@
+"""Running a model whose weights are dequantized, in torch; called in a process of its own.
+
+Everything is computed in float32.  A quantized weight is a code times its scales, which float32
+holds and BF16 would round again, and BF16's own rounding of hidden states would drown the small
+divergences that are looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from carnice_build.architectures.base import Part, Role
+from carnice_build.architectures.qwen3_5 import Qwen35
+from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.errors import BackendError
+from carnice_build.graph import TensorData
+from carnice_build.verification.formats.base import Rounding, Settings, TorchChecks
+from carnice_build.verification.generate import Generation
+from carnice_build.verification.perplexity import SAMPLES_ON_CPU, Perplexity, cut
+from carnice_build.verification.running import Drafts
+from carnice_build.verification.values import matrix, read_rows
+
+PROMPTS = 16
+PROMPT_LENGTH = 96
+NEW_TOKENS = 64
+DRAFTS = (1, 3)
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A text model where it lies: tensors by canonical names.
+
+    `checks` reads the modules of `quantized`, by path their settings.
+    With `activations`, the inputs of these modules are rounded as the format's engines do.
+    """
+
+    text_config: Mapping[str, Any]
+    tensors: Mapping[str, SourceTensor]
+    checks: TorchChecks | None = None
+    quantized: Mapping[str, Settings] | None = None
+    activations: bool = False
+
+    def tensor(self, name: str) -> Any:
+        """A torch tensor: dequantized to float32, or in its own type."""
+        import torch
+
+        from carnice_build.backends.layers import as_tensor
+
+        module = name.rpartition(".")[0]
+        if self.checks and self.quantized and module in self.quantized:
+            values = self.checks.values(self.tensors, module, self.quantized[module])
+            return torch.from_numpy(values.rows(0, values.shape[0]))
+        if name not in self.tensors:
+            raise BackendError(f"tensor {name} is missing")
+        spec = self.tensors[name].spec
+        data = read_rows(self.tensors[name], spec, 0, matrix(spec)[0])
+        return as_tensor(TensorData(spec.dtype, data.array.reshape(spec.shape)))
+
+    def source(self, changed: Mapping[str, Any] | None = None) -> Any:
+        """What `quality.measure` and `OpenModel` take, with other tensors in place of some."""
+        from carnice_build.backends.text_model import ModelSource
+
+        replaced = changed or {}
+        transforms = {}
+        if self.activations and self.checks:
+            for module in self.quantized or ():
+                rounding = self.checks.input_rounding(self.tensors, module)
+                if rounding:
+                    transforms[module] = _transform(rounding)
+        return ModelSource(
+            self.text_config,
+            lambda name: replaced[name] if name in replaced else self.tensor(name),
+            transforms,
+        )
+
+
+def _transform(rounding: Rounding) -> Any:
+    def transform(inputs: Any) -> Any:
+        import torch
+
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).contiguous().numpy()
+        return torch.from_numpy(rounding(rows)).view(inputs.shape)
+
+    return transform
+
+
+def measure_perplexities(
+    models: Mapping[str, StoredModel],
+    tokenizer: Path,
+    text: Path,
+    lengths: Sequence[int],
+    samples: int | None,
+    threads: int,
+) -> dict[str, list[Perplexity]]:
+    """Perplexity of each model, and KL against the first, at each length that the text has."""
+    import torch
+
+    from carnice_build.verification.quality import measure
+
+    tokens = _tokens(tokenizer, text)
+    sources = {name: model.source() for name, model in models.items()}
+    found: dict[str, list[Perplexity]] = {name: [] for name in models}
+    for length in lengths:
+        sequences = cut(tokens, length, samples or SAMPLES_ON_CPU)
+        if not sequences:
+            continue
+        rows = [torch.tensor(row) for row in sequences]
+        for name, item in measure(sources, rows, _arithmetic(threads)).items():
+            found[name].append(Perplexity(length, len(rows), item.perplexity, item.error, item.kl))
+    return found
+
+
+def generate(model: StoredModel, tokenizer: Path, threads: int) -> Generation:
+    """The model's answer to the chat prompt."""
+    from transformers import AutoTokenizer
+
+    from carnice_build.verification import quality
+
+    loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+    return quality.generate(model.source(), loaded, _arithmetic(threads))
+
+
+def measure_acceptance(
+    model: StoredModel,
+    tokenizer: Path,
+    text: Path,
+    samples: int | None,
+    threads: int,
+) -> tuple[dict[int, Drafts], dict[int, Drafts]]:
+    """What is accepted of the head as it is, and of the head quantized as the body is.
+
+    The model continues `samples` prompts from all over the text, the same for both heads.
+    """
+    import torch
+
+    from carnice_build.backends.mtp import Drafter, acceptance
+    from carnice_build.backends.text_model import OpenModel, ResidentModel
+
+    arithmetic = _arithmetic(threads)
+    tokens = _tokens(tokenizer, text)
+    count = samples or PROMPTS
+    stride = max(PROMPT_LENGTH, len(tokens) // count)
+    prompts = [tokens[start : start + PROMPT_LENGTH] for start in range(0, len(tokens), stride)]
+    target = ResidentModel(OpenModel(model.source(), arithmetic))
+    texts = [
+        target.continue_greedily(torch.tensor(prompt), NEW_TOKENS) for prompt in prompts[:count]
+    ]
+
+    def accepted(head: Any) -> dict[int, Drafts]:
+        drafter = Drafter(OpenModel(head, arithmetic))
+        found = {number: acceptance(drafter, target, texts, number) for number in DRAFTS}
+        return {number: Drafts(item.steps, item.rates) for number, item in found.items()}
+
+    return accepted(model.source()), accepted(model.source(_rounded_head(model)))
+
+
+def _rounded_head(model: StoredModel) -> dict[str, Any]:
+    """The linears of the MTP head as the format's rule would leave them."""
+    import torch
+
+    assert model.checks is not None
+    architecture = Qwen35(model.text_config, "text_config")
+    linears = {
+        fact.module: fact.name
+        for fact in architecture.tensors.values()
+        if fact.part is Part.MTP and fact.role is Role.LINEAR
+    }
+    fused = [fusion.parts for fusion in architecture.fusions if fusion.parts[0] in linears]
+    alone = [(module,) for module in linears if module not in set(chain(*fused))]
+    found: dict[str, Any] = {}
+    for group in (*fused, *alone):
+        names = [linears[module] for module in group]
+        weights = [np.ascontiguousarray(model.tensor(name).float().numpy()) for name in names]
+        rounded = model.checks.rounded(weights)
+        found |= dict(zip(names, map(torch.from_numpy, rounded), strict=True))
+    return found
+
+
+def _tokens(tokenizer: Path, text: Path) -> list[int]:
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    found: list[int] = loaded.encode(text.read_text(encoding="utf-8")).ids
+    return found
+
+
+def _arithmetic(threads: int) -> Any:
+    from carnice_build.backends.layers import Arithmetic
+
+    return Arithmetic("float32", "sdpa", threads)
