@@ -1,13 +1,18 @@
-"""Comparing two built folders module by module."""
+"""Comparing two model folders module by module, in whatever format each of them is.
+
+Modules meet by their canonical path, and numbers are compared as they are stored, dequantized.
+So where AWQ smoothed one folder only, the rows and columns that it rescaled count as differences,
+although the layers' outputs do not change by that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from carnice_build.architectures import architecture_of
 from carnice_build.architectures.base import Architecture
@@ -20,14 +25,48 @@ from carnice_build.verification.folder import ModelFolder, open_folder
 if TYPE_CHECKING:
     from carnice_build.verification.values import Values
 
-_PACKED_PARTS = (".weight", ".scales", ".biases")
+
+@dataclass(frozen=True)
+class _Method:
+    """A way to store quantized modules.
+
+    `parts` are the ends of their tensors' names; `readable` is what config.json states where the
+    numbers can be told from them.
+    """
+
+    parts: tuple[str, ...]
+    readable: Mapping[str, Any] = field(default_factory=dict)
+
+
+_MLX, _MODELOPT, _AUTOROUND, _COMPRESSED = "mlx", "modelopt", "auto-round", "compressed-tensors"
+_PERMUTATION = "weight_g_idx"
+_METHODS = {
+    _MLX: _Method(("weight", "scales", "biases")),
+    _MODELOPT: _Method(
+        ("weight", "weight_scale", "weight_scale_2", "input_scale"), {"bits": 4, "type": "float"}
+    ),
+    _AUTOROUND: _Method(
+        ("qweight", "qzeros", "scales"), {"bits": 4, "packing_format": "auto_round:auto_gptq"}
+    ),
+    _COMPRESSED: _Method(
+        ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", _PERMUTATION),
+        {"bits": 4, "type": "int"},
+    ),
+}
+"""By what config.json calls them, but for MLX, whose section has no such name."""
+
+_PARTS = frozenset(part for method in _METHODS.values() for part in method.parts)
 
 
 class State(StrEnum):
-    """How a module of one folder stands to that of the other."""
+    """How a module of one folder stands to that of the other.
+
+    Not comparable are norms of which mlx-lm stores the gain 1 + w, and torch w.
+    """
 
     SAME = "same"
     DIFFERENT = "differs"
+    INCOMPARABLE = "not comparable"
     ONLY_A = "only in A"
     ONLY_B = "only in B"
 
@@ -111,9 +150,17 @@ class _Opened:
     def storage(self, names: Sequence[str]) -> str:
         """Bits and group size of a packed module, the type of any other."""
         settings = self.folder.settings(_module(names[0]))
-        if len(names) > 1 and {"bits", "group_size"} <= set(settings):
-            return f"{settings['bits']}-bit g{settings['group_size']}"
+        bits, group = settings.get("bits"), settings.get("group_size")
+        if len(names) > 1 and bits and group:
+            width = f"FP{bits}" if settings.get("type") == "float" else f"{bits}-bit"
+            return f"{width} g{group}"
         return ", ".join(sorted({self.folder.tensors[name].spec.dtype for name in names}))
+
+    def stores_gain(self, module: str) -> bool:
+        """True for a norm of which this folder has 1 + w, because it is one of mlx-lm."""
+        name = f"{module}.weight"
+        mlx_name = self.architecture.mlx_name(name)
+        return self.architecture.mlx_shifted(name) and mlx_name in self.folder.tensors
 
     def side(self, names: Sequence[str]) -> Side:
         """What the table says of the module with these tensors."""
@@ -126,15 +173,9 @@ def _open(path: Path) -> _Opened:
     if folder.problems:
         raise StoreError(folder.problems[0], where=str(path))
     architecture = architecture_of(folder.config, str(path))
-    canonical = {
-        _module(mlx): _module(fact.name)
-        for fact in architecture.tensors.values()
-        if (mlx := architecture.mlx_name(fact.name)) is not None
-    }
     modules: dict[str, list[str]] = {}
     for name in folder.tensors:
-        module = _module(name)
-        modules.setdefault(canonical.get(module, module), []).append(name)
+        modules.setdefault(_canonical(architecture, name), []).append(name)
     in_order = {_module(name): index for index, name in enumerate(architecture.tensors)}
     ordered = sorted(modules, key=lambda module: (in_order.get(module, len(in_order)), module))
     return _Opened(folder, architecture, {module: modules[module] for module in ordered})
@@ -142,10 +183,15 @@ def _open(path: Path) -> _Opened:
 
 def _module(name: str) -> str:
     """The module whose weight is stored in tensor `name`; other tensors stand for themselves."""
-    for part in _PACKED_PARTS:
-        if name.endswith(part):
-            return name.removesuffix(part)
-    return name
+    module, _, part = name.rpartition(".")
+    return module if part in _PARTS else name
+
+
+def _canonical(architecture: Architecture, name: str) -> str:
+    """The canonical path of the tensor's module, or its own where the model has none such."""
+    module = _module(name)
+    weight = name if module == name else f"{module}.weight"
+    return _module(architecture.canonical_name(weight) or weight)
 
 
 def _diff(name: str, a: _Opened, b: _Opened, values: bool) -> ModuleDiff:
@@ -159,6 +205,8 @@ def _diff(name: str, a: _Opened, b: _Opened, values: bool) -> ModuleDiff:
     sides = a.side(names_a), b.side(names_b)
     if _digests(a.folder, names_a) == _digests(b.folder, names_b):
         return ModuleDiff(name, kind, *sides, State.SAME)
+    if a.stores_gain(name) != b.stores_gain(name):
+        return ModuleDiff(name, kind, *sides, State.INCOMPARABLE)
     sums = _compare(a.folder, names_a, b.folder, names_b) if values else (None, None)
     return ModuleDiff(name, kind, *sides, State.DIFFERENT, *sums)
 
@@ -190,14 +238,43 @@ def _compare(
 
     try:
         return squared_sums(_values(a, names_a), _values(b, names_b))
-    except (Incomparable, NonFiniteValue):
+    except (Incomparable, NonFiniteValue, ValueError):
+        # A ValueError is a kernel's, on arrays of other types or group sizes than it knows.
         return None, None
 
 
 def _values(folder: ModelFolder, names: Sequence[str]) -> Values:
-    from carnice_build.verification.values import AffineValues, PlainValues
+    """The module's numbers; Incomparable when it is stored in a way not known here."""
+    from carnice_build.verification.formats.autoround import Int4Values
+    from carnice_build.verification.formats.compressed import PackedValues
+    from carnice_build.verification.formats.nvfp4 import Nvfp4Values
+    from carnice_build.verification.values import AffineValues, Incomparable, PlainValues
 
+    tensors, module = folder.tensors, _module(names[0])
     if len(names) == 1:
-        return PlainValues(folder.tensors[names[0]])
-    module = _module(names[0])
-    return AffineValues(folder.tensors, module, folder.settings(module))
+        return PlainValues(tensors[names[0]])
+    method, settings = _method(folder.config), folder.settings(module)
+    readable = _METHODS[method].readable if method in _METHODS else None
+    group = settings.get("group_size")
+    if readable is None or any(settings.get(key) != value for key, value in readable.items()):
+        raise Incomparable(f"{module} is stored in a way not known")
+    if type(group) is not int or group < 1:
+        raise Incomparable(f"{module} is not in groups")
+    if method == _MLX:
+        return AffineValues(tensors, module, settings)
+    if method == _MODELOPT:
+        return Nvfp4Values(tensors, module)
+    # How the codes were found only matters for how near they must be to a source.
+    if method == _AUTOROUND:
+        return Int4Values(tensors, module, "nearest", group)
+    if f"{module}.{_PERMUTATION}" in tensors:
+        raise Incomparable(f"the columns of {module} are in another order")
+    return PackedValues(tensors, module, "memoryless_minmax", group)
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    """What config.json calls the way in which modules are quantized."""
+    if isinstance(config.get("quantization"), dict):
+        return _MLX
+    stated = config.get("quantization_config")
+    return str(stated.get("quant_method")) if isinstance(stated, dict) else ""

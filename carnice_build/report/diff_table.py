@@ -38,7 +38,7 @@ def diff_table(diff: FolderDiff, every: bool) -> Table:
         title=f"A: {diff.a}\nB: {diff.b}",
         title_justify="left",
         show_footer=True,
-        # As narrow as can be: the widest cells just fit a terminal of 80 columns.
+        # As narrow as can be: between folders of one format, a terminal of 80 columns will do.
         box=SIMPLE_HEAD,
         padding=0,
     )
