@@ -4,10 +4,11 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 CARNICE := $(VENV)/bin/carnice
 PIP    := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+BROWSER := tests/browser/node_modules/.package-lock.json
 FLAGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build all plan verify list test lint bench clean
+.PHONY: help build all plan verify report list test lint bench clean
 
 ifdef variant
 .DEFAULT_GOAL := build
@@ -42,8 +43,12 @@ plan: $(VENV)/core ## Show what building variant=NAME would do
 	$(CARNICE) plan $(variant) $(FLAGS)
 
 verify: $(VENV)/core ## Check what was built as variant=NAME
-	$(PIP) --editable '.[mlx]'
+	$(PIP) --editable '.[mlx,torch]'
 	$(CARNICE) verify $(variant) $(FLAGS)
+
+report: $(VENV)/core ## Put all that was built side by side in build/report
+	$(PIP) --editable '.[report]'
+	$(CARNICE) report $(FLAGS)
 
 list: $(VENV)/core ## Show the variants
 	@$(CARNICE) list $(FLAGS)
@@ -53,11 +58,16 @@ lint: $(VENV)/dev ## Check style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-test: lint ## Check style and types, and run all tests
+# A Chromium for the tests of the report's page; without one they are skipped.
+$(BROWSER): tests/browser/package-lock.json
+	npm ci --prefix tests/browser --silent --no-audit --no-fund || echo 'there is no browser'
+
+test: lint $(BROWSER) ## Check style and types, and run all tests
 	$(VENV)/bin/pytest
 
 bench: $(VENV)/dev ## Measure against mlx-lm; needs 20 GB of disk
 	$(PYTHON) -m benchmarks.run
 
 clean: ## Remove outputs, cache and environment
-	rm -rf build $(VENV) cache/FORMAT cache/records cache/packs cache/partial cache/blobs
+	rm -rf build $(VENV) tests/browser/node_modules
+	rm -rf $(addprefix cache/,FORMAT records packs partial blobs history builds verified leases lock)

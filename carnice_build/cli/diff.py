@@ -25,7 +25,7 @@ def diff(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Compare two model folders, of any format: bits, sizes, and how far their numbers are apart."""
+    """Compare two model folders of any format: bits, sizes, and how far the numbers are apart."""
     from rich.console import Console
 
     from carnice_build.commands.diff import diff_folders, find_folder

@@ -15,6 +15,7 @@ from carnice_build.cli.explain import explain
 from carnice_build.cli.graph import graph
 from carnice_build.cli.plan import plan
 from carnice_build.cli.recipes import extras, list_variants, names, schema
+from carnice_build.cli.report import report
 from carnice_build.cli.verify import verify
 from carnice_build.errors import CarniceError
 
@@ -32,6 +33,7 @@ app.command()(build)
 app.command()(plan)
 app.command()(explain)
 app.command()(verify)
+app.command()(report)
 app.command()(diff)
 app.command()(graph)
 app.command(name="list")(list_variants)

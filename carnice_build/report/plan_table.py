@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from carnice_build.execute.jobs import STREAM_BYTES
 from carnice_build.graph import ActionOutput
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, Status
-from carnice_build.units import format_size
+from carnice_build.units import format_size, plural
 
 
 @dataclass
@@ -94,6 +94,7 @@ def _variant_json(variant: VariantPlan, status: BuildStatus) -> dict[str, Any]:
         "source_bytes": sum(item.spec.nbytes for item in variant.body.tensors.values()),
         "source_tensors": len(variant.body.tensors),
         "parameters": variant.conversion.parameters,
+        "left_alone": list(variant.conversion.ignored),
         "bits_per_weight": variant.bits_per_weight,
         "tensor_bytes": variant.tensor_bytes,
         "weights_bytes": variant.weights_bytes,
@@ -153,6 +154,13 @@ def _variant_table(variant: VariantPlan, status: BuildStatus) -> Table:
     return table
 
 
+def _left_alone(ignored: Sequence[str]) -> str:
+    """How many modules the config names as not quantized, and the patterns beside them."""
+    patterns = [entry for entry in ignored if entry.startswith("re:") or "*" in entry]
+    modules = plural(len(ignored) - len(patterns), "module")
+    return f"{modules} and {', '.join(patterns)}" if patterns else modules
+
+
 def _number(table: Table, heading: str, total: object) -> None:
     table.add_column(heading, justify="right", footer=str(total))
 
@@ -176,6 +184,8 @@ def _totals(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> Table:
     for variant in plan.variants:
         size = variant.weights_bytes
         table.add_row(f"{variant.name}", f"{format_size(size)} ({size / 2**30:.2f} GiB) on disk")
+        if variant.conversion.ignored:
+            table.add_row("left alone", _left_alone(variant.conversion.ignored))
     peak = peak_memory_estimate(plan, status, memory, jobs)
     table.add_row("buffers", f"at most {format_size(peak)} at once")
     scratch = status.scratch_bytes(plan.graph)

@@ -1,0 +1,83 @@
+"""What `carnice verify` found, kept in the cache for `carnice report`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from carnice_build.package.folder import read_build
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.store.history import read_findings, write_findings
+from carnice_build.verification.result import Check, Outcome
+from carnice_build.verification.running import PerplexityRow
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The checks of one folder, by its `key`, and the perplexities of it and of its source.
+
+    `text` names the held-out text, empty when the model was never run on one; `ran` is False when
+    all verifications left out running the model.
+    """
+
+    key: str
+    ran: bool
+    text: str
+    checks: Sequence[Check]
+    rows: Sequence[PerplexityRow]
+
+
+def keep_findings(
+    cache: Path,
+    variant: VariantPlan,
+    folder: Path,
+    checks: Sequence[Check],
+    rows: Sequence[PerplexityRow],
+    *,
+    ran: bool,
+    text: Path | None,
+) -> None:
+    """Remember the checks of the folder; what was skipped this time stays as it was found before.
+
+    Of `rows`, those of the variant and its source are kept.
+    """
+    key = read_build(folder).get("key")
+    if not isinstance(key, str):
+        return
+    model = variant.recipe.sources[variant.recipe.body].model
+    own = [row for row in rows if row.source == model or _is_of(variant.name, row)]
+    before = load_findings(cache, variant.name, key) or Findings(key, False, "", (), ())
+    found = {check.name: check for check in before.checks}
+    for check in checks:
+        if check.outcome is not Outcome.SKIPPED or check.name not in found:
+            found[check.name] = check
+    measured = any(row.found for row in own)
+    findings = Findings(
+        key,
+        ran or before.ran,
+        text.name if measured and text else before.text,
+        list(found.values()),
+        own if measured else before.rows,
+    )
+    # A check is worth as much where the cache cannot be written to.
+    with contextlib.suppress(OSError):
+        write_findings(cache, variant.name, asdict(findings))
+
+
+def _is_of(variant: str, row: PerplexityRow) -> bool:
+    """True for the variant's weights, and for these with rounded activations."""
+    return not row.source and (row.name == variant or row.name.startswith(f"{variant}, "))
+
+
+def load_findings(cache: Path, variant: str, key: str) -> Findings | None:
+    """What was found of the folder with this `key`; None when nothing readable is known of it."""
+    value = read_findings(cache, variant)
+    try:
+        found = TypeAdapter(Findings).validate_python(value)
+    except ValidationError:
+        return None
+    return found if found.key == key else None
