@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from carnice_build.errors import BackendError, CheckpointError
 
 _BATCH = 32
 """Conversations that are rendered by one child process."""
+
+_LONGEST = 1 << 22
+"""Characters of a row; the tokenizer takes some 230 bytes for each."""
 
 _SHORTEST = 2
 """Tokens below which a sample says nothing about a model of sequences."""
@@ -36,7 +39,7 @@ def tokenize(
     encode = _encoder(tokenizer.tobytes())
     joined = params.get("joined", False)
     rows = rows if joined else islice(rows, params["samples"])
-    encoded = (encode(text) for text in _texts(rows, params["template"], params["roles"], where))
+    encoded = _encoded(encode, _texts(rows, params["template"], params["roles"], where), where)
     cut = _joined if joined else _single
     samples = list(islice(cut(encoded, params["length"], where), params["samples"]))
     if len(samples) < params["samples"]:
@@ -46,6 +49,22 @@ def tokenize(
             expected=f"{params['samples']}, or fewer `samples`",
         )
     return samples
+
+
+def _encoded(
+    encode: Callable[[str], list[int]], texts: Iterable[str], where: str
+) -> Iterator[list[int]]:
+    for number, text in enumerate(texts, 1):
+        _check_length(text, f"row {number}", where)
+        try:
+            yield encode(text)
+        except Exception as error:  # half of a surrogate pair is a TypeError, for one
+            raise CheckpointError(f"row {number} is not tokenized: {error}", where=where) from None
+
+
+def _check_length(text: str, what: str, where: str) -> None:
+    if len(text) >= _LONGEST:
+        raise CheckpointError(f"{what} has {_LONGEST} characters or more", where=where)
 
 
 def _single(rows: Iterable[list[int]], length: int, where: str) -> Iterator[list[int]]:
@@ -88,9 +107,11 @@ def _from_file(path: str, form: str) -> Iterator[Row]:
         return
     with Path(path).open(encoding="utf-8") as file:
         try:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST), ""), 1):
+                _check_length(line, f"line {number}", path)
                 if line.strip():
-                    yield {"text": line} if form == "txt" else _parsed(line, number, path)
+                    text = {"text": line.removesuffix("\n")}
+                    yield text if form == "txt" else _parsed(line, number, path)
         except UnicodeDecodeError:
             raise CheckpointError("is not text in UTF-8", where=path) from None
 
@@ -117,20 +138,10 @@ def _from_parquet(path: str) -> Iterator[Row]:
 
 
 def _from_hub(dataset: Mapping[str, Any]) -> Iterator[Row]:
-    from datasets import load_dataset
+    # The hub's library is slow to import, and most calibrations never need it.
+    from carnice_build.backends.hub_rows import rows_on_hub
 
-    try:
-        yield from load_dataset(
-            dataset["name"],
-            dataset["subset"],
-            split=dataset["split"],
-            revision=dataset["commit"],
-            streaming=True,
-        )
-    except Exception as error:  # the library raises whatever its readers and the network raise
-        raise CheckpointError(
-            f"cannot be read: {type(error).__name__}: {error}", where=dataset["name"]
-        ) from None
+    return rows_on_hub(**dataset)
 
 
 def _texts(

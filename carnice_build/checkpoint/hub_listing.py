@@ -24,6 +24,7 @@ from carnice_build.checkpoint.http_file import LIBRARY
 from carnice_build.checkpoint.patience import (
     ATTEMPTS,
     MALFORMED,
+    Refusal,
     Unreachable,
     interruptions,
     patiently,
@@ -38,6 +39,10 @@ _MAX_FILES = 100_000
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 _log = logging.getLogger(__name__)
+
+# The library would tell the hub what else is installed and who runs it, and first ask for a list of
+# whom that may be.
+constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 @dataclass(frozen=True)
@@ -73,20 +78,58 @@ def find_listing(model: str, revision: str, notes: Notes) -> Listing:
 
 
 def dataset_commit(dataset: str, revision: str) -> str:
-    """The commit that a branch or tag of a dataset is at."""
+    """The commit of a dataset's `revision`: from the hub or, without a network, as last known.
+
+    A full commit hash is taken at its word, without a request.
+    """
     if _HASH.fullmatch(revision):
         return revision
-    where = f"datasets/{dataset}@{revision}"
+    notes = Notes(_dataset(dataset))
+    known = notes.read("revision", revision).decode()
+    if known and constants.is_offline_mode():
+        return known
+    try:
+        commit = _ask_commit(dataset, revision, 1 if known else ATTEMPTS)
+    except Unreachable:
+        if not known:
+            raise
+        _log.warning("cannot reach the hub: %s stays at %s", dataset, known[:7])
+        return known
+    notes.write("revision", revision, commit.encode())
+    return commit
+
+
+def _ask_commit(dataset: str, revision: str, attempts: int) -> str:
+    where = dataset_at(dataset, revision)
     api = HfApi(constants.ENDPOINT, library_name=LIBRARY, library_version=__version__)
-    ask = partial(api.dataset_info, dataset, revision=revision)
-
-    def refusal(response: httpx.Response) -> CheckpointError:
-        return refused(response, where, constants.ENDPOINT, dataset, revision)
-
-    commit = patiently(ask, where, refusal, ATTEMPTS).sha
-    if commit is None or not _HASH.fullmatch(commit):
+    ask = partial(
+        api.dataset_info, dataset, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+    )
+    commit = patiently(ask, where, dataset_refusal(dataset, revision), attempts).sha
+    if not isinstance(commit, str) or not _HASH.fullmatch(commit):
         raise CheckpointError("the hub names no commit", where=where)
     return commit
+
+
+def dataset_at(dataset: str, revision: str) -> str:
+    """How an error calls a dataset."""
+    return f"{_dataset(dataset)}@{revision}"
+
+
+def dataset_refusal(dataset: str, revision: str) -> Refusal:
+    """Words an answer of 4xx about a dataset."""
+    return partial(
+        refused,
+        where=dataset_at(dataset, revision),
+        endpoint=constants.ENDPOINT,
+        model=_dataset(dataset),
+        revision=revision,
+    )
+
+
+def _dataset(name: str) -> str:
+    """The name of a dataset's repository among those of models, and the path of its page."""
+    return f"datasets/{name}"
 
 
 def _load_listing(commit: str, notes: Notes) -> Listing | None:

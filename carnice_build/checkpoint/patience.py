@@ -155,7 +155,7 @@ def refused(
         )
     elif status in (401, 403, 404):
         what = f"the hub answered {status}: no such repository, or a private one"
-        expected = "another `model` in the recipe, or a valid token (HF_TOKEN or `hf auth login`)"
+        expected = "another name in the recipe, or a valid token (HF_TOKEN or `hf auth login`)"
     elif status == 416:
         what, expected = "is shorter than when it was planned", "the planned file; plan again"
     else:

@@ -58,6 +58,7 @@ class SourceFinder:
         self._stream = stream
         self._opened: dict[Path, Checkpoint] = {}
         self._opened_on_hub: dict[tuple[str, str], tuple[Checkpoint, str]] = {}
+        self._commits: dict[tuple[str, str], str] = {}
 
     def find(self, name: str, spec: SourceSpec) -> Source:
         """The source called `name`, opened; CheckpointError when nothing says where it is."""
@@ -76,9 +77,7 @@ class SourceFinder:
         else:
             path = self._path_of(spec.dataset, "--set calibration.dataset=FILE")
         if path is None:
-            from carnice_build.checkpoint.hub_listing import dataset_commit
-
-            return Dataset(spec.dataset, None, dataset_commit(spec.dataset, spec.revision))
+            return Dataset(spec.dataset, None, self._commit(spec))
         file = LocalFile(path)
         if not path.name.endswith(DATASET_FILES):
             raise CheckpointError(
@@ -116,6 +115,14 @@ class SourceFinder:
         if resolved not in self._opened:
             self._opened[resolved] = open_checkpoint(path)
         return self._opened[resolved]
+
+    def _commit(self, spec: CalibrationSpec) -> str:
+        from carnice_build.checkpoint.hub_listing import dataset_commit
+
+        key = (spec.dataset, spec.revision)
+        if key not in self._commits:
+            self._commits[key] = dataset_commit(*key)
+        return self._commits[key]
 
     def _open_on_hub(self, spec: SourceSpec) -> tuple[Checkpoint, str]:
         # The hub's library is slow to import, and most builds never need it.

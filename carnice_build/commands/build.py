@@ -225,6 +225,7 @@ def _describe(
         architecture=variant.architecture,
         serve=_serve_files(variant),
         figures=figures,
+        dataset=variant.dataset,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from carnice_build import __version__
 from carnice_build.architectures.base import Architecture
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, Checkpoint
+from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.json import parse_json, to_json
 from carnice_build.checkpoint.profiles import Source
@@ -57,6 +58,7 @@ class Variant:
     architecture: Architecture
     serve: Mapping[str, bytes]
     figures: Mapping[str, Sequence[float]]
+    dataset: Dataset | None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -80,7 +82,7 @@ class Variant:
             [
                 __version__,
                 canonical_json(self.recipe),
-                canonical_json(source_records(self)),
+                canonical_json(source_records(self) | dataset_record(self)),
                 canonical_json(dict(self.tools)),
                 canonical_json(self.checkpoint.config),
                 *(f"{name} {digest_bytes(content)}" for name, content in self.copied.items()),
@@ -150,6 +152,14 @@ def source_records(variant: Variant) -> dict[str, Any]:
     return records
 
 
+def dataset_record(variant: Variant) -> dict[str, Any]:
+    """What a build says of a dataset on the hub that it was calibrated on."""
+    dataset = variant.dataset
+    if dataset is None or dataset.commit is None:
+        return {}
+    return {"dataset": {"name": dataset.name, "commit": dataset.commit}}
+
+
 def _provenance(variant: Variant, files: Mapping[str, bytes]) -> bytes:
     sizes = {shard.name: {"size": shard.size, "pack": shard.pack} for shard in variant.shards}
     for name, content in sorted(files.items()):
@@ -161,6 +171,7 @@ def _provenance(variant: Variant, files: Mapping[str, bytes]) -> bytes:
             "carnice_build": __version__,
             "tools": dict(variant.tools),
             "sources": source_records(variant),
+            **dataset_record(variant),
             "recipe": variant.recipe,
             "parameters": variant.parameters,
             "bits_per_weight": round(variant.bits_per_weight, 4),

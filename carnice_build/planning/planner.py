@@ -12,6 +12,7 @@ from carnice_build.architectures import architecture_of
 from carnice_build.architectures.base import Architecture, TensorFact
 from carnice_build.checkpoint.assets import Assets
 from carnice_build.checkpoint.checkpoint import Checkpoint
+from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import Action, ActionGraph, ActionOutput, View, source_view
@@ -28,7 +29,7 @@ class VariantPlan:
 
     `view` holds the tensors that the format was given, as the steps left them;
     `files` holds the small files that are taken from the body, as the steps left them;
-    `serving` what its launches follow from, when it has any.
+    `serving` what its launches follow from, when it has any; `dataset` what it is calibrated on.
     """
 
     recipe: Recipe
@@ -39,6 +40,7 @@ class VariantPlan:
     packs: tuple[PackLayout, ...]
     files: Mapping[str, bytes]
     serving: ServingFacts | None
+    dataset: Dataset | None
 
     @property
     def name(self) -> str:
@@ -111,6 +113,7 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
             view = step.params.apply(view, context)
             files = step.params.edit(files, context)
     check_structure(view, architecture, body.checkpoint.where)
+    dataset = None
     if recipe.calibration is not None:
         dataset = finder.find_dataset(recipe.calibration)
         source = CalibrationSource(recipe.calibration, dataset, body.checkpoint, files)
@@ -124,7 +127,7 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
         size = sum(pack.size for pack in packs)
         serving = plan_serving(recipe, architecture, conversion, files, size)
     return VariantPlan(
-        recipe, sources, architecture, view, conversion, tuple(packs), files, serving
+        recipe, sources, architecture, view, conversion, tuple(packs), files, serving, dataset
     )
 
 

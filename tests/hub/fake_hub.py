@@ -1,13 +1,13 @@
 """A hub on the loopback interface: folders served as repositories, with faults on demand.
 
 It speaks what huggingface_hub asks for: a model's description with its files, and HEAD and GET of
-files.  Files in LFS (the safetensors here) redirect to a second host, the CDN.
+files.  Files in LFS (safetensors and parquet here) redirect to a second host, the CDN.
+Of datasets, which are kept as `datasets/owner/name`, it also lists folders, as `datasets` asks for.
 `127.0.0.1` is the hub and `localhost` the CDN, so that they are two hosts to a client.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import threading
@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
+
+from fake_repo import Repo
 
 TOKEN = "hf_thisTokenMustNeverBeSeen"
 CARNICE = "kai-os/Carnice-V2-27b"
@@ -27,6 +29,7 @@ QWEN = "Qwen/Qwen3.6-27B"
 
 MAX_REQUESTS = 20_000
 _PIECE = 1 << 16
+_PAGE = 3
 
 
 @dataclass(frozen=True)
@@ -58,32 +61,6 @@ class Answer:
 Fault = Callable[[Request, Answer], Answer]
 
 
-@dataclass
-class Repo:
-    """A folder served as one commit of a repository; `branches` name it too."""
-
-    folder: Path
-    commit: str
-    branches: set[str]
-    changed: set[str] = field(default_factory=set)
-    hashes: dict[str, str] = field(default_factory=dict)
-
-    def content_id(self, file: str) -> str:
-        """SHA-256 of a file in LFS, git's blob hash of another."""
-        if file not in self.hashes:
-            self.hashes[file] = _content_id(self.folder / file)
-        flipped = self.hashes[file][::-1]
-        return flipped if file in self.changed else self.hashes[file]
-
-
-def _content_id(path: Path) -> str:
-    with path.open("rb") as file:
-        if path.suffix == ".safetensors":
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        content = file.read()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
 class FakeHub:
     """The server's state, for a test to set up and look into."""
 
@@ -99,7 +76,7 @@ class FakeHub:
         self.cdn_url = ""
 
     def add(self, model: str, folder: Path, commit: str = "c" * 40, branch: str = "main") -> Repo:
-        """Serve `folder` as `model`."""
+        """Serve `folder` as `model`, or as a dataset when the name begins with `datasets/`."""
         self.repos[model] = Repo(folder, commit, {branch})
         return self.repos[model]
 
@@ -229,6 +206,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
+    def do_POST(self) -> None:
+        self.form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        self._serve()
+
     def _serve(self) -> None:
         path, _, query = self.path.partition("?")
         request = Request(
@@ -253,12 +234,19 @@ class _Handler(BaseHTTPRequestHandler):
         return (int(found[1]), int(found[2] or 2**60)) if found else None
 
     def _answer(self, request: Request, query: str) -> Answer:
-        parts = request.file.split("/")
+        first, *parts = request.file.removeprefix("/").split("/")
+        if first == "api":
+            kind, owner, name, ask, revision, *path = parts
+            repo = f"{owner}/{name}" if kind == "models" else f"{kind}/{owner}/{name}"
+            if refused := self._refused(repo, revision):
+                return refused
+            return getattr(self, f"_{ask.replace('-', '_')}")(repo, "/".join(path), query)
+        if first == "datasets":
+            first = f"{first}/{parts.pop(0)}"
+        repo = f"{first}/{parts.pop(0)}"
         if self.kind == "cdn":
-            return self._file(request, "/".join(parts[1:3]), parts[3])
-        if parts[1:3] == ["api", "models"]:
-            return self._describe("/".join(parts[3:5]), parts[6], query)
-        return self._resolve(request, "/".join(parts[1:3]), parts[4], parts[5])
+            return self._file(request, repo, "/".join(parts))
+        return self._resolve(request, repo, parts[1], "/".join(parts[2:]))
 
     def _error(self, code: int, name: str) -> Answer:
         return Answer(code, {"X-Error-Code": name, "X-Error-Message": f"{name}: {self.headers}"})
@@ -270,34 +258,44 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return self._error(403 if given else 401, "GatedRepo")
 
-    def _describe(self, model: str, revision: str, query: str) -> Answer:
+    def _refused(self, model: str, revision: str) -> Answer | None:
         if model not in self.hub.repos:
             return self._error(401, "RepoNotFound")
         if denied := self._denied(model):
             return denied
         repo = self.hub.repos[model]
-        if revision not in repo.branches | {repo.commit}:
-            return self._error(404, "RevisionNotFound")
-        siblings = []
-        for path in sorted(repo.folder.iterdir()):
-            content = repo.content_id(path.name)
-            size = path.stat().st_size
-            item: dict[str, Any] = {"rfilename": path.name, "size": size, "blobId": "b" * 40}
-            if len(content) == 64:
-                item["lfs"] = {"sha256": content, "size": size, "pointerSize": 134}
-            else:
-                item["blobId"] = content
-            siblings.append(item)
-        assert "blobs=" in query
-        body = json.dumps({"id": model, "sha": repo.commit, "siblings": siblings}).encode()
-        return Answer(200, {"Content-Type": "application/json"}, body, 0, len(body))
+        known = revision in repo.branches | {repo.commit}
+        return None if known else self._error(404, "RevisionNotFound")
+
+    def _revision(self, model: str, path: str, query: str) -> Answer:
+        repo = self.hub.repos[model]
+        assert "blobs=" in query or model.startswith("datasets/")
+        return _json({"id": model, "sha": repo.commit, "siblings": repo.siblings()})
+
+    def _tree(self, model: str, path: str, query: str) -> Answer:
+        """What is in a folder, in pages of three entries."""
+        repo = self.hub.repos[model]
+        asked = parse_qs(query)
+        if not (repo.folder / path).is_dir():
+            return self._error(404, "EntryNotFound")
+        start = int(asked.get("cursor", ["0"])[0])
+        entries = repo.entries(path, asked["recursive"] == ["true"])
+        answer = _json(entries[start : start + _PAGE])
+        if start + _PAGE < len(entries):
+            page = self.path.partition("?")[0]
+            rest = f"recursive={asked['recursive'][0]}&cursor={start + _PAGE}"
+            answer.headers["Link"] = f'<{self.hub.hub_url}{page}?{rest}>; rel="next"'
+        return answer
+
+    def _paths_info(self, model: str, path: str, query: str) -> Answer:
+        repo = self.hub.repos[model]
+        files = (name for name in self.form["paths"] if (repo.folder / name).exists())
+        return _json([repo.entry(file) for file in files])
 
     def _resolve(self, request: Request, model: str, revision: str, file: str) -> Answer:
+        if refused := self._refused(model, revision):
+            return refused
         repo = self.hub.repos[model]
-        if denied := self._denied(model):
-            return denied
-        if revision not in repo.branches | {repo.commit}:
-            return self._error(404, "RevisionNotFound")
         if not (repo.folder / file).is_file():
             return self._error(404, "EntryNotFound")
         content = repo.content_id(file)
@@ -348,6 +346,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.sent[request.file] += sent
         if limit < answer.count:
             self.close_connection = True
+
+
+def _json(content: Any) -> Answer:
+    body = json.dumps(content).encode()
+    return Answer(200, {"Content-Type": "application/json"}, body, 0, len(body))
 
 
 def _pieces(answer: Answer, limit: int) -> Iterator[bytes]:
