@@ -63,7 +63,7 @@ $(BROWSER): tests/browser/package-lock.json
 	npm ci --prefix tests/browser --silent --no-audit --no-fund || echo 'there is no browser'
 
 test: lint $(BROWSER) ## Check style and types, and run all tests
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n auto --dist loadfile
 
 bench: $(VENV)/dev ## Measure against mlx-lm; needs 20 GB of disk
 	$(PYTHON) -m benchmarks.run

@@ -72,17 +72,38 @@ class ArrayOp(Op):
 
     A `rowwise` op makes row *i* of every output from row *i* of its first input alone, so it may
     be applied to any range of rows.
+    A `transposed` op fills whole outputs from one range of rows of its only input after another,
+    by `apply_rows`: for outputs in which a row of the input is a column, say.
     """
 
     rowwise: ClassVar[bool] = False
+    transposed: ClassVar[bool] = False
+
+    def apply_rows(
+        self,
+        params: Mapping[str, Any],
+        first: int,
+        rows: TensorData,
+        outputs: Sequence[TensorData],
+    ) -> None:
+        """Fill what follows from `rows`, number `first` and following; see `apply`."""
+        raise NotImplementedError
 
     def passes(self, digests: Sequence[str]) -> Sequence[int | None] | None:
         """For each output the input that it equals, None for zeros; None when it must be computed.
 
         `digests` are the contents of the inputs.  Where they alone tell what comes out (a merge
-        of a weight that did not change, say), the bytes are copied and no action runs.
+        of a weight that did not change, say), the bytes are copied and no action runs, once
+        `check` has seen the inputs.
         """
         return None
+
+    def check(self, params: Mapping[str, Any], inputs: Sequence[TensorData]) -> None:
+        """Refuse what `apply` would refuse: of inputs that are passed on, nobody else looks at.
+
+        Raises BadInput or NonFiniteValue.
+        """
+        return
 
     @abstractmethod
     def apply(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from difflib import SequenceMatcher
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -232,7 +233,7 @@ def test_literals_keep_their_text() -> None:
 
 # The step
 
-NO_CONTEXT = cast(PlanContext, None)
+NO_CONTEXT = cast(PlanContext, SimpleNamespace(body=SimpleNamespace(buildable=True)))
 STEP = ChatTemplate(patch="hermes")
 
 

@@ -1,20 +1,22 @@
-"""AutoRound on a decoder layer, from files to files."""
+"""AutoRound on a decoder layer, and passes through what it made, from files to files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from carnice_build.backends.autoround import AutoRoundSettings, QuantizedLinear, tune_layer
-from carnice_build.backends.layers import as_data, as_tensor
+from carnice_build.backends.autoround import _outputs as run_in_batches
+from carnice_build.backends.layers import Arithmetic, LayerwiseModel, as_data, as_tensor
 from carnice_build.checkpoint.dtypes import NUMPY_NAME
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import CheckpointError
 from carnice_build.graph import TensorData
-from carnice_build.kernels.autoround import pack
+from carnice_build.kernels.autoround import dequantize_rows, pack
 
 
 def tune(
@@ -26,12 +28,8 @@ def tune(
     report: Callable[[], None],
 ) -> None:
     """Tune a layer; see `transforms.tune.Tune` for the parameters and the order of the files."""
-    tensors = {
-        name: as_tensor(TensorData(file.spec.dtype, file.read()))
-        for name, file in zip(params["names"], weights, strict=True)
-    }
-    lengths = [len(tokens) for tokens in samples]
-    inputs, quantized = (_read(file, lengths) for file in hidden)
+    tensors = _tensors(params, weights)
+    inputs, quantized = (_read(file, samples) for file in hidden)
     settings = AutoRoundSettings(**params["settings"])
     try:
         tuned = tune_layer(
@@ -46,20 +44,61 @@ def tune(
     except ValueError as error:
         layer_name = weights[0].name.removesuffix(params["names"][0])
         raise CheckpointError(f"{layer_name}: {error}") from None
-    for file, states in zip(outputs, (tuned.outputs, tuned.quantized_outputs), strict=False):
-        for index, state in enumerate(states):
-            file.write_row(index, as_data(state[0]).array)
-    outputs[2].write(np.array([tuned.nearest_loss, tuned.loss], np.float32))
+    outputs[0].write(np.array([tuned.nearest_loss, tuned.loss], np.float32))
     for index, name in enumerate(params["linears"]):
-        _write_packed(tuned.linears[name], outputs[3 + 3 * index : 6 + 3 * index])
+        _write_packed(tuned.linears[name], outputs[1 + 3 * index : 4 + 3 * index])
     report()
 
 
-def _read(file: TensorFile, lengths: Sequence[int]) -> list[Tensor]:
+def advance(
+    params: Mapping[str, Any],
+    samples: Sequence[Any],
+    hidden: Sequence[TensorFile],
+    weights: Sequence[TensorFile],
+    packed: Sequence[TensorFile],
+    outputs: Sequence[TensorFile],
+    report: Callable[[], None],
+) -> None:
+    """Run samples through a layer as it was and as it is packed; see `transforms.tune.Advance`."""
+    settings = AutoRoundSettings(amp=params["amp"], batch_size=params["batch_size"])
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if settings.amp else "float32"
+    model = LayerwiseModel(params["config"], Arithmetic(dtype, "sdpa", params["threads"]))
+    given = _tensors(params, weights)
+    quantized = {
+        f"{name}.weight": _dequantized(packed[3 * index : 3 * index + 3])
+        for index, name in enumerate(params["linears"])
+    }
+    for source, target, changed in zip(hidden, outputs, ({}, quantized), strict=True):
+        layer = model.layer(params["kind"], given | changed)
+        for index, state in enumerate(
+            run_in_batches(model, layer, _read(source, samples), settings)
+        ):
+            target.write_row(index, as_data(state[0]).array)
+        report()
+
+
+def _tensors(params: Mapping[str, Any], weights: Sequence[TensorFile]) -> dict[str, Tensor]:
+    """A layer's tensors by their names in it."""
+    return {
+        name: as_tensor(TensorData(file.spec.dtype, file.read()))
+        for name, file in zip(params["names"], weights, strict=True)
+    }
+
+
+def _read(file: TensorFile, samples: Sequence[Any]) -> list[Tensor]:
+    """Hidden states [1, length, hidden] of each sample."""
     return [
-        as_tensor(TensorData(file.spec.dtype, file.read_row(index)[:length])).unsqueeze(0)
-        for index, length in enumerate(lengths)
+        as_tensor(TensorData(file.spec.dtype, file.read_row(index)[: len(tokens)])).unsqueeze(0)
+        for index, tokens in enumerate(samples)
     ]
+
+
+def _dequantized(files: Sequence[TensorFile]) -> Tensor:
+    """Float32 [out, in] of qweight, qzeros and scales."""
+    qweight, qzeros, scales = (file.read() for file in files)
+    weight = np.empty((qweight.shape[1], 8 * qweight.shape[0]), np.float32)
+    dequantize_rows(qweight, qzeros, scales, 0, weight)
+    return torch.from_numpy(weight)
 
 
 def _write_packed(linear: QuantizedLinear, files: Sequence[TensorFile]) -> None:

@@ -21,6 +21,8 @@ from carnice_build.execute.jobs import Job
 from carnice_build.execute.streaming import (
     RowAction,
     RowOutput,
+    StreamAction,
+    TransposedAction,
     as_bytes,
     block_rows,
     refuse_non_finite,
@@ -29,7 +31,6 @@ from carnice_build.execute.streaming import (
 )
 from carnice_build.execute.workbench import Found, JobResult, Workbench
 from carnice_build.graph import Action, ArrayOp, BadInput, NonFiniteValue, TensorData, TensorRef
-from carnice_build.planning.status import passed_digests
 from carnice_build.store.digests import digest_bytes
 from carnice_build.store.store import read_location
 
@@ -105,7 +106,7 @@ class ArrayJob:
             return digest
         passed = RowOutput(source.spec, sinks, self._bench.packs) if sinks else None
         block = block_rows(source.spec)
-        rows = [RowAction(action, self._row_outputs(action), block) for action in actions]
+        rows = [self._stream_action(action, block) for action in actions]
         try:
             read = stream(source, rows, passed, digest is None, self._bench.progress)
         except NonFiniteValue as error:
@@ -131,10 +132,6 @@ class ArrayJob:
         arrays = {source.identity: self._load_source(source) for source in self._job.sources}
         for action in self._job.actions:
             digests = [self._bench.digest_of(ref) for ref in action.inputs]
-            passed = passed_digests(action, digests)
-            if passed is not None:
-                self._pass_on(action, passed, digests, arrays)
-                continue
             # Equal tensors of several sources meet here: one is computed, the others find it.
             with self._bench.lock(action.key(digests)):
                 found = self._bench.find(action, digests)
@@ -142,29 +139,12 @@ class ArrayJob:
                     self._bench.take(self._job, action, found, self._result)
                     continue
                 inputs = [self._operand(ref, arrays) for ref in action.inputs]
-                outputs = self._apply(action, inputs)
-                self._write_outputs(action, outputs)
+                assert isinstance(action.op, ArrayOp)
+                passes = action.op.passes(digests)
+                outputs = self._apply(action, inputs, passes)
+                self._write_outputs(action, outputs, ran=passes is None)
             for index, output in enumerate(outputs):
                 arrays[f"{action.identity}|{index}"] = output
-
-    def _pass_on(
-        self,
-        action: Action,
-        passed: Sequence[str],
-        digests: Sequence[str],
-        arrays: dict[str, TensorData],
-    ) -> None:
-        """Put inputs, or zeros, in the places of the outputs that equal them."""
-        for index, (digest, spec) in enumerate(zip(passed, action.outputs, strict=True)):
-            if digest in digests:
-                data = self._operand(action.inputs[digests.index(digest)], arrays)
-            else:
-                data = TensorData(spec.dtype, np.zeros(spec.shape, NUMPY_NAME[spec.dtype]))
-            output = TensorData(spec.dtype, data.array.reshape(spec.shape))
-            self._write_output(action, index, output)
-            self._bench.digests[f"{action.identity}|{index}"] = digest
-            self._bench.fill(self._job.sinks_of(action, index), spec, digest, self._result)
-            arrays[f"{action.identity}|{index}"] = output
 
     def _load_source(self, source: SourceTensor) -> TensorData:
         assert source.file is not None
@@ -194,10 +174,17 @@ class ArrayJob:
             read_location(location, as_bytes(data.array))
         return TensorData(ref.spec.dtype, data.array.reshape(ref.spec.shape))
 
-    def _apply(self, action: Action, inputs: list[TensorData]) -> list[TensorData]:
+    def _apply(
+        self, action: Action, inputs: list[TensorData], passes: Sequence[int | None] | None
+    ) -> list[TensorData]:
+        """The outputs: computed, or for an action that `passes`, inputs and zeros."""
         assert isinstance(action.op, ArrayOp)
-        outputs = [_allocate(spec) for spec in action.outputs]
         try:
+            if passes is not None:
+                action.op.check(action.params, inputs)
+                pairs = zip(passes, action.outputs, strict=True)
+                return [_zeros(spec) if i is None else inputs[i] for i, spec in pairs]
+            outputs = [_allocate(spec) for spec in action.outputs]
             action.op.apply(action.params, inputs, outputs)
             return outputs
         except NonFiniteValue as error:
@@ -205,14 +192,14 @@ class ArrayJob:
         except BadInput as error:
             raise bad_input(action, error) from None
 
-    def _write_outputs(self, action: Action, outputs: Sequence[TensorData]) -> None:
+    def _write_outputs(self, action: Action, outputs: Sequence[TensorData], *, ran: bool) -> None:
         digests = [
             self._write_output(action, index, output) for index, output in enumerate(outputs)
         ]
         with self._records.together():
             for index in action.op.figures:
                 self._records.set_figure(digests[index], outputs[index].array.reshape(-1).tolist())
-            self._bench.remember(self._job, action, digests, self._result)
+            self._bench.remember(self._job, action, digests, self._result, ran=ran)
 
     def _write_output(self, action: Action, index: int, output: TensorData) -> str:
         view = as_bytes(output.array)
@@ -237,6 +224,13 @@ class ArrayJob:
         for action, outputs in found.values():
             self._bench.take(self._job, action, outputs, self._result)
 
+    def _stream_action(self, action: Action, block: int) -> StreamAction:
+        assert isinstance(action.op, ArrayOp)
+        outputs = self._row_outputs(action)
+        if action.op.transposed:
+            return TransposedAction(action, outputs)
+        return RowAction(action, outputs, block)
+
     def _row_outputs(self, action: Action) -> list[RowOutput]:
         return [
             RowOutput(spec, self._job.sinks_of(action, index), self._bench.packs)
@@ -246,6 +240,10 @@ class ArrayJob:
 
 def _allocate(spec: TensorSpec) -> TensorData:
     return TensorData(spec.dtype, np.empty(spec.shape, NUMPY_NAME[spec.dtype]))
+
+
+def _zeros(spec: TensorSpec) -> TensorData:
+    return TensorData(spec.dtype, np.zeros(spec.shape, NUMPY_NAME[spec.dtype]))
 
 
 def _refuse(source: SourceTensor, data: TensorData) -> None:

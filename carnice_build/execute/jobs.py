@@ -58,7 +58,7 @@ class Job:
         source = self.sources[0]
         return (
             isinstance(action.op, ArrayOp)
-            and action.op.rowwise
+            and (action.op.rowwise or action.op.transposed)
             and [ref.identity for ref in action.inputs] == [source.identity]
             and action.inputs[0].spec.shape[:1] == source.spec.shape[:1]
             and not any(self.keeps(action, index) for index in range(len(action.outputs)))
@@ -95,7 +95,8 @@ class Job:
             action = self.actions[0]
             return self.process.memory(action.params, [ref.spec for ref in action.inputs])
         if self.streams:
-            return STREAM_BYTES
+            whole = (action for action in self.actions if _is_transposed(action))
+            return STREAM_BYTES + sum(spec.nbytes for item in whole for spec in item.outputs)
         made = [
             ref.spec.nbytes
             for action in self.actions
@@ -116,6 +117,10 @@ class Job:
         if self.sources:
             return self.sources[0].name
         return self.actions[0].op.name if self.actions else "nothing"
+
+
+def _is_transposed(action: Action) -> bool:
+    return isinstance(action.op, ArrayOp) and action.op.transposed
 
 
 def _steps(action: Action) -> int:

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +17,8 @@ from typing import Any, cast
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BackendError, CarniceError
 from carnice_build.graph import Action, BadInput, NonFiniteValue, ProcessOp
+
+_PAUSE = 1.0
 
 
 class Workers:
@@ -50,6 +53,8 @@ class Workers:
         try:
             self._started().submit(_work, action.op, action.params, inputs, outputs).result()
         except BrokenProcessPool:
+            # After Ctrl-C, which reaches workers too, the main thread shall be the first to speak.
+            time.sleep(_PAUSE)
             raise BackendError(
                 f"the worker process for {action.op.name} died; out of memory?"
             ) from None

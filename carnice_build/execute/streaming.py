@@ -78,6 +78,37 @@ class RowAction:
         for output, result in zip(self.outputs, results, strict=True):
             output.append(as_bytes(result.array))
 
+    def finish(self) -> None:
+        """Nothing was held back."""
+
+
+class TransposedAction:
+    """A transposed action applied to one block after another; holds its outputs until the end."""
+
+    def __init__(self, action: Action, outputs: Sequence[RowOutput]) -> None:
+        assert isinstance(action.op, ArrayOp)
+        self._op = action.op
+        self.action = action
+        self.outputs = outputs
+        self._first = 0
+        self._results = [
+            TensorData(item.spec.dtype, np.empty(item.spec.shape, NUMPY_NAME[item.spec.dtype]))
+            for item in outputs
+        ]
+
+    def feed(self, data: TensorData) -> None:
+        """Apply the action to the rows of `data`, which follow those before."""
+        self._op.apply_rows(self.action.params, self._first, data, self._results)
+        self._first += data.array.shape[0]
+
+    def finish(self) -> None:
+        """Give the outputs away."""
+        for output, result in zip(self.outputs, self._results, strict=True):
+            output.append(as_bytes(result.array))
+
+
+StreamAction = RowAction | TransposedAction
+
 
 def as_bytes(array: np.ndarray[Any, Any]) -> memoryview:
     """The array's memory, which must be contiguous."""
@@ -92,7 +123,7 @@ def block_rows(spec: TensorSpec) -> int:
 
 def stream(
     source: SourceTensor,
-    actions: Sequence[RowAction],
+    actions: Sequence[StreamAction],
     copy: RowOutput | None,
     want_digest: bool,
     progress: Callable[[int], None],
@@ -117,13 +148,15 @@ def stream(
             array = block.view(NUMPY_NAME[spec.dtype]).reshape(rows, *shape[1:])
             _feed(TensorData(spec.dtype, array), actions, copy, first)
             progress(len(block))
+    for action in actions:
+        action.finish()
     if copy is not None:
         return copy.digest()
     return hasher.hexdigest() if hasher is not None else None
 
 
 def _feed(
-    data: TensorData, actions: Sequence[RowAction], copy: RowOutput | None, first_row: int
+    data: TensorData, actions: Sequence[StreamAction], copy: RowOutput | None, first_row: int
 ) -> None:
     try:
         if copy is not None:

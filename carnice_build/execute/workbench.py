@@ -102,11 +102,20 @@ class Workbench:
             result.filled.append((sink, digest))
             result.written_bytes += spec.nbytes
 
-    def remember(self, job: Job, action: Action, digests: Sequence[str], result: JobResult) -> None:
-        """Record the outputs of an action that ran."""
+    def remember(
+        self,
+        job: Job,
+        action: Action,
+        digests: Sequence[str],
+        result: JobResult,
+        *,
+        ran: bool = True,
+    ) -> None:
+        """Record the outputs of an action that `ran`, or that passed its inputs on."""
         inputs = [self.digest_of(ref) for ref in action.inputs]
         self.store.records.set_outputs(action.key(inputs), digests)
         for index, digest in enumerate(digests):
             self.digests[f"{action.identity}|{index}"] = digest
             self.fill(job.sinks_of(action, index), action.outputs[index], digest, result)
-        result.made.append(action)
+        if ran:
+            result.made.append(action)

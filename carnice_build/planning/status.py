@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from carnice_build.checkpoint.checkpoint import SourceTensor
-from carnice_build.graph import Action, ActionOutput, ArrayOp, TensorRef
+from carnice_build.graph import Action, ActionOutput, TensorRef
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.scratch import scratch_bytes
-from carnice_build.store.digests import digest_bytes
 from carnice_build.store.packs import Location
 from carnice_build.store.store import Store
 
@@ -81,17 +80,6 @@ def survey(variants: Sequence[VariantPlan], store: Store) -> BuildStatus:
     return status
 
 
-def passed_digests(action: Action, digests: Sequence[str]) -> list[str] | None:
-    """Digests of the outputs when those of the inputs alone tell them; see `ArrayOp.passes`."""
-    passes = action.op.passes(digests) if isinstance(action.op, ArrayOp) else None
-    if passes is None:
-        return None
-    return [
-        digests[operand] if operand is not None else digest_bytes(bytes(spec.nbytes))
-        for operand, spec in zip(passes, action.outputs, strict=True)
-    ]
-
-
 class Contents:
     """The content digests of tensors, as far as the cache's records know them."""
 
@@ -128,8 +116,7 @@ class Contents:
         known = [digest for digest in digests if digest]
         if len(known) < len(digests):
             return
-        passed = passed_digests(action, known)
-        outputs = passed or self._records.outputs(action.key(known), len(action.outputs))
+        outputs = self._records.outputs(action.key(known), len(action.outputs))
         for index, digest in enumerate(outputs or ()):
             self._learn(f"{action.identity}|{index}", digest)
 

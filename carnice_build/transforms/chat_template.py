@@ -28,7 +28,7 @@ class ChatTemplate(Step):
     def edit(self, files: Mapping[str, bytes], context: PlanContext) -> Mapping[str, bytes]:
         """The files with every copy of the template patched; PlanError when there is none."""
         templates = template_files(files)
-        if not templates and not context.body.buildable:
+        if not files and not context.body.buildable:
             return files  # a shape file has names and shapes, but no files
         if not templates:
             raise PlanError("there is no chat template to patch", expected="chat_template.jinja")

@@ -52,6 +52,7 @@ class Nearest(ArrayOp):
     name = "autoround.nearest"
     version = 1
     libraries = ("numba",)
+    transposed = True
 
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
@@ -64,10 +65,20 @@ class Nearest(ArrayOp):
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
         """Quantize; raises NonFiniteValue, also for weights whose scale F16 cannot hold."""
+        self.apply_rows(params, 0, inputs[0], outputs)
+
+    def apply_rows(
+        self,
+        params: Mapping[str, Any],
+        first: int,
+        rows: TensorData,
+        outputs: Sequence[TensorData],
+    ) -> None:
+        """Quantize some rows, which are columns of the outputs."""
         from carnice_build.kernels.autoround import quantize_rtn
 
-        weight, arrays = inputs[0], [output.array for output in outputs]
-        bad_index = quantize_rtn(weight.array, weight.dtype, params["group_size"], 0, *arrays)
+        arrays = [output.array for output in outputs]
+        bad_index = quantize_rtn(rows.array, rows.dtype, params["group_size"], first, *arrays)
         if bad_index >= 0:
             raise NonFiniteValue(bad_index)
 
@@ -109,15 +120,20 @@ class Merge(ArrayOp):
         """The grid's own codes, none clipped, for a weight that the fine-tune left alone."""
         return (2, None) if digests[0] == digests[1] else None
 
+    def check(self, params: Mapping[str, Any], inputs: Sequence[TensorData]) -> None:
+        """Raises BadInput for a base or a grid that does not fit the other."""
+        _, base, codes, zeros, scales = (item.array for item in inputs)
+        _check_grid(base, inputs[1].dtype, codes, zeros, scales)
+
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Merge; raises BadInput for a base or a grid that does not fit the other."""
+        """Merge, after `check`."""
         from carnice_build.kernels.autoround_merge import merge_delta, merge_reround
 
+        self.check(params, inputs)
         weight, base, codes, zeros, scales = (item.array for item in inputs)
         dtype, out = inputs[0].dtype, outputs[0].array
-        _check_grid(base, dtype, codes, zeros, scales)
         if params["rounding"] == "delta":
             merged = merge_delta(weight, base, dtype, 0, codes, zeros, scales, out)
         else:

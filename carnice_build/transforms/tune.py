@@ -4,9 +4,9 @@ tokens -> hidden(0) -> for each layer *i*: tune(i) -> advance(i) -> both hidden(
 
 Two chains of hidden states run beside each other: the layers as they were say what should come
 out, the quantized ones what will go in.
-Tuning takes hours, and its results are kept; hidden states are large, and go when the next layer
+Tuning takes long, and its results are kept; hidden states are large, and go when the next layer
 is done.  So they are actions of their own: when layer *k* changes, the layers before it are run
-through once more, which takes minutes, and none is tuned again.
+through once more, which takes little, and none is tuned again.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Tuning:
 
     def layer(
         self, number: int, linears: Container[str]
-    ) -> tuple[dict[str, Sequence[TensorRef]], TensorRef]:
+    ) -> tuple[Mapping[str, Sequence[TensorRef]], TensorRef]:
         """The parts of each of `linears`, by module path, and the losses of layer `number`.
 
         To be asked for all layers in their order.
@@ -153,5 +153,5 @@ class Tuning:
         passing = {**params, **{name: settings[name] for name in ("batch_size", "amp")}}
         self._hidden = lambda: calibration.graph.add(Advance(), passing, *inputs, *packed)
         triples = (packed[first : first + 3] for first in range(0, len(packed), 3))
-        parts = {layer.prefix + name: triple for name, triple in zip(chosen, triples, strict=True)}
-        return parts, losses
+        modules = (layer.prefix + name for name in chosen)
+        return dict(zip(modules, triples, strict=True)), losses

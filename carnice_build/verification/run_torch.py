@@ -1,4 +1,4 @@
-"""Checks `generate`, `perplexity` and `mtp` in torch, on the dequantized weights.
+"""Checks `generate`, `perplexity`, `mtp` and `fidelity` in torch, on the dequantized weights.
 
 For formats that no library runs on every machine; `torch_worker` says how.
 """
@@ -14,7 +14,7 @@ from carnice_build.architectures.base import Part
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CarniceError
 from carnice_build.planning.planner import VariantPlan
-from carnice_build.verification import acceptance, generate, perplexity, torch_worker
+from carnice_build.verification import acceptance, fidelity, generate, perplexity, torch_worker
 from carnice_build.verification.folder import open_folder
 from carnice_build.verification.formats.base import FormatChecks, TorchChecks
 from carnice_build.verification.perplexity import Perplexity
@@ -32,7 +32,7 @@ from carnice_build.verification.running import (
 from carnice_build.verification.sources import source_tensors
 from carnice_build.verification.torch_worker import StoredModel
 
-NAMES = (generate.NAME, perplexity.NAME, acceptance.NAME)
+NAMES = (generate.NAME, perplexity.NAME, acceptance.NAME, fidelity.NAME)
 MISSING = "torch is not installed: pip install 'carnice-build[torch]'"
 
 _FLOAT32 = 4
@@ -52,7 +52,8 @@ def run_torch(
         return
     with Worker() as worker:
         run = _Run(checks, variant, folder, settings, tables, worker)
-        for name, check in zip(NAMES, (run.generate, run.perplexity, run.acceptance), strict=True):
+        checks_in_order = (run.generate, run.perplexity, run.acceptance, run.fidelity)
+        for name, check in zip(NAMES, checks_in_order, strict=True):
             try:
                 yield check()
             except CarniceError as error:
@@ -119,6 +120,23 @@ class _Run:
         rows = acceptance.make_rows(self.variant.name, *found)
         self.tables.acceptances += rows
         return acceptance.judge_acceptance(rows)
+
+    def fidelity(self) -> Check:
+        """Rare names copied by the source and by the model as it is served."""
+        models = self._models()
+        served = list(models)[-1]
+        compared = {name: models[name] for name in (SOURCE, served) if name in models}
+        why_not = too_large(self._whole_bytes())
+        if why_not or "chat_template.jinja" not in self.variant.files:
+            return skipped(fidelity.NAME, why_not or "there is no chat template")
+        found = self.worker.call(
+            torch_worker.measure_fidelity,
+            compared,
+            self.folder,
+            self.settings.samples,
+            self.settings.threads,
+        )
+        return fidelity.judge_fidelity(found)
 
     def _dequantized(self) -> StoredModel:
         folder = open_folder(self.folder)

@@ -20,6 +20,8 @@ from carnice_build.architectures.qwen3_5 import Qwen35
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
+from carnice_build.verification import fidelity
+from carnice_build.verification.fidelity import Fidelity
 from carnice_build.verification.formats.base import Rounding, Settings, TorchChecks
 from carnice_build.verification.generate import Generation
 from carnice_build.verification.perplexity import SAMPLES_ON_CPU, Perplexity, cut
@@ -158,6 +160,24 @@ def measure_acceptance(
         return {number: Drafts(item.steps, item.rates) for number, item in found.items()}
 
     return accepted(model.source()), accepted(model.source(_rounded_head(model)))
+
+
+def measure_fidelity(
+    models: Mapping[str, StoredModel], tokenizer: Path, samples: int | None, threads: int
+) -> dict[str, Fidelity]:
+    """How each model copies rare names, against the first; fewer names with fewer `samples`."""
+    from transformers import AutoTokenizer
+
+    loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+    sources = {name: model.source() for name, model in models.items()}
+    share = min(1.0, (samples or SAMPLES_ON_CPU) / SAMPLES_ON_CPU)
+    return fidelity.measure(
+        sources,
+        loaded,
+        _arithmetic(threads),
+        answered=max(2, round(share * fidelity.ANSWERED)),
+        read=max(2, round(share * fidelity.READ)),
+    )
 
 
 def _rounded_head(model: StoredModel) -> dict[str, Any]:

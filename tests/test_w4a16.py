@@ -1,0 +1,416 @@
+"""W4A16 by AWQ: what a change costs, where a killed build goes on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from calibrating import QUICK, build, make_project
+from conftest import REPOSITORY, Finished, Project, TinyCheckpoint
+from test_bad_input import check_refused_at_once
+from test_calibration import blob_sizes, start
+from tiny import contents
+
+from carnice_build.architectures.base import Role
+from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.commands.options import Options
+from carnice_build.commands.plan import plan_variants
+from carnice_build.graph import Action, ActionGraph, ActionOutput, Op, TensorRef
+from carnice_build.serving.render import serve_all
+from carnice_build.store.records import Records
+from carnice_build.transforms.awq import GroupQuantize, Smooth, SmoothNorm, SmoothWeight
+
+pytest_plugins = ["calibrating"]
+
+Carnice = Callable[..., Finished]
+Ran = Callable[..., Counter[str]]
+
+MSE, MINMAX = "w4a16-awq", "w4a16-awq-minmax"
+SMOOTH, QUANTIZE = "awq.smooth", "compressed.quantize"
+QUANTIZED = 3 * 3 + 7
+"""Linears of three linear layers, whose MLP alone is quantized, and of a full one."""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project of four layers where `w4a16-awq` is built; not to be changed."""
+    project = make_project(tmp_path_factory.mktemp("awq") / "project")
+    build(project, MSE, jobs=1)
+    return project
+
+
+# --- what a change costs -------------------------------------------------------------------------
+
+
+def test_the_observer_costs_no_forward_pass(calibrated: Project, ran: Ran) -> None:
+    """Switching from mse to minmax packs the quantized weights again and does nothing else."""
+    assert Counter({QUANTIZE: QUANTIZED}) == ran(calibrated, MINMAX)
+    assert Counter() == ran(calibrated, MSE)
+
+
+def test_the_observer_is_what_explain_names(calibrated: Project, carnice: Carnice) -> None:
+    """One line: which parameter, from what to what, and the line of the recipe that says so."""
+    build(calibrated, MSE)
+    path = calibrated.recipes / f"{MSE}.yaml"
+    path.write_text(path.read_text().replace("observer: mse", "observer: memoryless_minmax"))
+    line = path.read_text().split("observer:")[0].count("\n") + 1
+    sets = [part for item in QUICK for part in ("--set", item)]
+    counts, *reasons = carnice("explain", MSE, *sets).out.splitlines()
+
+    assert f"{QUANTIZED} run, 0 read" in counts
+    assert [
+        f'  {QUANTIZED} x {QUANTIZE}: observer "mse" -> "memoryless_minmax" by '
+        f"recipes/{MSE}.yaml:{line}:19"
+    ] == reasons
+
+
+def test_a_killed_search_goes_on_in_its_layer(
+    calibrated: Project, shared: Project, ran: Ran
+) -> None:
+    """kill -9 in layer k: what was on record stays done, and the folder is the same."""
+    shutil.rmtree(calibrated.cache)
+    process = start(calibrated, MSE)
+    while _searched(calibrated) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    records = Records(calibrated.cache / "records")
+    finished = len(records.names("action"))
+    records.close()
+    made = ran(calibrated, MSE)
+    options = calibrated.options(overrides=QUICK)
+
+    # Tokens, embedding and the first layer at least; the second may just have been written.
+    assert 3 <= finished
+    assert len(plan_variants([MSE], options).graph) - finished == made.total()
+    assert 1 <= made[SMOOTH] <= 3
+    assert contents(shared.out / MSE) == contents(calibrated.out / MSE)
+
+
+def _searched(project: Project) -> int:
+    """Layers whose scales are in the cache: F64 for each of the 384 channels of `up_proj`."""
+    return blob_sizes(project).count(8 * 384)
+
+
+# --- norms ---------------------------------------------------------------------------------------
+
+
+def test_exact_norms_that_nothing_smooths_are_the_sources(small: Project) -> None:
+    """`norms: exact` publishes them as they are, where the library makes all of them anew."""
+    exact, library = (_made_norms(small, norms) for norms in ("exact", "library"))
+    every = {
+        f"model.language_model.{name}.weight"
+        for name in (
+            "layers.0.input_layernorm",
+            "layers.0.post_attention_layernorm",
+            "layers.1.input_layernorm",
+            "layers.1.post_attention_layernorm",
+            "layers.1.self_attn.q_norm",
+            "layers.1.self_attn.k_norm",
+            "norm",
+        )
+    }
+
+    assert every == library
+    # Layer 0 is of linear attention, which is not quantized, so nothing is smoothed into it.
+    assert {
+        "model.language_model.layers.0.post_attention_layernorm.weight",
+        "model.language_model.layers.1.input_layernorm.weight",
+        "model.language_model.layers.1.post_attention_layernorm.weight",
+    } == exact
+
+
+def _made_norms(project: Project, norms: str) -> set[str]:
+    """The norms that are not published with the bytes of their source."""
+    options = project.options(overrides=(*QUICK, f"quantize.norms={norms}"))
+    (variant,) = plan_variants([MSE], options).variants
+    return {
+        tensor.name
+        for tensor in variant.conversion.tensors
+        if tensor.fact.role is Role.NORM and isinstance(tensor.ref.origin, ActionOutput)
+    }
+
+
+# --- the 40B -------------------------------------------------------------------------------------
+
+DECKARD = """
+extends: w4a16-awq.yaml
+variant: deckard
+description: W4A16 of the 40B of the published card, which has an MTP head of its own
+sources:
+  body: {model: DavidAU/Deckard-40B}
+steps: []
+"""
+
+
+@pytest.fixture
+def deckard(project: Project) -> Options:
+    """Options for a plan of variant `deckard` from the shapes of the 40B."""
+    project.recipe("deckard", DECKARD)
+    shapes = REPOSITORY / "benchmarks" / "shapes" / "qwen3.6-40b-deckard.json"
+    dataset = REPOSITORY / "demo" / "calibration.jsonl"
+    for target in (shapes, dataset):
+        (project.root / target.name).symlink_to(target)
+    (project.recipes / "_profiles.yaml").write_text(
+        f"shapes:\n  DavidAU/Deckard-40B: {shapes.name}\n  Qwen/Qwen3.6-27B: {shapes.name}\n"
+        f"  NousResearch/hermes-function-calling-v1: {dataset.name}\n"
+    )
+    return project.options(profile="shapes")
+
+
+def test_the_plan_of_the_40b_leaves_alone_what_the_card_counts(
+    deckard: Options, carnice: Carnice
+) -> None:
+    """471 modules, the card's figure: 72 x 5 + 27 x 4 + 2 + 1; the MTP head is a pattern beside."""
+    shown = carnice("plan", "deckard", "--profile", "shapes").out
+    (variant,) = json.loads(carnice("plan", "deckard", "--profile", "shapes", "--json").out)[
+        "variants"
+    ]
+    *modules, pattern = variant["left_alone"]
+
+    assert "left alone  471 modules and re:^mtp.*" in shown
+    assert 471 == len(modules)
+    assert "re:^mtp.*" == pattern
+    assert 72 * 5 == sum(".linear_attn." in name for name in modules)
+    assert 27 * 4 + 2 == sum(name.startswith("model.visual.") for name in modules)
+    assert "lm_head" in modules
+
+
+def test_the_page_for_v100_holds_the_card_and_what_was_worked_out(deckard: Options) -> None:
+    """Ladder, KV cache by the architecture and by the card, sampling, looping, out of memory."""
+    (variant,) = plan_variants(["deckard"], deckard).variants
+    assert variant.serving is not None
+    files = serve_all(variant.recipe.package.serve, variant.serving)
+    page = files["serve/w4a16-awq-v100/README.md"].decode()
+
+    for part in (
+        "24 layers of full attention, 4 KV heads of 256",
+        "| `ceiling` | 262,144 | fp8_e5m2 | 12.0 GiB (12.9 GB) | 35.6 GiB |",
+        "The source model card reports for `ceiling`: about 12.6 GB.",
+        "| 200000 | 0.85 | 4 | 9.2 GiB (9.8 GB) | `safe` |",
+        "| 240000 | 0.87 | 8 | 11.0 GiB (11.8 GB) | `longer` |",
+        "| 262144 | 0.89 | 16 | 12.0 GiB (12.9 GB) | `ceiling` |",
+        "| `PYTORCH_CUDA_ALLOC_CONF` (mandatory) | `expandable_segments:True` |",
+        "| general | 0.7 | 0.95 | 20 | 1 |",
+        "| fiction and dialogue | 0.7 | 0.95 | 20 | 1.05 to 1.1 |",
+        "| tool calls | 0.3 to 0.5 |",
+        "## When it repeats itself or stalls",
+        "## Out of memory while it answers (not while it starts)",
+    ):
+        assert part in page
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+WEIGHTS = "quantize.config_groups.group_0.weights"
+REFUSED = [
+    (f"{WEIGHTS}.observer=minmax", "(got 'minmax'); did you mean 'memoryless_minmax'?"),
+    (f"{WEIGHTS}.group_size=100", "should be 32, 64 or 128 (got 100)"),
+    (f"{WEIGHTS}.num_bits=8", "should be 4 (got 8)"),
+    (f"{WEIGHTS}.symmetric=true", "should be False (got True)"),
+    ("quantize.ignore+=re:.*k_proj$", "self_attn.v_proj are quantized and some are not; expected"),
+    ("quantize.ignore+=re:.*layers.0.mlp.up_proj$", "serving engines fuse them to"),
+    (
+        'quantize.ignore=["re:.*linear_attn.*", "re:.*visual.*", "re:.*mtp.*"]',
+        "lm_head would be quantized, and is in no decoder layer; expected a pattern for it under",
+    ),
+    (
+        'quantize.ignore=["re:.*linear_attn.*", "re:.*lm_head", "re:.*mtp.*"]',
+        "model.visual.blocks.0.attn.qkv would be quantized, and is in no decoder layer",
+    ),
+    ("quantize.norms=exakt", "did you mean 'exact'?"),
+    ("quantize.n_grid=0", "greater than or equal to 4 (got 0)"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), REFUSED)
+def test_a_knob_that_cannot_be_is_refused(
+    small: Project, carnice: Carnice, change: str, reason: str
+) -> None:
+    """One line with the place, the reason, what was expected and the nearest name."""
+    check_refused_at_once(carnice("plan", MSE, "--set", change), small, reason)
+
+
+def test_a_group_that_does_not_divide_is_refused(
+    project: Project, tiny_checkpoint: TinyCheckpoint, carnice: Carnice
+) -> None:
+    """The module and its inputs are named, and the line of the scheme."""
+    source = tiny_checkpoint(project.root / "odd", mtp=False, intermediate=192)
+    (project.root / "rows.jsonl").write_text("{}\n")
+    finished = carnice(
+        *("build", MSE, "--source", f"body={source}"),
+        *("--set", "calibration.dataset=rows.jsonl", "--set", "calibration.samples=1"),
+        *("--set", "steps=[]"),
+    )
+
+    check_refused_at_once(
+        finished, project, "mlp.down_proj: group_size 128 does not divide the 192 inputs"
+    )
+
+
+# --- serving -------------------------------------------------------------------------------------
+
+E4M3 = "{profile: w4a16-awq-v100, launches: {safe: {flags: {kv-cache-dtype: fp8_e4m3}}}}"
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_launch_that_cannot_work_stops_the_plan_at_its_line(
+    small: Project, carnice: Carnice, listed: bool
+) -> None:
+    """Exit code 2, the reason, and the line and column of the flag that is to blame."""
+    flag = "      launches: {safe: {flags: {kv-cache-dtype: fp8_e4m3}}}\n"
+    first = "    - w4a16-awq-vllm\n    - profile: w4a16-awq-v100\n"
+    alone = flag.removeprefix("  ")
+    section = first + flag if listed else "    profile: w4a16-awq-v100\n" + alone
+    path = small.recipe(
+        "broken",
+        f"extends: {MSE}.yaml\nvariant: broken\ndescription: A V100 in E4M3\n"
+        f"package:\n  serve:\n{section}",
+    )
+    line = path.read_text().split("kv-cache-dtype")[0].count("\n") + 1
+    column = (flag if listed else alone).index("fp8_e4m3") + 1
+    finished = carnice("build", "broken")
+
+    check_refused_at_once(
+        finished,
+        small,
+        f"recipes/broken.yaml:{line}:{column}: the launch 'safe' cannot work: a V100 cannot do",
+        "expected kv-cache-dtype fp8_e5m2",
+    )
+
+
+def test_a_profile_is_served_once(small: Project, carnice: Carnice) -> None:
+    """Two sections of one profile would be one folder, and are refused."""
+    change = f"package.serve=[{E4M3.replace('e4m3', 'e5m2')}, w4a16-awq-v100]"
+
+    check_refused_at_once(
+        carnice("plan", MSE, "--set", change), small, "'w4a16-awq-v100' is listed twice"
+    )
+
+
+def test_a_folder_is_served_by_both_engines(calibrated: Project, ran: Ran) -> None:
+    """Stock vLLM and the V100 fork have a folder each below serve/; one profile has serve/."""
+    build(calibrated, MSE)
+    both = [name for name in calibrated.built(MSE) if name.startswith("serve/")]
+    made = ran(calibrated, MSE, changes=("package.serve=w4a16-awq-v100",))
+    alone = [name for name in calibrated.built(MSE) if name.startswith("serve/")]
+
+    assert {
+        "serve/README.md",
+        "serve/w4a16-awq-vllm/hopper.sh",
+        "serve/w4a16-awq-vllm/ampere.sh",
+        "serve/w4a16-awq-v100/safe.sh",
+        "serve/w4a16-awq-v100/longer.sh",
+        "serve/w4a16-awq-v100/ceiling.sh",
+        *(
+            f"serve/{profile}/{name}"
+            for profile in ("w4a16-awq-vllm", "w4a16-awq-v100")
+            for name in ("README.md", "compose.yaml", "hermes-cli-config.yaml", "request.sh")
+        ),
+    } == set(both)
+    assert "serve/safe.sh" in alone
+    assert Counter() == made
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+WEIGHT, VECTOR = TensorSpec("BF16", (8, 128)), TensorSpec("F64", (128,))
+HIDDEN, IDS = TensorSpec("BF16", (2, 8, 128)), TensorSpec("I32", (2, 8))
+SCHEME = {"num_bits": 4, "group_size": 128, "symmetric": False}
+SMOOTH_PARAMS = {
+    "names": ["mlp.up_proj.weight"],
+    "kind": "linear",
+    "config": {"hidden_size": 128},
+    "dtype": "bfloat16",
+    "attention": "eager",
+    "threads": 2,
+    "device": "cpu",
+    "processor": "x86_64 avx2",
+    "scheme": SCHEME,
+    "n_grid": 20,
+    "duo_scaling": True,
+    "norms": "library",
+    "mappings": [["mlp.up_proj", ["mlp.down_proj"]]],
+    "quantized": ["mlp.up_proj", "mlp.down_proj"],
+}
+QUANTIZE_PARAMS = {"columns": True, "rows": False, "observer": "mse", "group_size": 128}
+OPS: list[tuple[Op, dict[str, Any], tuple[TensorSpec, ...]]] = [
+    (Smooth(), SMOOTH_PARAMS, (IDS, HIDDEN, WEIGHT)),
+    (SmoothNorm(), {"exact": False}, (TensorSpec("BF16", (128,)), VECTOR)),
+    (GroupQuantize(), QUANTIZE_PARAMS, (WEIGHT, VECTOR)),
+    (SmoothWeight(), {"columns": True, "rows": False}, (WEIGHT, VECTOR)),
+]
+OTHER_VALUES = {
+    "names": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "kind": "full",
+    "config": {"hidden_size": 128, "rms_norm_eps": 1e-5},
+    "dtype": "float32",
+    "attention": "sdpa",
+    "threads": 1,
+    "device": "cuda",
+    "processor": "x86_64 avx512f",
+    "scheme": {**SCHEME, "group_size": 64},
+    "n_grid": 10,
+    "duo_scaling": "both",
+    "norms": "exact",
+    "mappings": [],
+    "quantized": ["mlp.down_proj"],
+    "exact": True,
+    "columns": False,
+    "rows": True,
+    "observer": "memoryless_minmax",
+    "group_size": 64,
+}
+IDENTIFIERS = [op.name for op, _, _ in OPS]
+
+
+def _action(op: Op, params: dict[str, Any], specs: tuple[TensorSpec, ...]) -> Action:
+    refs = [
+        TensorRef(spec, SourceTensor(str(index), spec, None, index))
+        for index, spec in enumerate(specs)
+    ]
+    (made, *_) = ActionGraph().add(op, params, *refs)
+    return made.origin.action  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("op", "params", "specs"), OPS, ids=IDENTIFIERS)
+def test_everything_that_makes_the_bytes_is_in_the_key(
+    op: Op, params: dict[str, Any], specs: tuple[TensorSpec, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another value of any parameter, other bytes, another version: another key."""
+    digests = [str(index) * 64 for index in range(len(specs))]
+    made = _action(op, params, specs)
+    found = {made.key(digests)}
+    for name in params:
+        changed = {**params, name: OTHER_VALUES[name]}
+        inputs = (*specs, WEIGHT) if name == "names" else specs
+        found.add(_action(op, changed, inputs).key([*digests, "e" * 64][: len(inputs)]))
+    for index in range(len(specs)):
+        found.add(made.key([*digests[:index], "f" * 64, *digests[index + 1 :]]))
+    monkeypatch.setattr("carnice_build.keys.library_version", lambda name: "another")
+    found.add(made.key(digests))
+    monkeypatch.setattr(type(op), "version", op.version + 1)
+    found.add(made.key(digests))
+
+    assert len(found) == 3 + len(params) + len(specs)
+
+
+def test_no_key_of_a_search_holds_the_observer(small: Project) -> None:
+    """The searches of both recipes are the same actions, and none knows the word."""
+    searches = []
+    for variant in (MSE, MINMAX):
+        graph = plan_variants([variant], small.options(overrides=QUICK)).graph
+        searches.append([item for item in graph if isinstance(item.op, Smooth)])
+    first, second = searches
+
+    assert 2 == len(first)
+    assert [item.identity for item in first] == [item.identity for item in second]
+    assert "observer" not in json.dumps([dict(item.params) for item in first])
