@@ -36,6 +36,12 @@ class TensorData:
     array: np.ndarray[Any, Any]
 
 
+def require_finite(bad_index: int) -> None:
+    """Raise NonFiniteValue for what a kernel returns: -1, or the index of NaN or infinity."""
+    if bad_index >= 0:
+        raise NonFiniteValue(bad_index)
+
+
 class BadInput(Exception):
     """An op cannot work on what its input number `operand` holds."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any
 
 from carnice_build.architectures.base import Part
@@ -18,15 +17,15 @@ def render_card(template: str, variant: Variant, *, library: str, tags: Sequence
     import yaml
 
     environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("carnice_build.package"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,
     )
-    text = files("carnice_build.package").joinpath("templates", template).read_text("utf-8")
     front = yaml.safe_dump(_metadata(variant, library, tags), sort_keys=False, allow_unicode=True)
-    body = environment.from_string(text).render(_facts(variant))
+    body = environment.get_template(template).render(_facts(variant))
     return f"---\n{front}---\n\n{body}".encode()
 
 

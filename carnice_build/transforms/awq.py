@@ -15,7 +15,7 @@ from typing import Any
 from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import PlanError
-from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, ProcessOp, TensorData, TensorRef
+from carnice_build.graph import ArrayOp, BadInput, ProcessOp, TensorData, TensorRef, require_finite
 from carnice_build.transforms.calibration import Calibration, layer_memory, samples
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -101,7 +101,9 @@ class SmoothNorm(ArrayOp):
 
         weight = inputs[0]
         scales = inputs[1].array if len(inputs) > 1 else None
-        _check(smooth_gain(weight.array, weight.dtype, scales, params["exact"], outputs[0].array))
+        require_finite(
+            smooth_gain(weight.array, weight.dtype, scales, params["exact"], outputs[0].array)
+        )
 
 
 class GroupQuantize(ArrayOp):
@@ -153,9 +155,11 @@ class GroupQuantize(ArrayOp):
         packed, scales, packed_zeros, shape = (output.array for output in outputs)
         zeros = np.empty(scales.shape, np.int8)
         observe = {"mse": compressed.mse_qparams, "memoryless_minmax": compressed.minmax_qparams}
-        _check(observe[params["observer"]](weight.array, dtype, group, scales, zeros))
+        require_finite(observe[params["observer"]](weight.array, dtype, group, scales, zeros))
         try:
-            _check(compressed.quantize_affine(weight.array, dtype, group, scales, zeros, packed))
+            require_finite(
+                compressed.quantize_affine(weight.array, dtype, group, scales, zeros, packed)
+            )
         except ValueError as error:
             raise BadInput(0, f"cannot be quantized: {error}") from None
         compressed.pack_zero_points(zeros, packed_zeros)
@@ -196,14 +200,9 @@ def _smoothed(params: Mapping[str, Any], inputs: Sequence[TensorData]) -> Tensor
     for wanted, change in ((params["columns"], multiply_columns), (params["rows"], divide_rows)):
         if wanted:
             out = np.empty_like(weight.array)
-            _check(change(weight.array, weight.dtype, next(scales).array, out))
+            require_finite(change(weight.array, weight.dtype, next(scales).array, out))
             weight = TensorData(weight.dtype, out)
     return weight
-
-
-def _check(bad_index: int) -> None:
-    if bad_index >= 0:
-        raise NonFiniteValue(bad_index)
 
 
 class Smoothing:

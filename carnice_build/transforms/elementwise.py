@@ -7,7 +7,7 @@ from typing import Any
 
 from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.graph import ArrayOp, NonFiniteValue, TensorData
+from carnice_build.graph import ArrayOp, TensorData, require_finite
 
 
 class Elementwise(ArrayOp):
@@ -49,11 +49,8 @@ class Elementwise(ArrayOp):
             source = TensorData(source.dtype, finite)
         if params["add"] is not None:
             summed = np.empty_like(source.array)
-            _check(elementwise.add_scalar(source.array, source.dtype, params["add"], summed))
+            require_finite(
+                elementwise.add_scalar(source.array, source.dtype, params["add"], summed)
+            )
             source = TensorData(source.dtype, summed)
-        _check(elementwise.cast(source.array, source.dtype, out.dtype, out.array))
-
-
-def _check(bad_index: int) -> None:
-    if bad_index >= 0:
-        raise NonFiniteValue(bad_index)
+        require_finite(elementwise.cast(source.array, source.dtype, out.dtype, out.array))

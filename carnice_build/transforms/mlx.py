@@ -19,13 +19,13 @@ from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import PlanError
 from carnice_build.graph import (
     ArrayOp,
-    NonFiniteValue,
     Op,
     OutputTensor,
     ProcessOp,
     TensorData,
     TensorRef,
     View,
+    require_finite,
 )
 from carnice_build.package.base import Packager
 from carnice_build.package.mlx import MlxPackager
@@ -67,7 +67,7 @@ class AffineQuantize(ArrayOp):
 
         weight = _prepare(params, inputs[0])
         arrays = [output.array for output in outputs]
-        _check(
+        require_finite(
             quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
         )
 
@@ -103,7 +103,7 @@ class ReferenceAffineQuantize(ProcessOp):
         from carnice_build.kernels.elementwise import non_finite_index
 
         weight = _prepare(params, TensorData(inputs[0].spec.dtype, inputs[0].read()))
-        _check(non_finite_index(weight, params["dtype"]))
+        require_finite(non_finite_index(weight, params["dtype"]))
         arrays = [np.empty(out.spec.shape, NUMPY_NAME[out.spec.dtype]) for out in outputs]
         quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
         for output, array in zip(outputs, arrays, strict=True):
@@ -136,13 +136,8 @@ def _prepare(params: Mapping[str, Any], data: TensorData) -> Any:
     if data.dtype == params["dtype"]:
         return array
     out = np.empty(array.shape, NUMPY_NAME[params["dtype"]])
-    _check(elementwise.cast(array, data.dtype, params["dtype"], out))
+    require_finite(elementwise.cast(array, data.dtype, params["dtype"], out))
     return out
-
-
-def _check(bad_index: int) -> None:
-    if bad_index >= 0:
-        raise NonFiniteValue(bad_index)
 
 
 class MlxRule(Rule):
