@@ -17,6 +17,8 @@ from carnice_build.store.history import Facts
 UNREAD = "not read yet"
 UNMADE = "not made yet"
 
+_MOST_SHOWN = 80
+
 
 class FactsSink:
     """Collects the fields of a key instead of digesting them."""
@@ -92,9 +94,16 @@ def _cause(now: Facts, before: Facts | None, known: bool) -> tuple[str | None, s
         if name.startswith("input "):
             return _input_cause(name, old, new), None
         kind, _, parameter = name.partition(" ")
-        shown = f"{parameter or name} {old or 'unset'} -> {new or 'unset'}"
+        shown = f"{parameter or name} {_short(old)} -> {_short(new)}"
         return shown, parameter if kind == "parameter" else None
     return None, None
+
+
+def _short(value: str | None) -> str:
+    """A value as a line can hold it; a chat template, say, cannot be shown whole."""
+    if value is None:
+        return "unset"
+    return value if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]}..."
 
 
 def _input_cause(name: str, old: str | None, new: str | None) -> str | None:

@@ -85,7 +85,7 @@ class SourceSpec(Strict):
 
 
 ByProfile = int | dict[str, int]
-"""A number, or one for each profile."""
+"""A number, or one for each profile and a `default` for all others."""
 
 DATASET_FILES = (".jsonl", ".parquet", ".txt")
 

@@ -251,11 +251,14 @@ class Calibration:
 
     def _count(self, name: str, count: ByProfile, least: int) -> int:
         profile = self._context.profile
-        found = count if isinstance(count, int) else count.get(profile or "")
+        table = {"default": count} if isinstance(count, int) else count
+        found = table.get(profile or "default", table.get("default"))
         if found is None:
             raise PlanError(
                 f"calibration.{name} says nothing for this checkpoint",
-                expected=f"an entry for profile {profile}" if profile else "one number",
+                expected=f"an entry for profile {profile}, or `default`"
+                if profile
+                else "`default`",
             )
         if found < least:
             raise PlanError(f"calibration.{name} is {found}", expected=f"at least {least}")
