@@ -50,7 +50,7 @@ def test_fresh_builds_pass_every_check(options: Options) -> None:
     report = verify_variants([NEAREST], options, VerifySettings(samples=1, lengths=(64,)))
 
     (result,) = report.variants
-    assert [Outcome.PASSED] * 7 == [check.outcome for check in result.checks], result
+    assert [Outcome.PASSED] * 8 == [check.outcome for check in result.checks], result
     assert ["BF16", NEAREST] == [row.name for row in report.perplexities]
     found = {check.name: check for check in result.checks}
     assert 50 == len(found["round trip"].details["modules"])

@@ -90,6 +90,7 @@ def test_a_fresh_build_passes_every_check(built: Built) -> None:
         "generate": Outcome.PASSED,
         "perplexity": Outcome.PASSED,
         "mtp": Outcome.PASSED,
+        "fidelity": Outcome.PASSED,
     } == {check.name: check.outcome for check in result.checks}, result
     json.dumps(verify_json(built.report), allow_nan=False)
 

@@ -18,7 +18,7 @@ from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BackendError, CarniceError
 from carnice_build.graph import Action, BadInput, NonFiniteValue, ProcessOp
 
-_PAUSE = 1.0
+_PAUSE = 3.0
 
 
 class Workers:

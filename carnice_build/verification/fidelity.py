@@ -27,8 +27,8 @@ from carnice_build.verification.copying import (
 from carnice_build.verification.result import Check, judged
 
 NAME = "fidelity"
-ANSWERED = 48
-READ = 480
+ANSWERED = 24
+READ = 240
 _MORE_TOKENS = 16
 """How far an answer may go beyond the length of the right one."""
 

@@ -10,13 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carnice_build.kernels.smoothing import (
-    Mapping,
-    divide_rows,
-    mappings_of_layer,
-    multiply_columns,
-    smooth_gain,
-)
+from carnice_build.architectures.smoothing import SmoothingMapping, mappings_of_layer
+from carnice_build.kernels.smoothing import divide_rows, multiply_columns, smooth_gain
 
 Array = np.ndarray[Any, Any]
 
@@ -163,7 +158,8 @@ def test_scales_must_fit() -> None:
 
 def test_a_mapping_needs_all_its_modules_and_one_that_is_quantized() -> None:
     """Mappings of another kind of layer, and those that nothing would gain by, are left out."""
-    attention, mlp = Mapping("norm1", ("q", "k")), Mapping("norm2", ("up",))
+    attention = SmoothingMapping("norm1", ("q", "k"))
+    mlp = SmoothingMapping("norm2", ("up",))
     modules = ["norm1", "q", "norm2", "up"]
 
     assert [mlp] == list(mappings_of_layer([attention, mlp], modules, ["q", "up"]))
