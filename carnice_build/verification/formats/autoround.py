@@ -6,7 +6,8 @@ A group of weights has one scale s, and w becomes s times a code of -8..7.
   off by 2^-11 of itself, and never below 1e-5.  Codes are one step apart, so w is off by half of
   one; but on the side away from m they end at 7, and what lies beyond is cut.
 - Tuning chooses one of the two codes beside w, and cuts the range as far as it pays: s is what is
-  stored, up to the above.  A weight is off by a step, and a few outside the range by more.
+  stored, up to the above.  A weight is off by a step, and one outside the range by what it lies
+  beyond; more than half of the range is not cut.
 - Merging moves the code that tuning chose for the base by what the fine-tune changed, rounded to
   half a step, on the base's own grid; a weight that the fine-tune moved beyond it is cut.
 """
@@ -33,8 +34,11 @@ _SMALLEST_SCALE = 1e-5
 _REACH = {"nearest": 0.5, "tune": 1.1, "merge": 1.6}
 """Steps that a weight within the range may be off; scales in F16 move learned codes a little."""
 
+_MOST_CUT = 4
+"""Steps of a range that learning may cut: half of them."""
+
 _CUT = {"nearest": 0.0, "tune": 1e-3, "merge": 1e-3}
-"""The share of weights that learned ranges may cut."""
+"""The share of weights that may be further off where codes were learned."""
 
 
 class AutoRoundChecks(TorchChecks):
@@ -121,12 +125,14 @@ class Int4Values:
         if self._method == "nearest":
             return nearest_allowance(groups).reshape(source.shape)
         scales = self._scales[:, start : start + len(source)].T.astype(np.float32)[..., None]
+        ends = np.sort(np.concatenate([-8 * scales, 7 * scales], axis=-1))
+        beyond = np.maximum(np.maximum(groups - ends[..., 1:], ends[..., :1] - groups), 0)
         if self._method == "tune":
-            allowed = _REACH["tune"] * np.minimum(np.abs(scales), _steps(groups)[1])
+            most = _steps(groups)[1]
+            step = np.minimum(np.abs(scales), most)
+            allowed = _REACH["tune"] * step + np.minimum(beyond, _MOST_CUT * most)
         else:
-            ends = np.sort(np.concatenate([-8 * scales, 7 * scales], axis=-1))
-            beyond = np.maximum(groups - ends[..., 1:], ends[..., :1] - groups)
-            allowed = _REACH["merge"] * np.abs(scales) + np.maximum(beyond, 0)
+            allowed = _REACH["merge"] * np.abs(scales) + beyond
         whole = np.broadcast_to(allowed, groups.shape).reshape(source.shape)
         return np.ascontiguousarray(whole, np.float32)
 
