@@ -18,7 +18,7 @@ from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BackendError, CarniceError
 from carnice_build.graph import Action, BadInput, NonFiniteValue, ProcessOp
 
-_PAUSE = 3.0
+_PAUSE = 1.0
 
 
 class Workers:
@@ -91,7 +91,9 @@ def _connect(steps: SimpleQueue[int | None]) -> None:
     # Threads that spin while they wait for each other take ten times as long on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Ctrl-C reaches workers, too: they go without a word, which is for the main process to say.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A build in the background, which ignores it, has workers that do.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
