@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from calibrating import BASE, DEMO, FINE_TUNE, QUICK, build
 from conftest import Finished, Project
-from tiny import contents, read_all_tensors
+from tiny import Tensor, contents, read_all_tensors, read_safetensors, write_safetensors
 
 from carnice_build.commands.build import build_variants
 
@@ -114,6 +114,36 @@ def test_the_base_shares_what_the_fine_tune_left_equal(calibrated: Project, ran:
     assert 3 == len(set(ours.values()) & set(theirs.values()))
     assert not [op for op in made if op.startswith("mlx")]
     assert mlx == contents(calibrated.out / "mlx-4bit")
+
+
+def _own_checkpoint(project: Project) -> Path:
+    """The fine-tune as files of the test's own, which it may change."""
+    source = project.checkpoint.resolve()
+    (project.root / "demo").unlink()
+    shutil.copytree(source.parent, project.root / "demo")
+    return project.checkpoint / "model.safetensors"
+
+
+def test_other_files_of_the_same_content_calibrate_nothing_again(
+    calibrated: Project, ran: Ran
+) -> None:
+    """They are read once more; that hidden states are gone matters to nobody."""
+    _own_checkpoint(calibrated)
+
+    assert Counter() == ran(calibrated, FINE_TUNE)
+
+
+def test_a_changed_layer_redoes_the_layers_from_it_on(calibrated: Project, ran: Ran) -> None:
+    """The hidden states before it are made again for that layer alone, its statistics are not."""
+    path = _own_checkpoint(calibrated)
+    tensors = read_safetensors(path)
+    (name,) = (name for name in tensors if name.endswith("layers.2.mlp.gate_proj.weight"))
+    weight = tensors[name]
+    zeros = Tensor(weight.dtype, weight.shape, bytes(len(weight.data)))
+    write_safetensors(path, {**tensors, name: zeros})
+    made = ran(calibrated, FINE_TUNE)
+
+    assert {QUANTIZE: 1, FORWARD: 2} == {op: made[op] for op in (QUANTIZE, FORWARD)}
 
 
 def test_the_mtp_head_is_the_bases_byte_for_byte(calibrated: Project) -> None:
