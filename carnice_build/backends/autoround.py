@@ -130,11 +130,11 @@ def tune_layer(
     model = LayerwiseModel(text_config, arithmetic)
     inputs = [sample.to(arithmetic.torch_dtype) for sample in inputs]
     effective = inputs if quantized_inputs is None else list(quantized_inputs)
-    outputs = _outputs(model, model.layer(kind, tensors), inputs, settings)
+    outputs = run_in_batches(model, model.layer(kind, tensors), inputs, settings)
 
     layer = _quantizable_layer(model, kind, tensors, settings)
     _round_to_nearest(layer, model, settings)
-    nearest_outputs = _outputs(model, layer, effective, settings)
+    nearest_outputs = run_in_batches(model, layer, effective, settings)
     nearest_loss = _mean_squared_error(nearest_outputs, outputs)
     if not math.isfinite(nearest_loss):
         # The library would find no best iteration and return what it began with.
@@ -190,7 +190,7 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 @torch.no_grad()
-def _outputs(
+def run_in_batches(
     model: LayerwiseModel, layer: nn.Module, inputs: Sequence[Tensor], settings: AutoRoundSettings
 ) -> list[Tensor]:
     """The layer's outputs in the batches and with the arithmetic in which the library tunes."""

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 
+from carnice_build.backends.layer_files import HiddenStates, layer_name, layer_tensors
 from carnice_build.backends.layers import (
     Arithmetic,
     LayerwiseModel,
     NonFiniteInput,
     as_data,
-    as_tensor,
     input_amax,
 )
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BackendError, CheckpointError
-from carnice_build.graph import TensorData
 
 
 def run_layer(
@@ -36,12 +35,11 @@ def run_layer(
     """
     model, layer = _load(params, weights)
     with input_amax(layer) as amax:
-        for index, tokens in enumerate(samples):
-            data = TensorData(hidden.spec.dtype, hidden.read_row(index)[: len(tokens)])
+        for index, state in enumerate(HiddenStates(hidden, samples)):
             try:
-                result = model.run(layer, model.embed(as_tensor(data)))
+                result = model.run(layer, model.place(state))
             except NonFiniteInput as error:
-                name = _layer_name(params, weights) + error.linear
+                name = layer_name(params, weights) + error.linear
                 raise CheckpointError(
                     f"{name} was given NaN or infinity by sample {index + 1}",
                     expected="finite activations",
@@ -61,10 +59,7 @@ def _load(
         raise BackendError(
             f"torch cannot use calibration.device {device}: {error}", expected="such as cpu or cuda"
         ) from None
-    tensors = {
-        name: as_tensor(TensorData(file.spec.dtype, file.read()))
-        for name, file in zip(params["names"], weights, strict=True)
-    }
+    tensors = layer_tensors(params, weights)
     arithmetic = Arithmetic(params["dtype"], params["attention"], params["threads"], device)
     try:
         model = LayerwiseModel(params["config"], arithmetic)
@@ -72,9 +67,5 @@ def _load(
     except Exception as error:  # transformers raises KeyError and the like for what it cannot use
         raise CheckpointError(
             f"transformers makes no layer of it: {type(error).__name__}: {error}",
-            where=f"{_layer_name(params, weights)[:-1]}: config.json",
+            where=f"{layer_name(params, weights)[:-1]}: config.json",
         ) from None
-
-
-def _layer_name(params: Mapping[str, Any], weights: Sequence[TensorFile]) -> str:
-    return weights[0].name.removesuffix(params["names"][0])

@@ -11,9 +11,9 @@ from torch import Tensor
 from carnice_build.architectures.smoothing import SmoothingMapping
 from carnice_build.backends.awq import AwqSettings, smooth_layer
 from carnice_build.backends.compressed import WeightScheme
-from carnice_build.backends.layers import Arithmetic, LayerwiseModel, as_data, as_tensor
+from carnice_build.backends.layer_files import HiddenStates, layer_tensors
+from carnice_build.backends.layers import Arithmetic, LayerwiseModel, as_data
 from carnice_build.checkpoint.tensor_file import TensorFile
-from carnice_build.graph import TensorData
 
 
 def smooth(
@@ -28,10 +28,6 @@ def smooth(
     arithmetic = Arithmetic(
         params["dtype"], params["attention"], params["threads"], params["device"]
     )
-    tensors = {
-        name: as_tensor(TensorData(file.spec.dtype, file.read()))
-        for name, file in zip(params["names"], weights, strict=True)
-    }
     settings = AwqSettings(
         scheme=WeightScheme(**params["scheme"]),
         mappings=tuple(
@@ -49,29 +45,12 @@ def smooth(
     scales = smooth_layer(
         LayerwiseModel(params["config"], arithmetic),
         params["kind"],
-        tensors,
+        layer_tensors(params, weights),
         params["quantized"],
-        _States(hidden, [len(tokens) for tokens in samples]),
+        HiddenStates(hidden, samples),
         settings,
         put_output,
         Path(outputs[0].path).parent,
     )
     for (name, _), file in zip(params["mappings"], outputs[1:], strict=True):
         file.write(as_data(scales[name]).array)
-
-
-class _States(Sequence[Tensor]):
-    """Hidden states that are read from their file when they are asked for."""
-
-    def __init__(self, file: TensorFile, lengths: Sequence[int]) -> None:
-        self._file = file
-        self._lengths = lengths
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __getitem__(self, index: Any) -> Any:
-        if index >= len(self._lengths):
-            raise IndexError
-        rows = self._file.read_row(index)[: self._lengths[index]]
-        return as_tensor(TensorData(self._file.spec.dtype, rows)).unsqueeze(0)

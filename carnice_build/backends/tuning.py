@@ -9,13 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from carnice_build.backends.autoround import AutoRoundSettings, QuantizedLinear, tune_layer
-from carnice_build.backends.autoround import _outputs as run_in_batches
-from carnice_build.backends.layers import Arithmetic, LayerwiseModel, as_data, as_tensor
+from carnice_build.backends.autoround import (
+    AutoRoundSettings,
+    QuantizedLinear,
+    run_in_batches,
+    tune_layer,
+)
+from carnice_build.backends.layer_files import HiddenStates, layer_name, layer_tensors
+from carnice_build.backends.layers import Arithmetic, LayerwiseModel, as_data
 from carnice_build.checkpoint.dtypes import NUMPY_NAME
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import CheckpointError
-from carnice_build.graph import TensorData
 from carnice_build.kernels.autoround import dequantize_rows, pack
 
 
@@ -28,8 +32,8 @@ def tune(
     report: Callable[[], None],
 ) -> None:
     """Tune a layer; see `transforms.tune.Tune` for the parameters and the order of the files."""
-    tensors = _tensors(params, weights)
-    inputs, quantized = (_read(file, samples) for file in hidden)
+    tensors = layer_tensors(params, weights)
+    inputs, quantized = (list(HiddenStates(file, samples)) for file in hidden)
     settings = AutoRoundSettings(**params["settings"])
     try:
         tuned = tune_layer(
@@ -42,8 +46,7 @@ def tune(
             params["threads"],
         )
     except ValueError as error:
-        layer_name = weights[0].name.removesuffix(params["names"][0])
-        raise CheckpointError(f"{layer_name}: {error}") from None
+        raise CheckpointError(f"{layer_name(params, weights)}: {error}") from None
     outputs[0].write(np.array([tuned.nearest_loss, tuned.loss], np.float32))
     for index, name in enumerate(params["linears"]):
         _write_packed(tuned.linears[name], outputs[1 + 3 * index : 4 + 3 * index])
@@ -63,34 +66,17 @@ def advance(
     settings = AutoRoundSettings(amp=params["amp"], batch_size=params["batch_size"])
     dtype: Literal["bfloat16", "float32"] = "bfloat16" if settings.amp else "float32"
     model = LayerwiseModel(params["config"], Arithmetic(dtype, "sdpa", params["threads"]))
-    given = _tensors(params, weights)
+    given = layer_tensors(params, weights)
     quantized = {
         f"{name}.weight": _dequantized(packed[3 * index : 3 * index + 3])
         for index, name in enumerate(params["linears"])
     }
     for source, target, changed in zip(hidden, outputs, ({}, quantized), strict=True):
         layer = model.layer(params["kind"], given | changed)
-        for index, state in enumerate(
-            run_in_batches(model, layer, _read(source, samples), settings)
-        ):
+        states = list(HiddenStates(source, samples))
+        for index, state in enumerate(run_in_batches(model, layer, states, settings)):
             target.write_row(index, as_data(state[0]).array)
         report()
-
-
-def _tensors(params: Mapping[str, Any], weights: Sequence[TensorFile]) -> dict[str, Tensor]:
-    """A layer's tensors by their names in it."""
-    return {
-        name: as_tensor(TensorData(file.spec.dtype, file.read()))
-        for name, file in zip(params["names"], weights, strict=True)
-    }
-
-
-def _read(file: TensorFile, samples: Sequence[Any]) -> list[Tensor]:
-    """Hidden states [1, length, hidden] of each sample."""
-    return [
-        as_tensor(TensorData(file.spec.dtype, file.read_row(index)[: len(tokens)])).unsqueeze(0)
-        for index, tokens in enumerate(samples)
-    ]
 
 
 def _dequantized(files: Sequence[TensorFile]) -> Tensor:

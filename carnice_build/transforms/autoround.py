@@ -46,9 +46,6 @@ GroupSize = Literal[32, 64, 128]
 _KEPT = ["*.linear_attn.in_proj_a.weight", "*.linear_attn.in_proj_b.weight"]
 _PLAIN = {"bfloat16": "BF16", "float16": "F16"}
 
-Parts = Mapping[str, Sequence[TensorRef]]
-"""qweight, qzeros and scales of modules, by their paths."""
-
 
 class TuneSpec(Strict):
     """How auto-round learns; names and defaults are the library's."""

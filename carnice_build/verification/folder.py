@@ -48,18 +48,19 @@ class ModelFolder:
         if isinstance(table, dict):
             own = table.get(module)
             return own if isinstance(own, dict) else table
-        stated = _section(self.config, "quantization_config")
-        groups = _section(stated, "config_groups")
+        stated = section(self.config, "quantization_config")
+        groups = section(stated, "config_groups")
         if not groups:
-            return {**stated, **_section(_section(stated, "extra_config"), module)}
+            return {**stated, **section(section(stated, "extra_config"), module)}
         if len(groups) > 1:
             return {}
-        weights = _section(_section(groups, next(iter(groups))), "weights")
+        weights = section(section(groups, next(iter(groups))), "weights")
         return {**weights, "bits": weights.get("num_bits")}
 
 
-def _section(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = table.get(key)
+def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The section `key` of a config, empty when there is none."""
+    value = config.get(key)
     return value if isinstance(value, dict) else {}
 
 

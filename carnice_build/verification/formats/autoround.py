@@ -23,9 +23,9 @@ from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.kernels import autoround
 from carnice_build.transforms.autoround import AutoRoundFormat
 from carnice_build.transforms.int4 import PARTS
-from carnice_build.verification.folder import ModelFolder
+from carnice_build.verification.folder import ModelFolder, section
 from carnice_build.verification.formats.base import Settings, Tensors, TorchChecks
-from carnice_build.verification.formats.config import section, statements
+from carnice_build.verification.formats.config import statements
 from carnice_build.verification.formats.ignore import ignore_problems
 from carnice_build.verification.values import Floats, Incomparable, matrix, read_rows
 

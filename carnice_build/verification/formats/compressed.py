@@ -25,9 +25,9 @@ from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.graph import ActionOutput, OutputTensor, TensorData
 from carnice_build.kernels import compressed, elementwise
 from carnice_build.transforms.compressed import CompressedFormat
-from carnice_build.verification.folder import ModelFolder
+from carnice_build.verification.folder import ModelFolder, section
 from carnice_build.verification.formats.base import Settings, Tensors, TorchChecks
-from carnice_build.verification.formats.config import names, section, statements
+from carnice_build.verification.formats.config import names, statements
 from carnice_build.verification.formats.ignore import ignore_problems
 from carnice_build.verification.values import Floats, Incomparable, as_float32, matrix, read_rows
 

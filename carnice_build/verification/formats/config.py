@@ -6,12 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The section `key`, empty when there is none."""
-    value = config.get(key)
-    return value if isinstance(value, dict) else {}
-
-
 def names(value: object) -> list[str]:
     """A list of names, empty when it is something else."""
     return [str(item) for item in value] if isinstance(value, list) else []

@@ -24,9 +24,9 @@ from carnice_build.architectures.base import Architecture, Role
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.kernels import nvfp4
 from carnice_build.transforms.nvfp4 import BLOCK, Nvfp4Format
-from carnice_build.verification.folder import ModelFolder, read_object
+from carnice_build.verification.folder import ModelFolder, read_object, section
 from carnice_build.verification.formats.base import Rounding, Settings, Tensors, TorchChecks
-from carnice_build.verification.formats.config import names, section, statements
+from carnice_build.verification.formats.config import names, statements
 from carnice_build.verification.formats.ignore import ignore_problems
 from carnice_build.verification.values import Floats, Incomparable, matrix, read_rows
 
