@@ -57,7 +57,7 @@ class Store:
         except OSError as error:
             raise StoreError(f"cannot use the cache: {error.strerror}", where=str(root)) from None
         self.records = Records(root / "records")
-        self._pack_states: dict[str, PackRecord | None] = {}
+        self._pack_states: dict[str, PackRecord] = {}
         self._pack_offsets: dict[str, dict[str, int]] = {}
         self.damaged: list[str] = []
 
@@ -102,9 +102,13 @@ class Store:
         A pack whose size or time changed is damaged: it is named in `damaged` and taken out, so
         that what it held is made again.
         """
-        if pack not in self._pack_states:
-            self._pack_states[pack] = self._check_pack(pack)
-        return self._pack_states[pack]
+        known = self._pack_states.get(pack)
+        if known is None:
+            # A pack that is not there may be on its way there: another thread is finishing it.
+            known = self._check_pack(pack)
+            if known is not None:
+                self._pack_states[pack] = known
+        return known
 
     def _check_pack(self, pack: str) -> PackRecord | None:
         path = self.pack_path(pack)
