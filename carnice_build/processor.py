@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
-_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16", "asimd")
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve2", "sve", "bf16", "asimd")
 """From the widest down, as Linux names them; torch picks its kernels by these."""
+
+_MODEL = {"darwin": "machdep.cpu.brand_string"}
+"""What `sysctl` calls the processor's model; `hw.model` on a system that is not here."""
 
 
 @cache
@@ -16,11 +21,28 @@ def vector_instructions() -> str:
 
     The same matrix product in torch differs in its last bits between them, so what libraries
     compute on one kind of processor must not pass for the result of another.
+    A system that does not list instructions names the processor in their place, such as
+    `arm64 Apple M2`: its matrix units, which torch uses there, differ from one to the next.
     """
+    kind = _widest() if sys.platform == "linux" else _model()
+    return f"{platform.machine()} {kind}".strip()
+
+
+def _widest() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
-    widest = next((name for name in _INSTRUCTIONS if name in flags), "")
-    return f"{platform.machine()} {widest}".strip()
+    return next((name for name in _INSTRUCTIONS if name in flags), "")
+
+
+def _model() -> str:
+    name = _MODEL.get(sys.platform, "hw.model")
+    try:
+        answer = subprocess.run(
+            ["sysctl", "-n", name], capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.stdout.strip()
