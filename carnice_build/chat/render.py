@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,6 +18,11 @@ from carnice_build.errors import CheckpointError
 
 MAX_TEMPLATE = 2**18
 MAX_RENDERED = 10**6
+MAX_MEMORY = 512 * 2**20
+_LIMITED = sys.platform != "darwin" and hasattr(resource, "RLIMIT_AS")
+"""True where the system itself keeps a process from taking more: macOS takes note and no more."""
+
+_LOOK = 0.02
 _PATIENCE = 60
 """Seconds more than the processor time at which the child is stopped: a busy machine's share."""
 
@@ -62,6 +70,7 @@ def render(template: str, chats: Sequence[Chat], where: str) -> list[str]:
         "conversations": [chat.variables() for chat in chats],
         "most": MAX_RENDERED,
         "seconds": 2 + len(chats) // 8,
+        "memory": MAX_MEMORY if _LIMITED else None,
     }
     try:
         text = json.dumps(request)
@@ -80,24 +89,34 @@ def render(template: str, chats: Sequence[Chat], where: str) -> list[str]:
 def _ask(request: str, seconds: int, where: str) -> dict[str, Any]:
     # -P keeps this folder out of the child's path, where its modules could pass for others.
     command = [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))]
-    try:
-        done = subprocess.run(
-            command,
-            input=request.encode(),
-            capture_output=True,
-            timeout=seconds + _PATIENCE,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise CheckpointError("takes too long to render", where=where) from None
-    if done.returncode < 0:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as child:
+        if not _LIMITED:
+            threading.Thread(target=_watch, args=(child,), daemon=True).start()
+        try:
+            out, err = child.communicate(request.encode(), timeout=seconds + _PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            raise CheckpointError("takes too long to render", where=where) from None
+    if child.returncode < 0:
         raise CheckpointError(
             "takes too long or too much memory to render",
             where=where,
-            expected=f"at most {seconds} s and 512 MB",
+            expected=f"at most {seconds} s and {MAX_MEMORY // 2**20} MB",
         )
-    if done.returncode:
-        last = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    if child.returncode:
+        last = err.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise CheckpointError(f"cannot be rendered: {last}", where=where)
-    answer: dict[str, Any] = json.loads(done.stdout)
+    answer: dict[str, Any] = json.loads(out)
     return answer
+
+
+def _watch(child: subprocess.Popen[bytes]) -> None:
+    """End a child that takes more than `MAX_MEMORY`."""
+    while child.poll() is None:
+        answer = subprocess.run(
+            ["ps", "-o", "rss=", "-p", str(child.pid)], capture_output=True, check=False
+        )
+        if int(answer.stdout.strip() or 0) * 1024 > MAX_MEMORY:
+            child.kill()
+        time.sleep(_LOOK)

@@ -1,8 +1,8 @@
 """The program that renders chat templates: a child process, because a template is a program.
 
 `render` runs this file by its path, so nothing of carnice-build is imported here.
-It reads one JSON object, `{"template", "conversations", "most", "seconds"}`, from standard input
-and writes `{"texts": [...]}` or `{"error": "..."}`.
+It reads one JSON object, `{"template", "conversations", "most", "seconds", "memory"}`, from
+standard input and writes `{"texts": [...]}` or `{"error": "..."}`.
 
 The environment is the one that `apply_chat_template` of transformers 5 sets up: immutable and
 sandboxed, blocks trimmed, JSON without escapes, `raise_exception`, `strftime_now`, loop controls
@@ -23,7 +23,6 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MEMORY = 512 * 2**20
 NOW = datetime(2026, 1, 1)
 
 
@@ -40,16 +39,21 @@ class Generation(Extension):
 
 
 def main() -> None:
-    """Answer one request, within its seconds of processor time and `MEMORY` bytes."""
+    """Answer one request, within its seconds of processor time and its bytes of memory.
+
+    Without `memory`, which a system that keeps no such limit is not asked for, the parent watches.
+    """
     request = json.load(sys.stdin)
-    _limit(resource.RLIMIT_AS, MEMORY)
+    memory = request.pop("memory")
+    if memory is not None:
+        _limit(resource.RLIMIT_AS, memory)
     _limit(resource.RLIMIT_CPU, request.pop("seconds"))
     _limit(resource.RLIMIT_FSIZE, 0)
     answer: dict[str, Any]
     try:
         answer = {"texts": _render(**request)}
     except MemoryError:
-        answer = {"error": f"takes more than {MEMORY // 2**20} MB"}
+        answer = {"error": f"takes more than {memory // 2**20} MB" if memory else "takes too much"}
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
     json.dump(answer, sys.stdout)
