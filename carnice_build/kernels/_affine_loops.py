@@ -43,8 +43,16 @@ def _inlined(function: Function) -> Function:
 
 
 def _kernel(function: Function) -> Function:
-    """Compile on first call, and keep the machine code on disk."""
-    return cast(Function, numba.njit(nogil=True, error_model="numpy", cache=True)(function))
+    """Compile on first call, and keep the machine code on disk.
+
+    Where numba may write neither beside this file nor in the home folder, every process compiles
+    for itself.
+    """
+    try:
+        compiled = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:
+        compiled = numba.njit(nogil=True, error_model="numpy")(function)
+    return cast(Function, compiled)
 
 
 @_inlined
