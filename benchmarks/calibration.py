@@ -35,6 +35,7 @@ from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.execute.events import Event, Stepped
 from carnice_build.graph import Action
+from carnice_build.system import peak_memory
 from carnice_build.transforms.calibration import Forward
 
 VARIANT = "qwen-nvfp4-text-mtp"
@@ -150,8 +151,11 @@ def _run(
 
 
 def _peak() -> int:
-    """Most RSS of this process; `getrusage` would count that of the parent before `exec`, too."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    """Most RSS of this process; Linux counts that of the parent before `exec` into `getrusage`."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return peak_memory()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.checkpoints import make_checkpoint
+from carnice_build.system import peak_bytes
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "benchmarks" / "work"
@@ -52,7 +53,7 @@ def run(command: Sequence[str]) -> Run:
     seconds = time.perf_counter() - start
     if code := os.waitstatus_to_exitcode(status):
         raise subprocess.CalledProcessError(code, command)
-    return Run(seconds, usage.ru_maxrss * 1024, output)
+    return Run(seconds, peak_bytes(usage), output)
 
 
 def carnice(command: str, variants: Sequence[str], source: Path, *more: str) -> Run:

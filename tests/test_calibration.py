@@ -249,6 +249,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are not in /proc")
 def test_a_killed_calibration_goes_on_where_it_was(
     calibrated: Project, reference: dict[str, bytes], ran: Ran
 ) -> None:

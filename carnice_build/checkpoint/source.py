@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from carnice_build.errors import CheckpointError
+from carnice_build.system import read_at
 
 Reader = Callable[[memoryview], None]
 """Fills a buffer with the bytes that follow those of the call before, or raises CheckpointError."""
@@ -65,8 +66,10 @@ class LocalFile:
         self._lock = threading.Lock()
         self.name = str(path)
         self.size = stat.st_size
+        # A name may be no UTF-8, which an identity, being digested, has to be.
+        place = str(path.resolve()).encode(errors="backslashreplace").decode()
         # The inode tells a replaced file from an edited one with a restored mtime.
-        self.identity = f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}"
+        self.identity = f"{place}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}"
 
     def __getstate__(self) -> tuple[Path, str, int, str]:
         return (self._path, self.name, self.size, self.identity)
@@ -97,21 +100,16 @@ class LocalFile:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` on; a short read or an I/O error is a CheckpointError."""
-        fd = self._descriptor()
-        done = 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(
-                    f"cannot read {len(buffer)} bytes at {offset}: {error.strerror}",
-                    where=self.name,
-                ) from None
-            if count == 0:
-                raise CheckpointError(
-                    f"ends at byte {offset + done}, inside a tensor", where=self.name
-                )
-            done += count
+        try:
+            count = read_at(self._descriptor(), buffer, offset)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {len(buffer)} bytes at {offset}: {error.strerror}", where=self.name
+            ) from None
+        if count < len(buffer):
+            raise CheckpointError(
+                f"ends at byte {offset + count}, inside a tensor", where=self.name
+            )
 
     @contextmanager
     def open_range(self, offset: int, count: int) -> Iterator[Reader]:

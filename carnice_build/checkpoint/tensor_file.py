@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.errors import StoreError
+from carnice_build.system import read_at, write_at
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,7 @@ class TensorFile:
         with Path(self.path).open("rb", buffering=0) as file:
             for row, index in zip(array, wanted, strict=True):
                 view = row.reshape(-1).view(np.uint8).data
-                if os.preadv(file.fileno(), [view], self.offset + index * len(view)) != len(view):
+                if read_at(file.fileno(), view, self.offset + index * len(view)) < len(view):
                     raise StoreError("ends inside a tensor", where=self.path)
         return array
 
@@ -54,12 +54,8 @@ class TensorFile:
         array = np.empty(shape, NUMPY_NAME[self.spec.dtype])
         with Path(self.path).open("rb", buffering=0) as file:
             view = array.reshape(-1).view(np.uint8).data
-            done = 0
-            while done < len(view):
-                count = os.preadv(file.fileno(), [view[done:]], self.offset + start + done)
-                if not count:
-                    raise StoreError("ends inside a tensor", where=self.path)
-                done += count
+            if read_at(file.fileno(), view, self.offset + start) < len(view):
+                raise StoreError("ends inside a tensor", where=self.path)
         return array
 
     def write(self, array: np.ndarray[Any, Any]) -> None:
@@ -75,6 +71,4 @@ class TensorFile:
 
         view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         with Path(self.path).open("r+b", buffering=0) as file:
-            done = 0
-            while done < len(view):
-                done += os.pwrite(file.fileno(), view[done:], self.offset + start + done)
+            write_at(file.fileno(), view, self.offset + start)

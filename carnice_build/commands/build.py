@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF
 
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import PlanError
-from carnice_build.execute.events import Listener, Packaged
+from carnice_build.execute.events import Listener, Notice, Packaged
 from carnice_build.keys import library_version
 from carnice_build.package.base import Shard, Variant, small_files
-from carnice_build.package.folder import assemble, check_place, is_current
+from carnice_build.package.folder import assemble, check_place, check_writable, is_current
 from carnice_build.planning.explain import variant_facts
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import Contents, survey
 from carnice_build.store.files import io_errors_named
 from carnice_build.store.history import BuildRecord, add_build, write_history
 from carnice_build.store.store import Store
+from carnice_build.system import peak_memory
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,14 @@ def build_variants(
         _check_buildable(variant)
         sources = [Path(source.checkpoint.where) for source in variant.sources.values()]
         check_place(options.out / variant.name, sources)
-    with Store(options.cache) as store, store.in_use():
+    with Store(options.cache) as store, store.in_use() as everywhere:
+        if not everywhere:
+            listen(
+                Notice(
+                    f"{store.root} is on a file system without locks: "
+                    "builds on other machines must not use it meanwhile"
+                )
+            )
         return _build(plan, options, store, listen, start)
 
 
@@ -94,6 +102,8 @@ def _build(
     made: dict[str, float] = {}
     read_bytes = written_bytes = 0
     if status.pending:
+        for variant in plan.variants:
+            check_writable(options.out / variant.name)
         # Numpy and networkx are needed from here on; a build with nothing to do never pays.
         from carnice_build.execute.executor import LocalExecutor
         from carnice_build.execute.session import execute
@@ -115,7 +125,7 @@ def _build(
         read_bytes=read_bytes,
         written_bytes=written_bytes,
         seconds=seconds,
-        peak_memory=_peak_memory(),
+        peak_memory=max(map(peak_memory, (RUSAGE_SELF, RUSAGE_CHILDREN))),
     )
 
 
@@ -132,6 +142,7 @@ def _package(
     folder = options.out / variant.name
     stale = not is_current(folder, described.key, shards)
     if stale:
+        check_writable(folder)
         facts = variant_facts(variant, Contents(store).digest)
         write_history(store.root, variant.name, facts)
         with io_errors_named(options.out):
@@ -235,10 +246,3 @@ def _serve_files(variant: VariantPlan) -> dict[str, bytes]:
     from carnice_build.serving.render import serve_all
 
     return serve_all(variant.recipe.package.serve, variant.serving)
-
-
-def _peak_memory() -> int:
-    return max(
-        resource.getrusage(who).ru_maxrss * 1024
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )

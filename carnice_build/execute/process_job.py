@@ -22,6 +22,7 @@ from carnice_build.execute.streaming import stream
 from carnice_build.execute.transients import own_link
 from carnice_build.execute.workbench import JobResult, Workbench
 from carnice_build.graph import ActionOutput, BadInput, NonFiniteValue, ProcessOp, TensorRef
+from carnice_build.store.files import hold_range
 from carnice_build.store.packs import Location, digest_range
 
 
@@ -74,7 +75,7 @@ class ProcessJob:
         if index in self._op.transient and self._job.keeps(self._action, index):
             own = own_link(self._bench.scratch, f"{self._action.identity}|{index}")
             own.unlink(missing_ok=True)
-            own.hardlink_to(path)
+            hold_range(path, 0, self._action.outputs[index].nbytes, own)
 
     def _learn(self, ref: TensorRef) -> str:
         """Digest of an input; a source that nobody has read yet is read for it."""
@@ -136,8 +137,8 @@ class ProcessJob:
         try:
             if place is not None:
                 # Another build may drop it meanwhile; a link of our own keeps the bytes.
-                own.hardlink_to(place.path)
-                return TensorFile(ref.spec, str(own), place.offset)
+                offset = hold_range(place.path, place.offset, ref.spec.nbytes, own)
+                return TensorFile(ref.spec, str(own), offset)
         except FileNotFoundError:
             pass
         self._make_again(source, own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any, cast
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BackendError, CarniceError
 from carnice_build.graph import Action, BadInput, NonFiniteValue, ProcessOp
+from carnice_build.system import peak_memory
 
 _PAUSE = 1.0
 
@@ -116,4 +116,4 @@ def _work(op: Any, params: Any, inputs: Any, outputs: Any) -> None:
 
 def _report() -> None:
     assert _steps is not None
-    _steps.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    _steps.put(peak_memory())

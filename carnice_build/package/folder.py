@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, is_plain_path
 from carnice_build.errors import StoreError
 from carnice_build.package.base import BUILD_NAME, Shard
-from carnice_build.store.files import link_or_copy, sync_folder, write_atomically
+from carnice_build.store.files import copied_time, link_or_copy, sync_folder, write_atomically
+from carnice_build.store.locks import locked
 
 
 def check_place(folder: Path, sources: Iterable[Path]) -> None:
     """Raise StoreError unless a build may be put at `folder`: a free place or an earlier build."""
-    for place in (folder.parent, folder):
-        if os.path.lexists(place) and not place.is_dir():
-            raise StoreError("is not a folder", where=str(place))
+    for place in (folder.parent, folder, _neighbour(folder, "new", "12345678")):
+        try:
+            place.lstat()
+            if not place.is_dir():
+                raise StoreError("is not a folder", where=str(place))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _refusal(error, folder) from None
     if any(source.resolve() == folder.resolve() for source in sources):
         raise StoreError("is a source of this build", where=str(folder), expected="another --out")
     if folder.exists() and not read_build(folder) and any(folder.iterdir()):
         raise StoreError(
             "holds files that are not a build", where=str(folder), expected="a free place, or --out"
         )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise StoreError when a build cannot be written at `folder`, before there is one to write."""
+    above = next(place for place in folder.parents if place.exists())
+    if not os.access(above, os.W_OK | os.X_OK):
+        read_only = os.statvfs(above).f_flag & os.ST_RDONLY
+        code = errno.EROFS if read_only else errno.EACCES
+        raise _refusal(OSError(code, os.strerror(code)), folder)
+
+
+def _refusal(error: OSError, folder: Path) -> StoreError:
+    return StoreError(f"cannot hold a build: {error.strerror}", where=str(folder))
+
+
+def _neighbour(folder: Path, kind: str, name: str) -> Path:
+    """What stands beside `folder` while it is put together: a `new` or an `old` one."""
+    return folder.parent / f".{folder.name}.{kind}-{name}"
 
 
 def is_current(folder: Path, key: str, shards: Sequence[Shard]) -> bool:
@@ -68,11 +92,11 @@ def _size(folder: Path, name: str) -> int | None:
 
 
 def _is_same(published: Path, pack: Path) -> bool:
-    """The same file, or, where the cache is on another file system, a copy not touched since."""
+    """The same file, or, where the file system could not link, a copy not touched since."""
     first, second = published.stat(), pack.stat()
-    if first.st_dev == second.st_dev:
-        return first.st_ino == second.st_ino or first.st_mtime_ns == second.st_mtime_ns
-    return first.st_size == second.st_size and first.st_mtime_ns == second.st_mtime_ns
+    if (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino):
+        return True
+    return first.st_size == second.st_size and first.st_mtime_ns == copied_time(pack)
 
 
 def read_build(folder: Path) -> dict[str, Any]:
@@ -82,6 +106,10 @@ def read_build(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+LOCK_NAME = ".carnice.lock"
+"""Beside output folders: builds put them together one at a time."""
 
 
 def assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) -> None:
@@ -95,13 +123,13 @@ def assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) 
         if not is_plain_path(name):
             raise StoreError(f"cannot hold a file {name!r}", where=str(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder.parent):
+    with locked(folder.parent / LOCK_NAME):
         _remove_leftovers(folder)
         _assemble(folder, shards, files)
 
 
 def _assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) -> None:
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.new-"))
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_neighbour(folder, "new", "").name))
     try:
         fresh.chmod(0o755)
         for shard in shards:
@@ -127,19 +155,8 @@ def _folders(names: Iterable[str]) -> list[str]:
     return sorted(parents - {"."})
 
 
-@contextmanager
-def _alone_in(parent: Path) -> Iterator[None]:
-    """Let one build at a time assemble folders in `parent`; a dead one holds no lock."""
-    descriptor = os.open(parent, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _swap(fresh: Path, folder: Path) -> None:
-    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    old = _neighbour(folder, "old", str(os.getpid()))
     if os.path.lexists(folder):
         folder.rename(old)
     fresh.rename(folder)
@@ -150,7 +167,7 @@ def _swap(fresh: Path, folder: Path) -> None:
 def _remove_leftovers(folder: Path) -> None:
     """What a build that was killed while it assembled this folder left beside it."""
     for kind in ("new", "old"):
-        for path in folder.parent.glob(f".{folder.name}.{kind}-*"):
+        for path in folder.parent.glob(f"{_neighbour(folder, kind, '').name}*"):
             _remove(path)
 
 

@@ -11,6 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from carnice_build.errors import BuildError, StoreError
+from carnice_build.system import (
+    UNSUPPORTED,
+    make_durable,
+    make_folder_durable,
+    read_at,
+    write_at,
+)
 
 
 @contextmanager
@@ -28,13 +35,13 @@ def io_errors_named(where: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path`: temporary file, fsync, rename."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
+            set_mode(file.fileno(), 0o644)
+            make_durable(file.fileno())
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -45,60 +52,100 @@ def sync_folder(path: Path) -> None:
     """Make renames and links inside `path` durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        make_folder_durable(descriptor)
     finally:
         os.close(descriptor)
 
 
-_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+def set_mode(descriptor: int, mode: int) -> None:
+    """Give a file its mode, where its file system has modes."""
+    try:
+        os.fchmod(descriptor, mode)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED | {errno.EPERM}:
+            raise
+
+
+_NO_LINK = UNSUPPORTED | {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK}
+_EVEN = 2_000_000_000
 
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link `target` to `source`; copy where the file system cannot link."""
+    if not _link(source, target):
+        shutil.copyfile(source, target)
+        time = copied_time(source)
+        os.utime(target, ns=(time, time))
+        with target.open("rb") as file:
+            make_durable(file.fileno())
+
+
+def _link(source: Path, target: Path) -> bool:
+    """False when the file system cannot link."""
     try:
         target.hardlink_to(source)
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise
-        shutil.copyfile(source, target)
-        stat = source.stat()
-        # The copy's time tells later whether it was touched.
-        os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        with target.open("rb") as file:
-            os.fsync(file.fileno())
+        return False
+    return True
+
+
+def copied_time(path: Path) -> int:
+    """When a copy of `path` that nobody touched since was changed, in ns.
+
+    Full even seconds: file systems without links may know no others.
+    """
+    return path.stat().st_mtime_ns // _EVEN * _EVEN
+
+
+def hold_range(source: Path, offset: int, count: int, target: Path) -> int:
+    """Keep `count` bytes of `source` as `target`, whoever removes it; returns where they begin.
+
+    `target` is a link to the whole file, or a copy of the range where there are none.
+    """
+    if _link(source, target):
+        return offset
+    with source.open("rb") as read, target.open("xb") as write:
+        copy_range(read.fileno(), offset, write.fileno(), 0, count)
+    return 0
 
 
 def copy_range(
     source: int, source_offset: int, target: int, target_offset: int, count: int
 ) -> None:
-    """Copy `count` bytes between open files inside the kernel; shares blocks where it can."""
-    done = 0
+    """Copy `count` bytes between open files; inside the kernel, sharing blocks, where it can.
+
+    Raises StoreError when `source` does not have them, else OSError.
+    """
+    done = _copy_in_kernel(source, source_offset, target, target_offset, count)
+    buffer = memoryview(bytearray(min(count - done, _PIECE)))
     while done < count:
+        piece = buffer[: count - done]
+        if read_at(source, piece, source_offset + done) < len(piece):
+            raise StoreError("a file in the cache is shorter than it was")
+        write_at(target, piece, target_offset + done)
+        done += len(piece)
+
+
+_PIECE = 1 << 20
+
+
+def _copy_in_kernel(
+    source: int, source_offset: int, target: int, target_offset: int, count: int
+) -> int:
+    """How many of the bytes were copied; fewer where the system or a file system cannot do it."""
+    done = 0
+    while done < count and hasattr(os, "copy_file_range"):
         try:
             copied = os.copy_file_range(
                 source, target, count - done, source_offset + done, target_offset + done
             )
         except OSError as error:
-            if error.errno not in _NO_LINK | {errno.EINVAL}:
+            if error.errno not in _NO_LINK:
                 raise
-            copied = _copy_piece(
-                source, source_offset + done, target, target_offset + done, count - done
-            )
-        if copied == 0:
-            raise StoreError("a file in the cache is shorter than it was")
+            break
+        if not copied:
+            break
         done += copied
-
-
-def _copy_piece(
-    source: int, source_offset: int, target: int, target_offset: int, count: int
-) -> int:
-    piece = os.pread(source, min(count, 1 << 20), source_offset)
-    write_fully(target, memoryview(piece), target_offset)
-    return len(piece)
-
-
-def write_fully(descriptor: int, buffer: memoryview, offset: int) -> None:
-    """Write all of `buffer` at `offset`."""
-    done = 0
-    while done < len(buffer):
-        done += os.pwrite(descriptor, buffer[done:], offset + done)
+    return done

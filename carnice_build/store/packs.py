@@ -6,7 +6,6 @@ killed finds its unfinished file again.  Its *digest* names what it does hold.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 from collections.abc import Callable
@@ -18,7 +17,9 @@ from blake3 import blake3
 
 from carnice_build.checkpoint.header import MAX_HEADER_BYTES
 from carnice_build.errors import StoreError
-from carnice_build.store.files import copy_range, write_fully
+from carnice_build.store.files import copy_range, set_mode
+from carnice_build.store.locks import Taken, lock
+from carnice_build.system import make_durable, write_at
 
 _READ_SIZE = 1 << 20
 _NO_SURPRISE = os.O_NOFOLLOW | os.O_NONBLOCK
@@ -45,6 +46,7 @@ class PartialPack:
         self.size = size
         self._header = header
         self._descriptor = -1
+        self._keeper = -1
         self._unflushed = 0
         self._flush_error: OSError | None = None
 
@@ -58,22 +60,17 @@ class PartialPack:
 
         `waiting` is called once if another build holds the lock.
         """
-        while True:
-            descriptor = self._open()
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waiting()
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            except BaseException:
-                os.close(descriptor)
-                raise
-            if self._is_current(descriptor):
-                self._descriptor = descriptor
-                return True
-            # Renamed into the store or removed while we waited for the lock.
-            os.close(descriptor)
-            return False
+        self._descriptor = self._keeper = self._open()
+        try:
+            self._keeper = lock(self._descriptor, wait=False)
+        except Taken:
+            waiting()
+            self._keeper = lock(self._descriptor)
+        if self._is_current(self._descriptor):
+            return True
+        # Renamed into the store or removed while we waited for the lock.
+        self.close()
+        return False
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | _NO_SURPRISE
@@ -96,7 +93,7 @@ class PartialPack:
 
     def write(self, offset: int, buffer: memoryview) -> None:
         """Write bytes into their place; safe from several threads for different places."""
-        write_fully(self._descriptor, buffer, offset)
+        write_at(self._descriptor, buffer, offset)
         self._unflushed += len(buffer)
 
     def due_for_flush(self) -> bool:
@@ -127,8 +124,8 @@ class PartialPack:
         """Make the bytes durable and the file read-only: links to it share its content."""
         if self._flush_error is not None:
             raise self._flush_error
-        os.fchmod(self._descriptor, 0o444)
-        os.fsync(self._descriptor)
+        set_mode(self._descriptor, 0o444)
+        make_durable(self._descriptor)
 
     def allocated_bytes(self) -> int:
         """Bytes of disk that the file takes already."""
@@ -142,8 +139,9 @@ class PartialPack:
     def close(self) -> None:
         """Release the lock; the file stays."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            for item in {self._descriptor, self._keeper}:
+                os.close(item)
+            self._descriptor = self._keeper = -1
 
 
 def is_plain_file(path: Path) -> bool:

@@ -107,6 +107,8 @@ class Records:
     def _failure(self, error: Exception) -> CarniceError:
         if "disk is full" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
             return BuildError("the disk is full", where=str(self._folder))
+        if "disk I/O error" in str(error):
+            return BuildError(str(error), where=str(self._folder))
         return StoreError(f"cannot use the action cache: {error}", where=str(self._folder))
 
     def _get(self, kind: str, name: str) -> Any:

@@ -9,12 +9,11 @@ cache/blobs/             small tensors that no pack holds, named by their digest
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +22,7 @@ from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import StoreError
 from carnice_build.store.digests import digest_bytes, digest_texts
 from carnice_build.store.files import sync_folder, write_atomically
+from carnice_build.store.locks import Taken, locked
 from carnice_build.store.packs import (
     Location,
     PartialPack,
@@ -31,6 +31,7 @@ from carnice_build.store.packs import (
     read_header_bytes,
 )
 from carnice_build.store.records import PackRecord, Records
+from carnice_build.system import make_durable, read_at
 
 FORMAT = "carnice-cache 1\n"
 _FOLDERS = ("packs", "partial", "blobs", "records")
@@ -46,14 +47,16 @@ class Store:
         Raises StoreError when it cannot be used, or was written by another version.
         """
         self.root = root
-        self._check_format()
         try:
+            self._check_format()
             root.mkdir(parents=True, exist_ok=True)
             # The format first: a build that starts meanwhile must not find folders without it.
             if not (root / "FORMAT").exists():
                 write_atomically(root / "FORMAT", FORMAT.encode())
             for name in _FOLDERS:
                 (root / name).mkdir(exist_ok=True)
+        except FileExistsError:
+            raise StoreError("is not a folder", where=str(root)) from None
         except OSError as error:
             raise StoreError(f"cannot use the cache: {error.strerror}", where=str(root)) from None
         self.records = Records(root / "records")
@@ -239,24 +242,25 @@ class Store:
         folder = self.root / "leases"
         folder.mkdir(exist_ok=True)
         stripe = int(digest_texts([identity])[:8], 16) % _LEASES
-        with (folder / f"{kind}-{stripe:02x}").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(folder / f"{kind}-{stripe:02x}"):
             yield
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keep others from removing anything while the block runs."""
-        with (self.root / "lock").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            yield
+    def in_use(self) -> Iterator[bool]:
+        """Keep others from removing anything while the block runs.
+
+        Gives False when only builds on this machine are kept from it.
+        """
+        with locked(self.root / "lock", shared=True) as everywhere:
+            yield everywhere
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Keep builds out while the block runs; StoreError when one is running."""
-        with (self.root / "lock").open("ab") as file:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                stack.enter_context(locked(self.root / "lock", wait=False))
+            except Taken:
                 raise StoreError(
                     "a build is using the cache", where=str(self.root), expected="no build"
                 ) from None
@@ -279,7 +283,7 @@ class Store:
         """
         if durable:
             with path.open("rb") as file:
-                os.fsync(file.fileno())
+                make_durable(file.fileno())
         target = self._blob_path(digest)
         target.parent.mkdir(exist_ok=True)
         path.replace(target)
@@ -294,7 +298,7 @@ class Store:
         """A folder for files that only this build needs; those of dead builds are removed."""
         parent = self.root / "partial"
         for left in parent.glob("work-*"):
-            with _locked(left) as free:
+            with suppress(OSError), _locked(left) as free:
                 if free:
                     shutil.rmtree(left, ignore_errors=True)
         while True:
@@ -311,23 +315,20 @@ class Store:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder; tells whether nobody else has."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        yield False
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(descriptor)
+    """Lock a folder by a file in it; tells whether nobody else has, and it is there."""
+    with ExitStack() as stack:
+        try:
+            if folder.is_symlink():
+                raise NotADirectoryError(folder)
+            stack.enter_context(locked(folder / "lock", wait=False))
+        except (FileNotFoundError, NotADirectoryError, Taken):
+            yield False
+        else:
+            yield True
 
 
 def read_location(location: Location, buffer: memoryview) -> None:
     """Fill `buffer` with bytes of the cache."""
     with location.path.open("rb", buffering=0) as file:
-        if os.preadv(file.fileno(), [buffer], location.offset) != len(buffer):
+        if read_at(file.fileno(), buffer, location.offset) < len(buffer):
             raise StoreError("is shorter than it was", where=str(location.path))

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -42,14 +43,15 @@ def state_of(root: Path, spared: tuple[Path, ...]) -> State:
 
 @contextmanager
 def limits(seconds: float) -> Iterator[None]:
-    """At most 2 GB more of address space, and some seconds."""
+    """At most 2 GB more of address space, where the system keeps that limit, and some seconds."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise AssertionError(f"still busy after {seconds} s")
 
     old = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, old[1]))
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, old[1]))
     handler = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:

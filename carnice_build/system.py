@@ -1,0 +1,80 @@
+"""What operating systems do in different ways, each thing with its other way where it is missing.
+
+Linux is what this is run on; macOS and the BSDs lack some of its calls, and file systems of any of
+them lack more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import resource
+import sys
+
+UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
+"""How a system or a file system says that it has no such call."""
+
+_MOST = 1 << 30
+"""Bytes of one read or write: macOS refuses 2 GB and more, Linux cuts them short."""
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` with the bytes from `offset` on; returns how many there were.
+
+    Raises OSError.
+    """
+    done = 0
+    while done < len(buffer):
+        count = _read_some(descriptor, buffer[done : done + _MOST], offset + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
+def _read_some(descriptor: int, buffer: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    piece = os.pread(descriptor, len(buffer), offset)
+    buffer[: len(piece)] = piece
+    return len(piece)
+
+
+def write_at(descriptor: int, buffer: memoryview, offset: int) -> None:
+    """Write all of `buffer` at `offset`; raises OSError."""
+    done = 0
+    while done < len(buffer):
+        done += os.pwrite(descriptor, buffer[done : done + _MOST], offset + done)
+
+
+def make_durable(descriptor: int) -> None:
+    """Bring a file to disk, so that it survives a loss of power; raises OSError.
+
+    On macOS `fsync` leaves it in the drive's own memory, and F_FULLFSYNC does not.
+    """
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):  # not on a network's file system
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+def make_folder_durable(descriptor: int) -> None:
+    """Bring what a folder names to disk, where its file system can do that to a folder."""
+    try:
+        make_durable(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
+    """The most bytes that this process had in memory, or any of its children that ended."""
+    return peak_bytes(resource.getrusage(who))
+
+
+def peak_bytes(usage: resource.struct_rusage) -> int:
+    """The peak of memory in what the system tells of a process: macOS counts it in bytes."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
