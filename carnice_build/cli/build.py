@@ -26,6 +26,7 @@ from carnice_build.cli.arguments import (
     make_options,
     print_json,
 )
+from carnice_build.cli.ending import named
 from carnice_build.errors import RecipeError
 from carnice_build.units import format_size, plural
 
@@ -65,8 +66,8 @@ def build(
         jobs=jobs,
         memory=memory,
     )
-    if trace is not None and not trace.absolute().parent.is_dir():
-        raise RecipeError("is in a folder that does not exist", where=f"--trace {trace}")
+    if trace is not None:
+        _check_writable(trace)
     recorder = TraceRecorder()
     with progress_view(Console(stderr=True)) as view:
 
@@ -76,7 +77,8 @@ def build(
 
         report = build_variants(variants, options, listen)
     if trace is not None:
-        recorder.write(trace)
+        with named(trace):
+            recorder.write(trace)
     if as_json:
         print_json(asdict(report))
         return
@@ -91,3 +93,14 @@ def build(
         f"read {format_size(report.read_bytes)}, wrote {format_size(report.written_bytes)} in "
         f"{report.seconds:.1f} s, peak memory {format_size(report.peak_memory)}"
     )
+
+
+def _check_writable(trace: Path) -> None:
+    """Find out before the work whether its trace can be written; leaves what is there."""
+    try:
+        with trace.open("ab"):
+            pass
+    except OSError as error:
+        raise RecipeError(
+            f"cannot be written: {error.strerror}", where=f"--trace {trace}"
+        ) from None

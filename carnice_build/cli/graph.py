@@ -18,6 +18,7 @@ from carnice_build.cli.arguments import (
     Variants,
     make_options,
 )
+from carnice_build.cli.ending import named
 
 
 def graph(
@@ -48,8 +49,10 @@ def graph(
     folded = fold(report.plan, report.status)
     if svg is not None:
         title = f"{', '.join(variants)}: {len(report.plan.graph):,} actions"
-        svg.write_text(draw(folded, title), encoding="utf-8")
+        with named(svg):
+            svg.write_text(draw(folded, title), encoding="utf-8")
     if mermaid is not None:
-        mermaid.write_text(write(folded), encoding="utf-8")
+        with named(mermaid):
+            mermaid.write_text(write(folded), encoding="utf-8")
     if svg is None and mermaid is None:
         typer.echo(write(folded), nl=False)

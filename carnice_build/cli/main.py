@@ -11,15 +11,13 @@ from carnice_build import __version__
 from carnice_build.cli import cache
 from carnice_build.cli.build import build
 from carnice_build.cli.diff import diff
+from carnice_build.cli.ending import ending, prepare
 from carnice_build.cli.explain import explain
 from carnice_build.cli.graph import graph
 from carnice_build.cli.plan import plan
 from carnice_build.cli.recipes import extras, list_variants, names, schema
 from carnice_build.cli.report import report
 from carnice_build.cli.verify import verify
-from carnice_build.errors import CarniceError
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="carnice",
@@ -59,12 +57,6 @@ def main(
 
 
 def run() -> None:
-    """Entry point: expected errors become one line and an exit code, never a traceback."""
-    try:
-        app()
-    except CarniceError as error:
-        typer.echo(f"carnice: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("carnice: interrupted; what was finished is in the cache", err=True)
-        sys.exit(INTERRUPTED)
+    """Entry point: nothing leaves it but an exit code, as `ending` gives it."""
+    prepare()
+    sys.exit(ending(app))
