@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import REPOSITORY, Project
 
 from carnice_build.cli.arguments import complete_variant
@@ -93,6 +94,57 @@ def test_a_plus_needs_a_list(tmp_path: Path) -> None:
 
     with pytest.raises(RecipeError, match=r"child.yaml:2:5: cannot append: the value is not a li"):
         merged(child)
+
+
+def test_several_parents_append_in_their_order(tmp_path: Path) -> None:
+    """`key+` of any parent appends to what the parents before it gave, at any depth."""
+    write(tmp_path, "base.yaml", "card: {tags: [base]}\nsteps: [1]\n")
+    write(tmp_path, "one.yaml", "extends: base.yaml\ncard: {tags+: [one]}\nsteps+: [2]\n")
+    write(tmp_path, "two.yaml", "card: {tags+: [two]}\n")
+    write(tmp_path, "three.yaml", "extends: two.yaml\ncard: {tags+: three}\nsteps+: [3]\n")
+    child = write(
+        tmp_path, "child.yaml", "extends: [one.yaml, three.yaml]\ncard: {tags+: [child]}\n"
+    )
+
+    assert {
+        "card": {"tags": ["base", "one", "two", "three", "child"]},
+        "steps": [1, 2, 3],
+    } == merged(child)
+
+
+def test_a_list_of_a_later_parent_replaces_the_earlier_ones(tmp_path: Path) -> None:
+    """Without a plus, a list is the whole list, and what follows appends to that."""
+    write(tmp_path, "one.yaml", "a: [1]\nb+: [1]\n")
+    write(tmp_path, "two.yaml", "a: [2]\nb: [2]\n")
+    write(tmp_path, "three.yaml", "a+: [3]\nb+: [3]\n")
+    child = write(tmp_path, "child.yaml", "extends: [one.yaml, two.yaml, three.yaml]\n")
+
+    assert {"a": [2, 3], "b": [2, 3]} == merged(child)
+
+
+def test_a_parent_of_several_parents_counts_once(tmp_path: Path) -> None:
+    """A file that two parents extend stands before both, and undoes nothing of the first."""
+    write(tmp_path, "base.yaml", "a: [0]\nb: 0\nc: 0\n")
+    write(tmp_path, "one.yaml", "extends: base.yaml\na+: [1]\nb: 1\nc: 1\n")
+    write(tmp_path, "two.yaml", "extends: base.yaml\na+: [2]\nc: 2\n")
+    child = write(tmp_path, "child.yaml", "extends: [one.yaml, two.yaml]\n")
+
+    assert {"a": [0, 1, 2], "b": 1, "c": 2} == merged(child)
+
+
+def test_every_recipe_has_the_tags_of_all_its_parents() -> None:
+    """What any file of a recipe appends to `card.tags` is on its card."""
+    for path in list_recipes(REPOSITORY / "recipes"):
+        tags = set(load(path).card.tags)
+        waiting = [path]
+        while waiting:
+            file = waiting.pop()
+            tree = yaml.safe_load(file.read_text())
+            parents = tree.get("extends", [])
+            parents = [parents] if isinstance(parents, str) else parents
+            waiting += [file.parent / parent for parent in parents]
+
+            assert set(tree.get("card", {}).get("tags+", [])) <= tags, (path, file)
 
 
 def test_parents_are_found_from_the_file_that_names_them(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """How recipes inherit and how `--set` changes them.
 
-Mappings merge key by key; lists and scalars of the child replace the parent's.
-A key written with a trailing `+` appends to the parent's list instead.
+A recipe and those it `extends` are files in a row: parents in the order they are named, each
+behind its own parents, and the recipe last; a file that is reached twice stands where it is
+reached first.  Each is merged over all before it.
+Mappings merge key by key; lists and scalars of a later file replace those of the earlier ones.
+A key written with a trailing `+` appends to the list that the earlier files gave instead.
 """
 
 from __future__ import annotations
@@ -16,24 +19,28 @@ MAX_PARENTS = 16
 
 def read_with_parents(path: Path) -> Node:
     """The recipe at `path` merged over the recipes it `extends`, the last one named nearest."""
-    merged = _merged(path, (), [])
+    files: dict[Path, Node] = {}
+    _collect(path, (), files)
+    merged = Node({}, "")
+    for tree in files.values():
+        merged = merge(merged, tree)
     assert isinstance(merged.value, dict)
     merged.value.pop("extends", None)
     return merged
 
 
-def _merged(path: Path, children: tuple[Path, ...], read: list[Path]) -> Node:
-    """`read` counts all files of the recipe, which two parents of one file may multiply."""
-    tree = _mapping_at(path)
-    merged = Node({}, tree.where)
+def _collect(path: Path, children: tuple[Path, ...], files: dict[Path, Node]) -> None:
+    """Add the file at `path` to `files`, after its parents; `children` are those that extend it."""
+    tree, place = _mapping_at(path), path.resolve()
     for parent in _parents(tree, path):
-        read.append(parent)
-        if parent.resolve() in (*children, path.resolve()):
+        if parent.resolve() in (*children, place):
             raise RecipeError("extends itself", where=tree.where)
-        if len(read) > MAX_PARENTS:
+        if parent.resolve() in files:
+            continue
+        if len(files) + len(children) >= MAX_PARENTS:
             raise RecipeError(f"extends more than {MAX_PARENTS} others", where=tree.where)
-        merged = merge(merged, _merged(parent, (*children, path.resolve()), read))
-    return Node(merge(merged, tree).value, tree.where)
+        _collect(parent, (*children, place), files)
+    files[place] = tree
 
 
 def _mapping_at(path: Path) -> Node:

@@ -204,7 +204,7 @@ def json_schema(vocabulary: Vocabulary) -> dict[str, Any]:
     properties["extends"] = {
         "type": ["string", "array"],
         "items": {"type": "string"},
-        "description": "A recipe that this one changes, or several; the last one has precedence.",
+        "description": "A recipe that this one changes, or several in a row.",
     }
     steps = [
         {
