@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from conftest import Finished, Project
 from tiny import read_json, write_json
 
 from carnice_build.commands.build import build_variants
-from carnice_build.commands.findings import keep_findings, load_findings
+from carnice_build.commands.findings import folder_stamp, keep_findings, load_findings
 from carnice_build.commands.plan import plan_variants
 from carnice_build.commands.report import Report, built_variants, collect_report, unverified
 from carnice_build.commands.verify import VerifySettings, verify_variants
@@ -94,6 +95,60 @@ def test_another_folder_is_not_verified(project: Project) -> None:
     assert (None, None) == (four.findings, four.build)
 
 
+def _truncate_page(folder: Path) -> None:
+    (folder / "README.md").write_text("")
+
+
+def _touch_config(folder: Path) -> None:
+    content = (folder / "config.json").read_bytes()
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_truncate_page, _touch_config, shutil.rmtree])
+def test_findings_are_of_the_very_files(project: Project, damage: Callable[[Path], None]) -> None:
+    """What was found of a folder is not told of one that was built since, were its key the same."""
+    build_variants([FOUR], project.options())
+    key = read_json(project.out / FOUR / "build.json")["key"]
+    verify_variants([FOUR], project.options(), FILES)
+    damage(project.out / FOUR)
+    build_variants([FOUR], project.options())
+
+    (four,) = collect(project).variants
+
+    assert key == read_json(project.out / FOUR / "build.json")["key"]
+    assert four.findings is None
+
+
+def test_a_folder_that_is_built_during_its_verification_is_not_verified(project: Project) -> None:
+    """Findings are kept for the folder that was opened, not for the one that lies there now."""
+    build_variants([FOUR], project.options())
+    seen: list[str] = []
+
+    def build_again(variant: str, check: Check) -> None:
+        if not seen:
+            build_variants([variant], project.options(overrides=(ONE_MORE_BIT,)))
+        seen.append(check.name)
+
+    verify_variants([FOUR], project.options(), FILES, build_again)
+
+    (four,) = collect(project).variants
+
+    assert seen
+    assert four.findings is None
+
+
+def test_what_a_build_leaves_alone_stays_verified(project: Project) -> None:
+    """A build with nothing to do forgets nothing."""
+    build_variants([FOUR], project.options())
+    verify_variants([FOUR], project.options(), FILES)
+    build_variants([FOUR], project.options())
+
+    (four,) = collect(project).variants
+
+    assert four.passed
+
+
 def test_what_is_skipped_stays_as_it_was_found(project: Project) -> None:
     """A verification without running the model forgets no perplexity."""
     build_variants([FOUR], project.options())
@@ -106,11 +161,13 @@ def test_what_is_skipped_stays_as_it_was_found(project: Project) -> None:
         PerplexityRow(MIXED, Library.MLX_LM, [Perplexity(256, 8, 8.0, 0.1)]),
     ]
     text = Path("some") / "text.txt"
-    keep_findings(options.cache, variant, folder, [measured], rows, ran=True, text=text)
+    keep_findings(
+        options.cache, variant, folder_stamp(folder), [measured], rows, ran=True, text=text
+    )
 
     verify_variants([FOUR], options, FILES)
 
-    found = load_findings(options.cache, FOUR, read_json(folder / "build.json")["key"])
+    found = load_findings(options.cache, FOUR, folder_stamp(folder))
     assert found is not None
     assert (True, "text.txt", rows[:2]) == (found.ran, found.text, found.rows)
     checks = {check.name: check for check in found.checks}

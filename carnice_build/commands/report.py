@@ -12,7 +12,7 @@ from typing import Any
 from carnice_build import __version__
 from carnice_build.architectures import architecture_of
 from carnice_build.checkpoint.dtypes import TensorSpec
-from carnice_build.commands.findings import Findings, load_findings
+from carnice_build.commands.findings import Findings, folder_stamp, load_findings
 from carnice_build.commands.options import Options
 from carnice_build.errors import CheckpointError, StoreError
 from carnice_build.package.folder import read_build
@@ -105,7 +105,7 @@ def built_variants(options: Options) -> list[str]:
 
 def unverified(names: Iterable[str], options: Options) -> list[str]:
     """Those of the built variants whose folder, as it is now, was never verified and run."""
-    findings = {name: _findings(name, _record(name, options), options) for name in names}
+    findings = {name: _findings(name, options) for name in names if _record(name, options)}
     return [name for name, found in findings.items() if not (found and found.ran)]
 
 
@@ -133,15 +133,15 @@ def _record(name: str, options: Options) -> dict[str, Any]:
     return record
 
 
-def _findings(name: str, record: Mapping[str, Any], options: Options) -> Findings | None:
-    return load_findings(options.cache, name, str(record.get("key")))
+def _findings(name: str, options: Options) -> Findings | None:
+    return load_findings(options.cache, name, folder_stamp(options.out / name))
 
 
 def _summary(name: str, record: Mapping[str, Any], options: Options) -> VariantSummary:
     folder = options.out / name
     with _damage_named(folder):
         recipe, body = record["recipe"], next(iter(record["sources"].values()))
-        findings = _findings(name, record, options)
+        findings = _findings(name, options)
         build = read_build_record(options.cache, name)
         return VariantSummary(
             variant=name,

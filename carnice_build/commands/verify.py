@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from carnice_build.commands.findings import keep_findings
+from carnice_build.commands.findings import folder_stamp, keep_findings
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.errors import PlanError
@@ -88,12 +88,13 @@ def verify_variants(
     for variant in plan.variants:
         folder = options.out / variant.name
         checks: list[Check] = []
+        stamp = folder_stamp(folder)
         for check in _check(variant, folder, options.jobs, how if settings.run else None, tables):
             checks.append(check)
             listen(variant.name, check)
         results.append(VariantResult(variant.name, folder, checks))
         rows = tables.perplexities
-        keep_findings(options.cache, variant, folder, checks, rows, ran=settings.run, text=text)
+        keep_findings(options.cache, variant, stamp, checks, rows, ran=settings.run, text=text)
     return VerifyReport(results, tables.ordered(), tables.acceptances)
 
 
