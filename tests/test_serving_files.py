@@ -11,6 +11,8 @@ import pytest
 import yaml
 from serving_cases import AWQ40B, FACTS, INT4, NVFP4, launch_of, spec_of
 
+from carnice_build.package.folder import make_executable
+from carnice_build.serving.place import Place
 from carnice_build.serving.profile import load_profile, profile_names
 from carnice_build.serving.render import serve_files
 from carnice_build.serving.rules import plan_launches
@@ -27,7 +29,7 @@ def run_script(path: Path, program: str, folder: Path) -> tuple[list[str], str, 
     )
     stand_in.chmod(0o755)
     subprocess.run(
-        ["/bin/sh", str(path)],
+        [str(path)],
         cwd=folder,
         env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
         stdin=subprocess.DEVNULL,
@@ -45,6 +47,7 @@ def written(files: dict[str, bytes], folder: Path) -> Path:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    make_executable(folder, files)
     return folder / "serve"
 
 
@@ -59,8 +62,59 @@ def test_a_script_runs_its_launch(profile: str, name: str, tmp_path: Path) -> No
     arguments, _, environment = run_script(script, command[0], tmp_path)
 
     port = [] if launch.port == 8000 else ["--port", str(launch.port)]
-    assert [*command[1:], *launch.arguments(facts.repo), *port] == arguments
+    assert [*command[1:], *launch.arguments(str(tmp_path)), *port] == arguments
+    assert facts.repo == arguments[arguments.index("--served-model-name") + 1]
     assert {key: item.value for key, item in launch.env.items()}.items() <= environment.items()
+
+
+@pytest.mark.parametrize("profile", FACTS)
+@pytest.mark.parametrize("name", ["model", "a model's $HOME", "-model", "modèle"])
+def test_a_script_serves_its_folder_from_anywhere(profile: str, name: str, tmp_path: Path) -> None:
+    """Called by any path from any folder, it hands over the folder that it lies in."""
+    facts, spec = FACTS[profile], spec_of(profile)
+    launch = plan_launches(spec, facts)[0]
+    place = Place(f"serve/{profile}")
+    model, elsewhere = tmp_path / name, tmp_path / "some where" / "else"
+    elsewhere.mkdir(parents=True)
+    written(serve_files(spec, facts, place), model)
+    script = model / place.folder / f"{launch.name}.sh"
+    program = launch.engine.command[0]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / program).write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
+    (tmp_path / "bin" / program).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{script.parent}:{os.environ['PATH']}",
+        "CDPATH": str(tmp_path),
+    }
+
+    def served(folder: Path, *command: str) -> str:
+        run = subprocess.run(
+            [*command, "--more"], cwd=folder, env=environment, check=True, capture_output=True
+        )
+        arguments = run.stdout.decode().split("\0")[:-1]
+        assert "--more" == arguments[-1]
+        where = arguments.index("--model") + 1 if "--model" in arguments else 1
+        return arguments[where]
+
+    assert {str(model)} == {
+        served(elsewhere, str(script)),
+        served(elsewhere, os.path.relpath(script, elsewhere)),
+        served(elsewhere, "/bin/sh", str(script)),
+        served(script.parent, f"./{script.name}"),
+        served(script.parent, "/bin/sh", script.name),
+        served(model, f"{place.folder}/{script.name}"),
+        served(elsewhere, script.name),
+    }
+
+
+def test_a_script_says_from_where_it_runs() -> None:
+    """So does the request, and the compose file by the command to run."""
+    files = serve_files(spec_of("nvfp4-vllm"), NVFP4)
+    script, request = files["serve/production.sh"].decode(), files["serve/request.sh"].decode()
+
+    assert "# Serves the model in .., as seen from this file, from wherever it is called" in script
+    assert "from wherever it is called" in request
+    assert b"docker compose -f serve/compose.yaml up" in files["serve/compose.yaml"]
 
 
 def test_a_script_says_why_above_the_command() -> None:
@@ -71,7 +125,7 @@ def test_a_script_says_why_above_the_command() -> None:
 
     assert "--max-num-seqs 2: four sequences" in text
     assert "#" not in command
-    assert 12 == command.count("\\\n")
+    assert 13 == command.count("\\\n")
 
 
 def test_a_hostile_value_stays_one_argument(tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ def test_files_of_several_profiles_do_not_meet() -> None:
         for name in ("request.sh", *(name for name in expected if name.endswith(".sh"))):
             name = name.removeprefix("serve/")
 
-            assert expected[f"serve/{name}"] == files[f"serve/{profile}/{name}"]
+            found = files[f"serve/{profile}/{name}"].replace(b"../..", b"..")
+            assert expected[f"serve/{name}"] == found
 
 
 def test_one_section_stays_in_serve() -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -140,6 +141,7 @@ def _assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes])
             (fresh / name).chmod(0o755)
         for name, content in files.items():
             write_atomically(fresh / name, content)
+        make_executable(fresh, files)
         for name in reversed(inner):
             sync_folder(fresh / name)
         sync_folder(fresh)
@@ -147,6 +149,18 @@ def _assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes])
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def make_executable(folder: Path, names: Iterable[str]) -> None:
+    """Let the scripts among these files of `folder` be run, where the file system has such modes.
+
+    None of the files may be a link.
+    """
+    for name in names:
+        path = folder / name
+        if name.endswith(".sh") and not path.stat().st_mode & 0o111:
+            with suppress(OSError):
+                path.chmod(0o755)
 
 
 def _folders(names: Iterable[str]) -> list[str]:

@@ -18,6 +18,9 @@ from carnice_build.serving.spec import ServeSpec
 _MOUNT = "/model"
 _CONTAINER_PORT = 8000
 
+_HERE = "\0the folder"
+"""Stands for the model in a script's arguments; no other argument can hold a NUL."""
+
 
 def serve_all(specs: Sequence[ServeSpec], facts: ServingFacts) -> dict[str, bytes]:
     """Contents by path in the folder: one section's in `serve/`, several in a folder each there.
@@ -35,7 +38,7 @@ def serve_all(specs: Sequence[ServeSpec], facts: ServingFacts) -> dict[str, byte
 def serve_files(spec: ServeSpec, facts: ServingFacts, place: Place = ALONE) -> dict[str, bytes]:
     """Contents by path in the folder, all below `place`; PlanError as `plan_launches`."""
     launches = plan_launches(spec, facts)
-    texts = {f"{launch.name}.sh": _script(launch, facts) for launch in launches}
+    texts = {f"{launch.name}.sh": _script(launch, place) for launch in launches}
     texts |= {
         "compose.yaml": _compose(launches, place),
         place.hermes: _hermes(launches[0]),
@@ -50,23 +53,30 @@ def base_url(launch: Launch) -> str:
     return f"http://localhost:{launch.port}/v1"
 
 
-def _script(launch: Launch, facts: ServingFacts) -> str:
+def _script(launch: Launch, place: Place) -> str:
     lines = ["#!/bin/sh", *_commented(f"{launch.name}: {launch.data.purpose}.")]
+    lines += _commented(
+        f"Serves the model in {place.model_folder}, as seen from this file, from wherever it is "
+        "called; arguments are handed on."
+    )
     if launch.hardware:
         lines += _commented(f"For {launch.hardware.name}.")
     lines += [line for reason in _reasons(launch) for line in ("#", *_commented(reason, "  "))]
     lines += ["set -eu", ""]
+    # A CDPATH would make cd print where it went.
+    lines += [f'model=$(CDPATH= cd -- "$(dirname -- "$0")/{place.model_folder}" && pwd)', ""]
     for name, variable in launch.env.items():
         lines.append(f"export {name}={shlex.quote(variable.value)}")
     lines += [""] if launch.env else []
+    port = [] if launch.port == _CONTAINER_PORT else ["--port", str(launch.port)]
+    groups = _grouped([*launch.arguments(_HERE), *port])
     command = [f"exec {shlex.join(launch.engine.command)}"]
-    command += [shlex.join(group) for group in _grouped(_arguments(launch, facts.repo))]
+    command += [" ".join(map(_quoted, group)) for group in groups]
     return "\n".join(lines) + "\n" + " \\\n    ".join([*command, '"$@"']) + "\n"
 
 
-def _arguments(launch: Launch, model: str) -> list[str]:
-    port = [] if launch.port == _CONTAINER_PORT else ["--port", str(launch.port)]
-    return [*launch.arguments(model), *port]
+def _quoted(argument: str) -> str:
+    return '"$model"' if argument == _HERE else shlex.quote(argument)
 
 
 def _grouped(arguments: Sequence[str]) -> Iterator[list[str]]:
@@ -182,7 +192,7 @@ def _request(launch: Launch, facts: ServingFacts) -> str:
     asks = "three tool calls in one turn" if facts.tool_call_parser else "an answer"
     return (
         "#!/bin/sh\n"
-        f"# Asks a running server for {asks}.\n"
+        f"# Asks a running server on this machine for {asks}, from wherever it is called.\n"
         f"curl {shlex.quote(base_url(launch) + '/chat/completions')} \\\n"
         "    -H 'Content-Type: application/json' \\\n"
         "    --data @- <<'JSON'\n"
