@@ -25,7 +25,7 @@ MARK = "<!-- What follows is written by docs/make_reference.py. -->\n"
 _SECTIONS = {"sources": SourceSpec, "layers": LayerSpan, "package": PackageSpec, "card": CardSpec}
 _LINKED = {name: name for name in (*_SECTIONS, "steps")} | {"quantize": "formats"}
 _TABLE = "| Key | Value | Default | Meaning |\n|---|---|---|---|\n"
-_EXTENDS = "| `extends` | text or list |  | A recipe that this one changes, or several in a row. |\n"
+_EXTENDS = "| `extends` | text or list |  | A recipe that this one changes, or several. |\n"
 _NAMES = {
     "string": "text",
     "integer": "number",

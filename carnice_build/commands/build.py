@@ -14,8 +14,14 @@ from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import PlanError
 from carnice_build.execute.events import Listener, Notice, Packaged
 from carnice_build.keys import library_version
-from carnice_build.package.base import Shard, Variant, small_files
-from carnice_build.package.folder import assemble, check_place, check_writable, is_current
+from carnice_build.package.base import Shard, Variant, render_files
+from carnice_build.package.folder import (
+    assemble,
+    check_place,
+    check_writable,
+    is_current,
+    make_executable,
+)
 from carnice_build.planning.explain import variant_facts
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import Contents, survey
@@ -23,6 +29,7 @@ from carnice_build.store.files import io_errors_named
 from carnice_build.store.history import BuildRecord, add_build, write_history
 from carnice_build.store.store import Store
 from carnice_build.system import peak_memory
+from carnice_build.transforms.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -138,16 +145,20 @@ def _package(
     listen: Listener,
 ) -> VariantReport:
     shards = [_shard(variant, index, packs, store) for index in range(len(variant.packs))]
-    described = _describe(variant, shards, _figures(variant, store))
+    described = describe(variant, shards, _figures(variant, store))
     folder = options.out / variant.name
-    stale = not is_current(folder, described.key, shards)
+    rendered = render_files(described, variant.format.packager())
+    stale = not is_current(folder, rendered.key, shards)
     if stale:
         check_writable(folder)
         facts = variant_facts(variant, Contents(store).digest)
         write_history(store.root, variant.name, facts)
         with io_errors_named(options.out):
-            assemble(folder, shards, small_files(described, variant.format.packager()))
+            assemble(folder, shards, rendered.files)
         listen(Packaged(variant.name, str(folder)))
+    else:
+        # Modes are in no digest, and some ways of copying a folder lose them.
+        make_executable(folder, rendered.others)
     actions = _identities(variant)
     return VariantReport(
         variant=variant.name,
@@ -158,7 +169,7 @@ def _package(
         bits_per_weight=variant.bits_per_weight,
         packaged=stale,
         seconds=sum(made[identity] for identity in actions & made.keys()),
-        key=described.key,
+        key=rendered.key,
     )
 
 
@@ -214,10 +225,11 @@ def _figures(variant: VariantPlan, store: Store) -> dict[str, list[float]]:
     return found
 
 
-def _describe(
+def describe(
     variant: VariantPlan, shards: Sequence[Shard], figures: Mapping[str, Sequence[float]]
 ) -> Variant:
     recipe = variant.recipe
+    calibrated = any(isinstance(action.op, Tokens) for action in variant.actions.values())
     libraries = {library for action in variant.actions.values() for library in action.op.libraries}
     return Variant(
         name=variant.name,
@@ -236,7 +248,8 @@ def _describe(
         architecture=variant.architecture,
         serve=_serve_files(variant),
         figures=figures,
-        dataset=variant.dataset,
+        calibration=recipe.calibration if calibrated else None,
+        dataset=variant.dataset if calibrated else None,
     )
 
 

@@ -17,8 +17,8 @@ from carnice_build.checkpoint.json import parse_json, to_json
 from carnice_build.checkpoint.profiles import Source
 from carnice_build.errors import CheckpointError
 from carnice_build.keys import canonical_json
-from carnice_build.recipe.schema import CardSpec
-from carnice_build.store.digests import digest_bytes, digest_texts
+from carnice_build.recipe.schema import CalibrationSpec, CardSpec
+from carnice_build.store.digests import digest_bytes
 
 BUILD_NAME = "build.json"
 
@@ -40,6 +40,7 @@ class Variant:
 
     `copied` holds the small files that come from the checkpoint, as the steps left them;
     `serve` those that say how to serve it.  `figures` are numbers that actions measured.
+    `calibration` and `dataset` are None when nothing was calibrated, whatever the recipe says.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Variant:
     architecture: Architecture
     serve: Mapping[str, bytes]
     figures: Mapping[str, Sequence[float]]
+    calibration: CalibrationSpec | None
     dataset: Dataset | None
 
     @property
@@ -75,21 +77,26 @@ class Variant:
         """Bits of all tensors over the elements of the source tensors they stand for."""
         return 8 * self.tensor_bytes / self.parameters
 
+
+@dataclass(frozen=True)
+class Rendered:
+    """The small files of a folder as text and bytes: `others` by name, `record` for build.json."""
+
+    others: Mapping[str, bytes]
+    record: Mapping[str, Any]
+
     @cached_property
     def key(self) -> str:
-        """Changes whenever any file of the folder may change."""
-        return digest_texts(
-            [
-                __version__,
-                canonical_json(self.recipe),
-                canonical_json(source_records(self) | dataset_record(self)),
-                canonical_json(dict(self.tools)),
-                canonical_json(self.checkpoint.config),
-                *(f"{name} {digest_bytes(content)}" for name, content in self.copied.items()),
-                *(f"{name} {digest_bytes(content)}" for name, content in self.serve.items()),
-                *(f"{shard.name} {shard.pack}" for shard in self.shards),
-            ]
-        )
+        """A digest of `record`, which names every file with its digest and every shard's pack.
+
+        So a folder that would hold anything else has another key.
+        """
+        return digest_bytes(canonical_json(self.record).encode())
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """All of them, by name."""
+        return {**self.others, BUILD_NAME: to_json({"key": self.key, **self.record})}
 
 
 class Packager(Protocol):
@@ -113,16 +120,15 @@ def load_asset(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     return value
 
 
-def small_files(variant: Variant, packager: Packager) -> dict[str, bytes]:
-    """Every file of the folder but the shards, by name; deterministic."""
-    files = {
+def render_files(variant: Variant, packager: Packager) -> Rendered:
+    """Every file of the folder but the shards; deterministic."""
+    others = {
         **variant.copied,
         **variant.serve,
         INDEX_NAME: _index(variant),
         **packager.files(variant),
     }
-    files[BUILD_NAME] = _provenance(variant, files)
-    return files
+    return Rendered(others, _provenance(variant, others))
 
 
 def _index(variant: Variant) -> bytes:
@@ -160,32 +166,29 @@ def dataset_record(variant: Variant) -> dict[str, Any]:
     return {"dataset": {"name": dataset.name, "commit": dataset.commit}}
 
 
-def _provenance(variant: Variant, files: Mapping[str, bytes]) -> bytes:
+def _provenance(variant: Variant, files: Mapping[str, bytes]) -> dict[str, Any]:
     sizes = {shard.name: {"size": shard.size, "pack": shard.pack} for shard in variant.shards}
     for name, content in sorted(files.items()):
         sizes[name] = {"size": len(content), "digest": digest_bytes(content)}
-    return to_json(
-        {
-            "variant": variant.name,
-            "key": variant.key,
-            "carnice_build": __version__,
-            "tools": dict(variant.tools),
-            "sources": source_records(variant),
-            **dataset_record(variant),
-            "recipe": variant.recipe,
-            "parameters": variant.parameters,
-            "bits_per_weight": round(variant.bits_per_weight, 4),
-            "figures": dict(variant.figures),
-            "files": sizes,
-            "tensors": {
-                name: {
-                    "dtype": spec.dtype,
-                    "shape": list(spec.shape),
-                    "file": shard.name,
-                    "digest": digest,
-                }
-                for shard in variant.shards
-                for name, spec, digest in shard.tensors
-            },
-        }
-    )
+    return {
+        "variant": variant.name,
+        "carnice_build": __version__,
+        "tools": dict(variant.tools),
+        "sources": source_records(variant),
+        **dataset_record(variant),
+        "recipe": variant.recipe,
+        "parameters": variant.parameters,
+        "bits_per_weight": round(variant.bits_per_weight, 4),
+        "figures": dict(variant.figures),
+        "files": sizes,
+        "tensors": {
+            name: {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "file": shard.name,
+                "digest": digest,
+            }
+            for shard in variant.shards
+            for name, spec, digest in shard.tensors
+        },
+    }

@@ -8,6 +8,7 @@ from typing import Any
 
 from carnice_build.architectures.base import Part
 from carnice_build.package.base import Variant
+from carnice_build.recipe.schema import CalibrationSpec, count_for
 from carnice_build.units import format_size
 
 
@@ -65,18 +66,29 @@ def _facts(variant: Variant) -> dict[str, Any]:
         "size": f"{format_size(size)} ({size / 2**30:.2f} GiB)",
         "widths": _widths(variant),
         "has_template": any("chat_template" in name for name in variant.copied),
-        "has_mtp": _has_part(variant, Part.MTP),
-        "has_vision": _has_part(variant, Part.VISION),
+        "mtp_dtypes": _dtypes(variant, Part.MTP),
+        "has_vision": bool(_dtypes(variant, Part.VISION)),
         "grafts": [item for item in variant.sources.items() if item[0] != variant.body],
-        "calibration": variant.recipe.get("calibration"),
-        "serve": variant.recipe.get("package", {}).get("serve"),
+        "calibration": variant.calibration and _calibration(variant.calibration, source.profile),
+        "serves": bool(variant.serve),
     }
 
 
-def _has_part(variant: Variant, part: Part) -> bool:
-    published = {name for shard in variant.shards for name, _, _ in shard.tensors}
-    facts = variant.architecture.tensors.values()
-    return any(fact.part is part and fact.name in published for fact in facts)
+def _calibration(spec: CalibrationSpec, profile: str | None) -> dict[str, Any]:
+    return {
+        "dataset": spec.dataset,
+        "subset": spec.subset,
+        "samples": count_for(spec.samples, profile),
+        "length": count_for(spec.length, profile),
+    }
+
+
+def _dtypes(variant: Variant, part: Part) -> list[str]:
+    """The types of a part's tensors that keep their names; none when the part was left out."""
+    names = {fact.name for fact in variant.architecture.tensors.values() if fact.part is part}
+    return sorted(
+        {spec.dtype for shard in variant.shards for name, spec, _ in shard.tensors if name in names}
+    )
 
 
 def _widths(variant: Variant) -> list[tuple[int, int, int]]:

@@ -87,6 +87,13 @@ class SourceSpec(Strict):
 ByProfile = int | dict[str, int]
 """A number, or one for each profile and a `default` for all others."""
 
+
+def count_for(count: ByProfile, profile: str | None) -> int | None:
+    """The number for checkpoints of `profile`; None when the recipe says nothing for these."""
+    table = {"default": count} if isinstance(count, int) else count
+    return table.get(profile or "default", table.get("default"))
+
+
 DATASET_FILES = (".jsonl", ".parquet", ".txt")
 
 
@@ -204,7 +211,7 @@ def json_schema(vocabulary: Vocabulary) -> dict[str, Any]:
     properties["extends"] = {
         "type": ["string", "array"],
         "items": {"type": "string"},
-        "description": "A recipe that this one changes, or several in a row.",
+        "description": "A recipe that this one changes, or several.",
     }
     steps = [
         {

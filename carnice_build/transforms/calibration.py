@@ -22,7 +22,7 @@ from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.graph import ProcessOp, TensorRef, View
 from carnice_build.processor import vector_instructions
-from carnice_build.recipe.schema import ByProfile
+from carnice_build.recipe.schema import ByProfile, count_for
 from carnice_build.transforms.base import PlanContext
 from carnice_build.transforms.tokens import PADDING, Tokens
 
@@ -251,8 +251,7 @@ class Calibration:
 
     def _count(self, name: str, count: ByProfile, least: int) -> int:
         profile = self._context.profile
-        table = {"default": count} if isinstance(count, int) else count
-        found = table.get(profile or "default", table.get("default"))
+        found = count_for(count, profile)
         if found is None:
             raise PlanError(
                 f"calibration.{name} says nothing for this checkpoint",
