@@ -95,6 +95,12 @@ class BackendError(CarniceError):
     exit_code = 1
 
 
+class PluginError(CarniceError):
+    """A step or format of another package cannot be used, or failed."""
+
+    exit_code = 1
+
+
 class BuildError(CarniceError):
     """The work of a valid build could not be finished, for want of disk space, say."""
 

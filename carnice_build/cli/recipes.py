@@ -13,13 +13,14 @@ from carnice_build.cli.arguments import (
     make_options,
     print_json,
 )
+from carnice_build.errors import CarniceError
 
 
 def list_variants(recipes: Recipes = RECIPES, as_json: Json = False) -> None:
     """Show the variants that the recipes declare."""
     from carnice_build.commands import plan
 
-    found = plan.list_variants(make_options(recipes=recipes))
+    found = plan.list_variants(make_options(recipes=recipes), _warn)
     if as_json:
         print_json({recipe.variant: recipe.description for recipe in found})
         return
@@ -28,12 +29,20 @@ def list_variants(recipes: Recipes = RECIPES, as_json: Json = False) -> None:
         typer.echo(f"{recipe.variant:{width}}  {recipe.description}")
 
 
+def _warn(error: CarniceError) -> None:
+    """Tell of something that is left out."""
+    typer.echo(f"carnice: left out: {error}", err=True)
+
+
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
     from carnice_build.recipe.schema import json_schema
-    from carnice_build.transforms.vocabulary import vocabulary
+    from carnice_build.transforms.vocabulary import usable_vocabulary
 
-    print_json(json_schema(vocabulary()))
+    usable, problems = usable_vocabulary()
+    for problem in problems:
+        _warn(problem)
+    print_json(json_schema(usable))
 
 
 def extras(variants: Variants, recipes: Recipes = RECIPES, assignments: Set = None) -> None:

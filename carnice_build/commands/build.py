@@ -29,6 +29,7 @@ from carnice_build.store.files import io_errors_named
 from carnice_build.store.history import BuildRecord, add_build, write_history
 from carnice_build.store.store import Store
 from carnice_build.system import peak_memory
+from carnice_build.transforms.plugins import failures_blamed
 from carnice_build.transforms.tokens import Tokens
 
 
@@ -147,7 +148,8 @@ def _package(
     shards = [_shard(variant, index, packs, store) for index in range(len(variant.packs))]
     described = describe(variant, shards, _figures(variant, store))
     folder = options.out / variant.name
-    rendered = render_files(described, variant.format.packager())
+    with failures_blamed(variant.format):
+        rendered = render_files(described, variant.format.packager())
     stale = not is_current(folder, rendered.key, shards)
     if stale:
         check_writable(folder)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from carnice_build.checkpoint.profiles import SourceFinder
 from carnice_build.commands.options import Options
-from carnice_build.errors import PlanError, nearest
+from carnice_build.errors import PlanError, PluginError, nearest
 from carnice_build.graph import ActionGraph
 from carnice_build.planning.planner import VariantPlan, plan_variant
 from carnice_build.planning.status import BuildStatus, survey
@@ -74,9 +74,18 @@ def report_plan(names: Sequence[str], options: Options | None = None) -> PlanRep
         return PlanReport(plan, survey(plan.variants, store))
 
 
-def list_variants(options: Options) -> list[Recipe]:
-    """Every recipe of the folder, checked for form."""
-    return [load_recipe(path, vocabulary()) for path in list_recipes(options.recipes)]
+def list_variants(options: Options, warn: Callable[[PluginError], None]) -> list[Recipe]:
+    """Every recipe of the folder, checked for form.
+
+    A recipe that needs a broken plugin is left out, and `warn` is told why.
+    """
+    found = []
+    for path in list_recipes(options.recipes):
+        try:
+            found.append(load_recipe(path, vocabulary()))
+        except PluginError as error:
+            warn(error)
+    return found
 
 
 def extras_of(names: Sequence[str], options: Options) -> list[str]:

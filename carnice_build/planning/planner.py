@@ -21,6 +21,7 @@ from carnice_build.planning.serve import plan_serving
 from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.transforms.base import CalibrationSource, Conversion, Format, PlanContext, Step
+from carnice_build.transforms.plugins import failures_blamed
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     view = source_view(body.checkpoint)
     files: Mapping[str, bytes] = Assets(body.checkpoint)
     for step in recipe.steps:
-        with _located(recipe, "steps", step.index, step.kind):
+        with _located(recipe, "steps", step.index, step.kind), failures_blamed(step.params):
             assert isinstance(step.params, Step)
             view = step.params.apply(view, context)
             files = step.params.edit(files, context)
@@ -118,11 +119,12 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
         dataset = finder.find_dataset(recipe.calibration)
         source = CalibrationSource(recipe.calibration, dataset, body.checkpoint, files)
         context = replace(context, calibration=source)
-    with _located(recipe, "quantize"):
+    with _located(recipe, "quantize"), failures_blamed(recipe.quantize):
         assert isinstance(recipe.quantize, Format)
         conversion = recipe.quantize.convert(view, context)
+        metadata = recipe.quantize.metadata()
     _check_names(conversion)
-    packs = pack_layouts(conversion.tensors, recipe.package.shard, recipe.quantize.metadata())
+    packs = pack_layouts(conversion.tensors, recipe.package.shard, metadata)
     with _located(recipe, "package", "serve"):
         size = sum(pack.size for pack in packs)
         serving = plan_serving(recipe, architecture, conversion, files, size)

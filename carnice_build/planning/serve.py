@@ -12,6 +12,7 @@ from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.rules import plan_launches
 from carnice_build.transforms.base import Conversion, Format
+from carnice_build.transforms.plugins import failures_blamed
 
 
 def plan_serving(
@@ -28,7 +29,8 @@ def plan_serving(
     if not recipe.package.serve:
         return None
     assert isinstance(recipe.quantize, Format)
-    engine_name = recipe.quantize.engine_name()
+    with failures_blamed(recipe.quantize):
+        engine_name = recipe.quantize.engine_name()
     if engine_name is None:
         raise PlanError("no serving engine that we know loads this format")
     parts = {tensor.fact.part for tensor in conversion.tensors}

@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     WithJsonSchema,
 )
+from pydantic.json_schema import models_json_schema
 
 from carnice_build.recipe.layers import LayerSet
 from carnice_build.recipe.patterns import compile_pattern
@@ -205,8 +206,18 @@ def json_schema(vocabulary: Vocabulary) -> dict[str, Any]:
 
     What a file leaves out may stand in the one it extends, and a list's key may end in `+`.
     """
-    schema = RecipeBody.model_json_schema()
-    definitions = schema.setdefault("$defs", {})
+    models: list[type[BaseModel]] = [
+        RecipeBody,
+        *vocabulary.steps.values(),
+        *vocabulary.formats.values(),
+    ]
+    # All at once, so that pydantic tells models of one class name apart.
+    named, whole = models_json_schema(
+        [(model, "validation") for model in models], ref_template=_REFERENCE
+    )
+    references = {model: named[model, "validation"] for model in models}
+    definitions = whole["$defs"]
+    schema = definitions.pop(_definition(references[RecipeBody]))
     properties = schema["properties"]
     properties["extends"] = {
         "type": ["string", "array"],
@@ -216,7 +227,7 @@ def json_schema(vocabulary: Vocabulary) -> dict[str, Any]:
     steps = [
         {
             "type": "object",
-            "properties": {kind: _define(definitions, model)},
+            "properties": {kind: references[model]},
             "required": [kind],
             "additionalProperties": False,
         }
@@ -225,23 +236,29 @@ def json_schema(vocabulary: Vocabulary) -> dict[str, Any]:
     properties["steps"]["items"] = {"oneOf": steps}
     # Without `format`, which the parent may state, a section can be of any.
     properties["quantize"] = {
-        "anyOf": [_define(definitions, model) for model in vocabulary.formats.values()],
+        "anyOf": [references[model] for model in vocabulary.formats.values()],
         "description": properties["quantize"]["description"],
     }
     _relax(schema, definitions, set())
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Recipe"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "Recipe",
+        "$defs": definitions,
+    }
 
 
-def _define(definitions: dict[str, Any], model: type[BaseModel]) -> dict[str, str]:
-    schema = model.model_json_schema(ref_template="#/$defs/{model}")
-    definitions.update(schema.pop("$defs", {}))
-    definitions[model.__name__] = schema
-    return {"$ref": f"#/$defs/{model.__name__}"}
+_REFERENCE = "#/$defs/{model}"
+
+
+def _definition(node: Mapping[str, Any]) -> str:
+    """The name of the definition that a schema refers to, empty when it refers to none."""
+    return str(node.get("$ref", "")).removeprefix(_REFERENCE.format(model=""))
 
 
 def _relax(node: dict[str, Any], definitions: dict[str, Any], seen: set[str]) -> None:
     """Allow in a mapping and those below it what inheritance allows; items of lists stay whole."""
-    name = node.get("$ref", "").rpartition("/")[2]
+    name = _definition(node)
     if name and name not in seen:
         seen.add(name)
         _relax(definitions[name], definitions, seen)

@@ -6,10 +6,7 @@ Packages add their own through the entry points `carnice_build.steps` and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from importlib.metadata import entry_points
-from typing import Any
-
+from carnice_build.errors import PluginError
 from carnice_build.recipe.schema import Vocabulary
 from carnice_build.transforms.autoround import AutoRoundFormat
 from carnice_build.transforms.base import Format, Step
@@ -19,6 +16,7 @@ from carnice_build.transforms.drop import Drop
 from carnice_build.transforms.graft import Graft
 from carnice_build.transforms.mlx import MlxFormat
 from carnice_build.transforms.nvfp4 import Nvfp4Format
+from carnice_build.transforms.plugins import Extensible
 from carnice_build.transforms.rename import Rename
 
 STEPS: dict[str, type[Step]] = {
@@ -35,33 +33,21 @@ FORMATS: dict[str, type[Format]] = {
 }
 
 
-class _Extensible(Mapping[str, Any]):
-    """Our own entries first; installed packages are asked only for names we do not have."""
-
-    def __init__(self, builtin: Mapping[str, Any], group: str) -> None:
-        self._builtin = builtin
-        self._group = group
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self._builtin:
-            return self._builtin[name]
-        for entry in entry_points(group=self._group, name=name):
-            return entry.load()
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._builtin
-        for entry in entry_points(group=self._group):
-            if entry.name not in self._builtin:
-                yield entry.name
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 def vocabulary() -> Vocabulary:
-    """The steps and formats of this installation."""
-    return Vocabulary(
-        steps=_Extensible(STEPS, "carnice_build.steps"),
-        formats=_Extensible(FORMATS, "carnice_build.formats"),
-    )
+    """The steps and formats of this installation; a broken one raises when it is asked for."""
+    return Vocabulary(steps=_steps(), formats=_formats())
+
+
+def usable_vocabulary() -> tuple[Vocabulary, list[PluginError]]:
+    """The steps and formats that can be used, and what is wrong with all others."""
+    problems: list[PluginError] = []
+    found = Vocabulary(_steps().usable(problems), _formats().usable(problems))
+    return found, problems
+
+
+def _steps() -> Extensible[Step]:
+    return Extensible(STEPS, "carnice_build.steps", Step)  # type: ignore[type-abstract]
+
+
+def _formats() -> Extensible[Format]:
+    return Extensible(FORMATS, "carnice_build.formats", Format)  # type: ignore[type-abstract]

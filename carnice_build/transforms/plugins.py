@@ -1,0 +1,116 @@
+"""Steps and formats of other packages: found by their entry points, checked, and blamed by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from carnice_build.errors import CarniceError, PluginError
+from carnice_build.transforms.base import Format
+
+K = TypeVar("K", bound=BaseModel)
+
+
+class Extensible(Mapping[str, type[K]], Generic[K]):
+    """Our own entries first; installed packages are asked only for names we do not have.
+
+    `[name]` raises PluginError where a package has the name and what it names cannot be used.
+    """
+
+    def __init__(self, builtin: Mapping[str, type[K]], group: str, kind: type[K]) -> None:
+        """Add the entry points of `group` to `builtin`; each must name a subclass of `kind`."""
+        self._builtin = builtin
+        self._group = group
+        self._kind = kind
+
+    def __getitem__(self, name: str) -> type[K]:
+        if name in self._builtin:
+            return self._builtin[name]
+        for entry in entry_points(group=self._group, name=name):
+            return _load(entry, self._kind)
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._builtin
+        names = (entry.name for entry in entry_points(group=self._group))
+        yield from (name for name in dict.fromkeys(names) if name not in self._builtin)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def usable(self, problems: list[PluginError]) -> dict[str, type[K]]:
+        """The entries that can be used; what is wrong with the others is added to `problems`."""
+        found = {}
+        for name in self:
+            try:
+                found[name] = self[name]
+            except PluginError as error:
+                problems.append(error)
+        return found
+
+
+_ORIGINS: dict[type, str] = {}
+"""The package of each loaded class."""
+
+
+def _load(entry: EntryPoint, kind: type[K]) -> type[K]:
+    origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.group
+    what = f"{kind.__name__.lower()} {entry.name!r}, {entry.value},"
+    try:
+        model = entry.load()
+    except (Exception, SystemExit) as error:  # whatever a module does when it is imported
+        raise PluginError(f"{what} cannot be loaded: {_told(error)}", where=origin) from error
+    if problem := _problem(entry.name, model, kind):
+        raise PluginError(f"{what} {problem}", where=origin)
+    _ORIGINS[model] = origin
+    loaded: type[K] = model
+    return loaded
+
+
+def _problem(name: str, model: Any, kind: type[BaseModel]) -> str | None:
+    """Why a recipe cannot use `model` under this name, None when it can."""
+    if not (isinstance(model, type) and issubclass(model, kind)):
+        return f"is no subclass of {kind.__module__}.{kind.__name__}"
+    if missing := sorted(getattr(model, "__abstractmethods__", ())):
+        return f"does not define {' and '.join(missing)}"
+    if kind is Format and not _is_named(name, model):
+        return f"has no setting `format: Literal[{name!r}]`"
+    try:
+        model.model_json_schema()
+    except Exception as error:  # pydantic has several for what no schema can say
+        return f"has a setting that no schema describes: {_told(error)}"
+    return None
+
+
+def _is_named(name: str, model: type[BaseModel]) -> bool:
+    field = model.model_fields.get("format")
+    accepted: Any = field.annotation if field else None
+    try:
+        return bool(TypeAdapter(accepted).validate_python(name) == name)
+    except ValidationError:
+        return False
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def failures_blamed(part: BaseModel) -> Iterator[None]:
+    """Turn what code of another package raises inside the block into one sentence with its name.
+
+    `part` is the step or format that runs; errors of our own, and of our own parts, pass.
+    """
+    origin = _ORIGINS.get(type(part))
+    try:
+        yield
+    except CarniceError:
+        raise
+    except Exception as error:  # a fault of the package's
+        if origin is None:
+            raise
+        raise PluginError(f"{type(part).__name__} failed: {_told(error)}", where=origin) from error
