@@ -16,13 +16,25 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from carnice_build.recipe.layers import LayerSpan
-from carnice_build.recipe.schema import CardSpec, PackageSpec, RecipeBody, SourceSpec
+from carnice_build.recipe.schema import (
+    CalibrationSpec,
+    CardSpec,
+    PackageSpec,
+    RecipeBody,
+    SourceSpec,
+)
 from carnice_build.transforms.vocabulary import FORMATS, STEPS
 
 PAGE = Path(__file__).parent / "recipes.md"
 MARK = "<!-- What follows is written by docs/make_reference.py. -->\n"
 
-_SECTIONS = {"sources": SourceSpec, "layers": LayerSpan, "package": PackageSpec, "card": CardSpec}
+_SECTIONS = {
+    "sources": SourceSpec,
+    "layers": LayerSpan,
+    "calibration": CalibrationSpec,
+    "package": PackageSpec,
+    "card": CardSpec,
+}
 _LINKED = {name: name for name in (*_SECTIONS, "steps")} | {"quantize": "formats"}
 _TABLE = "| Key | Value | Default | Meaning |\n|---|---|---|---|\n"
 _EXTENDS = "| `extends` | text or list |  | A recipe that this one changes, or several. |\n"

@@ -76,7 +76,7 @@ def run_oneshot(
 ) -> Reference:
     """Smooth, quantize and save the whole demo with one thread, one sample at a time.
 
-    `token_rows`, longest first, take the place of `samples()`.
+    `token_rows`, in any order, take the place of `samples()`.
     """
     from datasets import Dataset
     from llmcompressor import oneshot

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import REPOSITORY
 from oneshot import run_oneshot, tokenizer
 from tiny import Tensor, read_all_tensors, read_json
 
+from carnice_build.backends.tokens import longest_first
 from carnice_build.commands.build import BuildReport, build_variants
 from carnice_build.commands.options import Options
 
@@ -48,7 +50,10 @@ class Parity:
 
 @pytest.fixture(scope="module")
 def parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
-    """Both observers, built one after the other into one cache, and by `oneshot`."""
+    """Both observers, built one after the other into one cache, and by `oneshot`.
+
+    Neither is told in which order to take the samples.
+    """
     root = tmp_path_factory.mktemp("awq")
     recipes = root / "recipes"
     recipes.mkdir()
@@ -74,7 +79,7 @@ def parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
 
 
 def _write_rows(path: Path) -> list[torch.Tensor]:
-    """The shortest dialogues, longest first, as `oneshot` takes them whatever their order is."""
+    """The shortest dialogues, of several lengths, as `oneshot` would not take them."""
     roles = {"human": "user", "gpt": "assistant"}
     rows = []
     for line in (REPOSITORY / "demo" / "calibration.jsonl").read_text().splitlines():
@@ -86,7 +91,8 @@ def _write_rows(path: Path) -> list[torch.Tensor]:
         text = tokenizer().apply_chat_template(turns, tools=dialogue["tools"], tokenize=False)
         rows.append((torch.tensor(tokenizer()(text)["input_ids"]), line))
     rows.sort(key=lambda row: len(row[0]))
-    chosen = rows[:SAMPLES][::-1]
+    chosen = [rows[1], rows[0], *rows[2:SAMPLES]]
+    assert len({len(tokens) for tokens, _ in chosen}) == SAMPLES
     path.write_text("".join(f"{line}\n" for _, line in chosen))
     return [tokens for tokens, _ in chosen]
 
@@ -109,6 +115,19 @@ def test_every_tensor_that_oneshot_writes_is_ours_bit_for_bit(parity: Parity, na
     assert [] == different
     assert {key for key in ours if not key.startswith(("mtp.", "model.visual."))} <= set(theirs)
     assert len(theirs) >= 205
+
+
+@pytest.mark.parametrize("count", [2, 3, 16, 17, 256, 1000])
+def test_samples_come_in_the_order_of_oneshot(count: int) -> None:
+    """However many there are, and whatever many of them have one length, as those that are cut."""
+    from datasets import Dataset
+    from llmcompressor.datasets.utils import LengthAwareSampler
+
+    random = Random(count)
+    lengths = [random.choice([3, 5, 8, 8, 8]) for _ in range(count)]
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths]})
+
+    assert list(LengthAwareSampler(rows)) == longest_first(lengths)
 
 
 def test_the_other_observer_takes_no_search_and_no_forward_pass(parity: Parity) -> None:

@@ -26,6 +26,7 @@ from carnice_build.graph import Action, ActionGraph, ActionOutput, Op, TensorRef
 from carnice_build.serving.render import serve_all
 from carnice_build.store.records import Records
 from carnice_build.transforms.awq import GroupQuantize, Smooth, SmoothNorm, SmoothWeight
+from carnice_build.transforms.tokens import LongestFirst
 
 pytest_plugins = ["calibrating"]
 
@@ -53,6 +54,44 @@ def test_the_observer_costs_no_forward_pass(calibrated: Project, ran: Ran) -> No
     """Switching from mse to minmax packs the quantized weights again and does nothing else."""
     assert Counter({QUANTIZE: QUANTIZED}) == ran(calibrated, MINMAX)
     assert Counter() == ran(calibrated, MSE)
+
+
+def test_another_order_of_equal_samples_searches_again(calibrated: Project, ran: Ran) -> None:
+    """As the dataset has them, samples give other scales; reordered rows are sorted to the same."""
+    path = calibrated.root / "rows.txt"
+    rows = ["Which functions do you have? " * count for count in (1, 2, 3)]
+    changes = ("dataset=rows.txt", "samples=3", "length=64")
+    changes = tuple(f"calibration.{change}" for change in changes)
+    made = []
+    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+        path.write_text("".join(f"{rows[index]}\n" for index in order))
+        made.append(ran(calibrated, MSE, changes=changes))
+    given = ran(calibrated, MSE, changes=(*changes, "calibration.order=given"))
+
+    assert 4 == made[0][SMOOTH]
+    assert [Counter({"calibration.tokens": 1, "calibration.longest": 1})] * 2 == made[1:]
+    assert 4 == given[SMOOTH]
+    assert 0 == given["calibration.tokens"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "change", "sorts"),
+    [
+        (MSE, (), True),
+        (MSE, ("calibration.order=given",), False),
+        (MSE, ("calibration.order=longest",), True),
+        ("nvfp4-text-mtp", (), False),
+        ("nvfp4-text-mtp", ("calibration.order=longest",), True),
+        ("int4-autoround", (), False),
+    ],
+)
+def test_the_format_says_in_which_order_samples_are_seen(
+    small: Project, variant: str, change: tuple[str, ...], sorts: bool
+) -> None:
+    """AWQ takes the longest first, as its library does; others, and whoever says so, as given."""
+    graph = plan_variants([variant], small.options(overrides=(*QUICK, *change))).graph
+
+    assert sorts == any(isinstance(item.op, LongestFirst) for item in graph)
 
 
 def test_the_observer_is_what_explain_names(calibrated: Project, carnice: Carnice) -> None:
@@ -347,6 +386,7 @@ OPS: list[tuple[Op, dict[str, Any], tuple[TensorSpec, ...]]] = [
     (SmoothNorm(), {"exact": False}, (TensorSpec("BF16", (128,)), VECTOR)),
     (GroupQuantize(), QUANTIZE_PARAMS, (WEIGHT, VECTOR)),
     (SmoothWeight(), {"columns": True, "rows": False}, (WEIGHT, VECTOR)),
+    (LongestFirst(), {"processor": "x86_64 avx2"}, (IDS,)),
 ]
 OTHER_VALUES = {
     "names": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],

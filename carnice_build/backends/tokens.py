@@ -51,6 +51,17 @@ def tokenize(
     return samples
 
 
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """The places of samples of these lengths in the order in which `oneshot` takes them.
+
+    As `LengthAwareSampler` of llmcompressor/datasets/utils.py, whose sort is not stable.
+    """
+    import torch
+
+    order: list[int] = torch.argsort(torch.tensor(lengths), descending=True).tolist()
+    return order
+
+
 def _encoded(
     encode: Callable[[str], list[int]], texts: Iterable[str], where: str
 ) -> Iterator[list[int]]:

@@ -95,6 +95,9 @@ def count_for(count: ByProfile, profile: str | None) -> int | None:
     return table.get(profile or "default", table.get("default"))
 
 
+Order = Literal["given", "longest"]
+"""Samples as the dataset has them, or the longest first."""
+
 DATASET_FILES = (".jsonl", ".parquet", ".txt")
 
 
@@ -121,6 +124,11 @@ class CalibrationSpec(Strict):
     length: ByProfile = Field(8192, description="Most tokens of a sample; longer ones are cut.")
     joined: bool = Field(
         False, description="Join the rows, and cut them into samples of exactly `length` tokens."
+    )
+    order: Order | None = Field(
+        None,
+        description="How the samples follow one another: as the dataset has them, or the longest "
+        "first; the format's own order if none.",
     )
     roles: dict[str, str] = Field(
         default_factory=lambda: {"human": "user", "gpt": "assistant"},

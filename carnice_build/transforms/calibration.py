@@ -22,9 +22,9 @@ from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.graph import ProcessOp, TensorRef, View
 from carnice_build.processor import vector_instructions
-from carnice_build.recipe.schema import ByProfile, count_for
+from carnice_build.recipe.schema import ByProfile, Order, count_for
 from carnice_build.transforms.base import PlanContext
-from carnice_build.transforms.tokens import PADDING, Tokens
+from carnice_build.transforms.tokens import PADDING, LongestFirst, Tokens
 
 _DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 
@@ -176,8 +176,11 @@ class Calibration:
     `tokens` is I32 [samples, length], `start` the hidden states [samples, length, hidden].
     """
 
-    def __init__(self, view: View, context: PlanContext) -> None:
-        """Calibrate the text model in `view`; PlanError when the recipe does not say on what."""
+    def __init__(self, view: View, context: PlanContext, order: Order = "given") -> None:
+        """Calibrate the text model in `view`; PlanError when the recipe does not say on what.
+
+        The samples stand in `order` unless the recipe says in which.
+        """
         if context.calibration is None:
             raise PlanError("the format needs a section `calibration`", at=("format",))
         self._source = context.calibration
@@ -187,6 +190,9 @@ class Calibration:
         self._architecture = context.architecture
         self.graph = context.graph
         self.tokens = self._tokens()
+        if (self._spec.order or order) == "longest":
+            params = {"processor": vector_instructions()}
+            (self.tokens,) = self.graph.add(LongestFirst(), params, self.tokens)
         self.start = self._embed()
 
     def layer(self, layer: int) -> LayerPart:

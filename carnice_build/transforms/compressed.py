@@ -187,7 +187,7 @@ class _Smoothed:
             "duo_scaling": knobs.duo_scaling,
             "norms": knobs.norms,
         }
-        smoothing = Smoothing(Calibration(view, context), settings)
+        smoothing = Smoothing(Calibration(view, context, "longest"), settings)
         for layer in range(self._architecture.num_layers):
             self._search(layer, smoothing)
 

@@ -55,3 +55,39 @@ class Tokens(ProcessOp):
         for row, tokens in zip(rows, tokenize(params, inputs[0].read(), dataset), strict=True):
             row[: len(tokens)] = tokens
         outputs[0].write(rows)
+
+
+class LongestFirst(ProcessOp):
+    """The samples by falling length, in the very order in which llm-compressor takes them.
+
+    Input and output: tokens I32 [samples, length], padded with -1.
+    Parameter: `processor`, because the sort is torch's, which leaves samples of one length in an
+    order that depends on the vector instructions it runs on.
+    """
+
+    name = "calibration.longest"
+    version = 1
+    libraries = ("torch",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """As the input."""
+        return (inputs[0],)
+
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """The tokens twice."""
+        return 2 * inputs[0].nbytes
+
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        report: Callable[[], None],
+    ) -> None:
+        """Move whole rows."""
+        from carnice_build.backends.tokens import longest_first
+
+        rows = inputs[0].read()
+        outputs[0].write(rows[longest_first((rows != PADDING).sum(axis=1).tolist())])
