@@ -244,6 +244,7 @@ def describe(
         defaults=variant.conversion.defaults,
         quantized=variant.conversion.quantized,
         ignored=variant.conversion.ignored,
+        dtype=variant.conversion.dtype,
         parameters=variant.conversion.parameters,
         shards=shards,
         copied=dict(variant.files),

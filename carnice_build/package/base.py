@@ -40,6 +40,7 @@ class Variant:
 
     `copied` holds the small files that come from the checkpoint, as the steps left them;
     `serve` those that say how to serve it.  `figures` are numbers that actions measured.
+    `dtype` is what the config is to state for the model, None where that is as the source has it.
     `calibration` and `dataset` are None when nothing was calibrated, whatever the recipe says.
     """
 
@@ -53,6 +54,7 @@ class Variant:
     defaults: Mapping[str, Any]
     quantized: Mapping[str, Mapping[str, Any]]
     ignored: Sequence[str]
+    dtype: str | None
     parameters: int
     shards: Sequence[Shard]
     copied: Mapping[str, bytes]

@@ -28,7 +28,7 @@ from carnice_build.transforms.plugins import failures_blamed
 class VariantPlan:
     """One variant, worked out: where it comes from, what its tensors are, how they are packed.
 
-    `view` holds the tensors that the format was given, as the steps left them;
+    `view` holds the tensors that the format was given, as the steps and it prepared them;
     `files` holds the small files that are taken from the body, as the steps left them;
     `serving` what its launches follow from, when it has any; `dataset` what it is calibrated on.
     """
@@ -121,6 +121,7 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
         context = replace(context, calibration=source)
     with _located(recipe, "quantize"), failures_blamed(recipe.quantize):
         assert isinstance(recipe.quantize, Format)
+        view = recipe.quantize.prepare(view, context)
         conversion = recipe.quantize.convert(view, context)
         metadata = recipe.quantize.metadata()
     _check_names(conversion)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from carnice_build.architectures.base import Part, Role, TensorFact
 from carnice_build.checkpoint.checkpoint import Checkpoint
-from carnice_build.checkpoint.dtypes import WIDE_FLOATS
+from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import OutputTensor, TensorRef, View, source_view
 from carnice_build.package.autoround import AutoRoundPackager
@@ -32,11 +32,11 @@ from carnice_build.transforms.base import (
     Conversion,
     Format,
     PlanContext,
+    cast,
     check_fusions,
     require_match,
 )
 from carnice_build.transforms.calibration import Calibration
-from carnice_build.transforms.elementwise import Elementwise
 from carnice_build.transforms.ignore import unquantized_modules
 from carnice_build.transforms.int4 import PARTS, Merge, Nearest, packed_specs
 from carnice_build.transforms.tune import Tuning
@@ -90,8 +90,10 @@ class AutoRoundFormat(Format):
         default_factory=lambda: list(_KEPT),
         description="Weights of decoder layers that stay as they are, by name.",
     )
-    plain: Literal["bfloat16", "float16"] = Field(
-        "bfloat16", description="Type of everything that is not quantized."
+    plain: Literal["bfloat16", "float16"] | None = Field(
+        None,
+        description="Type of everything that is not quantized, which config.json then states; what "
+        "the source's states if none, or bfloat16 where that is neither.",
     )
     tune: TuneSpec | None = Field(None, description="For method `tune`.")
     grid: GridSpec | None = Field(None, description="For method `merge`.")
@@ -127,13 +129,14 @@ class AutoRoundFormat(Format):
             with _located(module):
                 packed_specs(view[fact.name].spec, self.group_size)
         parts, figures = self._parts(chosen, view, context)
+        plain = self._plain_dtype(context)
         tensors: list[OutputTensor] = []
         for fact in facts:
             if fact.module in parts:
                 made = zip(PARTS, parts[fact.module], strict=True)
                 tensors += [OutputTensor(f"{fact.module}.{part}", ref, fact) for part, ref in made]
             else:
-                tensors.append(OutputTensor(fact.name, self._cast(view[fact.name], context), fact))
+                tensors.append(OutputTensor(fact.name, cast(view[fact.name], plain, context), fact))
         settings = {"bits": 4, "group_size": self.group_size}
         return Conversion(
             tensors=tensors,
@@ -142,6 +145,7 @@ class AutoRoundFormat(Format):
             quantized=dict.fromkeys(chosen, settings),
             causes={},
             ignored=unquantized_modules(view, chosen, context.architecture, (Role.LINEAR,)),
+            dtype=plain,
             figures=figures,
         )
 
@@ -225,13 +229,11 @@ class AutoRoundFormat(Format):
             figures[f"clipped codes of {module}"] = clipped
         return parts, figures
 
-    def _cast(self, ref: TensorRef, context: PlanContext) -> TensorRef:
-        dtype = _PLAIN[self.plain]
-        if ref.spec.dtype == dtype or ref.spec.dtype not in WIDE_FLOATS:
-            return ref
-        params = {"add": None, "dtype": dtype, "nonfinite": "refuse"}
-        (cast,) = context.graph.add(Elementwise(), params, ref)
-        return cast
+    def _plain_dtype(self, context: PlanContext) -> str:
+        if self.plain is not None:
+            return _PLAIN[self.plain]
+        stated = stated_dtype(context.body.config)
+        return stated if stated and stated in _PLAIN.values() else _PLAIN["bfloat16"]
 
 
 @contextmanager

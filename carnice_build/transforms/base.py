@@ -10,6 +10,8 @@ from typing import Any
 from carnice_build.architectures.base import Architecture
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import Dataset
+from carnice_build.checkpoint.dtypes import WIDE_FLOATS
+from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.checkpoint.profiles import Source
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import ActionGraph, OutputTensor, TensorRef, View
@@ -17,6 +19,7 @@ from carnice_build.package.base import Packager
 from carnice_build.recipe.layers import LayerSpan, layers_in
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import CalibrationSpec, Expectation, Strict
+from carnice_build.transforms.elementwise import Elementwise
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Conversion:
     `quantized` maps the path of each quantized module to its settings, as the format's config
     spells both; `defaults` are the settings that the config states for the whole model.
     `ignored` names what is not quantized, as the format's config spells it.
+    `dtype` is what config.json states for the model, None where that is as the source has it.
     `figures` are small tensors whose numbers build.json states, by what they are of.
     `causes` says, by the name of an action's first output and by parameter, which entry below
     `quantize` in the recipe chose the value.
@@ -107,11 +111,16 @@ class Conversion:
     quantized: Mapping[str, Mapping[str, Any]]
     causes: Mapping[str, Mapping[str, tuple[str | int, ...]]]
     ignored: Sequence[str] = ()
+    dtype: str | None = None
     figures: Mapping[str, TensorRef] = field(default_factory=dict)
 
 
 class Format(Strict):
     """A number format: its knobs, and how it turns a canonical view into published tensors."""
+
+    def prepare(self, view: View, context: PlanContext) -> View:
+        """The view as `convert` is to get it, and as checks compare what is published with it."""
+        return view
 
     @abstractmethod
     def convert(self, view: View, context: PlanContext) -> Conversion:
@@ -132,6 +141,27 @@ class Format(Strict):
     def extras(self) -> tuple[str, ...]:
         """The optional dependencies, as in `pip install carnice-build[...]`, that a build needs."""
         return ()
+
+
+def in_stated_dtype(view: View, context: PlanContext) -> View:
+    """The view with its floats in the type that the config states, as libraries load a model.
+
+    What mlx-lm does not cast either stays: engines hold these states in float32.
+    """
+    dtype = stated_dtype(context.body.config)
+    keeps = context.architecture.mlx_keeps_dtype
+    if dtype is None:
+        return view
+    return {name: ref if keeps(name) else cast(ref, dtype, context) for name, ref in view.items()}
+
+
+def cast(ref: TensorRef, dtype: str, context: PlanContext) -> TensorRef:
+    """A float tensor in another type of floats; any other as it is."""
+    if ref.spec.dtype == dtype or ref.spec.dtype not in WIDE_FLOATS:
+        return ref
+    params = {"add": None, "dtype": dtype, "nonfinite": "refuse"}
+    (made,) = context.graph.add(Elementwise(), params, ref)
+    return made
 
 
 def check_fusions(quantized: Container[str], view: View, architecture: Architecture) -> None:

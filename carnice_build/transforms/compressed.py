@@ -24,7 +24,13 @@ from carnice_build.package.compressed import CompressedPackager
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns, Strict
 from carnice_build.transforms.awq import PARTS, GroupQuantize, Smoothing, SmoothNorm, SmoothWeight
-from carnice_build.transforms.base import Conversion, Format, PlanContext, check_fusions
+from carnice_build.transforms.base import (
+    Conversion,
+    Format,
+    PlanContext,
+    check_fusions,
+    in_stated_dtype,
+)
 from carnice_build.transforms.calibration import Calibration
 from carnice_build.transforms.ignore import plain_modules
 
@@ -109,6 +115,10 @@ class CompressedFormat(Format):
     def engine_name(self) -> str:
         """As vLLM's `--quantization` has it."""
         return "compressed-tensors"
+
+    def prepare(self, view: View, context: PlanContext) -> View:
+        """In the type that the library loads the model in."""
+        return in_stated_dtype(view, context)
 
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor of the view, smoothed, and the linears quantized."""

@@ -25,6 +25,7 @@ from carnice_build.transforms.base import (
     Format,
     PlanContext,
     check_fusions,
+    in_stated_dtype,
     require_match,
 )
 from carnice_build.transforms.calibration import Activations, Calibration
@@ -179,6 +180,10 @@ class Nvfp4Format(Format):
     def extras(self) -> tuple[str, ...]:
         """The calibration runs in torch."""
         return ("torch",)
+
+    def prepare(self, view: View, context: PlanContext) -> View:
+        """In the type that the library loads the model in."""
+        return in_stated_dtype(view, context)
 
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor of the view under its own name, the linears quantized."""
