@@ -1,73 +1,98 @@
 # Every target sets up the virtual environment itself on first use, and does nothing later.
+# Written for GNU make 3.81 and BSD tools, which macOS has.
 
-VENV   := .venv
-PYTHON := $(VENV)/bin/python
+# The Python that environments are made with, and what to install it all with.
+PYTHON3 ?= python3
+VENV    := .venv
+NEWEST  := .venv-newest
+PYTHON  := $(VENV)/bin/python
 CARNICE := $(VENV)/bin/carnice
-PIP    := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+PINS    := --constraint constraints.txt
+PIP     := $(PYTHON) -m pip install --quiet --disable-pip-version-check $(PINS)
+# Without isolation, building our own package uses the pinned setuptools as well.
+EDITABLE := $(PIP) --no-build-isolation --editable
+TORCH   ?= $(shell sed -n '/^torch==/p' constraints.txt)
 BROWSER := tests/browser/node_modules/.package-lock.json
-FLAGS  ?=
+FLAGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build all plan verify report list test lint bench clean
+.PHONY: help build all plan verify report list test lint suite test-newest update bench clean
 
 ifdef variant
 .DEFAULT_GOAL := build
 endif
 
 help: ## Show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 10
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s%s\n", $$1, $$2}' Makefile
 	@echo 'make variant=NAME builds one variant; FLAGS="..." passes more to carnice'
 
-$(VENV)/core: pyproject.toml
-	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PIP) --editable .
+$(VENV)/core: pyproject.toml constraints.txt
+	test -x $(PYTHON) || $(PYTHON3) -m venv $(VENV)
+	$(PIP) setuptools
+	$(EDITABLE) .
 	touch $@
 
-# torch comes first, by itself: its CPU build satisfies every later requirement.
+# torch comes first, by itself: whichever build of it is found satisfies every later requirement.
 $(VENV)/dev: $(VENV)/core
-	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[dev]'
+	$(PIP) $(TORCH)
+	$(EDITABLE) '.[dev]'
 	touch $@
 
 build: $(VENV)/core ## Build variant=NAME into build/NAME
 	@extras=$$($(CARNICE) extras $(variant)) && \
-	  if [ -n "$$extras" ]; then $(PIP) --editable ".[$$extras]"; fi
+	  if [ -n "$$extras" ]; then $(EDITABLE) ".[$$extras]"; fi
 	$(CARNICE) build $(variant) $(FLAGS)
 
 all: $(VENV)/core ## Build every variant
 	@extras=$$($(CARNICE) extras $$($(CARNICE) names)) && \
-	  if [ -n "$$extras" ]; then $(PIP) --editable ".[$$extras]"; fi
+	  if [ -n "$$extras" ]; then $(EDITABLE) ".[$$extras]"; fi
 	$(CARNICE) build $$($(CARNICE) names) $(FLAGS)
 
 plan: $(VENV)/core ## Show what building variant=NAME would do
 	$(CARNICE) plan $(variant) $(FLAGS)
 
 verify: $(VENV)/core ## Check what was built as variant=NAME
-	$(PIP) --editable '.[mlx,torch]'
+	$(EDITABLE) '.[mlx,torch]'
 	$(CARNICE) verify $(variant) $(FLAGS)
 
 report: $(VENV)/core ## Put all that was built side by side in build/report
-	$(PIP) --editable '.[report]'
+	$(EDITABLE) '.[report]'
 	$(CARNICE) report $(FLAGS)
 
 list: $(VENV)/core ## Show the variants
 	@$(CARNICE) list $(FLAGS)
+
+test: lint suite ## Check style and types, and run all tests
 
 lint: $(VENV)/dev ## Check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+suite: $(VENV)/dev $(BROWSER) ## Run all tests
+	$(VENV)/bin/pytest -n auto --dist loadfile
+
 # A Chromium for the tests of the report's page; without one they are skipped.
 $(BROWSER): tests/browser/package-lock.json
 	npm ci --prefix tests/browser --silent --no-audit --no-fund || echo 'there is no browser'
 
-test: lint $(BROWSER) ## Check style and types, and run all tests
-	$(VENV)/bin/pytest -n auto --dist loadfile
+# Both resolve anew in an environment of their own; torch alone stays, whose builds differ.
+test-newest: ## Do what test does with the newest versions of everything but torch
+	rm -rf $(NEWEST)
+	$(MAKE) --keep-going lint suite VENV=$(NEWEST) PINS=
+
+update: ## Renew constraints.txt
+	rm -rf $(NEWEST)
+	$(MAKE) $(NEWEST)/dev VENV=$(NEWEST) PINS=
+	{ sed -n "s/^# Made with .*/# Made with $$($(NEWEST)/bin/python --version)./; /^#/p" \
+	    constraints.txt; \
+	  $(NEWEST)/bin/python -m pip list --format freeze --exclude-editable --exclude pip \
+	    | sed 's/+.*//' | LC_ALL=C sort -f; } > $(NEWEST)/constraints.txt
+	mv $(NEWEST)/constraints.txt constraints.txt
 
 bench: $(VENV)/dev ## Measure against mlx-lm; needs 20 GB of disk
 	$(PYTHON) -m benchmarks.run
 
-clean: ## Remove outputs, cache and environment
-	rm -rf build $(VENV) tests/browser/node_modules
+clean: ## Remove outputs, cache and environments
+	rm -rf build $(VENV) $(NEWEST) tests/browser/node_modules
 	rm -rf $(addprefix cache/,FORMAT records packs partial blobs history builds verified leases lock)
