@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def read_tree(path: Path) -> Node:
 def parse_tree(text: str, name: str, fixed_where: str | None = None) -> Node:
     """Parse YAML `text`; places are `name:line:column`, or `fixed_where` when that is given."""
     try:
-        _check_depth(text, name, fixed_where)
+        _check_limits(text, name, fixed_where)
         root = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -98,19 +99,32 @@ def parse_tree(text: str, name: str, fixed_where: str | None = None) -> Node:
     return _Converter(name, fixed_where).convert(root, 0)
 
 
-def _check_depth(text: str, name: str, fixed_where: str | None) -> None:
-    """Refuse deep nesting before libyaml's composer, which recurses in C, overflows the stack."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > MAX_DEPTH + 1:
-                line = event.start_mark.line + 1 if event.start_mark else 1
-                raise RecipeError(
-                    f"is nested more than {MAX_DEPTH} deep", where=fixed_where or f"{name}:{line}"
-                )
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
+def _check_limits(text: str, name: str, fixed_where: str | None) -> None:
+    """Refuse depth and size before libyaml's composer, which recurses in C, overflows the stack."""
+    try:
+        _count_events(text, name, fixed_where, _Loader)
+    except yaml.YAMLError:
+        # libyaml reads ahead and has a limit of its own to depth, of which it tells first.
+        # PyYAML's parser in Python has none, and stops at ours.
+        with suppress(yaml.YAMLError):
+            _count_events(text, name, fixed_where, yaml.SafeLoader)
+        raise
+
+
+def _count_events(text: str, name: str, fixed_where: str | None, loader: Any) -> None:
+    depth = count = 0
+    for event in yaml.parse(text, Loader=loader):
+        count += isinstance(event, yaml.NodeEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH + 1:
+            problem = f"is nested more than {MAX_DEPTH} deep"
+        elif count > 2 * MAX_NODES:  # keys are nodes as well
+            problem = f"holds more than {MAX_NODES} values"
+        else:
+            continue
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        raise RecipeError(problem, where=fixed_where or f"{name}:{line}")
 
 
 class _Converter:

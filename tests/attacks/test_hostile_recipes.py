@@ -9,6 +9,9 @@ import yaml
 from attacking import Attack, check_named
 from conftest import Project
 
+from carnice_build.errors import RecipeError
+from carnice_build.recipe import tree
+
 pytest_plugins = ["attacking"]
 
 HEAD = "extends: _base/mlx.yaml\nvariant: bad\ndescription: x\nquantize: {bits: 4}\n"
@@ -42,7 +45,7 @@ NAMED = {
         "".join(f"- &a{index} x\n" for index in range(60_000)),
         "holds more than 20000 values",
     ),
-    "an unknown alias": ("a: *nowhere\n", "undefined alias"),
+    "an unknown alias": ("a: *nowhere\n", "is not valid YAML"),
     # numbers that are slow or are none
     "a number to base 60 of 450,000 digits": ("a: 1" + ":1" * 450_000, "too long for a number"),
     "a number of 900,000 digits": ("a: " + "9" * 900_000, "too long for a number"),
@@ -141,6 +144,26 @@ def test_it_is_named(project: Project, attack: Attack, what: str) -> None:
     check_named(attack("build", "bad"), "carnice: recipes/bad.yaml", part)
     assert not project.cache.exists()
     assert not project.out.exists()
+
+
+@pytest.mark.parametrize("loader", ["CSafeLoader", "SafeLoader"])
+@pytest.mark.parametrize("count", [42, 1_000, 100_000])
+@pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? ", "[\n", "[[[[[[[[[[[[[[a, "])
+def test_depth_is_refused_in_words_of_ours(
+    opening: str, count: int, loader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever nests, and whether or not the parser has a limit of its own, it is one sentence."""
+    monkeypatch.setattr(tree, "_Loader", getattr(yaml, loader))
+
+    with pytest.raises(RecipeError, match=r"^recipe:\d+: is nested more than 40 deep$"):
+        tree.parse_tree(opening * count, "recipe")
+
+
+@pytest.mark.parametrize("text", ["'" + "[" * 2_000 + "' x", f"a: # {'[' * 2_000}\n]"])
+def test_brackets_in_text_nest_nothing(text: str) -> None:
+    """Invalid YAML with many brackets in a value or a comment is not called deep."""
+    with pytest.raises(RecipeError, match=r"^recipe:\d+:\d+: is not valid YAML"):
+        tree.parse_tree(text, "recipe")
 
 
 @pytest.mark.parametrize(
