@@ -424,7 +424,7 @@ def test_an_unknown_group_size_is_refused(project: Project, carnice: Carnice) ->
     finished = carnice("build", "mlx-4bit", "--set", "quantize.group_size=48")
 
     check_refused_at_once(
-        finished, project, "--set quantize.group_size=48: quantize.group_size", "32, 64 or 128"
+        finished, project, "--set quantize.group_size=48: quantize.group_size: ", "48"
     )
 
 

@@ -143,11 +143,11 @@ PARQUET: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "bytes in a turn": (
         lambda path: parquet(path, [{"messages": [{**TURN, "image": b"\xff"}]}] * 2),
-        "Object of type bytes is not JSON serializable",
+        "cannot render a chat that is no JSON",
     ),
     "a day in a turn": (
         lambda path: parquet(path, [{"messages": [{**TURN, "at": datetime.date(2026, 1, 1)}]}] * 2),
-        "Object of type date is not JSON serializable",
+        "cannot render a chat that is no JSON",
     ),
     "no such column": (lambda path: parquet(path, [{"prompt": "a"}] * 2), "row 1: holds no text"),
 }
@@ -170,11 +170,11 @@ def test_rows_that_unfold_do_not_fill_the_memory(attack: Attack, project: Projec
 
 
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing there": (lambda path: None, "cannot read the file: No such file"),
-    "a folder": (lambda path: path.mkdir(), "Is a directory"),
+    "nothing there": (lambda path: None, "cannot read the file"),
+    "a folder": (lambda path: path.mkdir(), "cannot read"),
     "a device": (lambda path: path.symlink_to("/dev/zero"), "is empty"),
     "a pipe": (os.mkfifo, "is empty"),
-    "a loop of links": (lambda path: path.symlink_to(path), "cannot read the file: Too many"),
+    "a loop of links": (lambda path: path.symlink_to(path), "cannot read the file"),
 }
 
 
@@ -232,4 +232,4 @@ def test_a_tokenizer_that_backtracks_is_stopped(attack: Attack, project: Project
     write_json(path, {**read_json(path), "pre_tokenizer": {**split, "invert": False}})
     (project.root / "rows.jsonl").write_bytes(lines({"text": "a" * 60 + "b"}, TEXT))
 
-    check_named(build(attack, "rows.jsonl"), "retry-limit-in-match over", code=1)
+    check_named(build(attack, "rows.jsonl"), "calibration.tokens failed", code=1)
