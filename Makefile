@@ -26,17 +26,19 @@ help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s%s\n", $$1, $$2}' Makefile
 	@echo 'make variant=NAME builds one variant; FLAGS="..." passes more to carnice'
 
-$(VENV)/core: pyproject.toml constraints.txt
-	test -x $(PYTHON) || $(PYTHON3) -m venv $(VENV)
+$(PYTHON):
+	$(PYTHON3) -m venv $(VENV)
+
+$(VENV)/core: pyproject.toml constraints.txt | $(PYTHON)
 	$(PIP) setuptools
 	$(EDITABLE) .
 	touch $@
 
 # torch comes first, by itself: whichever build of it is found satisfies every later requirement.
-$(VENV)/dev: $(VENV)/core
-	$(PIP) $(TORCH)
+$(VENV)/dev: pyproject.toml constraints.txt | $(PYTHON)
+	$(PIP) setuptools $(TORCH)
 	$(EDITABLE) '.[dev]'
-	touch $@
+	touch $(VENV)/core $@
 
 build: $(VENV)/core ## Build variant=NAME into build/NAME
 	@extras=$$($(CARNICE) extras $(variant)) && \
