@@ -18,6 +18,7 @@ from carnice_build.commands.plan import plan_variants
 from carnice_build.package.base import Shard, render_files
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.recipe.loader import list_recipes
+from carnice_build.report.report_page import render_page
 from carnice_build.report.report_table import render_markdown
 
 VARIANTS = [path.stem for path in list_recipes(REPOSITORY / "recipes")]
@@ -46,7 +47,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pages(plan: VariantPlan) -> Iterator[tuple[str, str]]:
-    """Names and texts of the Markdown pages of a variant that was only planned."""
+    """Names and texts of the pages and scripts of a variant that was only planned."""
     shards = [
         Shard(
             plan.shard_name(index),
@@ -59,14 +60,14 @@ def pages(plan: VariantPlan) -> Iterator[tuple[str, str]]:
     ]
     rendered = render_files(describe(plan, shards, {}), plan.format.packager())
     for name, content in rendered.files.items():
-        if name.endswith(".md"):
+        if name.endswith((".md", ".sh")):
             yield name, content.decode()
 
 
 @pytest.mark.parametrize("profile", ["demo", "full"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_page_shows_how_python_prints(everything: Path, variant: str, profile: str) -> None:
-    """Every page of every recipe is prose and numbers, at the demo's size and in full."""
+    """Pages and scripts of every recipe are prose and numbers, at the demo's size and in full."""
     options = Options(recipes=everything / "recipes", profile=profile)
     (plan,) = plan_variants([variant], options).variants
     found = dict(pages(plan))
@@ -78,8 +79,13 @@ def test_no_page_shows_how_python_prints(everything: Path, variant: str, profile
 
 
 def test_no_page_of_a_report_shows_how_python_prints() -> None:
-    """Nor does the table of a report, whatever was not measured."""
-    assert [] == LEFTOVER.findall(render_markdown(sample_report()))
+    """Nor does the table of a report, nor its HTML page, whatever was not measured."""
+    report = sample_report()
+    text = re.sub(r"<(script|style)\b.*?</\1>", "", render_page(report), flags=re.DOTALL)
+
+    assert [] == LEFTOVER.findall(render_markdown(report))
+    assert [] == LEFTOVER.findall(text)
+    assert "mlx-mixed_3_6" in text
 
 
 @pytest.mark.parametrize(
