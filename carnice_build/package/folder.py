@@ -21,7 +21,7 @@ from carnice_build.store.locks import locked
 
 def check_place(folder: Path, sources: Iterable[Path]) -> None:
     """Raise StoreError unless a build may be put at `folder`: a free place or an earlier build."""
-    for place in (folder.parent, folder, _neighbour(folder, "new", "12345678")):
+    for place in (folder.parent, folder):
         try:
             place.lstat()
             if not place.is_dir():
@@ -49,11 +49,6 @@ def check_writable(folder: Path) -> None:
 
 def _refusal(error: OSError, folder: Path) -> StoreError:
     return StoreError(f"cannot hold a build: {error.strerror}", where=str(folder))
-
-
-def _neighbour(folder: Path, kind: str, name: str) -> Path:
-    """What stands beside `folder` while it is put together: a `new` or an `old` one."""
-    return folder.parent / f".{folder.name}.{kind}-{name}"
 
 
 def is_current(folder: Path, key: str, shards: Sequence[Shard]) -> bool:
@@ -130,7 +125,7 @@ def assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) 
 
 
 def _assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) -> None:
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_neighbour(folder, "new", "").name))
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.new-"))
     try:
         fresh.chmod(0o755)
         for shard in shards:
@@ -170,7 +165,7 @@ def _folders(names: Iterable[str]) -> list[str]:
 
 
 def _swap(fresh: Path, folder: Path) -> None:
-    old = _neighbour(folder, "old", str(os.getpid()))
+    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
     if os.path.lexists(folder):
         folder.rename(old)
     fresh.rename(folder)
@@ -181,7 +176,7 @@ def _swap(fresh: Path, folder: Path) -> None:
 def _remove_leftovers(folder: Path) -> None:
     """What a build that was killed while it assembled this folder left beside it."""
     for kind in ("new", "old"):
-        for path in folder.parent.glob(f"{_neighbour(folder, kind, '').name}*"):
+        for path in folder.parent.glob(f".{folder.name}.{kind}-*"):
             _remove(path)
 
 
