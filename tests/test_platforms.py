@@ -136,7 +136,7 @@ SYSTEMS: dict[str, Take] = {
     "reads and writes of a bounded size": in_small_pieces,
     "a full sync that a network does not have": refusing(fcntl, "fcntl", errno.ENOTSUP),
     "folders that cannot be synced": without_syncing_folders,
-    "no modes": refusing(os, "fchmod", errno.EPERM),
+    "no modes": refusing(os, "chmod", errno.EPERM),
     **{
         f"no links: {name}": refusing(Path, "hardlink_to", getattr(errno, name))
         for name in LINKLESS

@@ -82,7 +82,11 @@ def build_variants(
         _check_buildable(variant)
         sources = [Path(source.checkpoint.where) for source in variant.sources.values()]
         check_place(options.out / variant.name, sources)
-    with Store(options.cache) as store, store.in_use() as everywhere:
+    with (
+        Store(options.cache) as store,
+        io_errors_named(store.root),
+        store.in_use() as everywhere,
+    ):
         if not everywhere:
             listen(
                 Notice(

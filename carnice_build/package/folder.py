@@ -15,7 +15,13 @@ from typing import Any
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, is_plain_path
 from carnice_build.errors import StoreError
 from carnice_build.package.base import BUILD_NAME, Shard
-from carnice_build.store.files import copied_time, link_or_copy, sync_folder, write_atomically
+from carnice_build.store.files import (
+    copied_time,
+    link_or_copy,
+    set_mode,
+    sync_folder,
+    write_atomically,
+)
 from carnice_build.store.locks import locked
 
 
@@ -127,13 +133,13 @@ def assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) 
 def _assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes]) -> None:
     fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.new-"))
     try:
-        fresh.chmod(0o755)
+        set_mode(fresh, 0o755)
         for shard in shards:
             link_or_copy(shard.path, fresh / shard.name)
         inner = _folders(files)
         for name in inner:
             (fresh / name).mkdir()
-            (fresh / name).chmod(0o755)
+            set_mode(fresh / name, 0o755)
         for name, content in files.items():
             write_atomically(fresh / name, content)
         make_executable(fresh, files)

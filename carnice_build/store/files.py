@@ -57,10 +57,10 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def set_mode(descriptor: int, mode: int) -> None:
-    """Give a file its mode, where its file system has modes."""
+def set_mode(file: int | Path, mode: int) -> None:
+    """Give an open file, or the file or folder of a path, its mode, where there are modes."""
     try:
-        os.fchmod(descriptor, mode)
+        os.chmod(file, mode)  # noqa: PTH101
     except OSError as error:
         if error.errno not in UNSUPPORTED | {errno.EPERM}:
             raise
