@@ -183,6 +183,35 @@ def test_blobs_are_kept_under_their_digest(tmp_path: Path) -> None:
     assert store.locate(digest, 5) is None
 
 
+def test_what_an_action_made_is_known_when_its_bytes_are_gone(tmp_path: Path) -> None:
+    """A key gives the content of every output; where the bytes are is asked for one by one."""
+    specs = [TensorSpec("U8", (5,)), TensorSpec("U8", (6,))]
+    store = Store(tmp_path / "cache")
+    digests = [store.put_blob(memoryview(value)) for value in (b"first", b"second")]
+    store.records.set_outputs("key", digests)
+    outputs = store.lookup("key", specs)
+    assert outputs is not None
+    assert outputs.locate_all() == [
+        (digest, store.locate(digest, spec.nbytes))
+        for digest, spec in zip(digests, specs, strict=True)
+    ]
+    store.drop_blob(digests[1])
+
+    assert tuple(digests) == outputs.digests
+    assert store.locate(digests[0], 5) == outputs.locate(0)
+    assert outputs.locate(1) is None
+    assert outputs.locate_all() is None
+
+
+def test_an_action_that_never_ran_has_no_outputs(tmp_path: Path) -> None:
+    """An unknown key gives nothing, and so does one that made another number of outputs."""
+    store = Store(tmp_path / "cache")
+    store.records.set_outputs("key", [store.put_blob(memoryview(b"first"))])
+
+    assert store.lookup("other", [TensorSpec("U8", (5,))]) is None
+    assert store.lookup("key", [TensorSpec("U8", (5,))] * 2) is None
+
+
 @given(value=st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
 @same_folder
 def test_nonsense_in_the_records_is_nothing(tmp_path: Path, value: object) -> None:

@@ -49,23 +49,23 @@ class ProcessJob:
     def _is_settled(self, digests: Sequence[str]) -> bool:
         """Use what the store has of the outputs; False when it lacks one that is to last."""
         action = self._action
-        outputs = self._bench.store.records.outputs(action.key(digests), len(action.outputs))
+        outputs = self._bench.store.lookup(action.key(digests), action.outputs)
         if outputs is None:
             return False
         places: dict[int, Location] = {}
-        for index, (digest, spec) in enumerate(zip(outputs, action.outputs, strict=True)):
+        for index in range(len(action.outputs)):
             wanted = self._job.keeps(action, index) or self._job.sinks_of(action, index)
-            place = self._bench.store.locate(digest, spec.nbytes) if wanted else None
+            place = outputs.locate(index) if wanted else None
             if place is not None:
                 places[index] = place
             elif wanted and index not in self._op.transient:
                 return False
-        for index, digest in enumerate(outputs):
+        for index, digest in enumerate(outputs.digests):
             self._bench.digests[f"{action.identity}|{index}"] = digest
         for index, place in places.items():
             with suppress(FileNotFoundError):  # another build has just dropped it
                 self._hold(index, place.path)
-            count, digest = action.outputs[index].nbytes, outputs[index]
+            count, digest = action.outputs[index].nbytes, outputs.digests[index]
             for sink in self._job.sinks_of(action, index):
                 self._bench.copy(place, sink, count, digest, self._result)
         return True

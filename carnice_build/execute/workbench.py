@@ -58,16 +58,8 @@ class Workbench:
 
     def find(self, action: Action, digests: Sequence[str]) -> Found | None:
         """The outputs of an action on inputs of this content, if the store has them all."""
-        outputs = self.store.records.outputs(action.key(digests), len(action.outputs))
-        if outputs is None:
-            return None
-        places = []
-        for digest, spec in zip(outputs, action.outputs, strict=True):
-            location = self.store.locate(digest, spec.nbytes)
-            if location is None:
-                return None
-            places.append((digest, location))
-        return places
+        outputs = self.store.lookup(action.key(digests), action.outputs)
+        return outputs.locate_all() if outputs else None
 
     def copy(
         self, location: Location, sink: Sink, count: int, digest: str, result: JobResult

@@ -85,7 +85,7 @@ class Contents:
 
     def __init__(self, store: Store, digests: dict[str, str] | None = None) -> None:
         """What is found out is kept in `digests`, by the identity of the ref."""
-        self._records = store.records
+        self._store = store
         self._digests = {} if digests is None else digests
         self._asked: set[str] = set()
 
@@ -105,7 +105,7 @@ class Contents:
                     self._learn_outputs(origin.action)
             else:
                 self._asked.add(identity)
-                self._learn(identity, self._records.source_digest(identity))
+                self._learn(identity, self._store.records.source_digest(identity))
         return self._digests.get(ref.identity)
 
     def _is_settled(self, ref: TensorRef) -> bool:
@@ -116,8 +116,8 @@ class Contents:
         known = [digest for digest in digests if digest]
         if len(known) < len(digests):
             return
-        outputs = self._records.outputs(action.key(known), len(action.outputs))
-        for index, digest in enumerate(outputs or ()):
+        outputs = self._store.lookup(action.key(known), action.outputs)
+        for index, digest in enumerate(outputs.digests if outputs else ()):
             self._learn(f"{action.identity}|{index}", digest)
 
     def _learn(self, identity: str, digest: str | None) -> None:

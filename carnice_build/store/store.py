@@ -17,12 +17,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
+from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.header import read_header
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import StoreError
 from carnice_build.store.digests import digest_bytes, digest_texts
 from carnice_build.store.files import sync_folder, write_atomically
 from carnice_build.store.locks import Taken, locked
+from carnice_build.store.outputs import Outputs
 from carnice_build.store.packs import (
     Location,
     PartialPack,
@@ -162,6 +164,11 @@ class Store:
         if header is not None and read_header_bytes(self.pack_path(pack)) != header:
             return None
         return pack
+
+    def lookup(self, key: str, specs: Sequence[TensorSpec]) -> Outputs | None:
+        """What the action with this key made, if it ever ran: outputs of these types and shapes."""
+        digests = self.records.outputs(key, len(specs))
+        return None if digests is None else Outputs(digests, specs, self.locate)
 
     def locate(self, digest: str, count: int) -> Location | None:
         """Where `count` bytes of this digest can be copied from.
