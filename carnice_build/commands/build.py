@@ -12,7 +12,7 @@ from resource import RUSAGE_CHILDREN, RUSAGE_SELF
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import PlanError
-from carnice_build.execute.events import Listener, Notice, Packaged
+from carnice_build.execute.events import Listener, Notice, Packaged, Stepped
 from carnice_build.keys import library_version
 from carnice_build.package.base import Shard, Variant, render_files
 from carnice_build.package.folder import (
@@ -118,10 +118,12 @@ def _build(
             check_writable(options.out / variant.name)
         # Numpy and networkx are needed from here on; a build with nothing to do never pays.
         from carnice_build.execute.executor import LocalExecutor
+        from carnice_build.execute.processes import LocalRunner
         from carnice_build.execute.session import execute
 
         executor = LocalExecutor(options.jobs, options.memory)
-        outcome = execute(plan.variants, status, plan.graph, store, executor, options.jobs, listen)
+        with LocalRunner(options.jobs, lambda memory: listen(Stepped(memory))) as runner:
+            outcome = execute(plan.variants, status, plan.graph, store, executor, runner, listen)
         packs = outcome.packs
         made = outcome.seconds
         read_bytes, written_bytes = outcome.read_bytes, outcome.written_bytes

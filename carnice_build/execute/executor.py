@@ -11,7 +11,7 @@ from carnice_build.execute.workbench import JobResult
 
 
 class Executor(Protocol):
-    """Runs jobs of a DAG."""
+    """Says when each job of a DAG runs."""
 
     def run(
         self,

@@ -117,7 +117,7 @@ class ProcessJob:
             self._input(ref, folder / f"in-{index}") for index, ref in enumerate(action.inputs)
         ]
         try:
-            self._bench.workers.run(action, inputs, outputs)
+            self._bench.runner.run(action, inputs, outputs)
         except NonFiniteValue as error:
             raise non_finite(action, error) from None
         except BadInput as error:

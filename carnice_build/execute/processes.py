@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from multiprocessing.queues import SimpleQueue
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BackendError, CarniceError
@@ -21,11 +21,14 @@ from carnice_build.system import peak_memory
 _PAUSE = 1.0
 
 
-class Workers:
-    """A pool of worker processes, started when the first action needs one."""
+class LocalRunner:
+    """A pool of processes on this machine, started when the first action needs one."""
 
     def __init__(self, count: int, stepped: Callable[[int], None]) -> None:
-        """`stepped` is called, from another thread, with a worker's peak RSS after every step."""
+        """At most `count` at once.
+
+        `stepped` is called, from another thread, with a worker's peak RSS after every step.
+        """
         self._count = count
         self._stepped = stepped
         self._pool: ProcessPoolExecutor | None = None
@@ -33,8 +36,10 @@ class Workers:
         self._listener: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def close(self) -> None:
-        """End the processes."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._pool is None:
             return
         self._pool.shutdown(cancel_futures=True)
@@ -46,10 +51,7 @@ class Workers:
     def run(
         self, action: Action, inputs: Sequence[TensorFile], outputs: Sequence[TensorFile]
     ) -> None:
-        """Have a process fill `outputs`.
-
-        Raises BackendError when the process died or a library failed, and what else the op raises.
-        """
+        """See `Runner.run`."""
         try:
             self._started().submit(_work, action.op, action.params, inputs, outputs).result()
         except BrokenProcessPool:

@@ -10,11 +10,11 @@ from threading import get_ident
 
 from carnice_build.errors import PlanError
 from carnice_build.execute.array_job import ArrayJob
-from carnice_build.execute.events import Advanced, Listener, Notice, Span, Started, Stepped
+from carnice_build.execute.events import Advanced, Listener, Notice, Span, Started
 from carnice_build.execute.executor import Executor
 from carnice_build.execute.jobs import Job, Placement, Sink, plan_jobs, plan_placements
 from carnice_build.execute.process_job import ProcessJob
-from carnice_build.execute.processes import Workers
+from carnice_build.execute.runner import Runner
 from carnice_build.execute.transients import Transients, own_link
 from carnice_build.execute.workbench import JobResult, Workbench
 from carnice_build.graph import Action
@@ -48,7 +48,7 @@ def execute(
     actions: Iterable[Action],
     store: Store,
     executor: Executor,
-    worker_count: int,
+    runner: Runner,
     listen: Listener,
 ) -> Outcome:
     """Make every pack that `variants` need and the store lacks, by the survey `status`.
@@ -56,7 +56,7 @@ def execute(
     Raises PlanError when the disk is too small, BuildError when it fills up meanwhile.
     """
     with io_errors_named(store.root):
-        return _Run(variants, actions, store, executor, worker_count, listen).execute(status)
+        return _Run(variants, actions, store, executor, runner, listen).execute(status)
 
 
 class _Run:
@@ -66,14 +66,14 @@ class _Run:
         actions: Iterable[Action],
         store: Store,
         executor: Executor,
-        worker_count: int,
+        runner: Runner,
         listen: Listener,
     ) -> None:
         self._variants = variants
         self._actions = actions
         self._store = store
         self._executor = executor
-        self._worker_count = worker_count
+        self._runner = runner
         self._listen = listen
         self._packs: dict[str, PartialPack] = {}
         self._outcome = Outcome()
@@ -146,18 +146,16 @@ class _Run:
         )
         for pack in self._packs.values():
             pack.prepare()
-        workers = Workers(self._worker_count, self._stepped)
         with (
             ThreadPoolExecutor(1, thread_name_prefix="carnice-sync") as finisher,
             self._store.workspace() as scratch,
         ):
             digests = dict(status.digests)
-            bench = Workbench(self._store, self._packs, workers, scratch, self._progress, digests)
+            bench = Workbench(
+                self._store, self._packs, self._runner, scratch, self._progress, digests
+            )
             ledger = _Ledger(status.pending, self._finish_in(finisher))
-            try:
-                self._run_all(bench, placements, jobs, ledger, finisher)
-            finally:
-                workers.close()
+            self._run_all(bench, placements, jobs, ledger, finisher)
         self._outcome.packs.update(ledger.results())
 
     def _run_all(
@@ -191,9 +189,6 @@ class _Run:
 
     def _progress(self, count: int) -> None:
         self._listen(Advanced(count))
-
-    def _stepped(self, memory: int) -> None:
-        self._listen(Stepped(memory))
 
     def _timed(self, bench: Workbench, job: Job) -> JobResult:
         start = time.perf_counter()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.execute.jobs import Job, Sink
-from carnice_build.execute.processes import Workers
+from carnice_build.execute.runner import Runner
 from carnice_build.graph import Action, TensorRef
 from carnice_build.store.packs import Location, PartialPack
 from carnice_build.store.store import Store
@@ -40,7 +40,7 @@ class Workbench:
 
     store: Store
     packs: Mapping[str, PartialPack]
-    workers: Workers
+    runner: Runner
     scratch: Path
     progress: Callable[[int], None]
     digests: dict[str, str]
