@@ -13,7 +13,17 @@ from conftest import REPOSITORY, Finished, Project
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import report_plan
-from carnice_build.report.graph_view import FoldedGraph, Kind, Work, describe_op, fold
+from carnice_build.report.graph_fold import fold
+from carnice_build.report.graph_labels import describe_op
+from carnice_build.report.graph_layout import lay_out
+from carnice_build.report.graph_view import FoldedGraph, Kind, Node, Work
+
+CALIBRATED = {
+    "nvfp4-text-mtp": ["calibration.forward"],
+    "w4a16-awq": ["awq.smooth"],
+    "int4-autoround": ["autoround.tune", "autoround.advance"],
+}
+"""Variants with forward passes, and the ops that take turns in the chain of layers."""
 
 
 def folded(names: list[str], options: Options) -> FoldedGraph:
@@ -25,6 +35,23 @@ def folded(names: list[str], options: Options) -> FoldedGraph:
 def members(graph: FoldedGraph, kind: Kind) -> int:
     """All things that the nodes of one kind stand for."""
     return sum(len(node.members) for node in graph.nodes.values() if node.kind is kind)
+
+
+def titled(graph: FoldedGraph, title: str) -> Node:
+    """The one node of this title."""
+    (node,) = (node for node in graph.nodes.values() if node.title == title)
+    return node
+
+
+def at_size(profile: str, cache: Path) -> Options:
+    """Options for a plan of the demo, or of the shapes of 64 layers at 27B."""
+    return Options(recipes=REPOSITORY / "recipes", profile=profile, cache=cache)
+
+
+@pytest.fixture
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Datasets of recipes are found from where the repository is."""
+    monkeypatch.chdir(REPOSITORY)
 
 
 def test_nothing_is_lost_in_folding(project: Project) -> None:
@@ -40,26 +67,105 @@ def test_nothing_is_lost_in_folding(project: Project) -> None:
     assert members(graph, Kind.SOURCE) == 109
 
 
+@pytest.mark.usefixtures("in_repository")
+@pytest.mark.parametrize("profile", ["demo", "shapes"])
+@pytest.mark.parametrize("variant", CALIBRATED)
+def test_a_calibrated_variant_fits_a_screen(tmp_path: Path, variant: str, profile: str) -> None:
+    """With 8 layers and with 64: few nodes, short lines, a page no wider than a screen."""
+    report = report_plan([variant], at_size(profile, tmp_path / "none"))
+    graph = fold(report.plan, report.status)
+    layout = lay_out(graph)
+
+    assert len(report.plan.graph) == members(graph, Kind.OP)
+    assert len(graph.nodes) <= 25
+    assert layout.width <= 1400
+    assert layout.height <= 700
+    assert max(len(node.title) for node in graph.nodes.values()) <= 60
+    assert max(len(line) for box in layout.boxes.values() for line in box.lines) <= 32
+
+
+@pytest.mark.usefixtures("in_repository")
+@pytest.mark.parametrize("profile", ["demo", "shapes"])
+@pytest.mark.parametrize("variant", CALIBRATED)
+def test_a_chain_of_layers_is_one_node(tmp_path: Path, variant: str, profile: str) -> None:
+    """Layers of all kinds, and ops that take turns, are one node that leads to itself."""
+    report = report_plan([variant], at_size(profile, tmp_path / "none"))
+    graph = fold(report.plan, report.status)
+    ops = CALIBRATED[variant]
+    chain = {action.identity for action in report.plan.graph if action.op.name in ops}
+    (circle,) = (start for start, end in graph.edges if start == end)
+
+    assert chain == graph.nodes[circle].members
+    assert graph.nodes[circle].label.startswith(f"{len(chain)} actions in a chain")
+    assert [circle] == [name for name, node in graph.nodes.items() if node.chain > 1]
+
+
+@pytest.mark.usefixtures("in_repository")
+def test_chains_side_by_side_say_how_long_each_is(tmp_path: Path) -> None:
+    """Two models that are calibrated alike have their layers in one node, in two chains."""
+    options = at_size("demo", tmp_path / "none")
+    graph = folded(["nvfp4-text-mtp", "qwen-nvfp4-text-mtp"], options)
+
+    assert "16 actions in chains of 8" == titled(graph, "calibration.forward bfloat16").label
+
+
+@pytest.mark.usefixtures("in_repository")
+def test_what_differs_in_a_node_is_said_on_demand(tmp_path: Path) -> None:
+    """The details count the layers of each kind, and the tensors of each kind of module."""
+    options = at_size("shapes", tmp_path / "none")
+    graph = folded(["nvfp4-text-mtp"], options)
+
+    assert titled(graph, "calibration.forward bfloat16").details == ["kind: 48 linear, 16 full"]
+    assert "16 x self_attn.q_proj BF16" in [
+        line for node in graph.nodes.values() for line in node.details
+    ]
+
+
+@pytest.mark.usefixtures("in_repository")
+def test_a_source_tensor_has_the_kind_that_it_has_in_the_model(tmp_path: Path) -> None:
+    """What goes through forward passes is named by its own module, not by what is behind them."""
+    options = at_size("demo", tmp_path / "none")
+    graph = folded(["w4a16-awq"], options)
+    details = [line for node in graph.nodes.values() for line in node.details]
+
+    assert titled(graph, "mlp.up_proj").details == ["8 x mlp.up_proj BF16"]
+    assert "8 x post_attention_layernorm BF16" in details
+    assert titled(graph, "tokenizer.json, calibration.jsonl").kind is Kind.SOURCE
+
+
 @pytest.mark.parametrize("variant", ["mlx-mixed_3_6", "mlx-4bit"])
 def test_the_full_size_graph_can_be_read(tmp_path: Path, variant: str) -> None:
-    """Hundreds of actions at 27B become some thirty nodes, ops among them by their parameters."""
-    options = Options(recipes=REPOSITORY / "recipes", profile="shapes", cache=tmp_path / "none")
-
-    graph = folded([variant], options)
+    """Hundreds of actions at 27B become a dozen nodes, ops among them by their parameters."""
+    graph = folded([variant], at_size("shapes", tmp_path / "none"))
 
     assert members(graph, Kind.OP) > 600
-    assert len(graph.nodes) <= 32
-    titles = {node.title for node in graph.nodes.values() if node.kind is Kind.OP}
-    assert "elementwise BF16 + 1" in titles
+    assert len(graph.nodes) <= 12
+    assert titled(graph, "elementwise BF16 + 1").kind is Kind.OP
 
 
 def test_edges_carry_what_the_nodes_hold(project: Project) -> None:
-    """What leaves a source node for one op is what the node holds."""
-    graph = folded(["mlx-4bit"], project.options())
+    """What goes into an op is what the source nodes before it hold."""
+    graph = folded(["mlx-mixed_3_6"], project.options())
+    name = "op: mlx.quantize 6 bits g64 BF16"
+    before = [
+        (graph.nodes[start], edge) for (start, end), edge in graph.edges.items() if end == name
+    ]
 
-    edge = graph.edges["source: mlp.up_proj BF16", "op: mlx.quantize 4 bits g64 BF16"]
-    node = graph.nodes["source: mlp.up_proj BF16"]
-    assert (len(node.members), node.size) == (edge.count, edge.size)
+    assert len(graph.nodes[name].members) == sum(edge.count for _, edge in before)
+    for node, edge in before:
+        assert (len(node.members), node.size) == (edge.count, edge.size)
+
+
+def test_sources_that_go_the_same_way_are_one_node(project: Project) -> None:
+    """No two nodes of sources lead to the same nodes."""
+    graph = folded(["mlx-mixed_3_6", "mlx-4bit"], project.options())
+    ways = [
+        frozenset(end for start, end in graph.edges if start == name)
+        for name, node in graph.nodes.items()
+        if node.kind is Kind.SOURCE
+    ]
+
+    assert len(set(ways)) == len(ways)
 
 
 def test_colours_tell_what_is_cached(project: Project) -> None:
@@ -100,7 +206,7 @@ def test_svg_draws_every_node_inside_the_page(
     width, height = float(page.attrib["width"]), float(page.attrib["height"])
     graph = folded(["mlx-mixed_3_6", "mlx-4bit"], project.options())
     texts = {item.text for item in page.iter("{http://www.w3.org/2000/svg}text")}
-    assert {node.title for node in graph.nodes.values()} <= texts
+    assert {line for box in lay_out(graph).boxes.values() for line in box.lines} <= texts
     boxes = [
         tuple(float(item.attrib[key]) for key in ("x", "y", "width", "height"))
         for item in page.iter("{http://www.w3.org/2000/svg}rect")
@@ -115,7 +221,36 @@ def test_svg_draws_every_node_inside_the_page(
 
 
 def test_parameters_are_said_shortly() -> None:
-    """The usual ones in words, unusual ones by name, long ones cut."""
+    """The usual ones in words; unusual ones by name where they differ, and never long ones."""
     params = {"bits": 3, "group_size": 64, "dtype": "BF16", "nonfinite": "zero", "note": "x" * 99}
 
-    assert describe_op("q", params) == "q 3 bits g64 BF16 nonfinite=zero note=" + "x" * 21 + "..."
+    assert describe_op("q", params, frozenset()) == "q 3 bits g64 BF16"
+    assert describe_op("q", params, frozenset(["nonfinite", "note"])) == (
+        "q 3 bits g64 BF16 nonfinite=zero"
+    )
+
+
+def test_labels_say_what_differs(project: Project) -> None:
+    """A parameter that all actions of an op share is not said; one that differs is."""
+    project.recipe(
+        "zeroed", "extends: mlx-4bit.yaml\nvariant: zeroed\nquantize: {nonfinite: zero}\n"
+    )
+    alone = folded(["zeroed"], project.options())
+    both = folded(["zeroed", "mlx-4bit"], project.options())
+
+    assert titled(alone, "mlx.quantize 4 bits g64 BF16")
+    assert titled(both, "mlx.quantize 4 bits g64 BF16 nonfinite=zero")
+    assert titled(both, "mlx.quantize 4 bits g64 BF16 nonfinite=refuse")
+
+
+@pytest.mark.usefixtures("in_repository")
+def test_no_edge_runs_under_a_node(tmp_path: Path) -> None:
+    """An edge that passes columns has a gap of its own between the nodes of each."""
+    layout = lay_out(folded(["w4a16-awq"], at_size("demo", tmp_path / "none")))
+    passages = [box for route in layout.routes.values() for box in route[1:-1]]
+
+    assert passages
+    for passage in passages:
+        for box in layout.boxes.values():
+            apart = passage.y + passage.height <= box.y or box.y + box.height <= passage.y
+            assert apart or box.column != passage.column

@@ -36,11 +36,11 @@ def graph(
         typer.Option(help="Write Mermaid to a file, not to the screen.", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Show the action graph, folded by kind of module; Mermaid unless --svg is given."""
+    """Show the action graph, folded to fit a screen; Mermaid unless --svg is given."""
     from carnice_build.commands.plan import report_plan
+    from carnice_build.report.graph_fold import fold
+    from carnice_build.report.graph_mermaid import mermaid as write
     from carnice_build.report.graph_svg import svg as draw
-    from carnice_build.report.graph_view import fold
-    from carnice_build.report.graph_view import mermaid as write
 
     options = make_options(
         recipes=recipes, profile=profile, source=source, assignments=assignments, cache=cache
