@@ -134,7 +134,7 @@ class ProcessOp(Op):
     transient: ClassVar[frozenset[int]] = frozenset()
 
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
-        """How often `run` reports progress: its share of a build's long work."""
+        """How often `run` calls `progress`: its share of a build's long work."""
         return 0
 
     @abstractmethod
@@ -147,9 +147,9 @@ class ProcessOp(Op):
         params: Mapping[str, Any],
         inputs: Sequence[TensorFile],
         outputs: Sequence[TensorFile],
-        report: Callable[[], None],
+        progress: Callable[[], None],
     ) -> None:
-        """Write every byte of `outputs` but zeros, which are there; call `report` after a step.
+        """Write every byte of `outputs` but zeros, which are there; call `progress` after a step.
 
         Raises NonFiniteValue for NaN or infinity in the first input, or a CarniceError.
         """

@@ -25,7 +25,7 @@ def run_layer(
     hidden: TensorFile,
     weights: Sequence[TensorFile],
     out: TensorFile,
-    report: Callable[[], None],
+    progress: Callable[[], None],
 ) -> dict[str, float]:
     """Run each sample's hidden states through the layer into `out`; see `Forward` for `params`.
 
@@ -45,7 +45,7 @@ def run_layer(
                     expected="finite activations",
                 ) from None
             out.write_row(index, as_data(result[0]).array)
-            report()
+            progress()
     return amax
 
 

@@ -22,7 +22,7 @@ def smooth(
     hidden: TensorFile,
     weights: Sequence[TensorFile],
     outputs: Sequence[TensorFile],
-    report: Callable[[], None],
+    progress: Callable[[], None],
 ) -> None:
     """Smooth a layer; see `transforms.awq.Smooth` for the parameters and the order of the files."""
     arithmetic = Arithmetic(
@@ -40,7 +40,7 @@ def smooth(
 
     def put_output(index: int, state: Tensor) -> None:
         outputs[0].write_row(index, as_data(state[0]).array)
-        report()
+        progress()
 
     scales = smooth_layer(
         LayerwiseModel(params["config"], arithmetic),

@@ -29,7 +29,7 @@ def tune(
     hidden: Sequence[TensorFile],
     weights: Sequence[TensorFile],
     outputs: Sequence[TensorFile],
-    report: Callable[[], None],
+    progress: Callable[[], None],
 ) -> None:
     """Tune a layer; see `transforms.tune.Tune` for the parameters and the order of the files."""
     tensors = layer_tensors(params, weights)
@@ -50,7 +50,7 @@ def tune(
     outputs[0].write(np.array([tuned.nearest_loss, tuned.loss], np.float32))
     for index, name in enumerate(params["linears"]):
         _write_packed(tuned.linears[name], outputs[1 + 3 * index : 4 + 3 * index])
-    report()
+    progress()
 
 
 def advance(
@@ -60,7 +60,7 @@ def advance(
     weights: Sequence[TensorFile],
     packed: Sequence[TensorFile],
     outputs: Sequence[TensorFile],
-    report: Callable[[], None],
+    progress: Callable[[], None],
 ) -> None:
     """Run samples through a layer as it was and as it is packed; see `transforms.tune.Advance`."""
     settings = AutoRoundSettings(amp=params["amp"], batch_size=params["batch_size"])
@@ -76,7 +76,7 @@ def advance(
         states = list(HiddenStates(source, samples))
         for index, state in enumerate(run_in_batches(model, layer, states, settings)):
             target.write_row(index, as_data(state[0]).array)
-        report()
+        progress()
 
 
 def _dequantized(files: Sequence[TensorFile]) -> Tensor:

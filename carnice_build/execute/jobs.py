@@ -80,7 +80,7 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Steps of long work, of which a process reports each."""
+        """Steps of long work, of which a process tells one by one."""
         return sum(_steps(action) for action in self.actions)
 
     @property

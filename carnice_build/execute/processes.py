@@ -80,7 +80,7 @@ class LocalRunner:
 
 
 _steps: SimpleQueue[int | None] | None = None
-"""In a worker: where it reports its steps."""
+"""In a worker: where it tells of its steps."""
 
 
 def _connect(steps: SimpleQueue[int | None]) -> None:
@@ -109,13 +109,13 @@ def _end_with_parent() -> None:
 
 def _work(op: Any, params: Any, inputs: Any, outputs: Any) -> None:
     try:
-        cast(ProcessOp, op).run(params, inputs, outputs, _report)
+        cast(ProcessOp, op).run(params, inputs, outputs, _progress)
     except (CarniceError, NonFiniteValue, BadInput, OSError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
         raise BackendError(f"{op.name} failed: {type(error).__name__}: {error}") from error
 
 
-def _report() -> None:
+def _progress() -> None:
     assert _steps is not None
     _steps.put(peak_memory())

@@ -68,12 +68,12 @@ class Smooth(ProcessOp):
         params: Mapping[str, Any],
         inputs: Sequence[TensorFile],
         outputs: Sequence[TensorFile],
-        report: Callable[[], None],
+        progress: Callable[[], None],
     ) -> None:
         """Raises BackendError when the library finds no scales."""
         from carnice_build.backends.smoothing import smooth
 
-        smooth(params, samples(inputs[0]), inputs[1], inputs[2:], outputs, report)
+        smooth(params, samples(inputs[0]), inputs[1], inputs[2:], outputs, progress)
 
 
 class SmoothNorm(ArrayOp):

@@ -59,7 +59,7 @@ class Embed(ProcessOp):
         params: Mapping[str, Any],
         inputs: Sequence[TensorFile],
         outputs: Sequence[TensorFile],
-        report: Callable[[], None],
+        progress: Callable[[], None],
     ) -> None:
         """Raises CheckpointError for a token that has no row."""
         import numpy as np
@@ -116,14 +116,14 @@ class Forward(ProcessOp):
         params: Mapping[str, Any],
         inputs: Sequence[TensorFile],
         outputs: Sequence[TensorFile],
-        report: Callable[[], None],
+        progress: Callable[[], None],
     ) -> None:
         """Raises CheckpointError for NaN or infinity in what a linear is given."""
         import numpy as np
 
         from carnice_build.backends.forward import run_layer
 
-        amax = run_layer(params, samples(inputs[0]), inputs[1], inputs[2:], outputs[0], report)
+        amax = run_layer(params, samples(inputs[0]), inputs[1], inputs[2:], outputs[0], progress)
         outputs[1].write(np.array([amax[name] for name in params["linears"]], np.float32))
 
 

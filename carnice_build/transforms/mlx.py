@@ -94,7 +94,7 @@ class ReferenceAffineQuantize(ProcessOp):
         params: Mapping[str, Any],
         inputs: Sequence[TensorFile],
         outputs: Sequence[TensorFile],
-        report: Callable[[], None],
+        progress: Callable[[], None],
     ) -> None:
         """Quantize the whole weight; raises NonFiniteValue as the fused op does."""
         import numpy as np

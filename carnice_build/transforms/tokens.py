@@ -43,7 +43,7 @@ class Tokens(ProcessOp):
         params: Mapping[str, Any],
         inputs: Sequence[TensorFile],
         outputs: Sequence[TensorFile],
-        report: Callable[[], None],
+        progress: Callable[[], None],
     ) -> None:
         """Raises CheckpointError, which names the row, when the data will not do."""
         import numpy as np

@@ -68,12 +68,12 @@ class Tune(ProcessOp):
         params: Mapping[str, Any],
         inputs: Sequence[TensorFile],
         outputs: Sequence[TensorFile],
-        report: Callable[[], None],
+        progress: Callable[[], None],
     ) -> None:
         """Raises CheckpointError when outputs of the layer are NaN or infinite."""
         from carnice_build.backends.tuning import tune
 
-        tune(params, samples(inputs[0]), inputs[1:3], inputs[3:], outputs, report)
+        tune(params, samples(inputs[0]), inputs[1:3], inputs[3:], outputs, progress)
 
 
 class Advance(ProcessOp):
@@ -109,14 +109,14 @@ class Advance(ProcessOp):
         params: Mapping[str, Any],
         inputs: Sequence[TensorFile],
         outputs: Sequence[TensorFile],
-        report: Callable[[], None],
+        progress: Callable[[], None],
     ) -> None:
         """Run the samples through the layer as it was, and as it is packed."""
         from carnice_build.backends.tuning import advance
 
         end = 3 + len(params["names"])
         weights, packed = inputs[3:end], inputs[end:]
-        advance(params, samples(inputs[0]), inputs[1:3], weights, packed, outputs, report)
+        advance(params, samples(inputs[0]), inputs[1:3], weights, packed, outputs, progress)
 
 
 def _weights(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
