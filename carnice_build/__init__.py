@@ -11,21 +11,21 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from carnice_build.commands.build import BuildReport
+    from carnice_build.commands.build import BuildResult
     from carnice_build.commands.build import build_variants as build
     from carnice_build.commands.options import Options
-    from carnice_build.commands.plan import PlanReport
-    from carnice_build.commands.plan import report_plan as plan
-    from carnice_build.commands.verify import VerifyReport, VerifySettings
+    from carnice_build.commands.plan import PlanResult
+    from carnice_build.commands.plan import plan_and_survey as plan
+    from carnice_build.commands.verify import VerifyResult, VerifySettings
     from carnice_build.commands.verify import verify_variants as verify
     from carnice_build.errors import CarniceError
 
 __all__ = [
-    "BuildReport",
+    "BuildResult",
     "CarniceError",
     "Options",
-    "PlanReport",
-    "VerifyReport",
+    "PlanResult",
+    "VerifyResult",
     "VerifySettings",
     "build",
     "plan",
@@ -33,14 +33,14 @@ __all__ = [
 ]
 
 _PLACES = {
-    "BuildReport": ("commands.build", "BuildReport"),
+    "BuildResult": ("commands.build", "BuildResult"),
     "CarniceError": ("errors", "CarniceError"),
     "Options": ("commands.options", "Options"),
-    "PlanReport": ("commands.plan", "PlanReport"),
-    "VerifyReport": ("commands.verify", "VerifyReport"),
+    "PlanResult": ("commands.plan", "PlanResult"),
+    "VerifyResult": ("commands.verify", "VerifyResult"),
     "VerifySettings": ("commands.verify", "VerifySettings"),
     "build": ("commands.build", "build_variants"),
-    "plan": ("commands.plan", "report_plan"),
+    "plan": ("commands.plan", "plan_and_survey"),
     "verify": ("commands.verify", "verify_variants"),
 }
 

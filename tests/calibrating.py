@@ -17,7 +17,7 @@ import pytest
 from conftest import REPOSITORY, Project
 from tiny import Tensor, read_all_tensors, read_json, write_json, write_safetensors
 
-from carnice_build.commands.build import BuildReport, build_variants
+from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.execute import session
 
 DEMO = REPOSITORY / "demo"
@@ -100,7 +100,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 def build(
     project: Project, *variants: str, changes: Sequence[str] = (), **options: Any
-) -> BuildReport:
+) -> BuildResult:
     """Build with `changes` on top of what makes a calibration quick."""
     overrides = (*QUICK, *changes)
     return build_variants(variants, project.options(overrides=overrides, **options))

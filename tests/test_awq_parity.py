@@ -16,7 +16,7 @@ from oneshot import run_oneshot, tokenizer
 from tiny import Tensor, read_all_tensors, read_json
 
 from carnice_build.backends.tokens import longest_first
-from carnice_build.commands.build import BuildReport, build_variants
+from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
 
 SAMPLES = 3
@@ -45,7 +45,7 @@ class Parity:
 
     ours: dict[str, Path]
     theirs: dict[str, Path]
-    reports: dict[str, BuildReport]
+    reports: dict[str, BuildResult]
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ import pytest
 from conftest import Finished, Project
 from tiny import contents
 
-from carnice_build.commands.build import BuildReport, build_variants
+from carnice_build.commands.build import BuildResult, build_variants
 
 MLX = ("mlx-4bit", "mlx-mixed_3_6", "mlx-6bit")
 ONE_DOWN_PROJ = 'quantize.rules+={match: "*.layers.1.mlp.down_proj", bits: 8}'
 
 
-def build(project: Project, *variants: str, **changes: Any) -> BuildReport:
+def build(project: Project, *variants: str, **changes: Any) -> BuildResult:
     return build_variants(variants, project.options(**changes))
 
 

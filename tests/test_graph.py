@@ -12,7 +12,7 @@ from conftest import REPOSITORY, Finished, Project
 
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
-from carnice_build.commands.plan import report_plan
+from carnice_build.commands.plan import plan_and_survey
 from carnice_build.report.graph_fold import fold
 from carnice_build.report.graph_labels import describe_op
 from carnice_build.report.graph_layout import lay_out
@@ -28,8 +28,8 @@ CALIBRATED = {
 
 def folded(names: list[str], options: Options) -> FoldedGraph:
     """The folded graph of these variants."""
-    report = report_plan(names, options)
-    return fold(report.plan, report.status)
+    result = plan_and_survey(names, options)
+    return fold(result.plan, result.status)
 
 
 def members(graph: FoldedGraph, kind: Kind) -> int:
@@ -57,9 +57,9 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_lost_in_folding(project: Project) -> None:
     """Every action, shard and source tensor of two variants is in one node, once."""
     options = project.options()
-    report = report_plan(["mlx-4bit", "mlx-mixed_3_6"], options)
-    plan = report.plan
-    graph = fold(plan, report.status)
+    result = plan_and_survey(["mlx-4bit", "mlx-mixed_3_6"], options)
+    plan = result.plan
+    graph = fold(plan, result.status)
 
     assert len(plan.graph) == members(graph, Kind.OP)
     packs = {layout.identity for variant in plan.variants for layout in variant.packs}
@@ -72,11 +72,11 @@ def test_nothing_is_lost_in_folding(project: Project) -> None:
 @pytest.mark.parametrize("variant", CALIBRATED)
 def test_a_calibrated_variant_fits_a_screen(tmp_path: Path, variant: str, profile: str) -> None:
     """With 8 layers and with 64: few nodes, short lines, a page no wider than a screen."""
-    report = report_plan([variant], at_size(profile, tmp_path / "none"))
-    graph = fold(report.plan, report.status)
+    result = plan_and_survey([variant], at_size(profile, tmp_path / "none"))
+    graph = fold(result.plan, result.status)
     layout = lay_out(graph)
 
-    assert len(report.plan.graph) == members(graph, Kind.OP)
+    assert len(result.plan.graph) == members(graph, Kind.OP)
     assert len(graph.nodes) <= 25
     assert layout.width <= 1400
     assert layout.height <= 700
@@ -89,10 +89,10 @@ def test_a_calibrated_variant_fits_a_screen(tmp_path: Path, variant: str, profil
 @pytest.mark.parametrize("variant", CALIBRATED)
 def test_a_chain_of_layers_is_one_node(tmp_path: Path, variant: str, profile: str) -> None:
     """Layers of all kinds, and ops that take turns, are one node that leads to itself."""
-    report = report_plan([variant], at_size(profile, tmp_path / "none"))
-    graph = fold(report.plan, report.status)
+    result = plan_and_survey([variant], at_size(profile, tmp_path / "none"))
+    graph = fold(result.plan, result.status)
     ops = CALIBRATED[variant]
-    chain = {action.identity for action in report.plan.graph if action.op.name in ops}
+    chain = {action.identity for action in result.plan.graph if action.op.name in ops}
     (circle,) = (start for start, end in graph.edges if start == end)
 
     assert chain == graph.nodes[circle].members

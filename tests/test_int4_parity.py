@@ -23,7 +23,7 @@ from carnice_build.architectures import architecture_of
 from carnice_build.backends.autoround import AutoRoundSettings, tune_layer
 from carnice_build.backends.layers import Kind
 from carnice_build.backends.tokens import tokenize
-from carnice_build.commands.build import BuildReport, build_variants
+from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
 from carnice_build.kernels.autoround_merge import merge_delta, merge_reround
 from carnice_build.transforms.int4 import PARTS
@@ -64,7 +64,7 @@ class Built:
     """Variants of the demo in one cache, and what building each of them took."""
 
     options: Options
-    reports: Mapping[str, BuildReport]
+    reports: Mapping[str, BuildResult]
 
     def folder(self, variant: str) -> Path:
         return self.options.out / variant

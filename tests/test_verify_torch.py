@@ -24,7 +24,7 @@ from verifying import Copy
 from carnice_build.architectures.qwen3_5 import BODY
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
-from carnice_build.commands.verify import VariantResult, VerifyReport, VerifySettings
+from carnice_build.commands.verify import VariantResult, VerifyResult, VerifySettings
 from carnice_build.commands.verify import verify_variants as verify
 from carnice_build.kernels import nvfp4
 from carnice_build.report.verify_table import verify_json
@@ -45,7 +45,7 @@ class Built:
     """A build of the variant, which tests do not change, and what verify says of it."""
 
     options: Options
-    report: VerifyReport
+    report: VerifyResult
 
     @property
     def folder(self) -> Path:

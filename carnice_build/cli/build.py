@@ -75,14 +75,14 @@ def build(
             view(event)
             recorder(event)
 
-        report = build_variants(variants, options, listen)
+        result = build_variants(variants, options, listen)
     if trace is not None:
         with named(trace):
             recorder.write(trace)
     if as_json:
-        print_json(asdict(report))
+        print_json(asdict(result))
         return
-    for item in report.variants:
+    for item in result.variants:
         state = "built" if item.packaged else "up to date"
         typer.echo(
             f"{item.variant}: {state}, {plural(item.actions_run, 'action')} run, "
@@ -90,8 +90,8 @@ def build(
             f"{item.bits_per_weight:.2f} bits per weight"
         )
     typer.echo(
-        f"read {format_size(report.read_bytes)}, wrote {format_size(report.written_bytes)} in "
-        f"{report.seconds:.1f} s, peak memory {format_size(report.peak_memory)}"
+        f"read {format_size(result.read_bytes)}, wrote {format_size(result.written_bytes)} in "
+        f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory)}"
     )
 
 

@@ -37,7 +37,7 @@ def graph(
     ] = None,
 ) -> None:
     """Show the action graph, folded to fit a screen; Mermaid unless --svg is given."""
-    from carnice_build.commands.plan import report_plan
+    from carnice_build.commands.plan import plan_and_survey
     from carnice_build.report.graph_fold import fold
     from carnice_build.report.graph_mermaid import mermaid as write
     from carnice_build.report.graph_svg import svg as draw
@@ -45,10 +45,10 @@ def graph(
     options = make_options(
         recipes=recipes, profile=profile, source=source, assignments=assignments, cache=cache
     )
-    report = report_plan(variants, options)
-    folded = fold(report.plan, report.status)
+    result = plan_and_survey(variants, options)
+    folded = fold(result.plan, result.status)
     if svg is not None:
-        title = f"{', '.join(variants)}: {len(report.plan.graph):,} actions"
+        title = f"{', '.join(variants)}: {len(result.plan.graph):,} actions"
         with named(svg):
             svg.write_text(draw(folded, title), encoding="utf-8")
     if mermaid is not None:

@@ -31,7 +31,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a build would do and make; reads headers only."""
-    from carnice_build.commands.plan import report_plan
+    from carnice_build.commands.plan import plan_and_survey
     from carnice_build.report.plan_table import plan_json, plan_view
 
     options = make_options(
@@ -43,10 +43,10 @@ def plan(
         jobs=jobs,
         memory=memory,
     )
-    report = report_plan(variants, options)
+    result = plan_and_survey(variants, options)
     if as_json:
-        print_json(plan_json(report.plan, report.status, options.memory, options.jobs))
+        print_json(plan_json(result.plan, result.status, options.memory, options.jobs))
         return
     from rich.console import Console
 
-    Console().print(plan_view(report.plan, report.status, options.memory, options.jobs))
+    Console().print(plan_view(result.plan, result.status, options.memory, options.jobs))

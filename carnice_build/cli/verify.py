@@ -68,9 +68,9 @@ def verify(
     def listen(variant: str, check: Check) -> None:
         console.print(check_lines(variant, check))
 
-    report = verify_variants(variants, options, VerifySettings(run, text, samples), listen)
+    result = verify_variants(variants, options, VerifySettings(run, text, samples), listen)
     if as_json:
-        print_json(verify_json(report))
-    for table in verify_tables(report):
+        print_json(verify_json(result))
+    for table in verify_tables(result):
         console.print(table)
-    raise typer.Exit(0 if report.passed else 1)
+    raise typer.Exit(0 if result.passed else 1)

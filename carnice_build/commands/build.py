@@ -34,7 +34,7 @@ from carnice_build.transforms.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class VariantReport:
+class BuiltVariant:
     """What became of one variant.
 
     `actions_run` and `actions_reused` count the actions behind this variant alone; an action
@@ -54,10 +54,10 @@ class VariantReport:
 
 
 @dataclass(frozen=True)
-class BuildReport:
+class BuildResult:
     """What a build did in all; `seconds` is wall clock, `peak_memory` in bytes of RSS."""
 
-    variants: tuple[VariantReport, ...]
+    variants: tuple[BuiltVariant, ...]
     actions_run: int
     actions_reused: int
     read_bytes: int
@@ -68,7 +68,7 @@ class BuildReport:
 
 def build_variants(
     names: Sequence[str], options: Options | None = None, listen: Listener = lambda event: None
-) -> BuildReport:
+) -> BuildResult:
     """Build the named variants into `options.out`, reusing whatever the cache has.
 
     `listen` is called with every event of `execute.events`, from several threads.
@@ -108,7 +108,7 @@ def _check_buildable(variant: VariantPlan) -> None:
 
 def _build(
     plan: Plan, options: Options, store: Store, listen: Listener, start: float
-) -> BuildReport:
+) -> BuildResult:
     status = survey(plan.variants, store)
     packs = dict(status.finished)
     made: dict[str, float] = {}
@@ -127,13 +127,13 @@ def _build(
         packs = outcome.packs
         made = outcome.seconds
         read_bytes, written_bytes = outcome.read_bytes, outcome.written_bytes
-    reports = tuple(
+    built = tuple(
         _package(variant, packs, made, options, store, listen) for variant in plan.variants
     )
     seconds = time.perf_counter() - start
-    _remember(plan, reports, made, store, seconds)
-    return BuildReport(
-        variants=reports,
+    _remember(plan, built, made, store, seconds)
+    return BuildResult(
+        variants=built,
         actions_run=len(made),
         actions_reused=len(plan.graph) - len(made),
         read_bytes=read_bytes,
@@ -150,7 +150,7 @@ def _package(
     options: Options,
     store: Store,
     listen: Listener,
-) -> VariantReport:
+) -> BuiltVariant:
     shards = [_shard(variant, index, packs, store) for index in range(len(variant.packs))]
     described = describe(variant, shards, _figures(variant, store))
     folder = options.out / variant.name
@@ -168,7 +168,7 @@ def _package(
         # Modes are in no digest, and some ways of copying a folder lose them.
         make_executable(folder, rendered.others)
     actions = _identities(variant)
-    return VariantReport(
+    return BuiltVariant(
         variant=variant.name,
         folder=folder,
         actions_run=len(actions & made.keys()),
@@ -183,7 +183,7 @@ def _package(
 
 def _remember(
     plan: Plan,
-    reports: Sequence[VariantReport],
+    built: Sequence[BuiltVariant],
     made: Mapping[str, float],
     store: Store,
     elapsed: float,
@@ -191,17 +191,17 @@ def _remember(
     """Note for `carnice report` what the build did for each variant for which it did something."""
     behind = [_identities(variant) for variant in plan.variants]
     needed = Counter(identity for identities in behind for identity in identities)
-    for variant, report, identities in zip(plan.variants, reports, behind, strict=True):
-        if not (report.packaged or report.actions_run):
+    for variant, item, identities in zip(plan.variants, built, behind, strict=True):
+        if not (item.packaged or item.actions_run):
             continue
         record = BuildRecord(
-            key=report.key,
+            key=item.key,
             actions=len(identities),
-            run=report.actions_run,
+            run=item.actions_run,
             shared=sum(needed[identity] > 1 for identity in identities & made.keys()),
-            seconds=report.seconds,
+            seconds=item.seconds,
             elapsed=elapsed,
-            variants=len(reports),
+            variants=len(built),
         )
         add_build(store.root, variant.name, record)
 

@@ -51,7 +51,7 @@ def _load(name: str, options: Options) -> Recipe:
 
 
 @dataclass(frozen=True)
-class PlanReport:
+class PlanResult:
     """A plan and what of it the cache has already."""
 
     plan: Plan
@@ -63,7 +63,7 @@ class PlanReport:
         return self.plan.variants
 
 
-def report_plan(names: Sequence[str], options: Options | None = None) -> PlanReport:
+def plan_and_survey(names: Sequence[str], options: Options | None = None) -> PlanResult:
     """Plan the named variants and ask the cache; an empty cache is made where there is none.
 
     Reads headers only.  Raises a CarniceError for the first thing that is wrong.
@@ -71,7 +71,7 @@ def report_plan(names: Sequence[str], options: Options | None = None) -> PlanRep
     options = options or Options()
     plan = plan_variants(names, options)
     with Store(options.cache) as store:
-        return PlanReport(plan, survey(plan.variants, store))
+        return PlanResult(plan, survey(plan.variants, store))
 
 
 def list_variants(options: Options, warn: Callable[[PluginError], None]) -> list[Recipe]:

@@ -52,7 +52,7 @@ class VariantResult:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyResult:
     """The variants' checks; perplexities with those of the unquantized sources first; drafts."""
 
     variants: Sequence[VariantResult]
@@ -73,7 +73,7 @@ def verify_variants(
     options: Options | None = None,
     settings: VerifySettings | None = None,
     listen: Listener = lambda variant, check: None,
-) -> VerifyReport:
+) -> VerifyResult:
     """Check what `build_variants` left in `options.out`; raises only when there is nothing there.
 
     `listen` hears of every check as soon as it is made; what was found is kept in the cache.
@@ -95,7 +95,7 @@ def verify_variants(
         results.append(VariantResult(variant.name, folder, checks))
         rows = tables.perplexities
         keep_findings(options.cache, variant, stamp, checks, rows, ran=settings.run, text=text)
-    return VerifyReport(results, tables.ordered(), tables.acceptances)
+    return VerifyResult(results, tables.ordered(), tables.acceptances)
 
 
 def _text(options: Options, settings: VerifySettings) -> Path | None:

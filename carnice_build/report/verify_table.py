@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from carnice_build.commands.verify import VariantResult, VerifyReport
+from carnice_build.commands.verify import VariantResult, VerifyResult
 from carnice_build.verification.acceptance import row_json
 from carnice_build.verification.perplexity import Perplexity, format_perplexity
 from carnice_build.verification.result import Check, Outcome
@@ -20,10 +20,10 @@ _SHOWN_PROBLEMS = 10
 _STYLES = {Outcome.PASSED: "green", Outcome.FAILED: "bold red", Outcome.SKIPPED: "yellow"}
 
 
-def verify_json(report: VerifyReport) -> dict[str, Any]:
+def verify_json(result: VerifyResult) -> dict[str, Any]:
     """Everything that was found, JSON-ready."""
     return {
-        "passed": report.passed,
+        "passed": result.passed,
         "variants": [
             {
                 "variant": variant.variant,
@@ -31,12 +31,12 @@ def verify_json(report: VerifyReport) -> dict[str, Any]:
                 "passed": variant.passed,
                 "checks": [asdict(check) for check in variant.checks],
             }
-            for variant in report.variants
+            for variant in result.variants
         ],
-        "perplexity": [asdict(row) for row in report.perplexities],
+        "perplexity": [asdict(row) for row in result.perplexities],
         "acceptance": [
             {"variant": row.variant, "head": row.head, "drafts": row_json(row)}
-            for row in report.acceptances
+            for row in result.acceptances
         ],
     }
 
@@ -52,17 +52,17 @@ def check_lines(variant: str, check: Check) -> str:
     return "\n".join(lines)
 
 
-def verify_tables(report: VerifyReport) -> Iterator[RenderableType]:
+def verify_tables(result: VerifyResult) -> Iterator[RenderableType]:
     """The worst modules of each variant, then figures of the running models."""
-    for variant in report.variants:
+    for variant in result.variants:
         details = _details(variant, "round trip")
         if details.get("worst"):
             yield _kinds_table(variant, details["kinds"])
             yield _worst_table(variant, details["worst"])
-    for library in dict.fromkeys(row.library for row in report.perplexities):
-        yield _perplexity_table([row for row in report.perplexities if row.library is library])
-    for variant in report.variants:
-        rows = [row for row in report.acceptances if row.variant == variant.variant]
+    for library in dict.fromkeys(row.library for row in result.perplexities):
+        yield _perplexity_table([row for row in result.perplexities if row.library is library])
+    for variant in result.variants:
+        rows = [row for row in result.acceptances if row.variant == variant.variant]
         if rows:
             yield _acceptance_table(rows)
 
