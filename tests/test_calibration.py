@@ -321,6 +321,7 @@ def tokens_of(dataset: Path, tokenizer: Any) -> list[list[int]]:
         "length": LENGTH,
         "roles": ROLES,
         "template": tokenizer.chat_template,
+        "special_tokens": tokenizer.special_tokens_map,
         "rows": dataset.suffix[1:],
     }
     content = (DEMO / "qwen3.6-27b" / "tokenizer.json").read_bytes()

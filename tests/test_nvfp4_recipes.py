@@ -34,7 +34,13 @@ TABLE, WEIGHT = TensorSpec("BF16", (64, 128)), TensorSpec("BF16", (8, 128))
 HIDDEN, IDS = TensorSpec("BF16", (2, 8, 128)), TensorSpec("I32", (2, 8))
 FILE, AMAX = TensorSpec("U8", (100,)), TensorSpec("F32", (3,))
 
-TOKENS_PARAMS = {"samples": 2, "length": 8, "roles": {}, "template": None}
+TOKENS_PARAMS = {
+    "samples": 2,
+    "length": 8,
+    "roles": {},
+    "template": None,
+    "special_tokens": {},
+}
 FORWARD_PARAMS = {
     "names": ["mlp.up_proj.weight"],
     "linears": ["mlp.up_proj"],
@@ -61,6 +67,7 @@ OTHER_VALUES = {
     "length": 9,
     "roles": {"human": "user"},
     "template": "{{ messages }}",
+    "special_tokens": {"eos_token": "<|im_end|>"},
     "rows": "txt",
     "joined": False,
     "dataset": {**HUB, "commit": "1"},

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from carnice_build.chat.messages import with_parsed_calls, without_nulls
 from carnice_build.chat.render import Chat, render
 from carnice_build.errors import BackendError, CheckpointError
 
@@ -39,7 +40,7 @@ def tokenize(
     encode = _encoder(tokenizer.tobytes())
     joined = params.get("joined", False)
     rows = rows if joined else islice(rows, params["samples"])
-    encoded = _encoded(encode, _texts(rows, params["template"], params["roles"], where), where)
+    encoded = _encoded(encode, _texts(rows, params, where), where)
     cut = _joined if joined else _single
     samples = list(islice(cut(encoded, params["length"], where), params["samples"]))
     if len(samples) < params["samples"]:
@@ -143,7 +144,7 @@ def _from_parquet(path: str) -> Iterator[Row]:
 
     try:
         for batch in ParquetFile(path).iter_batches(_BATCH):
-            yield from batch.to_pylist()
+            yield from map(without_nulls, batch.to_pylist())
     except (ArrowException, OSError) as error:
         raise CheckpointError(f"is not a readable parquet file: {error}", where=path) from None
 
@@ -152,34 +153,29 @@ def _from_hub(dataset: Mapping[str, Any]) -> Iterator[Row]:
     # The hub's library is slow to import, and most calibrations never need it.
     from carnice_build.backends.hub_rows import rows_on_hub
 
-    return rows_on_hub(**dataset)
+    return map(without_nulls, rows_on_hub(**dataset))
 
 
-def _texts(
-    rows: Iterator[Row], template: str | None, roles: Mapping[str, str], where: str
-) -> Iterator[str]:
+def _texts(rows: Iterator[Row], params: Mapping[str, Any], where: str) -> Iterator[str]:
     """The text of each row, in order, rendered as late as it is wanted."""
     start = 0
     while found := list(islice(rows, _BATCH)):
         batch = [
-            _content(row, roles, f"{where}: row {start + index + 1}")
+            _content(row, params["roles"], f"{where}: row {start + index + 1}")
             for index, row in enumerate(found)
         ]
-        yield from _rendered(batch, template, start, where)
+        yield from _rendered(batch, params, where)
         start += len(found)
 
 
-def _rendered(
-    batch: Sequence[str | Chat], template: str | None, start: int, where: str
-) -> Iterable[str]:
+def _rendered(batch: Sequence[str | Chat], params: Mapping[str, Any], where: str) -> Iterable[str]:
     chats = [item for item in batch if isinstance(item, Chat)]
-    if chats and template is None:
+    if not chats:
+        return [item for item in batch if isinstance(item, str)]
+    if params["template"] is None:
         raise CheckpointError("holds conversations, but there is no chat template", where=where)
-    try:
-        texts = iter(render(template or "", chats, "the chat template") if chats else ())
-    except CheckpointError as error:
-        first, last = start + 1, start + len(batch)
-        raise CheckpointError(f"rows {first} to {last}: {error}", where=where) from None
+    tokens = params["special_tokens"]
+    texts = iter(render(params["template"], chats, "the chat template", tokens))
     return [item if isinstance(item, str) else next(texts) for item in batch]
 
 
@@ -193,7 +189,8 @@ def _content(row: Row, roles: Mapping[str, str], where: str) -> str | Chat:
         raise CheckpointError(
             "holds no text", where=where, expected="`text`, `messages` or `conversations`"
         )
-    return Chat([_message(turn, roles, where) for turn in turns], _tools(row, where))
+    messages = [with_parsed_calls(_message(turn, roles, where), where) for turn in turns]
+    return Chat(messages, _tools(row, where), name=where)
 
 
 def _message(turn: Row, roles: Mapping[str, str], where: str) -> Row:

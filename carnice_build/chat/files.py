@@ -27,7 +27,7 @@ def template_files(files: Mapping[str, bytes]) -> dict[str, str]:
         except UnicodeDecodeError:
             raise CheckpointError("is not UTF-8", where=TEMPLATE_NAME) from None
     for name in _JSON_NAMES:
-        template = _object(name, files[name]).get("chat_template") if name in files else None
+        template = json_object(name, files[name]).get("chat_template") if name in files else None
         if isinstance(template, str):
             found[name] = template
         elif template is not None:
@@ -39,10 +39,11 @@ def with_template(name: str, content: bytes, template: str) -> bytes:
     """File `name` with `template` in place of the one it holds."""
     if name == TEMPLATE_NAME:
         return template.encode()
-    return to_json({**_object(name, content), "chat_template": template})
+    return to_json({**json_object(name, content), "chat_template": template})
 
 
-def _object(name: str, content: bytes) -> dict[str, Any]:
+def json_object(name: str, content: bytes) -> dict[str, Any]:
+    """What a small file says; CheckpointError naming it when that is no JSON object."""
     try:
         value = parse_json(content)
     except (ValueError, RecursionError):

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from carnice_build.chat.render import Chat, Message, render
+from carnice_build.chat.render import NO_TOKENS, Chat, Message, SpecialTokens, render
 from carnice_build.chat.roundtrip import check_round_trips
 from carnice_build.chat.tags import Tag, end_of, quoted, tags_of
 from carnice_build.chat.tool_format import Syntax, tool_format
@@ -42,13 +42,17 @@ Edit = tuple[int, int, str]
 """Start and end of a part of the template, and what takes its place."""
 
 
-def to_hermes(template: str, where: str = "chat_template.jinja") -> str:
+def to_hermes(
+    template: str,
+    where: str = "chat_template.jinja",
+    special_tokens: SpecialTokens = NO_TOKENS,
+) -> str:
     """`template` with tool calls in Hermes JSON, which `--tool-call-parser hermes` reads.
 
     PlanError naming `where` when it writes Hermes JSON already, when it lacks a block to replace,
     or when the result would not render as it should; CheckpointError when it cannot be rendered.
     """
-    syntax = tool_format(template, where).syntax
+    syntax = tool_format(template, where, special_tokens).syntax
     if syntax is Syntax.HERMES:
         raise PlanError("is patched already: it writes tool calls as Hermes JSON", where=where)
     if syntax is Syntax.NONE:
@@ -56,11 +60,11 @@ def to_hermes(template: str, where: str = "chat_template.jinja") -> str:
     tags = tags_of(template)
     edits = [
         _instructions(template, tags, where),
-        _calls(template, tags, where),
+        _calls(template, tags, where, special_tokens),
     ]
     patched = _replaced(template, edits)
     patched = _replaced(patched, list(_unused_macros(patched, tags_of(patched))))
-    _prove(template, patched, where)
+    _prove(template, patched, where, special_tokens)
     return patched
 
 
@@ -97,7 +101,7 @@ def _literals(template: str, tags: Sequence[Tag]) -> list[Tag]:
     return run
 
 
-def _calls(template: str, tags: Sequence[Tag], where: str) -> Edit:
+def _calls(template: str, tags: Sequence[Tag], where: str, special_tokens: SpecialTokens) -> Edit:
     """The body of the loop over `tool_calls`."""
     loops = [
         (index, match[1])
@@ -109,7 +113,7 @@ def _calls(template: str, tags: Sequence[Tag], where: str) -> Edit:
         raise _missing(where, f"one loop over tool_calls, not {len(loops)}")
     index, call = loops[0]
     start, end = tags[index], tags[end_of(tags, index)]
-    after, between = _separators(template, where)
+    after, between = _separators(template, where, special_tokens)
     line = template[: start.start].rpartition("\n")[2]
     margin = "\n" + ("" if line.strip() else line)
     body = _CALL.format(call=call, after=quoted(after), between=quoted(between))
@@ -117,11 +121,12 @@ def _calls(template: str, tags: Sequence[Tag], where: str) -> Edit:
     return start.end, end.start, "".join(lines) + margin
 
 
-def _separators(template: str, where: str) -> tuple[str, str]:
+def _separators(template: str, where: str, special_tokens: SpecialTokens) -> tuple[str, str]:
     """What the template puts between an answer and a call, and between two calls."""
     call = {"type": "function", "function": {"name": "wait", "arguments": {}}}
     turn: Message = {"role": "assistant", "content": "So be it.", "tool_calls": [call, call]}
-    text = render(template, [Chat([{"role": "user", "content": "Wait."}, turn])], where)[0]
+    chat = Chat([{"role": "user", "content": "Wait."}, turn])
+    text = render(template, [chat], where, special_tokens)[0]
     after, first, rest = text.rpartition("So be it.")[2].partition("<tool_call>")
     between, second, _ = rest.partition("</tool_call>")[2].partition("<tool_call>")
     if not (first and second) or (after + between).strip():
@@ -168,12 +173,15 @@ _PLAIN = [
 ]
 
 
-def _prove(template: str, patched: str, where: str) -> None:
+def _prove(template: str, patched: str, where: str, special_tokens: SpecialTokens) -> None:
     """PlanError unless `patched` renders calls that a server reads, and all else as before."""
     problem = ""
     try:
-        results = check_round_trips(patched, where)
-        if render(template, _PLAIN, where) != render(patched, _PLAIN, where):
+        results = check_round_trips(patched, where, special_tokens)
+        before, after = (
+            render(text, _PLAIN, where, special_tokens) for text in (template, patched)
+        )
+        if before != after:
             problem = "a chat without tools would change"
     except CheckpointError as error:
         problem = error.what

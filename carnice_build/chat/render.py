@@ -28,6 +28,10 @@ _PATIENCE = 60
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
+SpecialTokens = Mapping[str, str]
+"""What a template sees of its tokenizer, as `chat.special_tokens` reads it."""
+
+NO_TOKENS: SpecialTokens = {}
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,12 @@ class Chat:
     prompt: bool = False
     """True to end with what opens the assistant's turn."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    """What an error calls it, if it is one of many."""
 
     def variables(self) -> dict[str, Any]:
-        """What the template sees; special tokens that it may ask for are empty."""
+        """What the template sees beside the special tokens."""
         return {
-            "bos_token": "",
-            "eos_token": "",
             "documents": None,
             "messages": self.messages,
             "tools": self.tools,
@@ -56,37 +60,61 @@ class Chat:
         }
 
 
-def render(template: str, chats: Sequence[Chat], where: str) -> list[str]:
+def render(
+    template: str,
+    chats: Sequence[Chat],
+    where: str,
+    special_tokens: SpecialTokens = NO_TOKENS,
+) -> list[str]:
     """The text of each chat, as transformers' `apply_chat_template` gives it.
 
-    CheckpointError naming `where` when the template cannot be rendered: it is not a template,
-    raises, wants out of the sandbox, or takes more than 512 MB, `MAX_RENDERED` characters for a
-    chat, or 2 s of processor time and 1 s for every 8 chats; or when a chat is no JSON.
+    A token that is not among `special_tokens` is undefined, as any name is that nobody defines:
+    nothing where it is written, an error where it is worked with.
+    CheckpointError naming `where`, and the chat if it has a name, when the template cannot be
+    rendered: it is not a template, raises, wants out of the sandbox, or takes more than 512 MB,
+    `MAX_RENDERED` characters for a chat, or 2 s of processor time and 1 s for every 8 chats; or
+    when a chat is no JSON.
     """
     if len(template) > MAX_TEMPLATE:
         raise CheckpointError(f"has more than {MAX_TEMPLATE} characters", where=where)
-    request: dict[str, Any] = {
+    seconds = 2 + len(chats) // 8
+    request = {
         "template": template,
-        "conversations": [chat.variables() for chat in chats],
         "most": MAX_RENDERED,
-        "seconds": 2 + len(chats) // 8,
+        "seconds": seconds,
         "memory": MAX_MEMORY if _LIMITED else None,
     }
-    try:
-        text = json.dumps(request)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"cannot render a chat that is no JSON: {error}", where=where
-        ) from None
-    answer = _ask(text, request["seconds"], where)
-    if "error" in answer:
-        raise CheckpointError(f"cannot be rendered: {answer['error']}", where=where)
-    texts: list[str] = answer["texts"]
-    return texts
+    lines = [json.dumps(request)]
+    for chat in chats:
+        try:
+            lines.append(json.dumps({**special_tokens, **chat.variables()}))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"cannot render a chat that is no JSON: {error}", where=_place(where, chat.name)
+            ) from None
+    answer = _ask("\n".join(lines), seconds)
+    if len(answer.texts) < len(chats):
+        # What fails before the first chat is the template's own fault.
+        failed = chats[len(answer.texts)].name if answer.compiled else ""
+        raise CheckpointError(answer.problem, where=_place(where, failed))
+    return list(answer.texts)
+
+
+def _place(where: str, chat: str) -> str:
+    return f"{chat}: {where}" if chat else where
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the child said: the texts until `problem`, which is empty when nothing went wrong."""
+
+    compiled: bool
+    texts: tuple[str, ...]
+    problem: str
 
 
 @lru_cache(maxsize=16)
-def _ask(request: str, seconds: int, where: str) -> dict[str, Any]:
+def _ask(request: str, seconds: int) -> _Answer:
     # -P keeps this folder out of the child's path, where its modules could pass for others.
     command = [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))]
     pipe = subprocess.PIPE
@@ -94,21 +122,18 @@ def _ask(request: str, seconds: int, where: str) -> dict[str, Any]:
         if not _LIMITED:
             threading.Thread(target=_watch, args=(child,), daemon=True).start()
         try:
-            out, err = child.communicate(request.encode(), timeout=seconds + _PATIENCE)
+            output, errors = child.communicate(request.encode(), timeout=seconds + _PATIENCE)
         except subprocess.TimeoutExpired:
             child.kill()
-            raise CheckpointError("takes too long to render", where=where) from None
+            return _answer(child.communicate()[0], "takes too long to render")
+    problem = ""
     if child.returncode < 0:
-        raise CheckpointError(
-            "takes too long or too much memory to render",
-            where=where,
-            expected=f"at most {seconds} s and {MAX_MEMORY // 2**20} MB",
-        )
-    if child.returncode:
-        last = err.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise CheckpointError(f"cannot be rendered: {last}", where=where)
-    answer: dict[str, Any] = json.loads(out)
-    return answer
+        most = f"over {seconds} s or {MAX_MEMORY // 2**20} MB"
+        problem = f"takes too long or too much memory to render: {most}"
+    elif child.returncode:
+        last = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        problem = f"cannot be rendered: {last}"
+    return _answer(output, problem)
 
 
 def _watch(child: subprocess.Popen[bytes]) -> None:
@@ -120,3 +145,12 @@ def _watch(child: subprocess.Popen[bytes]) -> None:
         if int(answer.stdout.strip() or 0) * 1024 > MAX_MEMORY:
             child.kill()
         time.sleep(_LOOK)
+
+
+def _answer(output: bytes, problem: str) -> _Answer:
+    # What stands behind the last line break is half a line.
+    lines = [json.loads(line) for line in output.split(b"\n")[:-1]]
+    said = {key: [line[key] for line in lines if key in line] for key in ("text", "error")}
+    if said["error"]:
+        problem = f"cannot be rendered: {said['error'][0]}"
+    return _Answer({"compiled": True} in lines, tuple(said["text"]), problem)

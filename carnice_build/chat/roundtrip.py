@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from carnice_build.chat.parsers import ToolCall, parse_hermes, parse_qwen3_xml, split_reasoning
-from carnice_build.chat.render import Chat, Message, render
+from carnice_build.chat.render import NO_TOKENS, Chat, Message, SpecialTokens, render
 from carnice_build.chat.tool_format import Syntax, ToolFormat, tool_format
 
 
@@ -130,20 +130,24 @@ def _tasks() -> list[_Task]:
     return [chat, single, second, synthesis, parallel]
 
 
-def check_round_trips(template: str, where: str = "chat_template.jinja") -> list[RoundTrip]:
+def check_round_trips(
+    template: str,
+    where: str = "chat_template.jinja",
+    special_tokens: SpecialTokens = NO_TOKENS,
+) -> list[RoundTrip]:
     """The result of each task; CheckpointError naming `where` when the template does not render.
 
     A task fails when reasoning, answer or calls come back changed, or when the text does not
     grow at its end: a turn must follow its prompt, and a prompt within one question the turn
     before it, so that a server's prefix cache holds.
     """
-    found = tool_format(template, where)
+    found = tool_format(template, where, special_tokens)
     tasks = _tasks()
     # Some templates of the family think only when they are told to.
     told = {"enable_thinking": True}
     chats = [Chat(task.history, task.tools, prompt=True, options=told) for task in tasks]
     chats += [Chat([*task.history, task.turn], task.tools, options=told) for task in tasks]
-    texts = render(template, chats, where)
+    texts = render(template, chats, where, special_tokens)
     prompts, wholes = texts[: len(tasks)], texts[len(tasks) :]
     said = tasks[0].answer
     ending = wholes[0].rpartition(said)[2] if said in wholes[0] else ""

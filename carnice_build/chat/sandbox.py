@@ -1,8 +1,10 @@
 """The program that renders chat templates: a child process, because a template is a program.
 
 `render` runs this file by its path, so nothing of carnice-build is imported here.
-It reads one JSON object, `{"template", "conversations", "most", "seconds", "memory"}`, from
-standard input and writes `{"texts": [...]}` or `{"error": "..."}`.
+It reads lines of JSON from standard input: `{"template", "most", "seconds", "memory"}`, and what
+the template sees of each conversation.
+It writes `{"compiled": true}`, and then for each conversation, as soon as it is rendered,
+`{"text": "..."}`; in place of whatever fails, and last, comes `{"error": "..."}`.
 
 The environment is the one that `apply_chat_template` of transformers 5 sets up: immutable and
 sandboxed, blocks trimmed, JSON without escapes, `raise_exception`, `strftime_now`, loop controls
@@ -18,7 +20,7 @@ import sys
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -43,20 +45,27 @@ def main() -> None:
 
     Without `memory`, which a system that keeps no such limit is not asked for, the parent watches.
     """
-    request = json.load(sys.stdin)
-    memory = request.pop("memory")
+    request = json.loads(sys.stdin.readline())
+    conversations = [json.loads(line) for line in sys.stdin]
+    memory = request["memory"]
     if memory is not None:
         _limit(resource.RLIMIT_AS, memory)
-    _limit(resource.RLIMIT_CPU, request.pop("seconds"))
+    _limit(resource.RLIMIT_CPU, request["seconds"])
     _limit(resource.RLIMIT_FSIZE, 0)
-    answer: dict[str, Any]
     try:
-        answer = {"texts": _render(**request)}
+        template = _environment().from_string(request["template"])
+        _say(compiled=True)
+        for variables in conversations:
+            _say(text=_render(template, variables, request["most"]))
     except MemoryError:
-        answer = {"error": f"takes more than {memory // 2**20} MB" if memory else "takes too much"}
+        _say(error=f"takes more than {memory // 2**20} MB" if memory else "takes too much")
     except Exception as error:
-        answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
-    json.dump(answer, sys.stdout)
+        _say(error=f"{type(error).__name__}: {error}"[:1000])
+
+
+def _say(**what: str | bool) -> None:
+    # Whatever is said counts, even if the process is stopped in what follows.
+    print(json.dumps(what), flush=True)
 
 
 def _limit(what: int, most: int) -> None:
@@ -65,18 +74,14 @@ def _limit(what: int, most: int) -> None:
     resource.setrlimit(what, (least, least))
 
 
-def _render(template: str, conversations: list[dict[str, Any]], most: int) -> list[str]:
-    compiled = _environment().from_string(template)
-    texts = []
-    for variables in conversations:
-        pieces, size = [], 0
-        for piece in compiled.generate(variables):
-            pieces.append(piece)
-            size += len(piece)
-            if size > most:
-                raise TemplateError(f"renders more than {most} characters")
-        texts.append("".join(pieces))
-    return texts
+def _render(template: Template, variables: dict[str, Any], most: int) -> str:
+    pieces, size = [], 0
+    for piece in template.generate(variables):
+        pieces.append(piece)
+        size += len(piece)
+        if size > most:
+            raise TemplateError(f"renders more than {most} characters")
+    return "".join(pieces)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from os.path import commonprefix
 
 from carnice_build.chat.parsers import ToolCall, parse_hermes, parse_qwen3_xml
-from carnice_build.chat.render import Chat, Message, render
+from carnice_build.chat.render import NO_TOKENS, Chat, Message, SpecialTokens, render
 from carnice_build.errors import CheckpointError
 
 
@@ -80,8 +80,12 @@ _THINKING: Message = {"role": "assistant", "content": "A plant.", "reasoning_con
 _EXAMPLE = re.compile(r"<tool_call>\s*(<function=|\{)")
 
 
-def tool_format(template: str, where: str = "chat_template.jinja") -> ToolFormat:
-    """The format of `template`.
+def tool_format(
+    template: str,
+    where: str = "chat_template.jinja",
+    special_tokens: SpecialTokens = NO_TOKENS,
+) -> ToolFormat:
+    """The format of `template`, beside a tokenizer with these special tokens.
 
     CheckpointError naming `where` when it cannot be rendered, or when its instructions ask for
     another format than its own rendering of a call has.
@@ -95,6 +99,7 @@ def tool_format(template: str, where: str = "chat_template.jinja") -> ToolFormat
             Chat([_USER], prompt=True),
         ],
         where,
+        special_tokens,
     )
     turn = called[len(commonprefix([asked, called])) :]  # noqa: RUF071 (texts, not paths)
     syntax = _syntax_of(turn)

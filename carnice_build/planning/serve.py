@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from carnice_build.architectures.base import Architecture, Part
 from carnice_build.chat.files import template_files
+from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import tool_format
 from carnice_build.errors import PlanError
 from carnice_build.recipe.loader import Recipe
@@ -34,8 +35,8 @@ def plan_serving(
     if engine_name is None:
         raise PlanError("no serving engine that we know loads this format")
     parts = {tensor.fact.part for tensor in conversion.tensors}
-    template = next(iter(template_files(files).values()), None)
-    found = tool_format(template) if template is not None else None
+    where, template = next(iter(template_files(files).items()), ("", None))
+    found = tool_format(template, where, special_tokens(files)) if template is not None else None
     facts = ServingFacts(
         repo=recipe.card.repo or recipe.variant,
         variant=recipe.variant,

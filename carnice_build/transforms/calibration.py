@@ -15,6 +15,7 @@ from typing import Any
 
 from carnice_build.architectures.base import Part, Role
 from carnice_build.chat.files import template_files
+from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.checkpoint.checkpoint import Checkpoint, SourceTensor
 from carnice_build.checkpoint.datasets import whole_file
 from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
@@ -238,6 +239,7 @@ class Calibration:
             "length": self._count("length", spec.length, 2),
             "roles": spec.roles,
             "template": template,
+            "special_tokens": special_tokens(self._source.files),
         }
         inputs = [_tokenizer(body)]
         if dataset.file is not None:

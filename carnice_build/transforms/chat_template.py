@@ -9,6 +9,7 @@ from pydantic import Field
 
 from carnice_build.chat.files import template_files, with_template
 from carnice_build.chat.hermes import to_hermes
+from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.errors import PlanError
 from carnice_build.graph import View
 from carnice_build.transforms.base import PlanContext, Step
@@ -32,7 +33,7 @@ class ChatTemplate(Step):
             return files  # a shape file has names and shapes, but no files
         if not templates:
             raise PlanError("there is no chat template to patch", expected="chat_template.jinja")
-        edited = dict(files)
+        edited, tokens = dict(files), special_tokens(files)
         for name, template in templates.items():
-            edited[name] = with_template(name, edited[name], to_hermes(template, name))
+            edited[name] = with_template(name, edited[name], to_hermes(template, name, tokens))
         return edited

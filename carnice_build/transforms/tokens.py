@@ -20,12 +20,13 @@ class Tokens(ProcessOp):
     Output: I32 [samples, length]; a row is cut at `length` tokens and padded with -1.
     Parameters: `samples`, `length`, `joined` (rows are joined, in order, and cut into samples of
     exactly `length`; False if not given), `roles` (names that the template uses instead of the
-    dataset's), `template` (its text, or None), `rows` (the form of the file: `jsonl`, `parquet` or
-    `txt`), or `dataset` (name, subset, split and commit on the hub).
+    dataset's), `template` (its text, or None), `special_tokens` (what the template sees of the
+    tokenizer, by name), `rows` (the form of the file: `jsonl`, `parquet` or `txt`), or `dataset`
+    (name, subset, split and commit on the hub).
     """
 
     name = "calibration.tokens"
-    version = 1
+    version = 2
     libraries = ("tokenizers", "jinja2")
 
     def infer(

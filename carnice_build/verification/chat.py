@@ -12,13 +12,21 @@ from pathlib import Path
 
 from carnice_build.chat.files import TEMPLATE_NAME, template_files
 from carnice_build.chat.roundtrip import check_round_trips
+from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import Syntax, ToolFormat, tool_format
 from carnice_build.errors import CheckpointError
 from carnice_build.verification.result import Check, judged, skipped
 
 NAME = "chat"
 
-_HOLDERS = (TEMPLATE_NAME, "chat_template.json", "tokenizer_config.json")
+_READ = (
+    TEMPLATE_NAME,
+    "chat_template.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+"""What may hold a template, or the special tokens that it sees."""
+
 _LAUNCHES = (".sh", ".yaml")
 _SYNONYMS = {"qwen3_coder": "qwen3_xml"}
 """vLLM registers one parser under both names."""
@@ -29,13 +37,14 @@ _FLAG = re.compile(r"--(tool-call-parser|reasoning-parser)[\s=\"',-]+(\w+)")
 def check_chat(folder: Path) -> Check:
     """Play the tasks of `chat.roundtrip` with the template that the folder holds."""
     try:
-        held = [folder / name for name in _HOLDERS if (folder / name).is_file()]
-        templates = template_files({path.name: path.read_bytes() for path in held})
+        held = [folder / name for name in _READ if (folder / name).is_file()]
+        files = {path.name: path.read_bytes() for path in held}
+        templates, tokens = template_files(files), special_tokens(files)
         if not templates:
             return skipped(NAME, "the folder has no chat template")
         where, template = next(iter(templates.items()))
-        found = tool_format(template, where)
-        tasks = check_round_trips(template, where)
+        found = tool_format(template, where, tokens)
+        tasks = check_round_trips(template, where, tokens)
     except CheckpointError as error:
         return judged(NAME, [str(error)], "the chat template cannot be used")
     if found.syntax is Syntax.NONE and "tool" not in template:
