@@ -78,11 +78,11 @@ ROWS: dict[str, tuple[bytes, str]] = {
     "a line without an end": (b"x" * (1 << 25), "line 1 has 4194304 characters or more"),
     "a role that the template refuses": (
         lines({"messages": [{"role": "nobody", "content": "Hello"}]}, TEXT),
-        "rows 1 to 2: the chat template: cannot be rendered",
+        "row 1: the chat template: cannot be rendered",
     ),
     "100,000 turns": (
         lines({"messages": [{"role": "user", "content": "Hi"}] * 100_000}, TEXT),
-        "rows 1 to 2: the chat template: ",
+        "row 1: the chat template: ",
     ),
 }
 
@@ -110,6 +110,7 @@ def test_text_is_never_code(project: Project) -> None:
         "length": 100,
         "roles": {},
         "template": "{{ messages[0].content }}",
+        "special_tokens": {},
         "rows": "jsonl",
     }
     found = tokenize(params, np.frombuffer(tokenizer.read_bytes(), np.uint8), str(dataset))

@@ -12,16 +12,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from calibrating import FINE_TUNE, QUICK
+from calibrating import DEMO, FINE_TUNE, QUICK
 from conftest import Finished, Project
 from fake_hub import TOKEN, Answer, FakeHub, cut, stall, status
 from huggingface_hub import HfFileSystem, constants, set_client_factory
 from huggingface_hub.utils import _detect_agent, _http
 
 from carnice_build.backends.hub_rows import rows_on_hub
+from carnice_build.backends.tokens import tokenize
 from carnice_build.checkpoint import patience
 from carnice_build.checkpoint.hub_listing import dataset_commit
 from carnice_build.checkpoint.patience import ATTEMPTS, Unreachable
@@ -161,6 +163,48 @@ def test_files_behind_the_wanted_rows_are_not_read(served: Served, hub: FakeHub,
 
     assert chat(0) == first
     assert {f"/datasets/{NAMES[form]}/resolve/{COMMIT}/easy/part-0.{form}"} == asked
+
+
+DIFFERENT: list[dict[str, Any]] = [
+    {
+        "messages": [
+            {
+                "role": "assistant",
+                "content": "Hm.",
+                "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+            }
+        ],
+        "tools": [{"name": "f", "parameters": {key: {"type": "string"} for key in arguments}}],
+    }
+    for arguments in ({"city": "Oslo"}, {"days": "two", "city": "Rome"}, {"days": "one"})
+]
+
+
+@BOTH
+def test_rows_bring_no_keys_of_other_rows(served: Served, tmp_path: Path, form: str) -> None:
+    """Tools and calls of one row leave no nulls in the prompt of another."""
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in DIFFERENT))
+    path = served[form] / f"hard.{form}"
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(DIFFERENT), path)
+    else:
+        shutil.copyfile(lines, path)
+    dataset = {"name": NAMES[form], "subset": "hard", "split": "train", "commit": COMMIT}
+
+    assert tokens(rows="jsonl", file=lines) == tokens(dataset=dataset)
+
+
+def tokens(file: Path | None = None, **params: Any) -> list[list[int]]:
+    """The tokens of three rows, under a template that shows all there is."""
+    template = "{{ messages | tojson(sort_keys=true) }}{{ tools | tojson(sort_keys=true) }}"
+    fixed = {"samples": 3, "length": 1000, "roles": {}, "special_tokens": {}}
+    content = (DEMO / "qwen3.6-27b" / "tokenizer.json").read_bytes()
+    return tokenize(
+        {**fixed, "template": template, **params},
+        np.frombuffer(content, np.uint8),
+        str(file) if file else None,
+    )
 
 
 def test_a_folder_of_that_name_is_not_taken(
