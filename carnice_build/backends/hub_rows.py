@@ -17,6 +17,7 @@ import httpx
 from huggingface_hub import HfFileSystem, constants, set_client_factory
 from huggingface_hub.utils import disable_progress_bars
 
+from carnice_build.checkpoint.hub_cache import cached_dataset
 from carnice_build.checkpoint.hub_listing import dataset_at, dataset_refusal
 from carnice_build.checkpoint.patience import Refusal, judge, patiently
 from carnice_build.errors import BackendError, CarniceError, CheckpointError
@@ -30,20 +31,21 @@ def rows_on_hub(name: str, subset: str | None, split: str, commit: str) -> Itera
 
     Raises CheckpointError when there is no such subset or split, when the repository needs a
     script of its own, which is never run, and when it cannot be read; BackendError without
-    `datasets`.
+    `datasets`.  Offline, the rows are those of the Hugging Face cache, which must hold all of it.
     """
     where = dataset_at(name, commit)
     if constants.is_offline_mode():
-        raise CheckpointError("HF_HUB_OFFLINE forbids to read it", where=where)
-    set_client_factory(lambda: _Client(where, dataset_refusal(name, commit)))
-    # A listing that broke off is remembered as far as it came.
-    HfFileSystem.clear_instance_cache()
+        place = {"path": str(cached_dataset(name, commit, where))}
+    else:
+        # A bare name could be that of a folder here.
+        place = {"path": f"hf://datasets/{name}", "revision": commit}
+        set_client_factory(lambda: _Client(where, dataset_refusal(name, commit)))
+        # A listing that broke off is remembered as far as it came.
+        HfFileSystem.clear_instance_cache()
     # From a cache of its own `datasets` would take the rows of any commit.
     with _worded(where), TemporaryDirectory(prefix="carnice-") as empty:
-        # A bare name could be that of a folder here.
-        path = f"hf://datasets/{name}"
         yield from _load_dataset()(
-            path, subset, split=split, revision=commit, streaming=True, cache_dir=empty
+            name=subset, split=split, streaming=True, cache_dir=empty, **place
         )
 
 

@@ -26,7 +26,7 @@ from carnice_build.checkpoint.checkpoint import Checkpoint, assemble_checkpoint
 from carnice_build.checkpoint.header import Header, read_header
 from carnice_build.checkpoint.http_file import LIBRARY, RemoteFile, Repository
 from carnice_build.checkpoint.hub_listing import Notes, find_listing
-from carnice_build.checkpoint.patience import Interruption, patiently
+from carnice_build.checkpoint.patience import OFFLINE, Interruption, patiently
 from carnice_build.checkpoint.source import ByteSource, LocalFile, Reader
 from carnice_build.errors import BuildError, CheckpointError
 
@@ -50,9 +50,19 @@ def open_hub(model: str, revision: str, *, stream: bool) -> tuple[Checkpoint, st
         )
         for name, (size, content) in sorted(listing.files.items())
     }
-    checkpoint = assemble_checkpoint(
-        str(repository), files, others=listing.others, read_headers=_read_headers
-    )
+    try:
+        checkpoint = assemble_checkpoint(
+            str(repository), files, others=listing.others, read_headers=_read_headers
+        )
+    except CheckpointError as error:
+        if listing.whole or error.expected:
+            raise
+        why = f"; {OFFLINE} is on" if constants.is_offline_mode() else ""
+        raise CheckpointError(
+            f"{error.what} from the Hugging Face cache{why}",
+            where=error.where,
+            expected="the rest of the repository there, or a network",
+        ) from None
     return checkpoint, listing.commit
 
 

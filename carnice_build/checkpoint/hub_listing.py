@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from huggingface_hub import HfApi, cached_assets_path, constants
 from carnice_build import __version__
 from carnice_build.checkpoint.checkpoint import is_plain_name
 from carnice_build.checkpoint.http_file import LIBRARY
+from carnice_build.checkpoint.hub_cache import HASH, cached_commit, cached_files
 from carnice_build.checkpoint.patience import (
     ATTEMPTS,
     MALFORMED,
@@ -36,7 +36,6 @@ ALLOWED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"
 """The only files of a repository that are ever asked for."""
 
 _MAX_FILES = 100_000
-_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 _log = logging.getLogger(__name__)
 
@@ -47,24 +46,34 @@ constants.HF_HUB_DISABLE_TELEMETRY = True
 
 @dataclass(frozen=True)
 class Listing:
-    """The allowed files of a commit with size and content id, and the names of the others."""
+    """The allowed files of a commit with size and content id, and the names of the others.
+
+    `whole` is False when nobody knows whether there are more.
+    """
 
     commit: str
     files: dict[str, tuple[int, str]]
     others: tuple[str, ...]
+    whole: bool = True
 
 
 def find_listing(model: str, revision: str, notes: Notes) -> Listing:
     """What `revision` of a model holds: from the hub or, without a network, as last known.
 
-    A commit that is known is never asked for again.
+    Known is what we noted and what any tool left in the Hugging Face cache.
+    A commit that we noted is never asked for again.
     """
-    commit = revision if _HASH.fullmatch(revision) else notes.read("revision", revision).decode()
-    known = _load_listing(commit, notes)
-    if known is not None and (commit == revision or constants.is_offline_mode()):
+    commit = revision
+    if not HASH.fullmatch(revision):
+        commit = _last_commit(model, "model", revision, notes)
+    noted = _load_listing(commit, notes)
+    if noted is not None and commit == revision:
+        return noted
+    known = noted or _cached_listing(model, commit)
+    if known is not None and constants.is_offline_mode():
         return known
     try:
-        listing = _fetch_listing(model, revision, ATTEMPTS if known is None else 1)
+        listing = _fetch_listing(model, revision, ATTEMPTS if noted is None else 1)
     except Unreachable:
         if known is None:
             raise
@@ -82,10 +91,10 @@ def dataset_commit(dataset: str, revision: str) -> str:
 
     A full commit hash is taken at its word, without a request.
     """
-    if _HASH.fullmatch(revision):
+    if HASH.fullmatch(revision):
         return revision
     notes = Notes(_dataset(dataset))
-    known = notes.read("revision", revision).decode()
+    known = _last_commit(dataset, "dataset", revision, notes)
     if known and constants.is_offline_mode():
         return known
     try:
@@ -106,7 +115,7 @@ def _ask_commit(dataset: str, revision: str, attempts: int) -> str:
         api.dataset_info, dataset, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
     )
     commit = patiently(ask, where, dataset_refusal(dataset, revision), attempts).sha
-    if not isinstance(commit, str) or not _HASH.fullmatch(commit):
+    if not isinstance(commit, str) or not HASH.fullmatch(commit):
         raise CheckpointError("the hub names no commit", where=where)
     return commit
 
@@ -130,6 +139,26 @@ def dataset_refusal(dataset: str, revision: str) -> Refusal:
 def _dataset(name: str) -> str:
     """The name of a dataset's repository among those of models, and the path of its page."""
     return f"datasets/{name}"
+
+
+def _last_commit(repo: str, kind: str, branch: str, notes: Notes) -> str:
+    """The commit that a branch was at when the hub was last asked, by us or by another tool."""
+    noted = notes.read("revision", branch).decode()
+    cached, when = cached_commit(repo, kind, branch)
+    return cached if cached and when > notes.time("revision", branch) else noted
+
+
+def _cached_listing(model: str, commit: str) -> Listing | None:
+    rows, whole = cached_files(model, commit)
+    if not rows:
+        return None
+    if not whole:
+        _log.warning(
+            "%s@%s is taken as the Hugging Face cache has it, which may be a part",
+            model,
+            commit[:7],
+        )
+    return replace(_check_listing(commit, rows), whole=whole)
 
 
 def _load_listing(commit: str, notes: Notes) -> Listing | None:
@@ -160,14 +189,14 @@ def _fetch_listing(model: str, revision: str, attempts: int) -> Listing:
             for item in info.siblings or ()
         ]
         listing = _check_listing(info.sha, rows)
-    if _HASH.fullmatch(revision) and listing.commit != revision:
+    if HASH.fullmatch(revision) and listing.commit != revision:
         raise CheckpointError(f"the hub answers for commit {listing.commit}", where=where)
     return listing
 
 
 def _check_listing(commit: Any, rows: Sequence[Any]) -> Listing:
     """Take nothing on trust that becomes part of a path or a number."""
-    if not _HASH.fullmatch(commit) or len(rows) > _MAX_FILES:
+    if not HASH.fullmatch(commit) or len(rows) > _MAX_FILES:
         raise ValueError
     files: dict[str, tuple[int, str]] = {}
     others = []
@@ -177,7 +206,7 @@ def _check_listing(commit: Any, rows: Sequence[Any]) -> Listing:
         if not any(fnmatchcase(name, pattern) for pattern in ALLOWED):
             others.append(name)
             continue
-        if not _HASH.fullmatch(content) or type(size) is not int or size < 0:
+        if not HASH.fullmatch(content) or type(size) is not int or size < 0:
             raise ValueError
         files[name] = (size, content)
     return Listing(commit, files, tuple(others))
@@ -190,16 +219,19 @@ class Notes:
     """
 
     def __init__(self, model: str) -> None:
+        """CheckpointError when there is no place to keep them; offline there is nothing to keep."""
         try:
             self._folder = cached_assets_path(
                 LIBRARY, namespace=model, subfolder="hub", assets_dir=constants.HF_ASSETS_CACHE
             )
         except (OSError, ValueError):
-            raise CheckpointError(
-                "cannot be used as the Hugging Face cache",
-                where=constants.HF_ASSETS_CACHE,
-                expected="a folder one can write to, or another in HF_HOME",
-            ) from None
+            if not constants.is_offline_mode():
+                raise CheckpointError(
+                    "cannot be used as the Hugging Face cache",
+                    where=constants.HF_ASSETS_CACHE,
+                    expected="a folder one can write to, or another in HF_HOME",
+                ) from None
+            self._folder = Path(constants.HF_ASSETS_CACHE, "none")
 
     def _path(self, kind: str, name: str) -> Path:
         return self._folder / f"{kind}-{blake3(name.encode()).hexdigest()}"
@@ -211,6 +243,13 @@ class Notes:
         except OSError:
             return b""
         return content if digest == _digest(content) else b""
+
+    def time(self, kind: str, name: str) -> float:
+        """When the fact was noted, in seconds as files have it; 0 when it was not."""
+        try:
+            return self._path(kind, name).stat().st_mtime
+        except OSError:
+            return 0.0
 
     def write(self, kind: str, name: str, content: bytes) -> None:
         """Keep the fact, if the disk lets us."""

@@ -30,6 +30,9 @@ BROKEN = (httpx.TransportError, httpx.StreamError)
 MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
 """What huggingface_hub raises when a server says what no hub would."""
 
+OFFLINE = "offline mode (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)"
+"""How an error calls it."""
+
 _RETRIED = (408, 429)
 
 T = TypeVar("T")
@@ -99,7 +102,7 @@ def interruptions(where: str, refusal: Refusal) -> Iterator[None]:
         yield
     except OfflineModeIsEnabled:
         raise CheckpointError(
-            "is not in the Hugging Face cache, and HF_HUB_OFFLINE forbids to fetch it",
+            f"is not in the Hugging Face cache, and {OFFLINE} forbids to fetch it",
             where=where,
         ) from None
     except HfHubHTTPError as error:
