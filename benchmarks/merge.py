@@ -194,6 +194,7 @@ def texts(length: int, samples: int, template: Path) -> dict[str, list[Tensor]]:
         "joined": True,
         "roles": {"human": "user", "gpt": "assistant"},
         "template": template.read_text(encoding="utf-8"),
+        "special_tokens": {},
     }
     rows = tokenize(params, np.frombuffer(content, np.uint8), str(DEMO / "calibration.jsonl"))
     both: dict[str, Sequence[Sequence[int]]] = {

@@ -355,6 +355,7 @@ def _tokens(folder: Path) -> Tensor:
         "joined": True,
         "roles": {"human": "user", "gpt": "assistant"},
         "template": (folder / "chat_template.jinja").read_text(encoding="utf-8"),
+        "special_tokens": {},
     }
     content = np.frombuffer((folder / "tokenizer.json").read_bytes(), np.uint8)
     return torch.tensor(tokenize(params, content, str(DEMO / "calibration.jsonl")))
