@@ -2,21 +2,32 @@
 
 Each is raised where the facts are known and says where, what, what was expected and,
 for a misspelt name, the nearest valid one.
+What is wrong in several places is told at once: a headline, then each problem on a line of its own.
 Only the command line prints them.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+E = TypeVar("E", bound="CarniceError")
+
+MOST_LISTED = 5
+"""Problems of one kind that an error tells; of any more it says how many."""
 
 _MOST_SHOWN = 400
 _MOST_COMPARED = 5_000
 
 
 class CarniceError(Exception):
-    """Base of all expected errors; `exit_code` is what the command line exits with."""
+    """Base of all expected errors; `exit_code` is what the command line exits with.
+
+    `problems` are lines below the sentence, one for each thing that is wrong; see `together`.
+    """
 
     exit_code = 2
 
@@ -27,15 +38,20 @@ class CarniceError(Exception):
         where: str | None = None,
         expected: str | None = None,
         nearest: str | None = None,
+        problems: Sequence[str] = (),
     ) -> None:
         self.what = what
         self.where = where
         self.expected = expected
         self.nearest = nearest
-        super().__init__(self._sentence())
+        self.problems = tuple(problems)
+        super().__init__("\n  ".join([self.sentence(), *map(_shown, self.problems)]))
 
-    def _sentence(self) -> str:
-        text = f"{_shown(self.where)}: {_shown(self.what)}" if self.where else _shown(self.what)
+    def sentence(self, said: str | None = None) -> str:
+        """The error on one line, without its place where that was `said` above."""
+        text = _shown(self.what)
+        if self.where and self.where != said:
+            text = f"{_shown(self.where)}: {text}"
         if self.expected:
             text += f"; expected {_shown(self.expected)}"
         if self.nearest:
@@ -44,7 +60,8 @@ class CarniceError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Keep the parts when an error crosses a process boundary."""
-        return (_rebuild, (type(self), self.what, self.where, self.expected, self.nearest))
+        parts = (self.what, self.where, self.expected, self.nearest, self.problems)
+        return (_rebuild, (type(self), *parts))
 
 
 def _rebuild(
@@ -53,8 +70,9 @@ def _rebuild(
     where: str | None,
     expected: str | None,
     nearest: str | None,
+    problems: tuple[str, ...],
 ) -> CarniceError:
-    return kind(what, where=where, expected=expected, nearest=nearest)
+    return kind(what, where=where, expected=expected, nearest=nearest, problems=problems)
 
 
 class RecipeError(CarniceError):
@@ -79,10 +97,11 @@ class PlanError(CarniceError):
         where: str | None = None,
         expected: str | None = None,
         nearest: str | None = None,
+        problems: Sequence[str] = (),
         at: tuple[str | int, ...] = (),
     ) -> None:
         self.at = at
-        super().__init__(what, where=where, expected=expected, nearest=nearest)
+        super().__init__(what, where=where, expected=expected, nearest=nearest, problems=problems)
 
 
 class StoreError(CarniceError):
@@ -120,6 +139,21 @@ def _shown(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def together(items: Sequence[T], error: Callable[[T], E], what: str, where: str) -> E:
+    """What `error` makes of the one item; for several, a headline with a line for each.
+
+    The headline says `where` and `what`.  Only items that are shown are asked about, so `error`
+    may be slow.
+    """
+    errors = [error(item) for item in items[:MOST_LISTED]]
+    if len(items) == 1:
+        return errors[0]
+    lines = [item.sentence(where) for item in errors]
+    if more := len(items) - len(lines):
+        lines.append(f"and {more} more")
+    return type(errors[0])(what, where=where, problems=lines)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

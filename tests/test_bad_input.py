@@ -37,23 +37,28 @@ SECOND = "model-00002-of-00002.safetensors"
 NAN, INFINITY = b"\xc0\x7f", b"\x80\xff"
 
 
-def check_refused(finished: Finished, project: Project, *parts: str, code: int = 2) -> None:
-    """One line that holds `parts`, the exit code, and no trace of a build."""
-    lines = [line for line in finished.err.splitlines() if line.startswith("carnice: ")]
+def check_refused(finished: Finished, project: Project, *parts: str, code: int = 2) -> str:
+    """The last thing said holds `parts`, the exit code, and no trace of a build.
+
+    It is one line, or a headline and an indented line for each of several problems; returned is
+    what was said before.
+    """
+    before, found, said = f"\n{finished.err}".rpartition("\ncarnice: ")
 
     assert code == finished.code, finished.err
-    assert [finished.err.splitlines()[-1]] == lines
+    assert found
+    assert all(line.startswith("  ") for line in said.splitlines()[1:])
     for part in parts:
-        assert part in lines[0]
+        assert part in f"carnice: {said}"
     assert "Traceback" not in finished.err
     assert finished.out == ""
     assert sorted(project.out.glob("*")) == [] if project.out.exists() else True
+    return before
 
 
 def check_refused_at_once(finished: Finished, project: Project, *parts: str) -> None:
     """As `check_refused`, and nothing else was said: no work had begun."""
-    check_refused(finished, project, *parts)
-    assert len(finished.err.splitlines()) == 1
+    assert "" == check_refused(finished, project, *parts)
 
 
 def rewrite(path: Path, change: Change) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from carnice_build.architectures.base import Architecture
 from carnice_build.architectures.qwen3_5 import Qwen35
-from carnice_build.errors import CheckpointError, nearest
+from carnice_build.errors import CheckpointError
 
 _TABLES: Mapping[str, Callable[[Mapping[str, Any], str], Architecture]] = {
     Qwen35.name: Qwen35,
@@ -15,14 +15,17 @@ _TABLES: Mapping[str, Callable[[Mapping[str, Any], str], Architecture]] = {
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
-    """The table for the checkpoint with this `config.json`, found at `where`."""
-    model_type = str(config.get("model_type"))
-    table = _TABLES.get(model_type)
-    if table is None:
+    """The table for the checkpoint with this `config.json`, found at `where`.
+
+    CheckpointError for a family that has none: another name for it would only hide what it is.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _TABLES:
+        unknown = f"is of the unknown model_type {str(model_type)!r}"
         raise CheckpointError(
-            f"is of the unknown model_type {model_type!r}",
+            unknown if "model_type" in config else "has no model_type",
             where=where,
-            expected=" or ".join(sorted(_TABLES)),
-            nearest=nearest(model_type, _TABLES),
+            expected=f"one of a family that has a table here ({', '.join(sorted(_TABLES))}); "
+            "CONTRIBUTING.md says how to add one",
         )
-    return table(config, where)
+    return _TABLES[model_type](config, where)

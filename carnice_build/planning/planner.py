@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,10 +14,11 @@ from carnice_build.checkpoint.assets import Assets
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.profiles import Source, SourceFinder
-from carnice_build.errors import PlanError, nearest
+from carnice_build.errors import PlanError, nearest, together
 from carnice_build.graph import Action, ActionGraph, ActionOutput, View, source_view
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.planning.serve import plan_serving
+from carnice_build.planning.unknown import unknown_tensors
 from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.transforms.base import CalibrationSource, Conversion, Format, PlanContext, Step
@@ -163,28 +164,25 @@ def _located(recipe: Recipe, *path: str | int) -> Iterator[None]:
             where=recipe.where(*path, *error.at),
             expected=error.expected,
             nearest=error.nearest,
+            problems=error.problems,
         ) from None
 
 
 def check_structure(view: View, architecture: Architecture, where: str) -> None:
     """Raise PlanError unless the view holds the architecture's tensors, all of them, and no other.
 
+    Problems of one kind are told together.
     Optional parts (the MTP head, the vision tower) may be absent, but only as a whole.
     """
     facts = architecture.tensors
-    for name, ref in view.items():
-        fact = facts.get(name)
-        if fact is None:
-            raise _unknown_name(name, architecture, where)
-        if fact.shape != ref.spec.shape:
-            raise PlanError(
-                f"tensor {name!r} is of shape {list(ref.spec.shape)}",
-                where=where,
-                expected=f"{list(fact.shape)} by its config",
-            )
+    if unknown := [name for name in view if name not in facts]:
+        raise unknown_tensors(unknown, architecture, where)
+    misshapen = [name for name, ref in view.items() if facts[name].shape != ref.spec.shape]
+    if misshapen:
+        raise _misshapen(misshapen, view, facts, where)
     present = {fact.part for name, fact in facts.items() if name in view}
     missing = [
-        fact
+        name
         for name, fact in facts.items()
         if name not in view and (fact.part in present or not architecture.optional(fact))
     ]
@@ -192,23 +190,26 @@ def check_structure(view: View, architecture: Architecture, where: str) -> None:
         raise _missing(missing, view, where)
 
 
-def _unknown_name(name: str, architecture: Architecture, where: str) -> PlanError:
-    canonical = architecture.canonical_name(name)
-    hint = f"rename it to {canonical!r} in a `rename` step" if canonical else None
-    return PlanError(
-        f"tensor {name!r} is not one of {architecture.name}",
-        where=where,
-        expected=hint,
-        nearest=None if canonical else nearest(name, architecture.tensors),
+def _misshapen(
+    names: Sequence[str], view: View, facts: Mapping[str, TensorFact], where: str
+) -> PlanError:
+    def error(name: str) -> PlanError:
+        return PlanError(
+            f"tensor {name!r} is of shape {list(view[name].spec.shape)}",
+            where=where,
+            expected=f"{list(facts[name].shape)} by its config",
+        )
+
+    return together(
+        names, error, f"{len(names)} tensors are of other shapes than its config says", where
     )
 
 
-def _missing(missing: list[TensorFact], view: View, where: str) -> PlanError:
-    first = missing[0].name
-    others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return PlanError(
-        f"tensor {first!r}{others} is missing", where=where, nearest=nearest(first, view)
-    )
+def _missing(names: Sequence[str], view: View, where: str) -> PlanError:
+    def error(name: str) -> PlanError:
+        return PlanError(f"tensor {name!r} is missing", where=where, nearest=nearest(name, view))
+
+    return together(names, error, f"{len(names)} tensors are missing", where)
 
 
 def _check_names(conversion: Conversion) -> None:

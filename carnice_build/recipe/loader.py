@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from carnice_build.errors import RecipeError, nearest
+from carnice_build.errors import MOST_LISTED, RecipeError, nearest, together
 from carnice_build.recipe.layers import LayerSpan
 from carnice_build.recipe.merge import override, read_with_parents
 from carnice_build.recipe.schema import (
@@ -85,21 +86,28 @@ def load_recipe(path: Path, vocabulary: Vocabulary, overrides: Iterable[str] = (
     tree = read_with_parents(path)
     for assignment in overrides:
         tree = override(tree, assignment)
-    body = _validate(RecipeBody, tree, ())
-    if body.variant != path.stem:
-        raise RecipeError(
-            f"declares the variant {body.variant!r}",
-            where=tree.find(("variant",)).where,
-            expected=f"{path.stem!r}, as the file is named",
+    check = _Check(tree, vocabulary)
+    body = check.part(RecipeBody, ())
+    steps = check.steps()
+    format = check.format()
+    if body is not None and body.variant != path.stem:
+        check.note(
+            RecipeError(
+                f"declares the variant {body.variant!r}",
+                where=tree.find(("variant",)).where,
+                expected=f"{path.stem!r}, as the file is named",
+            )
         )
-    steps = [_step(tree, index, vocabulary) for index in range(len(body.steps))]
+    if body is None or format is None or check.errors:
+        what = f"{len(check.errors)} things are wrong"
+        raise together(check.errors, lambda error: error(), what, str(path))
     return Recipe(
         variant=body.variant,
         description=body.description,
         sources=body.sources,
         layers=body.layers,
         steps=steps,
-        quantize=_format(tree, vocabulary),
+        quantize=format,
         calibration=body.calibration,
         package=body.package,
         card=body.card,
@@ -107,47 +115,112 @@ def load_recipe(path: Path, vocabulary: Vocabulary, overrides: Iterable[str] = (
     )
 
 
-def _step(tree: Node, index: int, vocabulary: Vocabulary) -> Step:
-    node = tree.find(("steps", index))
-    table = node.value
-    assert isinstance(table, dict)
-    if len(table) != 1:
-        raise RecipeError(
-            f"a step has {len(table)} keys", where=node.where, expected="one, the kind of step"
+class _Check:
+    """Checks the parts of a recipe one by one, and keeps what is wrong with any of them.
+
+    Each of `errors` makes the error when it is called, because to word one takes time.
+    """
+
+    def __init__(self, tree: Node, vocabulary: Vocabulary) -> None:
+        self._tree = tree
+        self._vocabulary = vocabulary
+        self.errors: list[Callable[[], RecipeError]] = []
+
+    def note(self, error: RecipeError) -> None:
+        """Keep an error."""
+        self.errors.append(lambda: error)
+
+    def part(self, model: type[M], path: tuple[str | int, ...]) -> M | None:
+        """The entry at `path` as a `model`, None when it is none."""
+        try:
+            return model.model_validate(self._tree.find(path).plain())
+        except ValidationError as error:
+            for detail in _telling(error.errors(), model, self._tree, path):
+                self.errors.append(partial(_translate, detail, model, self._tree, path))
+            return None
+
+    def steps(self) -> list[Step]:
+        """The steps that are right."""
+        node = self._tree.find(("steps",))
+        count = len(node.value) if isinstance(node.value, list) else 0
+        found = (self._step(index) for index in range(count))
+        return [step for step in found if step is not None]
+
+    def _step(self, index: int) -> Step | None:
+        node = self._tree.find(("steps", index))
+        table = node.value
+        if not isinstance(table, dict):
+            return None  # the body's error
+        if len(table) != 1:
+            what = f"a step has {len(table)} keys"
+            self.note(RecipeError(what, where=node.where, expected="one, the kind of step"))
+            return None
+        kind = next(iter(table))
+        model = self._vocabulary.steps.get(kind)
+        if model is None:
+            self._unknown("step", kind, node, self._vocabulary.steps)
+            return None
+        params = self.part(model, ("steps", index, kind))
+        return None if params is None else Step(kind, params, index)
+
+    def format(self) -> BaseModel | None:
+        """The format with its knobs, None when something is wrong with it."""
+        section = self._tree.value.get("quantize") if isinstance(self._tree.value, dict) else None
+        if section is None or not isinstance(section.value, dict):
+            return None  # the body's error
+        node = section.find(("format",))
+        if not isinstance(node.value, str):
+            known = " or ".join(self._vocabulary.formats)
+            self.note(RecipeError("has no format", where=node.where, expected=known))
+            return None
+        model = self._vocabulary.formats.get(node.value)
+        if model is None:
+            self._unknown("format", node.value, node, self._vocabulary.formats)
+            return None
+        return self.part(model, ("quantize",))
+
+    def _unknown(self, what: str, name: str, node: Node, valid: Iterable[str]) -> None:
+        self.note(
+            RecipeError(
+                f"unknown {what} {name!r}",
+                where=node.where,
+                expected=" or ".join(valid),
+                nearest=nearest(name, valid),
+            )
         )
-    kind = next(iter(table))
-    model = vocabulary.steps.get(kind)
-    if model is None:
-        raise RecipeError(
-            f"unknown step {kind!r}",
-            where=node.where,
-            expected=" or ".join(vocabulary.steps),
-            nearest=nearest(kind, vocabulary.steps),
-        )
-    return Step(kind, _validate(model, tree, ("steps", index, kind)), index)
 
 
-def _format(tree: Node, vocabulary: Vocabulary) -> BaseModel:
-    node = tree.find(("quantize", "format"))
-    name = node.value
-    if not isinstance(name, str) or name not in vocabulary.formats:
-        raise RecipeError(
-            f"unknown format {name!r}" if isinstance(name, str) else "has no format",
-            where=node.where,
-            expected=" or ".join(vocabulary.formats),
-            nearest=nearest(str(name), vocabulary.formats),
-        )
-    return _validate(vocabulary.formats[name], tree, ("quantize",))
+def _telling(
+    details: Sequence[ErrorDetails], model: type[BaseModel], tree: Node, path: tuple[str | int, ...]
+) -> list[ErrorDetails]:
+    """One detail for each entry that is wrong, unknown keys first.
+
+    Of the ways in which a value fits no branch of a union the first is told.  A misspelt key is
+    why another is missing, so that one is not told.
+    """
+    unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
+    others = [detail for detail in details if detail["type"] != "extra_forbidden"]
+    meant = {
+        (*detail["loc"][:-1], nearest(str(detail["loc"][-1]), _keys(model, detail["loc"])))
+        for detail in unknown[:MOST_LISTED]
+    }
+    told: dict[tuple[str | int, ...], ErrorDetails] = {}
+    for detail in (*unknown, *others):
+        location = detail["loc"]
+        if detail["type"] != "missing":
+            told.setdefault(_written(tree, (*path, *location)), detail)
+        elif location not in meant:
+            parent = _written(tree, (*path, *location[:-1]))
+            told.setdefault((*parent, location[-1]), detail)
+    return list(told.values())
 
 
-def _validate(model: type[M], tree: Node, path: tuple[str | int, ...]) -> M:
-    try:
-        return model.model_validate(tree.find(path).plain())
-    except ValidationError as error:
-        details = error.errors()
-        # A misspelt key is why another is missing, so it comes first.
-        unknown = (detail for detail in details if detail["type"] == "extra_forbidden")
-        raise _translate(next(unknown, details[0]), model, tree, path) from None
+def _written(tree: Node, location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The path of the entry that `location` speaks of, without the branches of a union in it."""
+    end = len(location)
+    while end and tree.find(location[:end]) is tree.find(location[: end - 1]):
+        end -= 1
+    return location[:end]
 
 
 def _translate(

@@ -80,14 +80,19 @@ def attack(project: Project, carnice: Callable[..., Finished]) -> Attack:
 
 
 def check_named(finished: Finished, *parts: str, code: int | None = 2) -> None:
-    """One printable line at the end that holds `parts`, and its exit code (None: 1 or 2)."""
-    last = finished.err.splitlines()[-1]
+    """The last thing said is printable and holds `parts`, and its exit code (None: 1 or 2).
 
-    assert last.startswith("carnice: ")
-    assert last.isprintable()
-    assert len(last) < 3_000
+    It is one line, or a headline and an indented line for each of several problems.
+    """
+    _, found, said = f"\n{finished.err}".rpartition("\ncarnice: ")
+    _, *problems = said.splitlines()
+
+    assert found
+    assert all(line.startswith("  ") for line in problems)
+    assert said.replace("\n", "").isprintable()
+    assert len(said) < 3_000
     for part in parts:
-        assert part in last
+        assert part in f"carnice: {said}"
     assert finished.code in ((1, 2) if code is None else (code,))
 
 
