@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,17 +11,19 @@ from typing import Any
 from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.header import Header, read_header, tensor_spec
 from carnice_build.checkpoint.json import DuplicateKey, parse_json
-from carnice_build.checkpoint.source import ByteSource, LocalFile, read_all
-from carnice_build.errors import CheckpointError
+from carnice_build.checkpoint.shards import Index, model_shards, refuse_adapter
+from carnice_build.checkpoint.source import ByteSource, LocalFile, local_files, read_all
+from carnice_build.errors import CheckpointError, together
 
 INDEX_NAME = "model.safetensors.index.json"
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""Where transformers keeps named chat templates beside the default one."""
+
 SHAPES_FORMAT = "carnice-shapes-1"
 MAX_JSON_BYTES = 200_000_000
 
 HeaderReader = Callable[[Sequence[ByteSource]], Iterable[Header]]
 """The headers of shards, in their order."""
-
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,18 @@ class Checkpoint:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a folder of safetensors shards, or a shape file; reads headers and JSON only."""
+    inner = path / TEMPLATE_FOLDER
     try:
         if path.is_file():
             return _open_shapes(path)
         if not path.is_dir():
             raise CheckpointError("is not a folder", where=str(path))
-        # Neither folders nor pipes nor devices: those could be read without end.
-        files = {item.name: LocalFile(item) for item in sorted(path.iterdir()) if item.is_file()}
+        files = local_files(path)
+        templates = local_files(inner, ".jinja") if inner.is_dir() else {}
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    return assemble_checkpoint(str(path), files)
+    below = {f"{TEMPLATE_FOLDER}/{name}": file for name, file in templates.items()}
+    return assemble_checkpoint(str(path), {**files, **below})
 
 
 def assemble_checkpoint(
@@ -85,24 +89,22 @@ def assemble_checkpoint(
 
     `others` names files that are there too, but must not be touched.
     """
+    refuse_adapter(where, [*files, *others])
     if "config.json" not in files:
         raise CheckpointError("has no config.json", where=where)
     config = _load_json(files["config.json"])
-    index = _weight_map(files[INDEX_NAME]) if INDEX_NAME in files else None
-    shards = [name for name in files if name.endswith(".safetensors")]
-    if index is not None:
-        shards = _indexed_shards(f"{where}/{INDEX_NAME}", index, files)
-    if not shards:
-        raise _no_weights(where, [*files, *others])
-    tensors: dict[str, SourceTensor] = {}
+    index = _read_index(f"{where}/{INDEX_NAME}", files[INDEX_NAME]) if INDEX_NAME in files else None
+    shards = model_shards(where, files, index, others)
     headers = read_headers([files[shard] for shard in shards])
+    tensors: dict[str, SourceTensor] = {}
+    problems: list[tuple[str, str]] = []
     for shard, header in zip(shards, headers, strict=True):
-        _add_shard(tensors, files[shard], header, index, shard)
-    if index is not None and (missing := sorted(set(index) - set(tensors))):
-        raise CheckpointError(
-            f"names tensor {missing[0]!r} in {index[missing[0]]!r}, which does not hold it",
-            where=f"{where}/{INDEX_NAME}",
-        )
+        problems += _add_shard(tensors, files[shard], header, index, shard)
+    if problems:
+        what = f"holds {len(problems)} tensors in a wrong place"
+        raise together(problems, lambda item: CheckpointError(item[1], where=item[0]), what, where)
+    if index is not None and (missing := sorted(set(index.weight_map) - set(tensors))):
+        raise _not_held(index, missing)
     assets = {name: file for name, file in files.items() if not name.endswith(".safetensors")}
     return Checkpoint(where, config, tensors, assets)
 
@@ -111,46 +113,47 @@ def _add_shard(
     tensors: dict[str, SourceTensor],
     source: ByteSource,
     header: Header,
-    index: Mapping[str, str] | None,
+    index: Index | None,
     shard: str,
-) -> None:
+) -> Iterator[tuple[str, str]]:
+    """Add the shard's tensors; yields what the other shards or the index say against one."""
     for entry in header.entries:
+        stated = index.weight_map.get(entry.name) if index else None
         if entry.name in tensors:
-            raise CheckpointError(
-                f"tensor {entry.name!r} is also in {_file_name(tensors[entry.name])}",
-                where=source.name,
-            )
-        if index is not None and index.get(entry.name) != shard:
-            listed = index.get(entry.name)
-            raise CheckpointError(
-                f"tensor {entry.name!r} is here, but the index "
-                + (f"says {listed!r}" if listed else "does not name it"),
-                where=source.name,
-            )
-        tensors[entry.name] = SourceTensor(entry.name, entry.spec, source, entry.offset)
+            other = _file_name(tensors[entry.name])
+            yield source.name, f"tensor {entry.name!r} is also in {other}"
+        elif index is not None and stated != shard:
+            says = f"says {stated!r}" if stated else "does not name it"
+            yield source.name, f"tensor {entry.name!r} is here, but the index {says}"
+        else:
+            tensors[entry.name] = SourceTensor(entry.name, entry.spec, source, entry.offset)
+
+
+def _not_held(index: Index, missing: Sequence[str]) -> CheckpointError:
+    def error(name: str) -> CheckpointError:
+        shard = index.weight_map[name]
+        return CheckpointError(
+            f"names tensor {name!r} in {shard!r}, which does not hold it", where=index.where
+        )
+
+    what = f"names {len(missing)} tensors that no shard holds"
+    return together(missing, error, what, index.where)
 
 
 def _file_name(tensor: SourceTensor) -> str:
     return tensor.file.name if tensor.file else "a shape file"
 
 
-def _weight_map(file: ByteSource) -> dict[str, str]:
+def _read_index(where: str, file: ByteSource) -> Index:
     table = _load_json(file).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(item, str) for item in table.values()):
         raise CheckpointError("has no weight_map of names to shards", where=file.name)
-    return table
-
-
-def _indexed_shards(where: str, index: Mapping[str, str], files: Collection[str]) -> list[str]:
-    shards = sorted(set(index.values()))
-    for shard in shards:
+    for shard in sorted(set(table.values())):
         if not is_plain_name(shard):
             raise CheckpointError(f"names a shard outside the folder: {shard!r}", where=where)
         if not shard.endswith(".safetensors"):
             raise CheckpointError(f"names {shard!r}, which is not safetensors", where=where)
-        if shard not in files:
-            raise CheckpointError(f"names the shard {shard!r}, which is missing", where=where)
-    return shards
+    return Index(INDEX_NAME, where, table)
 
 
 def is_plain_name(name: str) -> bool:
@@ -162,17 +165,6 @@ def is_plain_path(path: str) -> bool:
     """True for plain names joined by `/`, at most two folders deep and none of them hidden."""
     names = path.split("/")
     return len(names) <= 3 and all(is_plain_name(name) and name[0] != "." for name in names)
-
-
-def _no_weights(where: str, names: Iterable[str]) -> CheckpointError:
-    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
-    if pickles:
-        return CheckpointError(
-            f"holds pickled weights ({pickles[0]}), which could run code when loaded",
-            where=where,
-            expected="safetensors",
-        )
-    return CheckpointError("holds no safetensors file", where=where)
 
 
 def _load_json(file: ByteSource) -> dict[str, Any]:

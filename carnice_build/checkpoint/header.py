@@ -13,7 +13,7 @@ from typing import Any
 
 from carnice_build.checkpoint.dtypes import ITEM_SIZE, TensorSpec
 from carnice_build.checkpoint.json import DuplicateKey, parse_json
-from carnice_build.checkpoint.source import Readable
+from carnice_build.checkpoint.source import Readable, refuse_pointer
 from carnice_build.errors import CheckpointError, nearest
 from carnice_build.recipe.patterns import MAX_NAME
 
@@ -43,10 +43,10 @@ class Header:
 def read_header(source: Readable) -> Header:
     """Parse and check the header of `source`.
 
-    Raises CheckpointError for every way in which a header can lie: too short a file, a length
-    past the end, text that is not a JSON object of tensors, a name twice, an unknown dtype,
-    a negative or huge shape, offsets that do not fit the shape, overlap, leave a gap or do not
-    end with the file.
+    Raises CheckpointError for every way in which a header can lie: a Git LFS pointer in place of
+    the file, too short a file, a length past the end, text that is not a JSON object of tensors,
+    a name twice, an unknown dtype, a negative or huge shape, offsets that do not fit the shape,
+    overlap, leave a gap or do not end with the file.
     """
     length = _header_length(source)
     raw = bytearray(length)
@@ -64,6 +64,7 @@ def _header_length(source: Readable) -> int:
         raise CheckpointError(
             f"has {source.size} bytes, too few for a safetensors file", where=source.name
         )
+    refuse_pointer(source)
     raw = bytearray(8)
     source.read_into(0, memoryview(raw))
     length = int.from_bytes(raw, "little")

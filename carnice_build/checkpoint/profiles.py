@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from carnice_build.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from carnice_build.checkpoint.datasets import Dataset
-from carnice_build.checkpoint.source import LocalFile
+from carnice_build.checkpoint.source import LocalFile, refuse_pointer
 from carnice_build.errors import CheckpointError, RecipeError, nearest
 from carnice_build.recipe.schema import DATASET_FILES, CalibrationSpec, SourceSpec
 from carnice_build.recipe.tree import Node, read_tree
@@ -85,6 +85,7 @@ class SourceFinder:
             )
         if not file.size:
             raise CheckpointError("is empty", where=file.name, expected="rows of text")
+        refuse_pointer(file)
         return Dataset(spec.dataset, file)
 
     def _path_of(self, name: str, otherwise: str) -> Path | None:

@@ -12,6 +12,10 @@ from typing import Protocol
 from carnice_build.errors import CheckpointError
 from carnice_build.system import read_at
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_MOST_OF_A_POINTER = 1024
+"""Bytes; by https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md a pointer has fewer."""
+
 Reader = Callable[[memoryview], None]
 """Fills a buffer with the bytes that follow those of the call before, or raises CheckpointError."""
 
@@ -123,8 +127,74 @@ class LocalFile:
         yield read
 
 
+class LostFile:
+    """A link to nothing in the place of a file: an error as soon as anything of it is asked for."""
+
+    random_access = True
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+
+    def _error(self) -> CheckpointError:
+        return CheckpointError(
+            "is a link to nothing", where=self.name, expected="the file that it should lead to"
+        )
+
+    @property
+    def size(self) -> int:
+        """Raises CheckpointError, as everything here does."""
+        raise self._error()
+
+    @property
+    def identity(self) -> str:
+        """Raises CheckpointError."""
+        raise self._error()
+
+    def path(self) -> Path:
+        """Raises CheckpointError."""
+        raise self._error()
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Raises CheckpointError."""
+        raise self._error()
+
+    def open_range(self, offset: int, count: int) -> AbstractContextManager[Reader]:
+        """Raises CheckpointError."""
+        raise self._error()
+
+
+def local_files(folder: Path, suffix: str = "") -> dict[str, LocalFile | LostFile]:
+    """The files in `folder` whose names end so, sorted by name; OSError when it cannot be listed.
+
+    Folders, pipes and devices are left out: the latter two could be read without end.
+    """
+    found: dict[str, LocalFile | LostFile] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(suffix) and path.is_file():
+            found[path.name] = LocalFile(path)
+        elif path.name.endswith(suffix) and path.is_symlink() and not path.exists():
+            found[path.name] = LostFile(path)
+    return found
+
+
 def read_all(source: Readable) -> bytes:
-    """The whole content of a small file."""
-    buffer = bytearray(source.size)
+    """The whole content of a small file; CheckpointError when it is a pointer to another."""
+    refuse_pointer(source)
+    return _read(source, source.size)
+
+
+def refuse_pointer(source: Readable) -> None:
+    """Raise CheckpointError for what Git leaves in a file's place when Git LFS did not run."""
+    small = len(_POINTER) <= source.size < _MOST_OF_A_POINTER
+    if small and _read(source, len(_POINTER)) == _POINTER:
+        raise CheckpointError(
+            "is a Git LFS pointer, not the file itself",
+            where=source.name,
+            expected="the file, as `git lfs pull` fetches it",
+        )
+
+
+def _read(source: Readable, count: int) -> bytes:
+    buffer = bytearray(count)
     source.read_into(0, memoryview(buffer))
     return bytes(buffer)
