@@ -89,6 +89,22 @@ def tiny_config(
     return config
 
 
+def tiny_tokenizer() -> dict[str, Any]:
+    """A tokenizer.json that `tokenizers` loads: single letters, and an end of text."""
+    words = {word: index for index, word in enumerate(["<unk>", "<s>", "<eos>", *"abcdefgh"])}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+    }
+
+
 def tiny_tensors(
     config: Mapping[str, Any],
     *,
@@ -141,7 +157,12 @@ def write_tiny(
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {"eos_token_id": [2, 3]})
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
-    write_json(folder / "tokenizer.json", {"version": "1.0"})
+    write_json(folder / "tokenizer.json", tiny_tokenizer())
+    if "vision_config" in config:
+        write_json(
+            folder / "preprocessor_config.json",
+            {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2},
+        )
     (folder / "chat_template.jinja").write_text("{{ messages }}\n")
     write_shards(folder, tensors, shards)
     return folder

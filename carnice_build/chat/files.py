@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from carnice_build.checkpoint.assets import is_named_template
 from carnice_build.checkpoint.json import parse_json, to_json
 from carnice_build.errors import CheckpointError
 
@@ -22,10 +23,7 @@ def template_files(files: Mapping[str, bytes]) -> dict[str, str]:
     """
     found = {}
     if TEMPLATE_NAME in files:
-        try:
-            found[TEMPLATE_NAME] = files[TEMPLATE_NAME].decode("utf-8")
-        except UnicodeDecodeError:
-            raise CheckpointError("is not UTF-8", where=TEMPLATE_NAME) from None
+        found[TEMPLATE_NAME] = _text(TEMPLATE_NAME, files[TEMPLATE_NAME])
     for name in _JSON_NAMES:
         template = json_object(name, files[name]).get("chat_template") if name in files else None
         if isinstance(template, str):
@@ -35,9 +33,26 @@ def template_files(files: Mapping[str, bytes]) -> dict[str, str]:
     return found
 
 
+def named_templates(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The templates beside the default one that can write tool calls, by their files.
+
+    transformers takes the one named `tool_use` instead of the default one as soon as there are
+    tools.  CheckpointError when one cannot be read.
+    """
+    found = {name: _text(name, files[name]) for name in files if is_named_template(name)}
+    return {name: template for name, template in found.items() if "tool_calls" in template}
+
+
+def _text(name: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise CheckpointError("is not UTF-8", where=name) from None
+
+
 def with_template(name: str, content: bytes, template: str) -> bytes:
     """File `name` with `template` in place of the one it holds."""
-    if name == TEMPLATE_NAME:
+    if name not in _JSON_NAMES:
         return template.encode()
     return to_json({**json_object(name, content), "chat_template": template})
 

@@ -18,7 +18,7 @@ from blake3 import blake3
 from huggingface_hub import HfApi, cached_assets_path, constants
 
 from carnice_build import __version__
-from carnice_build.checkpoint.checkpoint import is_plain_name
+from carnice_build.checkpoint.checkpoint import TEMPLATE_FOLDER, is_plain_name, is_plain_path
 from carnice_build.checkpoint.http_file import LIBRARY
 from carnice_build.checkpoint.hub_cache import HASH, cached_commit, cached_files
 from carnice_build.checkpoint.patience import (
@@ -32,8 +32,19 @@ from carnice_build.checkpoint.patience import (
 )
 from carnice_build.errors import CheckpointError
 
-ALLOWED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+ALLOWED = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    f"{TEMPLATE_FOLDER}/*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+)
 """The only files of a repository that are ever asked for."""
+
+_FILES = "files-2"
+"""The kind of note that a listing is kept as; another one whenever more files are allowed."""
 
 _MAX_FILES = 100_000
 
@@ -82,7 +93,7 @@ def find_listing(model: str, revision: str, notes: Notes) -> Listing:
     notes.write("revision", revision, listing.commit.encode())
     rows = [(name, size, content) for name, (size, content) in listing.files.items()]
     rows += [(name, 0, "") for name in listing.others]
-    notes.write("files", listing.commit, json.dumps(rows).encode())
+    notes.write(_FILES, listing.commit, json.dumps(rows).encode())
     return listing
 
 
@@ -163,7 +174,7 @@ def _cached_listing(model: str, commit: str) -> Listing | None:
 
 def _load_listing(commit: str, notes: Notes) -> Listing | None:
     try:
-        return _check_listing(commit, json.loads(notes.read("files", commit)))
+        return _check_listing(commit, json.loads(notes.read(_FILES, commit)))
     except MALFORMED:
         return None
 
@@ -201,15 +212,22 @@ def _check_listing(commit: Any, rows: Sequence[Any]) -> Listing:
     files: dict[str, tuple[int, str]] = {}
     others = []
     for name, size, content in rows:
-        if not is_plain_name(name):
+        if not is_plain_path(name):
             continue
-        if not any(fnmatchcase(name, pattern) for pattern in ALLOWED):
-            others.append(name)
+        if not _is_allowed(name):
+            others += [name] if is_plain_name(name) else []
             continue
         if not HASH.fullmatch(content) or type(size) is not int or size < 0:
             raise ValueError
         files[name] = (size, content)
     return Listing(commit, files, tuple(others))
+
+
+def _is_allowed(name: str) -> bool:
+    """True when a pattern fits that is for the same folder; a glob's `*` takes `/` as well."""
+    return any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in ALLOWED
+    )
 
 
 class Notes:

@@ -11,7 +11,7 @@ from resource import RUSAGE_CHILDREN, RUSAGE_SELF
 
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
-from carnice_build.errors import PlanError
+from carnice_build.errors import CheckpointError, PlanError, together
 from carnice_build.execute.events import Listener, Notice, Packaged, Stepped
 from carnice_build.keys import library_version
 from carnice_build.package.base import Shard, Variant, render_files
@@ -106,6 +106,18 @@ def _check_buildable(variant: VariantPlan) -> None:
             )
 
 
+def _check_files(variant: VariantPlan) -> None:
+    """Raise CheckpointError unless the files that are copied are what they are called."""
+    where = variant.body.where
+    if variant.damaged_files:
+        raise together(
+            variant.damaged_files,
+            lambda item: CheckpointError(item[1], where=f"{where}/{item[0]}"),
+            "holds files that are not what they are called",
+            where,
+        )
+
+
 def _build(
     plan: Plan, options: Options, store: Store, listen: Listener, start: float
 ) -> BuildResult:
@@ -116,6 +128,7 @@ def _build(
     if status.pending:
         for variant in plan.variants:
             check_writable(options.out / variant.name)
+            _check_files(variant)
         # Numpy and networkx are needed from here on; a build with nothing to do never pays.
         from carnice_build.execute.executor import LocalExecutor
         from carnice_build.execute.processes import LocalRunner
@@ -159,6 +172,7 @@ def _package(
     stale = not is_current(folder, rendered.key, shards)
     if stale:
         check_writable(folder)
+        _check_files(variant)
         facts = variant_facts(variant, Contents(store).digest)
         write_history(store.root, variant.name, facts)
         with io_errors_named(options.out):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from carnice_build.architectures import architecture_of
-from carnice_build.architectures.base import Architecture, TensorFact
-from carnice_build.checkpoint.assets import Assets
+from carnice_build.architectures.base import Architecture, Part, TensorFact
+from carnice_build.checkpoint.assets import Assets, absent, damaged
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.profiles import Source, SourceFinder
@@ -76,6 +76,11 @@ class VariantPlan:
                     waiting.append((operand, f"{label} < {index}"))
         return found
 
+    @cached_property
+    def damaged_files(self) -> Sequence[tuple[str, str]]:
+        """Copied files that are not what they are called, and what is wrong; reads them all."""
+        return tuple(damaged(self.files))
+
     @property
     def weights_bytes(self) -> int:
         """Bytes of all shards."""
@@ -108,7 +113,10 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     architecture = architecture_of(body.checkpoint.config, body.checkpoint.where)
     context = PlanContext(architecture, graph, body.profile, recipe.layers, sources)
     view = source_view(body.checkpoint)
-    files: Mapping[str, bytes] = Assets(body.checkpoint)
+    assert isinstance(recipe.quantize, Format)
+    assets = Assets(body.checkpoint, recipe.quantize.engine_reads())
+    assets.check_places()
+    files: Mapping[str, bytes] = assets
     for step in recipe.steps:
         with _located(recipe, "steps", step.index, step.kind), failures_blamed(step.params):
             assert isinstance(step.params, Step)
@@ -121,11 +129,12 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
         source = CalibrationSource(recipe.calibration, dataset, body.checkpoint, files)
         context = replace(context, calibration=source)
     with _located(recipe, "quantize"), failures_blamed(recipe.quantize):
-        assert isinstance(recipe.quantize, Format)
         view = recipe.quantize.prepare(view, context)
         conversion = recipe.quantize.convert(view, context)
         metadata = recipe.quantize.metadata()
     _check_names(conversion)
+    with failures_blamed(recipe.quantize):
+        _check_files(body.checkpoint, files, recipe.quantize, conversion)
     packs = pack_layouts(conversion.tensors, recipe.package.shard, metadata)
     with _located(recipe, "package", "serve"):
         size = sum(pack.size for pack in packs)
@@ -210,6 +219,22 @@ def _missing(names: Sequence[str], view: View, where: str) -> PlanError:
         return PlanError(f"tensor {name!r} is missing", where=where, nearest=nearest(name, view))
 
     return together(names, error, f"{len(names)} tensors are missing", where)
+
+
+def _check_files(
+    body: Checkpoint, files: Mapping[str, bytes], format: Format, conversion: Conversion
+) -> None:
+    """Raise PlanError when the folder would lack what its engine cannot do without."""
+    vision = any(tensor.fact.part is Part.VISION for tensor in conversion.tensors)
+    lacking = absent(files, format.engine_reads(), vision=vision)
+    # A shape file has no files at all, and nothing is built from it.
+    if lacking and body.buildable:
+        raise together(
+            lacking,
+            lambda problem: PlanError(problem, where=body.where),
+            "lacks files that the engine reads",
+            body.where,
+        )
 
 
 def _check_names(conversion: Conversion) -> None:

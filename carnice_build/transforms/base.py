@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from carnice_build.architectures.base import Architecture
+from carnice_build.checkpoint.assets import Reads
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.dtypes import WIDE_FLOATS
@@ -133,6 +134,10 @@ class Format(Strict):
     def engine_name(self) -> str | None:
         """What serving engines call the format, None when no profile of `serving` is for it."""
         return None
+
+    def engine_reads(self) -> Collection[Reads]:
+        """What the engine reads of a folder: it is copied from the source, and must be there."""
+        return (Reads.TOKENIZER, Reads.PROCESSOR)
 
     def metadata(self) -> Mapping[str, str]:
         """What the shards' headers say in `__metadata__`."""

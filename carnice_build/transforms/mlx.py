@@ -8,12 +8,13 @@ moves no byte), and every tensor is cast to the model's type but those that mlx-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from carnice_build.architectures.base import QUANTIZABLE, Role, TensorFact
+from carnice_build.checkpoint.assets import Reads
 from carnice_build.checkpoint.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import PlanError
@@ -167,6 +168,10 @@ class MlxFormat(Format):
     nonfinite: Literal["refuse", "zero"] = Field(
         "refuse", description="NaN and infinity in a weight stop the build, or count as 0."
     )
+
+    def engine_reads(self) -> Collection[Reads]:
+        """A tokenizer: mlx-lm runs the text model alone, and its config has no vision tower."""
+        return (Reads.TOKENIZER,)
 
     def metadata(self) -> Mapping[str, str]:
         """As mlx-lm marks its files."""

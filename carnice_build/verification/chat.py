@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from carnice_build.chat.files import TEMPLATE_NAME, template_files
+from carnice_build.chat.files import TEMPLATE_NAME, named_templates, template_files
 from carnice_build.chat.roundtrip import check_round_trips
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import Syntax, ToolFormat, tool_format
+from carnice_build.checkpoint.checkpoint import TEMPLATE_FOLDER
 from carnice_build.errors import CheckpointError
 from carnice_build.verification.result import Check, judged, skipped
 
@@ -27,6 +28,7 @@ _READ = (
 )
 """What may hold a template, or the special tokens that it sees."""
 
+_NAMED = f"{TEMPLATE_FOLDER}/*.jinja"
 _LAUNCHES = (".sh", ".yaml")
 _SYNONYMS = {"qwen3_coder": "qwen3_xml"}
 """vLLM registers one parser under both names."""
@@ -37,14 +39,19 @@ _FLAG = re.compile(r"--(tool-call-parser|reasoning-parser)[\s=\"',-]+(\w+)")
 def check_chat(folder: Path) -> Check:
     """Play the tasks of `chat.roundtrip` with the template that the folder holds."""
     try:
-        held = [folder / name for name in _READ if (folder / name).is_file()]
-        files = {path.name: path.read_bytes() for path in held}
+        beside = [str(path.relative_to(folder)) for path in sorted(folder.glob(_NAMED))]
+        held = [name for name in (*_READ, *beside) if (folder / name).is_file()]
+        files = {name: (folder / name).read_bytes() for name in held}
         templates, tokens = template_files(files), special_tokens(files)
         if not templates:
             return skipped(NAME, "the folder has no chat template")
         where, template = next(iter(templates.items()))
         found = tool_format(template, where, tokens)
         tasks = check_round_trips(template, where, tokens)
+        others = {
+            name: tool_format(named, name, tokens).syntax
+            for name, named in named_templates(files).items()
+        }
     except CheckpointError as error:
         return judged(NAME, [str(error)], "the chat template cannot be used")
     if found.syntax is Syntax.NONE and "tool" not in template:
@@ -54,6 +61,11 @@ def check_chat(folder: Path) -> Check:
         f"{name} holds another template than {where}"
         for name, other in templates.items()
         if other != template
+    ]
+    problems += [
+        f"{name} writes tool calls in another form than {where}"
+        for name, syntax in others.items()
+        if syntax not in (found.syntax, Syntax.NONE)
     ]
     problems += _launches(folder, found)
     good = sum(task.ok for task in tasks)

@@ -1,5 +1,6 @@
-"""Check `structure`: the expected tensors and no other, as headers, index and config state them.
+"""Check `structure`: the expected tensors and no other, and the small files that engines read.
 
+Tensors are as headers, index and config state them.
 What is expected comes from the architecture's table and from the plan on the source's headers,
 not from anything that the build wrote.
 """
@@ -16,6 +17,7 @@ from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification.folder import ModelFolder, read_object
 from carnice_build.verification.formats.base import FormatChecks
 from carnice_build.verification.result import Check, judged
+from carnice_build.verification.small_files import small_file_problems
 
 NAME = "structure"
 
@@ -30,6 +32,7 @@ def check_structure(
     problems = [*folder.problems, *_tensors(variant, folder), *_index(folder)]
     if checks and folder.config:
         problems += _config(folder, checks)
+    problems += small_file_problems(variant, folder.path)
     if problems and _other_recipe(variant, folder):
         problems.insert(0, "the folder was built from another recipe than this one; build it again")
     summary = f"{len(folder.tensors)} tensors in {len(folder.shards)} shards"

@@ -18,7 +18,7 @@ from fake_hub import CARNICE, QWEN, TOKEN, FakeHub
 from huggingface_hub import constants
 from tiny import contents, read_json, write_json
 
-from carnice_build.checkpoint.checkpoint import INDEX_NAME
+from carnice_build.checkpoint.checkpoint import INDEX_NAME, open_checkpoint
 from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.header import encode_header, read_header
 from carnice_build.checkpoint.hub import open_hub
@@ -348,6 +348,83 @@ def test_other_files_are_never_touched(online: Project, hub: FakeHub, carnice: C
         request.file.rpartition(".")[2] for request in hub.requests if "resolve" in request.file
     }
     assert suffixes <= {pattern.rpartition(".")[2] for pattern in ALLOWED}
+
+
+TEMPLATES = "additional_chat_templates"
+
+
+@pytest.mark.parametrize("mode", [(), ("--stream",)], ids=["download", "stream"])
+def test_named_templates_are_taken_over(
+    online: Project, hub: FakeHub, carnice: Carnice, mode: tuple[str, ...]
+) -> None:
+    """Templates in the one folder that transformers reads are fetched, and nothing else below."""
+    for name in ("tool_use.jinja", "rag.jinja", "notes.json", ".hidden.jinja", "more/deep.jinja"):
+        path = online.checkpoint / TEMPLATES / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{{{{ messages }}}} {name}")
+    (online.checkpoint / "original").mkdir()
+    for name in ("params.json", "consolidated.00.safetensors", "template.jinja"):
+        (online.checkpoint / "original" / name).write_bytes(b"boom")
+    finished = carnice("build", VARIANT, *ONLINE, *mode)
+
+    assert finished.code == 0, finished.err
+    asked = {request.file.partition("/resolve/")[2] for request in hub.requests}
+    inner = {name.partition("/")[2] for name in asked if name.count("/") > 1}
+    assert {f"{TEMPLATES}/tool_use.jinja", f"{TEMPLATES}/rag.jinja"} == inner
+    built = online.built(VARIANT)
+    assert {f"{TEMPLATES}/tool_use.jinja", f"{TEMPLATES}/rag.jinja"} == {
+        name for name in built if name.startswith(TEMPLATES)
+    }
+    assert b"{{ messages }} rag.jinja" == built[f"{TEMPLATES}/rag.jinja"]
+
+
+UNCLEAR: dict[str, tuple[str, ...]] = {
+    "one file beside the index": ("model.safetensors",),
+    "another set beside the index": ("model-00001-of-00001.safetensors",),
+    "an adapter": ("adapter_config.json", "adapter_model.safetensors"),
+    "an adapter that is pickled": ("adapter_model.bin",),
+}
+
+
+@pytest.mark.parametrize("what", UNCLEAR)
+def test_a_repository_is_judged_as_a_folder_is(online: Project, hub: FakeHub, what: str) -> None:
+    """Which files are the model is one question, with one answer for both."""
+    for name in UNCLEAR[what]:
+        shutil.copyfile(online.base / "model.safetensors", online.checkpoint / name)
+    told = []
+    for where, opened in (
+        (str(online.checkpoint), lambda: open_checkpoint(online.checkpoint)),
+        (f"{CARNICE}@{'c' * 7}", lambda: open_hub(CARNICE, "main", stream=False)),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            opened()
+        told.append(str(caught.value).replace(where, "where"))
+
+    assert told[0] == told[1]
+    assert told[0].startswith("where: ")
+    assert not any(request.range for request in hub.requests)
+
+
+def test_a_repository_may_hold_second_copies(online: Project, hub: FakeHub) -> None:
+    """`consolidated.safetensors` and a variant of another precision are not even looked at."""
+    before = open_hub(CARNICE, "main", stream=False)[0]
+    for name in ("consolidated.safetensors", "model.fp16.safetensors"):
+        (online.checkpoint / name).write_bytes(b"boom")
+    hub.add(CARNICE, online.checkpoint, "e" * 40)
+    after = open_hub(CARNICE, "main", stream=False)[0]
+
+    assert list(before.tensors) == list(after.tensors)
+
+
+def test_a_pointer_on_the_hub_is_named(online: Project, hub: FakeHub, carnice: Carnice) -> None:
+    """A pointer that was uploaded as if it were the tokenizer is refused before any work."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 7\n"
+    (online.checkpoint / "tokenizer.json").write_text(pointer)
+    finished = carnice("build", VARIANT, *ONLINE, "--stream")
+
+    assert 2 == finished.code
+    assert "tokenizer.json: is a Git LFS pointer" in finished.err
+    assert all(last < 1 << 16 for _, last in hub.ranges())
 
 
 def test_repository_of_pickles_is_refused(online: Project, hub: FakeHub) -> None:
