@@ -57,12 +57,18 @@ def test_tensors_equal_those_of_mlx_lm(
     assert read_all_tensors(theirs) == read_all_tensors(project.out / variant)
 
 
-@pytest.mark.parametrize("variant", ["mlx-4bit", "mlx-mixed_3_6"])
+@pytest.mark.parametrize(
+    ("variant", "tied"), [("mlx-4bit", False), ("mlx-mixed_3_6", False), ("mlx-4bit", True)]
+)
 def test_config_equals_that_of_mlx_lm(
-    project: Project, tiny_checkpoint: TinyCheckpoint, variant: str
+    project: Project, tiny_checkpoint: TinyCheckpoint, variant: str, tied: bool
 ) -> None:
-    """config.json agrees but for null group sizes and a key that mlx-lm renames in passing."""
-    source = with_tokenizer(tiny_checkpoint(project.root / "source", **REPAIRED))
+    """config.json agrees but for three things, of which mlx-lm's is wrong.
+
+    It writes null group sizes, renames `rope_type` in passing, and goes on to announce the MTP
+    head whose tensors it dropped.
+    """
+    source = with_tokenizer(tiny_checkpoint(project.root / "source", tied=tied, **REPAIRED))
     build_variants([variant], project.options(sources={"body": source}))
     theirs = converted(source, project.root / "theirs", **settings_of(variant))
     expected = json.loads((theirs / "config.json").read_text())
@@ -71,10 +77,24 @@ def test_config_equals_that_of_mlx_lm(
         for item in expected[key].values():
             if isinstance(item, dict):
                 item["group_size"] = item["group_size"] or 64
-    for config in (expected, found):
-        config["text_config"].pop("rope_parameters", None)
+    text = expected["text_config"]
+    text["rope_parameters"]["rope_type"] = text["rope_parameters"].pop("type")
 
+    assert 1 == text.pop("mtp_num_hidden_layers")
+    assert 0 == found["text_config"].pop("mtp_num_hidden_layers")
     assert expected == found
+
+
+@pytest.mark.parametrize("variant", ["mlx-4bit", "mlx-mixed_3_6"])
+def test_a_tied_head_gives_mlx_lms_tensors(
+    project: Project, tiny_checkpoint: TinyCheckpoint, variant: str
+) -> None:
+    """The embedding alone is there, with its own bits; a rule for the head has nothing to do."""
+    source = with_tokenizer(tiny_checkpoint(project.root / "source", tied=True, **REPAIRED))
+    build_variants([variant], project.options(sources={"body": source}))
+    theirs = converted(source, project.root / "theirs", **settings_of(variant))
+
+    assert read_all_tensors(theirs) == read_all_tensors(project.out / variant)
 
 
 def test_group_size_is_a_knob_too(project: Project, tiny_checkpoint: TinyCheckpoint) -> None:

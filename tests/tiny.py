@@ -45,8 +45,12 @@ def tiny_config(
     vocabulary: int = 256,
     vision: bool = True,
     mtp: bool = True,
+    tied: bool = False,
 ) -> dict[str, Any]:
-    """The config.json of a tiny model; every linear input is a multiple of 128."""
+    """The config.json of a tiny model, spelled as transformers 5 saves it.
+
+    Every linear input is a multiple of 128.
+    """
     text = {
         "model_type": "qwen3_5_text",
         "dtype": "bfloat16",
@@ -63,14 +67,27 @@ def tiny_config(
         "linear_value_head_dim": 32,
         "linear_conv_kernel_dim": 4,
         "full_attention_interval": 4,
+        "layer_types": [
+            "linear_attention" if (layer + 1) % 4 else "full_attention" for layer in range(layers)
+        ],
         "mtp_num_hidden_layers": int(mtp),
+        "partial_rotary_factor": 0.25,
         "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [3, 3, 2],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000.0,
+            "rope_type": "default",
+        },
+        "tie_word_embeddings": tied,
         "eos_token_id": 2,
     }
     config: dict[str, Any] = {
         "architectures": ["Qwen3_5ForConditionalGeneration"],
         "model_type": "qwen3_5",
         "text_config": text,
+        "tie_word_embeddings": tied,
     }
     if vision:
         config["vision_config"] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -84,8 +84,25 @@ class Architecture(Protocol):
         """Every tensor that the config calls for, by canonical name, in model order."""
 
     @property
+    def built(self) -> Mapping[str, TensorFact]:
+        """`tensors`, and among them those of `ties`: a weight for every module of the model."""
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """What no file needs to hold, because it is another tensor of the model: a tied head."""
+
+    @property
     def text_config(self) -> Mapping[str, Any]:
-        """The entries of the config that describe the text model."""
+        """The entries that describe the text model, in the spelling of `published_config`."""
+
+    def published_config(self, parts: Container[Part]) -> dict[str, Any]:
+        """The config.json of a folder that holds these `parts`, before any quantization.
+
+        A model has one, whatever the spelling of its source; it announces no MTP head that the
+        folder does not hold.
+        A vision tower that was left out stays in it: engines build it as long as the model is of
+        this class.
+        """
 
     @property
     def kv_geometry(self) -> KvGeometry:
@@ -121,6 +138,9 @@ class Architecture(Protocol):
     def canonical_name(self, name: str) -> str | None:
         """The name that a misprefixed `name` should have, or None."""
 
+    def mlx_refusal(self) -> str | None:
+        """Why mlx-lm cannot run the model, None when it can."""
+
     def mlx_name(self, name: str) -> str | None:
         """The tensor's name in an MLX checkpoint, None when mlx-lm drops it."""
 
@@ -131,22 +151,28 @@ class Architecture(Protocol):
         """True for tensors that mlx-lm does not cast."""
 
 
+QUANTIZATION = ("quantization_config", "quantization")
+"""The entries of a config that say how weights are quantized; null or empty, they say nothing."""
+
 MOST_LAYERS = 10_000
 """No model comes near it; a config that says more would only exhaust memory."""
 
 
 class ConfigReader:
-    """Typed access to a config section; a missing or ill-typed entry is a CheckpointError."""
+    """Typed access to a config section; a missing or ill-typed entry is a CheckpointError.
+
+    A null states nothing, so it is as good as missing.
+    """
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self._config = config
-        self._where = where
+        self.where = where
 
     def error(self, key: str, expected: str) -> CheckpointError:
         """The error for entry `key`."""
         value = self._config.get(key, "missing")
         return CheckpointError(
-            f"config entry {key} is {value!r}", where=self._where, expected=expected
+            f"config entry {key} is {value!r}", where=self.where, expected=expected
         )
 
     @property
@@ -154,39 +180,57 @@ class ConfigReader:
         """The section as it is."""
         return self._config
 
+    def states(self, key: str) -> bool:
+        """True when there is an entry `key`."""
+        return self._config.get(key) is not None
+
+    def _value(self, key: str, default: object) -> object:
+        return self._config[key] if self.states(key) else default
+
     def section(self, key: str) -> ConfigReader:
         """The nested section `key`."""
         value = self._config.get(key)
         if not isinstance(value, dict):
             raise self.error(key, "a section")
-        return ConfigReader(value, f"{self._where}: {key}")
+        return ConfigReader(value, f"{self.where}: {key}")
+
+    def optional_section(self, key: str) -> Mapping[str, Any]:
+        """The entries of the nested section `key`, none when it is missing."""
+        return self.section(key).entries if self.states(key) else {}
 
     def count(
         self, key: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1
     ) -> int:
         """An integer from `least` to `most`."""
-        value = self._config.get(key, default)
+        value = self._value(key, default)
         if type(value) is not int or not least <= value <= most:
             raise self.error(key, f"a count from {least} to {most}")
         return value
 
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number that is not 0 or less."""
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise self.error(key, "a positive number")
+        return value
+
     def flag(self, key: str, default: bool) -> bool:
         """A boolean."""
-        value = self._config.get(key, default)
+        value = self._value(key, default)
         if not isinstance(value, bool):
             raise self.error(key, "true or false")
         return value
 
     def text(self, key: str, default: str) -> str:
         """A string."""
-        value = self._config.get(key, default)
+        value = self._value(key, default)
         if not isinstance(value, str):
             raise self.error(key, "a string")
         return value
 
     def texts(self, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
         """A list of strings."""
-        value = self._config.get(key, default)
+        value = self._value(key, default)
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise self.error(key, "a list of strings")
         return tuple(value)

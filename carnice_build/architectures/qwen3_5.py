@@ -7,7 +7,7 @@ Source: `transformers.models.qwen3_5`, and for MLX names `mlx_lm.models.qwen3_5`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -20,10 +20,13 @@ from carnice_build.architectures.base import (
     Role,
     TensorFact,
 )
+from carnice_build.architectures.qwen3_5_config import Qwen35Config
 
 MODEL_TYPE = "qwen3_5"
 BODY = "model.language_model."
 VISION = "model.visual."
+EMBEDDING = f"{BODY}embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 _SHIFTED_NORMS = (
     ".input_layernorm.weight",
@@ -70,29 +73,16 @@ class Qwen35:
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         """Read `config`; a missing or ill-typed entry is a CheckpointError naming `where`."""
-        root = ConfigReader(config, where)
-        text = root.section("text_config") if "text_config" in config else root
-        self._vision = root.section("vision_config") if "vision_config" in config else None
-        self._text = text
+        self._config = Qwen35Config(config, where)
+        self._text = text = self._config.text
+        self._vision = self._config.vision
         self.hidden = text.count("hidden_size")
         self.intermediate = text.count("intermediate_size")
         self.vocabulary = text.count("vocab_size")
-        self.num_layers = text.count("num_hidden_layers", most=MOST_LAYERS)
-        # mlx-lm looks in these two places, and casts nothing when both are silent.
-        self.dtype = root.text("torch_dtype", "") or text.text("dtype", "") or None
-        self.mtp_layers = text.count("mtp_num_hidden_layers", 0, least=0, most=MOST_LAYERS)
-        self._kinds = self._layer_kinds()
-
-    def _layer_kinds(self) -> tuple[str, ...]:
-        kinds = self._text.texts("layer_types", ())
-        if not kinds:
-            every = self._text.count("full_attention_interval", 4)
-            return tuple(
-                "full" if (layer + 1) % every == 0 else "linear" for layer in range(self.num_layers)
-            )
-        if len(kinds) != self.num_layers:
-            raise self._text.error("layer_types", f"{self.num_layers} entries")
-        return tuple("full" if kind == "full_attention" else "linear" for kind in kinds)
+        self.num_layers = self._config.num_layers
+        self.dtype = self._config.dtype
+        self.mtp_layers = self._config.mtp_layers
+        self._kinds = self._config.kinds
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorFact]:
@@ -100,13 +90,27 @@ class Qwen35:
 
         The MTP head is listed when the config announces it, whether or not a file holds it.
         """
+        return {name: fact for name, fact in self.built.items() if name not in self.ties}
+
+    @cached_property
+    def built(self) -> Mapping[str, TensorFact]:
+        """See `Architecture.built`."""
         facts = [*self._body(), *self._mtp(), *self._visual()]
         return {fact.name: fact for fact in facts}
 
     @property
+    def ties(self) -> Mapping[str, str]:
+        """See `Architecture.ties`."""
+        return {HEAD: EMBEDDING} if self._config.tied else {}
+
+    @property
     def text_config(self) -> Mapping[str, Any]:
-        """The entries of the config that describe the text model."""
-        return self._text.entries
+        """See `Architecture.text_config`."""
+        return self._config.text_entries
+
+    def published_config(self, parts: Container[Part]) -> dict[str, Any]:
+        """See `Architecture.published_config`."""
+        return self._config.published(parts)
 
     @property
     def kv_geometry(self) -> KvGeometry:
@@ -159,13 +163,12 @@ class Qwen35:
 
     def _body(self) -> Iterator[TensorFact]:
         table = (self.vocabulary, self.hidden)
-        yield TensorFact(f"{BODY}embed_tokens.weight", table, Part.EMBED, Role.EMBEDDING)
+        yield TensorFact(EMBEDDING, table, Part.EMBED, Role.EMBEDDING)
         for layer in range(self.num_layers):
             kind, prefix = self.layer_kind(layer), self.layer_prefix(layer)
             yield from self._layer(prefix, layer, kind, Part.LAYERS)
         yield TensorFact(f"{BODY}norm.weight", (self.hidden,), Part.BODY, Role.NORM)
-        if not self._text.flag("tie_word_embeddings", False):
-            yield TensorFact("lm_head.weight", table, Part.HEAD, Role.LINEAR)
+        yield TensorFact(HEAD, table, Part.HEAD, Role.LINEAR)
 
     def _layer(self, prefix: str, layer: int | None, kind: str, part: Part) -> Iterator[TensorFact]:
         def linear(name: str, rows: int, columns: int) -> TensorFact:
@@ -238,9 +241,20 @@ class Qwen35:
         """The name that a misprefixed `name` should have, or None when nothing fits."""
         bare = re.sub(r"^(?:model\.|language_model\.)+", "", name)
         for candidate in (BODY + bare, "model." + bare, bare):
-            if candidate in self.tensors:
+            if candidate in self.built:
                 return candidate
         return None
+
+    def mlx_refusal(self) -> str | None:
+        """mlx-lm tells linear attention from full by `full_attention_interval` alone.
+
+        It takes its masks from the first layer of each kind, so there must be both.
+        """
+        if self._config.interval is not None and len(set(self._kinds)) == 2:
+            return None
+        full = [str(layer) for layer, kind in enumerate(self._kinds) if kind == "full"]
+        found = f"layers {', '.join(full)} have" if full else "no layer has"
+        return f"{found} full attention, and mlx-lm can only run a model of which every n-th has"
 
     def mlx_name(self, name: str) -> str | None:
         """The name of canonical tensor `name` in an MLX checkpoint, None when mlx-lm drops it."""

@@ -25,6 +25,9 @@ MAX_JSON_BYTES = 200_000_000
 HeaderReader = Callable[[Sequence[ByteSource]], Iterable[Header]]
 """The headers of shards, in their order."""
 
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+
 
 @dataclass(frozen=True)
 class SourceTensor:
@@ -40,6 +43,21 @@ class SourceTensor:
         """Names these bytes on this machine while the file stays as it is."""
         origin = self.file.identity if self.file else f"shape|{self.name}"
         return f"{origin}|{self.offset}|{self.spec.nbytes}"
+
+
+def read_samples(tensor: SourceTensor) -> Iterator[bytes]:
+    """A few kilobytes spread over a tensor that has bytes.
+
+    Tensors of one type and shape whose samples differ have different content; of equal samples,
+    perhaps the same.
+    """
+    assert tensor.file is not None
+    count = tensor.spec.nbytes
+    buffer = bytearray(min(_SAMPLE_BYTES, count))
+    step = max(1, (count - len(buffer)) // (_SAMPLES - 1))
+    for start in range(0, count - len(buffer) + 1, step)[:_SAMPLES]:
+        tensor.file.read_into(tensor.offset + start, memoryview(buffer))
+        yield bytes(buffer)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF
 
+from carnice_build.checkpoint.model_dtype import with_dtype
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import CheckpointError, PlanError, together
@@ -80,6 +81,8 @@ def build_variants(
     plan = plan_variants(names, options)
     for variant in plan.variants:
         _check_buildable(variant)
+        for text in variant.notices:
+            listen(Notice(f"{variant.name}: {text}"))
         sources = [Path(source.checkpoint.where) for source in variant.sources.values()]
         check_place(options.out / variant.name, sources)
     with (
@@ -250,7 +253,7 @@ def _figures(variant: VariantPlan, store: Store) -> dict[str, list[float]]:
 def describe(
     variant: VariantPlan, shards: Sequence[Shard], figures: Mapping[str, Sequence[float]]
 ) -> Variant:
-    recipe = variant.recipe
+    recipe, dtype = variant.recipe, variant.conversion.dtype
     calibrated = any(isinstance(action.op, Tokens) for action in variant.actions.values())
     libraries = {library for action in variant.actions.values() for library in action.op.libraries}
     return Variant(
@@ -260,11 +263,11 @@ def describe(
         card=recipe.card,
         sources=variant.sources,
         body=recipe.body,
+        config=with_dtype(variant.config, dtype) if dtype else variant.config,
         tools={library: library_version(library) for library in sorted(libraries)},
         defaults=variant.conversion.defaults,
         quantized=variant.conversion.quantized,
         ignored=variant.conversion.ignored,
-        dtype=variant.conversion.dtype,
         parameters=variant.conversion.parameters,
         shards=shards,
         copied=dict(variant.files),

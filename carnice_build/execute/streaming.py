@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
+from carnice_build.checkpoint.checkpoint import SourceTensor, read_samples
 from carnice_build.checkpoint.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.execute.jobs import Sink
 from carnice_build.graph import Action, ArrayOp, NonFiniteValue, TensorData
@@ -177,25 +177,13 @@ def refuse_non_finite(data: TensorData) -> None:
             raise NonFiniteValue(index)
 
 
-_SAMPLES = 16
-_SAMPLE_BYTES = 4096
-
-
 def sample_digest(source: SourceTensor) -> str:
-    """A digest over a few kilobytes spread over the tensor, its type and its shape.
-
-    Tensors of different samples have different content; of equal samples, perhaps the same.
-    """
+    """A digest over samples of the tensor, its type and its shape; see `read_samples`."""
     assert source.file is not None
     if not source.file.random_access:
         # A request for each sample would cost more than a recognised tensor saves.
         return blake3(source.identity.encode()).hexdigest()
-    count = source.spec.nbytes
     hasher = blake3(f"{source.spec.dtype} {source.spec.shape}".encode())
-    length = min(_SAMPLE_BYTES, count)
-    step = max(1, (count - length) // (_SAMPLES - 1))
-    buffer = bytearray(length)
-    for start in range(0, count - length + 1, step)[:_SAMPLES]:
-        source.file.read_into(source.offset + start, memoryview(buffer))
-        hasher.update(buffer)
+    for sample in read_samples(source):
+        hasher.update(sample)
     return hasher.hexdigest()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.checkpoint.model_dtype import with_dtype
 from carnice_build.package.base import Variant
 from carnice_build.package.card import render_card
 
@@ -37,9 +36,8 @@ class AutoRoundPackager:
 def _config(variant: Variant) -> dict[str, Any]:
     blocks = sorted({name.partition(".layers.")[0] + ".layers" for name in variant.quantized})
     plain = {"bits": 16, "data_type": "fp"}
-    config = variant.checkpoint.config
     return {
-        **(with_dtype(config, variant.dtype) if variant.dtype else config),
+        **variant.config,
         "quantization_config": {
             "autoround_version": VERSION,
             **variant.defaults,

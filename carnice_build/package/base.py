@@ -13,9 +13,8 @@ from carnice_build.architectures.base import Architecture
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, Checkpoint
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.dtypes import TensorSpec
-from carnice_build.checkpoint.json import parse_json, to_json
+from carnice_build.checkpoint.json import to_json
 from carnice_build.checkpoint.profiles import Source
-from carnice_build.errors import CheckpointError
 from carnice_build.keys import canonical_json
 from carnice_build.recipe.schema import CalibrationSpec, CardSpec
 from carnice_build.store.digests import digest_bytes
@@ -38,9 +37,9 @@ class Shard:
 class Variant:
     """All that the files of a folder may speak of.
 
+    `config` is the model's config.json but for its quantization.
     `copied` holds the small files that come from the checkpoint, as the steps left them;
     `serve` those that say how to serve it.  `figures` are numbers that actions measured.
-    `dtype` is what the config is to state for the model, None where that is as the source has it.
     `calibration` and `dataset` are None when nothing was calibrated, whatever the recipe says.
     """
 
@@ -50,11 +49,11 @@ class Variant:
     card: CardSpec
     sources: Mapping[str, Source]
     body: str
+    config: Mapping[str, Any]
     tools: Mapping[str, str]
     defaults: Mapping[str, Any]
     quantized: Mapping[str, Mapping[str, Any]]
     ignored: Sequence[str]
-    dtype: str | None
     parameters: int
     shards: Sequence[Shard]
     copied: Mapping[str, bytes]
@@ -106,20 +105,6 @@ class Packager(Protocol):
 
     def files(self, variant: Variant) -> dict[str, bytes]:
         """Contents by file name: config.json and README.md at least."""
-
-
-def load_asset(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """A JSON file of the checkpoint, {} when it has none; CheckpointError when it is damaged."""
-    content = checkpoint.asset(name)
-    if content is None:
-        return {}
-    try:
-        value = parse_json(content)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise CheckpointError("is not a JSON object", where=f"{checkpoint.where}/{name}")
-    return value
 
 
 def render_files(variant: Variant, packager: Packager) -> Rendered:

@@ -46,7 +46,7 @@ def _weights(variant: Variant) -> dict[str, Any]:
 
 def _config(variant: Variant) -> dict[str, Any]:
     return {
-        **variant.checkpoint.config,
+        **variant.config,
         "quantization_config": {
             "config_groups": {
                 "group_0": {

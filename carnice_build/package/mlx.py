@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.package.base import Variant, load_asset
+from carnice_build.package.base import Variant
 from carnice_build.package.card import render_card
+from carnice_build.package.generation import generation_entries
 
 
 class MlxPackager:
@@ -22,17 +23,16 @@ class MlxPackager:
 
 
 def mlx_config(variant: Variant) -> dict[str, Any]:
-    """The checkpoint's config without vision, with the quantization, sorted by key.
+    """The model's config without vision, with the quantization, sorted by key.
 
     As mlx-lm does, `eos_token_id` follows generation_config.json.  When modules differ, every
     one is listed; mlx-lm writes a null group size there, we write the real one.
     """
-    config = dict(variant.checkpoint.config)
+    config = dict(variant.config)
     config.pop("vision_config", None)
     config.pop("_name_or_path", None)
-    generation = load_asset(variant.checkpoint, "generation_config.json")
-    if "eos_token_id" in generation:
-        config["eos_token_id"] = generation["eos_token_id"]
+    if ends := generation_entries(variant.copied).get("eos_token_id"):
+        config["eos_token_id"] = ends
     quantization = dict(variant.defaults)
     if not _uniform(variant.quantized, variant.defaults):
         quantization |= variant.quantized

@@ -40,11 +40,11 @@ def _quantization(variant: Variant, ignore: list[str]) -> dict[str, Any]:
 
 
 def _config(variant: Variant, ignore: list[str]) -> dict[str, Any]:
-    """The checkpoint's config; its `vision_config` stays, as the architecture does."""
+    """The model's config with its quantization."""
     group_size = variant.defaults["group_size"]
     numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": group_size}
     return {
-        **variant.checkpoint.config,
+        **variant.config,
         "quantization_config": {
             "config_groups": {
                 "group_0": {

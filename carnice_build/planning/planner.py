@@ -7,15 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
+from typing import Any
 
 from carnice_build.architectures import architecture_of
-from carnice_build.architectures.base import Architecture, Part, TensorFact
+from carnice_build.architectures.base import QUANTIZATION, Architecture, Part, TensorFact
 from carnice_build.checkpoint.assets import Assets, absent, damaged
-from carnice_build.checkpoint.checkpoint import Checkpoint
+from carnice_build.checkpoint.checkpoint import Checkpoint, SourceTensor, read_samples
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.errors import PlanError, nearest, together
 from carnice_build.graph import Action, ActionGraph, ActionOutput, View, source_view
+from carnice_build.package.generation import with_generation
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.planning.serve import plan_serving
 from carnice_build.planning.unknown import unknown_tensors
@@ -31,7 +34,8 @@ class VariantPlan:
 
     `view` holds the tensors that the format was given, as the steps and it prepared them;
     `files` holds the small files that are taken from the body, as the steps left them;
-    `serving` what its launches follow from, when it has any; `dataset` what it is calibrated on.
+    `serving` what its launches follow from, when it has any; `dataset` what it is calibrated on;
+    `notices` what a person may want to know before a build.
     """
 
     recipe: Recipe
@@ -43,6 +47,7 @@ class VariantPlan:
     files: Mapping[str, bytes]
     serving: ServingFacts | None
     dataset: Dataset | None
+    notices: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -53,6 +58,12 @@ class VariantPlan:
     def body(self) -> Checkpoint:
         """The checkpoint that the variant is made from."""
         return self.sources[self.recipe.body].checkpoint
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The published config.json, but for its quantization."""
+        parts = {tensor.fact.part for tensor in self.conversion.tensors}
+        return self.architecture.published_config(parts)
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -122,7 +133,13 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
             assert isinstance(step.params, Step)
             view = step.params.apply(view, context)
             files = step.params.edit(files, context)
+    view, notices = _without_ties(view, architecture, body.checkpoint.where)
     check_structure(view, architecture, body.checkpoint.where)
+    files = with_generation(files, body.checkpoint.where)
+    # From here on the model is the one that will be published.
+    parts = {architecture.tensors[name].part for name in view}
+    architecture = architecture_of(architecture.published_config(parts), body.checkpoint.where)
+    context = replace(context, architecture=architecture)
     dataset = None
     if recipe.calibration is not None:
         dataset = finder.find_dataset(recipe.calibration)
@@ -140,7 +157,16 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
         size = sum(pack.size for pack in packs)
         serving = plan_serving(recipe, architecture, conversion, files, size)
     return VariantPlan(
-        recipe, sources, architecture, view, conversion, tuple(packs), files, serving, dataset
+        recipe=recipe,
+        sources=sources,
+        architecture=architecture,
+        view=view,
+        conversion=conversion,
+        packs=tuple(packs),
+        files=files,
+        serving=serving,
+        dataset=dataset,
+        notices=notices,
     )
 
 
@@ -149,9 +175,8 @@ def _find(finder: SourceFinder, recipe: Recipe, name: str) -> Source:
 
 
 def _refuse_quantized(body: Checkpoint) -> None:
-    for key in ("quantization_config", "quantization"):
-        if key in body.config:
-            table = body.config[key]
+    for section, key in product((body.config, body.config.get("text_config")), QUANTIZATION):
+        if table := section.get(key) if isinstance(section, dict) else None:
             method = table.get("quant_method", "") if isinstance(table, dict) else ""
             raise PlanError(
                 f"is quantized already ({method or key})",
@@ -175,6 +200,39 @@ def _located(recipe: Recipe, *path: str | int) -> Iterator[None]:
             nearest=error.nearest,
             problems=error.problems,
         ) from None
+
+
+def _without_ties(
+    view: View, architecture: Architecture, where: str
+) -> tuple[View, tuple[str, ...]]:
+    """The view without tensors that are others by the config, and what to say of it.
+
+    Loaders disagree about such a tensor when it is not what the config ties it to: transformers
+    takes both, mlx-lm and vLLM leave it out.
+    """
+    notices = []
+    for name, other in architecture.ties.items():
+        if name not in view:
+            continue
+        if other in view and _differ(view[name].origin, view[other].origin):
+            raise PlanError(
+                f"tensor {name!r} differs from {other!r}, to which config.json ties it",
+                where=where,
+                expected="`tie_word_embeddings: false` there to keep it, or a `drop` step for it",
+            )
+        notices.append(f"{name} of the source is left out, because config.json ties it to {other}")
+    kept = {name: ref for name, ref in view.items() if name not in architecture.ties}
+    return kept, tuple(notices)
+
+
+def _differ(one: SourceTensor | ActionOutput, other: SourceTensor | ActionOutput) -> bool:
+    """Whether samples of two tensors show that they differ."""
+    if not (isinstance(one, SourceTensor) and isinstance(other, SourceTensor)):
+        return False
+    if one.spec != other.spec or one.file is None or other.file is None:
+        return one.spec != other.spec
+    pairs = zip(read_samples(one), read_samples(other), strict=True)
+    return any(first != second for first, second in pairs)
 
 
 def check_structure(view: View, architecture: Architecture, where: str) -> None:

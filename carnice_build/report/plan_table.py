@@ -95,6 +95,7 @@ def _variant_json(variant: VariantPlan, status: BuildStatus) -> dict[str, Any]:
         "source_tensors": len(variant.body.tensors),
         "parameters": variant.conversion.parameters,
         "left_alone": list(variant.conversion.ignored),
+        "notices": list(variant.notices),
         "bits_per_weight": variant.bits_per_weight,
         "tensor_bytes": variant.tensor_bytes,
         "weights_bytes": variant.weights_bytes,
@@ -186,6 +187,8 @@ def _totals(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> Table:
         table.add_row(f"{variant.name}", f"{format_size(size)} ({size / 2**30:.2f} GiB) on disk")
         if variant.conversion.ignored:
             table.add_row("left alone", _left_alone(variant.conversion.ignored))
+        for text in variant.notices:
+            table.add_row("notice", text)
     peak = peak_memory_estimate(plan, status, memory, jobs)
     table.add_row("buffers", f"at most {format_size(peak)} at once")
     scratch = status.scratch_bytes(plan.graph)

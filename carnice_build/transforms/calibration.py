@@ -299,8 +299,13 @@ class Activations:
 
 
 def _layer_config(text_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What one layer depends on: all of the text config but how many layers there are."""
-    others = ("num_hidden_layers", "layer_types")
+    """What one layer depends on: all of the text config but which other layers there are."""
+    others = (
+        "num_hidden_layers",
+        "layer_types",
+        "full_attention_interval",
+        "mtp_num_hidden_layers",
+    )
     return {key: value for key, value in text_config.items() if key not in others}
 
 

@@ -188,6 +188,8 @@ class MlxFormat(Format):
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor that mlx-lm keeps, under its MLX name."""
         architecture = context.architecture
+        if refusal := architecture.mlx_refusal():
+            raise PlanError(refusal, at=("format",))
         kept = [
             fact
             for name, fact in architecture.tensors.items()

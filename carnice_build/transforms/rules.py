@@ -35,15 +35,17 @@ def rules_by_module(
     """
     chosen: dict[str, list[tuple[int, R]]] = {fact.module: [] for fact in facts}
     layer_of = {fact.module: fact.layer for fact in facts}
+    # A rule for a head is no mistake when the head is tied: there is nothing left to choose.
+    tied = [name.rpartition(".")[0] for name in context.architecture.ties]
     for index, rule in enumerate(rules):
         try:
             layers = context.layers(rule.layers) if rule.layers is not None else None
-            modules = require_match(Patterns(rule.match), list(chosen), "module")
+            modules = require_match(Patterns(rule.match), [*chosen, *tied], "module")
         except PlanError as error:
             raise PlanError(
                 error.what, expected=error.expected, nearest=error.nearest, at=("rules", index)
             ) from None
-        for module in modules:
+        for module in chosen.keys() & modules:
             if layers is None or layer_of[module] in layers:
                 chosen[module].append((index, rule))
     return chosen

@@ -89,7 +89,7 @@ def _source_row(
     why_not = too_large(copies * sum(origin.spec.nbytes for origin in origins.values()))
     if why_not:
         return row(None, why_not)
-    source = mlx_worker.SourceWeights(variant.body.config, tensors)
+    source = mlx_worker.SourceWeights(variant.config, tensors)
     task = mlx_worker.Task(
         source, tokenizer, settings.text, settings.lengths, settings.samples, generate=False
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from carnice_build.architectures import architecture_of
+from carnice_build.architectures.base import Architecture, Part
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
 from carnice_build.errors import CheckpointError
 from carnice_build.keys import canonical_json
@@ -31,7 +32,7 @@ def check_structure(
     """
     problems = [*folder.problems, *_tensors(variant, folder), *_index(folder)]
     if checks and folder.config:
-        problems += _config(folder, checks)
+        problems += _config(variant, folder, checks)
     problems += small_file_problems(variant, folder.path)
     if problems and _other_recipe(variant, folder):
         problems.insert(0, "the folder was built from another recipe than this one; build it again")
@@ -75,9 +76,20 @@ def _other_recipe(variant: VariantPlan, folder: ModelFolder) -> bool:
     return canonical_json(built_from) != canonical_json(variant.recipe.tree.plain())
 
 
-def _config(folder: ModelFolder, checks: FormatChecks) -> Iterator[str]:
+def _config(variant: VariantPlan, folder: ModelFolder, checks: FormatChecks) -> Iterator[str]:
     try:
         architecture = architecture_of(folder.config, "config.json")
         yield from checks.config_problems(folder, architecture)
+        yield from _head(variant, architecture)
     except CheckpointError as error:
         yield str(error)
+
+
+def _head(variant: VariantPlan, architecture: Architecture) -> Iterator[str]:
+    """A config that announces an MTP head that is not there, or hides one that is."""
+    announced = any(fact.part is Part.MTP for fact in architecture.tensors.values())
+    held = any(tensor.fact.part is Part.MTP for tensor in variant.conversion.tensors)
+    if announced and not held:
+        yield "config.json announces an MTP head, and the folder has none"
+    if held and not announced:
+        yield "config.json announces no MTP head, and the folder has one"

@@ -57,11 +57,11 @@ def on_disk(project: Project) -> set[str]:
 
 
 def test_plan_reads_headers_only(online: Project, hub: FakeHub, carnice: Carnice) -> None:
-    """A plan fetches the config, the index and the heads of the shards, and no tokenizer."""
+    """A plan fetches both configs, the index and the heads of the shards, and no tokenizer."""
     finished = carnice("plan", VARIANT, *ONLINE, "--json")
 
     assert finished.code == 0, finished.err
-    assert on_disk(online) == {"config.json", INDEX_NAME}
+    assert on_disk(online) == {"config.json", "generation_config.json", INDEX_NAME}
     assert all(last < 1 << 16 for _, last in hub.ranges())
     assert len(hub.ranges()) == 2
 
