@@ -15,8 +15,16 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, Project
-from tiny import Tensor, read_all_tensors, read_json, write_json, write_safetensors
+from tiny import (
+    Tensor,
+    read_all_tensors,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 
+from carnice_build.architectures.qwen3_5 import HEAD
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.execute import session
 
@@ -58,6 +66,16 @@ def _cut(tensors: dict[str, Tensor], layers: Sequence[int]) -> dict[str, Tensor]
         place = f"{match[1]}{layers.index(int(match[2]))}." if match else ""
         kept[_LAYER.sub(place, name)] = tensor
     return kept
+
+
+def tie(folder: Path) -> None:
+    """Make the checkpoint one whose head is its embedding."""
+    config = read_json(folder / "config.json")
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    write_json(folder / "config.json", config)
+    tensors = read_safetensors(folder / "model.safetensors")
+    del tensors[HEAD]
+    write_safetensors(folder / "model.safetensors", tensors)
 
 
 def make_project(root: Path, layers: Sequence[int] = LAYERS) -> Project:

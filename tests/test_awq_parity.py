@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
-from oneshot import run_oneshot, tokenizer
+from calibrating import tie
+from conftest import REPOSITORY, Project
+from oneshot import IGNORE, run_oneshot, tokenizer
 from tiny import Tensor, read_all_tensors, read_json
 
 from carnice_build.backends.tokens import longest_first
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
+from carnice_build.commands.plan import plan_variants
+
+pytest_plugins = ["calibrating"]
 
 SAMPLES = 3
 OBSERVERS = {"w4a16": "mse", "w4a16-minmax": "memoryless_minmax"}
@@ -152,6 +156,28 @@ def test_the_config_is_the_librarys(parity: Parity, name: str) -> None:
     text = {entry for entry in ignored if not entry.startswith("model.visual.")}
     assert {_canonical(entry) for entry in library} | {"re:^mtp.*"} == text
     assert len(ignored) - len(text) == 3 * 4 + 2
+
+
+def test_a_tied_head_is_ignored_as_llm_compressor_does(small: Project) -> None:
+    """The library lists the head though it saves one table for both, and so do we."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import Qwen3_5ForConditionalGeneration
+
+    tie(small.base)
+    model: Any = Qwen3_5ForConditionalGeneration.from_pretrained(small.base)
+    oneshot(
+        model=model,
+        recipe=[QuantizationModifier(targets=["Linear"], scheme="W4A16", ignore=IGNORE)],
+    )
+    model.save_pretrained(small.root / "theirs", save_compressed=True)
+    theirs = read_json(small.root / "theirs" / "config.json")["quantization_config"]["ignore"]
+    small.recipe("w4a16", RECIPE.replace("rows.jsonl", "demo/calibration.jsonl"))
+    (plan,) = plan_variants(["w4a16"], small.options()).variants
+
+    assert "lm_head" in theirs
+    assert not any("lm_head" in name for name in read_all_tensors(small.root / "theirs"))
+    assert set(theirs) == set(plan.conversion.ignored)
 
 
 def _canonical(name: str) -> str:

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from calibrating import QUICK, tie
+from conftest import REPOSITORY, Project
 from tiny import read_all_tensors, read_json
 
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
+from carnice_build.commands.plan import plan_variants
 
+pytest_plugins = ["calibrating"]
+
+VARIANT = "qwen-nvfp4-text-mtp"
 SAMPLES, LENGTH = 3, 96
 BASE = REPOSITORY / "demo" / "qwen3.6-27b"
 
@@ -49,17 +54,17 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return root / "ours" / "qwen-nvfp4-text-mtp", root / "theirs"
 
 
-def _export(folder: Path, keep: list[str] | None) -> None:
+def _export(folder: Path, keep: list[str] | None, base: Path = BASE) -> None:
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
 
-    config = AutoConfig.from_pretrained(BASE).text_config
+    config = AutoConfig.from_pretrained(base).text_config
     config.architectures = ["Qwen3_5ForCausalLM"]
     model = Qwen3_5ForCausalLM.from_pretrained(
-        BASE,
+        base,
         config=config,
         key_mapping={r"^model\.language_model\.": "model."},
         dtype=torch.bfloat16,
@@ -112,12 +117,17 @@ def test_only_the_mtp_head_is_ours_alone(pair: tuple[Path, Path]) -> None:
 
 
 def test_the_configs_say_what_modelopts_say(pair: tuple[Path, Path]) -> None:
-    """Only the ignore lists differ: ours names fused modules and the MTP head as well."""
+    """Only the ignore lists differ: ours also names the MTP head, the tower, and what is fused.
+
+    The library saw the text model alone; an engine builds the tower that `vision_config` is about.
+    """
     ours, theirs = (read_json(folder / "config.json")["quantization_config"] for folder in pair)
     more = set(ours.pop("ignore")) - set(theirs.pop("ignore"))
 
     assert theirs == ours
-    assert all(name.startswith("mtp.") or name.endswith("in_proj_ba") for name in more)
+    assert all(
+        name.startswith(("mtp.", "model.visual.")) or name.endswith("in_proj_ba") for name in more
+    )
     assert {"mtp.fc", "mtp.layers.0.self_attn.qkv_proj", "mtp.layers.0.mlp.gate_up_proj"} <= more
 
 
@@ -129,6 +139,18 @@ def test_hf_quant_config_excludes_what_config_json_ignores(pair: tuple[Path, Pat
     assert ignore == ours["quantization"].pop("exclude_modules")
     assert set(theirs["quantization"].pop("exclude_modules")) <= set(ignore)
     assert theirs == ours
+
+
+def test_a_tied_head_is_excluded_as_modelopt_does(small: Project) -> None:
+    """modelopt lists the head though its export has no tensor of it, and so do we."""
+    tie(small.base)
+    _export(small.root / "theirs", None, small.base)
+    theirs = read_json(small.root / "theirs" / "hf_quant_config.json")["quantization"]
+    (plan,) = plan_variants([VARIANT], small.options(overrides=QUICK)).variants
+
+    assert "lm_head" in theirs["exclude_modules"]
+    assert not any("lm_head" in name for name in read_all_tensors(small.root / "theirs"))
+    assert set(theirs["exclude_modules"]) <= set(plan.conversion.ignored)
 
 
 def test_the_keep_list_of_0_47_is_that_of_the_installed_modelopt() -> None:

@@ -144,7 +144,7 @@ class AutoRoundFormat(Format):
             defaults={**settings, **self._provenance(context)},
             quantized=dict.fromkeys(chosen, settings),
             causes={},
-            ignored=unquantized_modules(view, chosen, context.architecture, (Role.LINEAR,)),
+            ignored=unquantized_modules(context.architecture, chosen, (Role.LINEAR,)),
             dtype=plain,
             figures=figures,
         )

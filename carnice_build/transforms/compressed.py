@@ -131,12 +131,10 @@ class CompressedFormat(Format):
             raise PlanError(error.what, expected=error.expected, at=("ignore",)) from None
         smoothed = _Smoothed(self, chosen, view, context)
         tensors = [tensor for fact in facts for tensor in smoothed.tensors(fact)]
-        ignored = [
-            module
-            for module in plain_modules(view, chosen, architecture, (Role.LINEAR,))
-            if architecture.tensors[f"{module}.weight"].part is not Part.MTP
-        ]
-        if any(fact.part is Part.MTP for fact in facts):
+        plain = plain_modules(architecture, chosen, (Role.LINEAR,))
+        head = {f.module for f in architecture.built.values() if f.part is Part.MTP}
+        ignored = [module for module in plain if module not in head]
+        if head:
             ignored.append(MTP_PATTERN)
         settings = {"bits": 4, "group_size": self.weights.group_size}
         return Conversion(

@@ -210,7 +210,7 @@ class Nvfp4Format(Format):
             defaults=SETTINGS,
             quantized=dict.fromkeys(chosen, SETTINGS),
             causes={},
-            ignored=unquantized_modules(view, chosen, context.architecture, _PLAIN_ROLES),
+            ignored=unquantized_modules(context.architecture, chosen, _PLAIN_ROLES),
         )
 
     def _quantized(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:

@@ -1,4 +1,8 @@
-"""What a config lists as unquantized, held against the tensors under every name engines ask for."""
+"""What a config lists as unquantized, held against the model that it describes itself.
+
+Which modules an engine builds, and under what names, follows from config.json alone; the tensors
+say only which of them are quantized.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Collection, Iterator
 from carnice_build.architectures.base import Architecture, Role
 from carnice_build.checkpoint.dtypes import WIDE_FLOATS
 from carnice_build.recipe.patterns import compile_pattern
+from carnice_build.transforms.ignore import plain_modules, unquantized_modules
 from carnice_build.verification.folder import ModelFolder
 
 _PATTERN = "re:"
@@ -22,20 +27,21 @@ def ignore_problems(
 ) -> Iterator[str]:
     """Modules of `roles` that are plain and not listed, and entries for modules that are not.
 
-    A module is plain when its weight is there as a float.
+    A module is quantized when the folder holds it as something else than a float; one without
+    tensors, such as a tied head, is built plain.
     Where engines look a `fused` module up under its own name alone, it must be listed exactly when
     its parts are plain.
     An entry is a name, or `re:` and a pattern for the beginning of names.
     """
     owners = {name.rpartition(".")[0] for name in folder.tensors}
-    facts = [fact for fact in architecture.tensors.values() if fact.role in roles]
-    plain = {fact.module for fact in facts if _is_plain(folder, fact.name)}
-    quantized = {fact.module for fact in facts if fact.module in owners} - plain
+    facts = [fact for fact in architecture.built.values() if fact.role in roles]
+    floats = {fact.module for fact in facts if _is_plain(folder, fact.name)}
+    quantized = {fact.module for fact in facts if fact.module in owners} - floats
+    expected = unquantized_modules if fused else plain_modules
+    plain = set(expected(architecture, quantized, roles))
     for fusion in architecture.fusions:
         if quantized.issuperset(fusion.parts):
             quantized.add(fusion.module)
-        elif plain.issuperset(fusion.parts):
-            plain |= {fusion.module} if fused else set()
         elif not quantized.isdisjoint(fusion.parts):
             yield f"only some of {', '.join(fusion.parts)} are quantized, which engines fuse"
     covered: set[str] = set()
@@ -46,7 +52,7 @@ def ignore_problems(
             by = "" if entry == module else f" by {entry}"
             yield f"config.json lists {module}{by}, which is quantized"
         if not found:
-            yield f"config.json lists {entry}, which is no module of the folder"
+            yield f"config.json lists {entry}, which is no module of the model"
     for module in sorted(plain - covered):
         yield f"config.json does not list {module}, which is not quantized"
 
