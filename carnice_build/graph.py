@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from carnice_build.architectures.base import TensorFact
 from carnice_build.checkpoint.checkpoint import Checkpoint, SourceTensor
 from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.keys import DigestSink, KeySink, write_key
+from carnice_build.models.base import TensorFact
 
 if TYPE_CHECKING:
     import networkx

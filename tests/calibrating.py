@@ -24,9 +24,9 @@ from tiny import (
     write_safetensors,
 )
 
-from carnice_build.architectures.qwen3_5 import HEAD
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.execute import session
+from carnice_build.models.qwen3_5 import HEAD
 
 DEMO = REPOSITORY / "demo"
 LAYERS = (0, 1, 2, 7)

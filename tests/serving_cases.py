@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from carnice_build.architectures.base import KvGeometry
 from carnice_build.errors import PlanError
+from carnice_build.models.base import KvGeometry
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import Launch
 from carnice_build.serving.memory import GIB

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3_5ForCausalLM, Qwen3_5TextConfig, set_seed
 
-from carnice_build.architectures.qwen3_5 import BODY
 from carnice_build.backends.autoround import AutoRoundSettings, TunedLayer, tune_layer
 from carnice_build.backends.layers import Arithmetic, Kind, LayerwiseModel
+from carnice_build.models.qwen3_5 import BODY
 
 # The two layers' places in the demo.
 LAYERS: Mapping[Kind, int] = {"linear": 0, "full": 3}

@@ -12,14 +12,14 @@ from demo_model import CONFIG, KINDS, layer_tensors, weights, whole_model
 from oneshot import Reference, run_oneshot, samples
 from torch import Tensor
 
-from carnice_build.architectures.qwen3_5 import BODY
-from carnice_build.architectures.smoothing import HYBRID_MAPPINGS, mappings_of_layer
 from carnice_build.backends.awq import OFFSET_NORMS, AwqSettings, apply_smoothing, smooth_layer
 from carnice_build.backends.compressed import Observer, WeightScheme, quantize_module
 from carnice_build.backends.layers import Arithmetic, Kind, LayerwiseModel, as_data, as_tensor
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
 from carnice_build.kernels.smoothing import smooth_gain
+from carnice_build.models.qwen3_5 import BODY
+from carnice_build.models.smoothing import HYBRID_MAPPINGS, mappings_of_layer
 
 LIBRARY = AwqSettings()
 EXACT = replace(LIBRARY, norms="exact")

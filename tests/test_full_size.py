@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from carnice_build.architectures import architecture_of
 from carnice_build.checkpoint.checkpoint import open_checkpoint
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
+from carnice_build.models import architecture_of
 from carnice_build.planning.planner import VariantPlan
 
 SHAPES = REPOSITORY / "benchmarks" / "shapes"

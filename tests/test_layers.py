@@ -11,7 +11,6 @@ import torch
 from demo_model import CONFIG, KINDS, layer_tensors, sample, weights, whole_model
 from torch import Tensor
 
-from carnice_build.architectures.qwen3_5 import BODY
 from carnice_build.backends.layers import (
     Arithmetic,
     LayerwiseModel,
@@ -21,6 +20,7 @@ from carnice_build.backends.layers import (
     input_amax,
 )
 from carnice_build.graph import TensorData
+from carnice_build.models.qwen3_5 import BODY
 
 SAMPLES = [sample(length, seed=length) for length in (64, 67)]
 """One is a whole chunk of the delta rule, one is not."""

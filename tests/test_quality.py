@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from carnice_build.architectures.qwen3_5 import BODY
 from carnice_build.backends.layers import Arithmetic, LayerwiseModel
 from carnice_build.backends.text_model import ModelSource
 from carnice_build.errors import BackendError
+from carnice_build.models.qwen3_5 import BODY
 from carnice_build.verification import quality
 from carnice_build.verification.generate import PROMPT, TOKENS
 from carnice_build.verification.quality import Quality, generate, measure

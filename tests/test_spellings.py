@@ -22,13 +22,13 @@ from tiny import (
     write_safetensors,
 )
 
-from carnice_build.architectures.base import Part
-from carnice_build.architectures.qwen3_5 import EMBEDDING, HEAD, Qwen35
 from carnice_build.checkpoint.json import to_json
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.plan import plan_variants
 from carnice_build.errors import CheckpointError
 from carnice_build.execute.events import Event, Notice
+from carnice_build.models.base import Part
+from carnice_build.models.qwen3_5 import EMBEDDING, HEAD, Qwen35
 
 pytest_plugins = ["calibrating"]
 

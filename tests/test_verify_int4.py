@@ -13,11 +13,11 @@ from conftest import REPOSITORY
 from tiny import read_json, write_json
 from verifying import Copy
 
-from carnice_build.architectures.qwen3_5 import BODY
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.kernels import autoround, compressed, elementwise
+from carnice_build.models.qwen3_5 import BODY
 from carnice_build.verification.formats.autoround import nearest_allowance
 from carnice_build.verification.formats.compressed import allowance
 from carnice_build.verification.result import Outcome

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from carnice_build.architectures.base import Part, Role
-from carnice_build.architectures.qwen3_5 import BODY, VISION, Qwen35
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
 from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.header import encode_header
+from carnice_build.models.base import Part, Role
+from carnice_build.models.qwen3_5 import BODY, VISION, Qwen35
 
 THRICE = "language_model." * 3
 

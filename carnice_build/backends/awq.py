@@ -30,16 +30,16 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from carnice_build.architectures.smoothing import (
-    HYBRID_MAPPINGS,
-    SmoothingMapping,
-    mappings_of_layer,
-)
 from carnice_build.backends.compressed import WeightScheme, quiet
 from carnice_build.backends.layers import Kind, LayerwiseModel, as_data, as_tensor
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
 from carnice_build.kernels import smoothing
+from carnice_build.models.smoothing import (
+    HYBRID_MAPPINGS,
+    SmoothingMapping,
+    mappings_of_layer,
+)
 
 OFFSET_NORMS = (
     "input_layernorm",

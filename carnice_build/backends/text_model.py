@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from carnice_build.architectures.base import Part, Role
-from carnice_build.architectures.qwen3_5 import BODY, Qwen35
 from carnice_build.backends.layers import Arithmetic, LayerwiseModel
 from carnice_build.errors import BackendError, nearest
+from carnice_build.models.base import Part, Role
+from carnice_build.models.qwen3_5 import BODY, Qwen35
 
 _EMBEDDING = f"{BODY}embed_tokens.weight"
 _HEAD = "lm_head.weight"

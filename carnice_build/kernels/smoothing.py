@@ -1,7 +1,7 @@
 """AWQ's smoothing, bit for bit as llm-compressor 0.14 leaves weights and norms, in plain numpy.
 
 Smoothing moves a vector of scales, one for each channel, out of a module's output and into the
-weights that read it (`architectures.smoothing`).
+weights that read it (`models.smoothing`).
 Found scales and stored weights are all that it takes.
 Products and quotients are taken in float64, then rounded to float32 and to the tensor's type,
 as torch does when it assigns one type to another.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from carnice_build.architectures.smoothing import HYBRID_MAPPINGS
 from carnice_build.checkpoint.json import to_json
+from carnice_build.models.smoothing import HYBRID_MAPPINGS
 from carnice_build.package.base import Variant
 from carnice_build.package.card import render_card
 

@@ -10,14 +10,14 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from carnice_build.architectures import architecture_of
-from carnice_build.architectures.base import QUANTIZATION, Architecture, Part, TensorFact
 from carnice_build.checkpoint.assets import Assets, absent, damaged
 from carnice_build.checkpoint.checkpoint import Checkpoint, SourceTensor, read_samples
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.errors import PlanError, nearest, together
 from carnice_build.graph import Action, ActionGraph, ActionOutput, View, source_view
+from carnice_build.models import architecture_of
+from carnice_build.models.base import QUANTIZATION, Architecture, Part, TensorFact
 from carnice_build.package.generation import with_generation
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.planning.serve import plan_serving

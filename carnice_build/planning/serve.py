@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from carnice_build.architectures.base import Architecture, Part
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import tool_format
 from carnice_build.errors import PlanError
+from carnice_build.models.base import Architecture, Part
 from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.rules import plan_launches

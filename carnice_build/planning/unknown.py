@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from carnice_build.architectures.base import Architecture
 from carnice_build.errors import PlanError, nearest, together
+from carnice_build.models.base import Architecture
 
 _BUFFERS = frozenset(
     {

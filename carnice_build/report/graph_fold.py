@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from carnice_build.architectures.base import Part, Role
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.commands.plan import Plan
 from carnice_build.graph import Action, ActionOutput, TensorRef
+from carnice_build.models.base import Part, Role
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, Status

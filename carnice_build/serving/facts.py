@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from carnice_build.architectures.base import KvGeometry
+from carnice_build.models.base import KvGeometry
 
 
 @dataclass(frozen=True)

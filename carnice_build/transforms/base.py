@@ -7,7 +7,6 @@ from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from carnice_build.architectures.base import Architecture
 from carnice_build.checkpoint.assets import Reads
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import Dataset
@@ -16,6 +15,7 @@ from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.checkpoint.profiles import Source
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import ActionGraph, OutputTensor, TensorRef, View
+from carnice_build.models.base import Architecture
 from carnice_build.package.base import Packager
 from carnice_build.recipe.layers import LayerSpan, layers_in
 from carnice_build.recipe.patterns import Patterns

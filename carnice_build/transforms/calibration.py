@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from carnice_build.architectures.base import Part, Role
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.checkpoint.checkpoint import Checkpoint, SourceTensor
@@ -22,6 +21,7 @@ from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.graph import ProcessOp, TensorRef, View
+from carnice_build.models.base import Part, Role
 from carnice_build.processor import vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
 from carnice_build.transforms.base import PlanContext

@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from carnice_build.architectures.base import Part, Role, TensorFact
-from carnice_build.architectures.smoothing import (
+from carnice_build.errors import PlanError
+from carnice_build.graph import OutputTensor, TensorRef, View
+from carnice_build.models.base import Part, Role, TensorFact
+from carnice_build.models.smoothing import (
     HYBRID_MAPPINGS,
     SmoothingMapping,
     mappings_of_layer,
 )
-from carnice_build.errors import PlanError
-from carnice_build.graph import OutputTensor, TensorRef, View
 from carnice_build.package.base import Packager
 from carnice_build.package.compressed import CompressedPackager
 from carnice_build.recipe.patterns import Patterns

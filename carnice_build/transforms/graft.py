@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from carnice_build.architectures import architecture_of
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import View, source_view
+from carnice_build.models import architecture_of
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import Expectation, PatternList
 from carnice_build.transforms.base import PlanContext, Step, require_match

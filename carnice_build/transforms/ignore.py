@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container
 
-from carnice_build.architectures.base import Architecture, Role
+from carnice_build.models.base import Architecture, Role
 
 
 def unquantized_modules(

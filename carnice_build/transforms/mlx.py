@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from carnice_build.architectures.base import QUANTIZABLE, Role, TensorFact
 from carnice_build.checkpoint.assets import Reads
 from carnice_build.checkpoint.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.checkpoint.tensor_file import TensorFile
@@ -28,6 +27,7 @@ from carnice_build.graph import (
     View,
     require_finite,
 )
+from carnice_build.models.base import QUANTIZABLE, Role, TensorFact
 from carnice_build.package.base import Packager
 from carnice_build.package.mlx import MlxPackager
 from carnice_build.transforms.base import Conversion, Format, PlanContext

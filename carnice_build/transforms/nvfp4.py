@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from carnice_build.architectures.base import Role, TensorFact
 from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import ArrayOp, NonFiniteValue, OutputTensor, TensorData, TensorRef, View
+from carnice_build.models.base import Role, TensorFact
 from carnice_build.package.base import Packager
 from carnice_build.package.modelopt import ModelOptPackager
 from carnice_build.recipe.patterns import Patterns

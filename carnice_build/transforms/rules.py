@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
-from carnice_build.architectures.base import TensorFact
 from carnice_build.errors import PlanError
+from carnice_build.models.base import TensorFact
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import PatternList, Strict
 from carnice_build.transforms.base import PlanContext, require_match

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from carnice_build.architectures import architecture_of
-from carnice_build.architectures.base import Part
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CarniceError
+from carnice_build.models import architecture_of
+from carnice_build.models.base import Part
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification import acceptance, fidelity, generate, perplexity, torch_worker
 from carnice_build.verification.folder import open_folder

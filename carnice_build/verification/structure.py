@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from carnice_build.architectures import architecture_of
-from carnice_build.architectures.base import Architecture, Part
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
 from carnice_build.errors import CheckpointError
 from carnice_build.keys import canonical_json
+from carnice_build.models import architecture_of
+from carnice_build.models.base import Architecture, Part
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification.folder import ModelFolder, read_object
 from carnice_build.verification.formats.base import FormatChecks

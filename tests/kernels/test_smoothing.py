@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carnice_build.architectures.smoothing import SmoothingMapping, mappings_of_layer
 from carnice_build.kernels.smoothing import divide_rows, multiply_columns, smooth_gain
+from carnice_build.models.smoothing import SmoothingMapping, mappings_of_layer
 
 Array = np.ndarray[Any, Any]
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from carnice_build.architectures.base import Architecture, Role
 from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.kernels import autoround
+from carnice_build.models.base import Architecture, Role
 from carnice_build.transforms.autoround import AutoRoundFormat
 from carnice_build.transforms.int4 import PARTS
 from carnice_build.verification.folder import ModelFolder, section

@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from carnice_build.architectures.base import Architecture, Role
 from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.graph import ActionOutput, OutputTensor, TensorData
 from carnice_build.kernels import compressed, elementwise
+from carnice_build.models.base import Architecture, Role
 from carnice_build.transforms.compressed import CompressedFormat
 from carnice_build.verification.folder import ModelFolder, section
 from carnice_build.verification.formats.base import Settings, Tensors, TorchChecks

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from carnice_build.architectures.base import Architecture, TensorFact
 from carnice_build.checkpoint.dtypes import WIDE_FLOATS
 from carnice_build.graph import TensorData
 from carnice_build.kernels.elementwise import zero_non_finite
+from carnice_build.models.base import Architecture, TensorFact
 from carnice_build.transforms.mlx import MlxFormat
 from carnice_build.verification.folder import ModelFolder
 from carnice_build.verification.formats.base import FormatChecks, Settings, Tensors

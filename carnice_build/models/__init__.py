@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from carnice_build.architectures.base import Architecture
-from carnice_build.architectures.qwen3_5 import Qwen35
 from carnice_build.errors import CheckpointError
+from carnice_build.models.base import Architecture
+from carnice_build.models.qwen3_5 import Qwen35
 
 _TABLES: Mapping[str, Callable[[Mapping[str, Any], str], Architecture]] = {
     Qwen35.name: Qwen35,

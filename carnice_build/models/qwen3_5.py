@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-from carnice_build.architectures.base import (
+from carnice_build.models.base import (
     MOST_LAYERS,
     ConfigReader,
     Fusion,
@@ -20,7 +20,7 @@ from carnice_build.architectures.base import (
     Role,
     TensorFact,
 )
-from carnice_build.architectures.qwen3_5_config import Qwen35Config
+from carnice_build.models.qwen3_5_config import Qwen35Config
 
 MODEL_TYPE = "qwen3_5"
 BODY = "model.language_model."

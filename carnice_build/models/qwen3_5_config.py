@@ -11,8 +11,8 @@ from collections.abc import Container, Mapping
 from functools import cached_property
 from typing import Any
 
-from carnice_build.architectures.base import MOST_LAYERS, QUANTIZATION, ConfigReader, Part
 from carnice_build.errors import CheckpointError, nearest
+from carnice_build.models.base import MOST_LAYERS, QUANTIZATION, ConfigReader, Part
 
 _KINDS = {"full_attention": "full", "linear_attention": "linear"}
 _LEGACY = {"attention": "full_attention", "mamba": "linear_attention", "conv": "linear_attention"}
