@@ -143,7 +143,7 @@ def _zeros(path: Path, spec: TensorSpec) -> TensorFile:
 def _run(
     params: dict[str, Any], inputs: Sequence[TensorFile], outputs: Sequence[TensorFile]
 ) -> Peak:
-    import carnice_build.backends.forward  # noqa: F401
+    import carnice_build.calibration.layer_pass  # noqa: F401
 
     libraries, start = _peak(), time.perf_counter()
     Forward().run(params, inputs, outputs, lambda: None)

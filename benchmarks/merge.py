@@ -29,9 +29,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks.run import ROOT, WORK
-from carnice_build.backends.layers import Arithmetic, as_tensor
-from carnice_build.backends.text_model import ModelSource
-from carnice_build.backends.tokens import tokenize
+from carnice_build.calibration.driver import Arithmetic, as_tensor
+from carnice_build.calibration.text_model import ModelSource
+from carnice_build.calibration.tokenizing import tokenize
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.checkpoint.tensor_file import TensorFile

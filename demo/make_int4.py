@@ -31,7 +31,7 @@ from carnice_build.backends.autoround import (
     TunedLayer,
     tune_layer,
 )
-from carnice_build.backends.layers import Arithmetic, LayerwiseModel, as_data
+from carnice_build.calibration.driver import Arithmetic, LayerwiseModel, as_data
 from carnice_build.kernels.autoround import pack
 
 HERE = Path(__file__).parent

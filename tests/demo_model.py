@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from carnice_build.backends.text_model import ModelSource
+from carnice_build.calibration.text_model import ModelSource
 from carnice_build.models.qwen3_5 import BODY
 
 BASE = Path(__file__).parent.parent / "demo" / "qwen3.6-27b"

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen3_5ForCausalLM, Qwen3_5TextConfig, set_seed
 
 from carnice_build.backends.autoround import AutoRoundSettings, TunedLayer, tune_layer
-from carnice_build.backends.layers import Arithmetic, Kind, LayerwiseModel
+from carnice_build.calibration.driver import Arithmetic, Kind, LayerwiseModel
 from carnice_build.models.qwen3_5 import BODY
 
 # The two layers' places in the demo.

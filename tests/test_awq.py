@@ -14,7 +14,7 @@ from torch import Tensor
 
 from carnice_build.backends.awq import OFFSET_NORMS, AwqSettings, apply_smoothing, smooth_layer
 from carnice_build.backends.compressed import Observer, WeightScheme, quantize_module
-from carnice_build.backends.layers import Arithmetic, Kind, LayerwiseModel, as_data, as_tensor
+from carnice_build.calibration.driver import Arithmetic, Kind, LayerwiseModel, as_data, as_tensor
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
 from carnice_build.kernels.smoothing import smooth_gain

@@ -16,7 +16,7 @@ from conftest import REPOSITORY, Project
 from oneshot import IGNORE, run_oneshot, tokenizer
 from tiny import Tensor, read_all_tensors, read_json
 
-from carnice_build.backends.tokens import longest_first
+from carnice_build.calibration.tokenizing import longest_first
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants

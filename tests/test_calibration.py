@@ -314,7 +314,7 @@ def messages(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def tokens_of(dataset: Path, tokenizer: Any) -> list[list[int]]:
-    from carnice_build.backends.tokens import tokenize
+    from carnice_build.calibration.tokenizing import tokenize
 
     params = {
         "samples": COUNT,

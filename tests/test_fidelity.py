@@ -14,7 +14,7 @@ from demo_model import BASE, source, weights, whole_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carnice_build.backends.layers import Arithmetic
+from carnice_build.calibration.driver import Arithmetic
 from carnice_build.errors import CheckpointError
 from carnice_build.verification.copying import Verdict, edits, judge, render, tasks, written
 from carnice_build.verification.fidelity import (

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from carnice_build.backends.autoround import AutoRoundSettings, tune_layer
-from carnice_build.backends.layers import Kind
-from carnice_build.backends.tokens import tokenize
+from carnice_build.calibration.driver import Kind
+from carnice_build.calibration.tokenizing import tokenize
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
 from carnice_build.kernels.autoround_merge import merge_delta, merge_reround

@@ -11,7 +11,7 @@ import torch
 from demo_model import CONFIG, KINDS, layer_tensors, sample, weights, whole_model
 from torch import Tensor
 
-from carnice_build.backends.layers import (
+from carnice_build.calibration.driver import (
     Arithmetic,
     LayerwiseModel,
     NonFiniteInput,

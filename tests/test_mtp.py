@@ -17,8 +17,9 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
     Qwen3_5TextRotaryEmbedding,
 )
 
-from carnice_build.backends.layers import Arithmetic
-from carnice_build.backends.mtp import (
+from carnice_build.calibration.driver import Arithmetic
+from carnice_build.calibration.text_model import Continuation, ModelSource, OpenModel, ResidentModel
+from carnice_build.verification.drafting import (
     Acceptance,
     Drafter,
     accepted_drafts,
@@ -26,7 +27,6 @@ from carnice_build.backends.mtp import (
     measure_acceptance,
     walk,
 )
-from carnice_build.backends.text_model import Continuation, ModelSource, OpenModel, ResidentModel
 
 FLOAT32 = Arithmetic("float32", "sdpa", threads=1)
 NEW_TOKENS = 30

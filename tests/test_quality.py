@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from carnice_build.backends.layers import Arithmetic, LayerwiseModel
-from carnice_build.backends.text_model import ModelSource
+from carnice_build.calibration.driver import Arithmetic, LayerwiseModel
+from carnice_build.calibration.text_model import ModelSource
 from carnice_build.errors import BackendError
 from carnice_build.models.qwen3_5 import BODY
 from carnice_build.verification import quality

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from chats import ASKED, DEMO, XML, hermes
 
-from carnice_build.backends.tokens import tokenize
+from carnice_build.calibration.tokenizing import tokenize
 from carnice_build.errors import CheckpointError
 
 Row = dict[str, Any]

@@ -16,7 +16,7 @@ from chats import CHATS, DEMO, XML
 from conftest import Project
 from tiny import read_json, write_json
 
-from carnice_build.backends.tokens import tokenize
+from carnice_build.calibration.tokenizing import tokenize
 from carnice_build.chat import sandbox
 from carnice_build.chat.render import Chat, render
 from carnice_build.chat.special_tokens import NAMES, special_tokens

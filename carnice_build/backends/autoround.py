@@ -23,7 +23,7 @@ import torch
 from auto_round import AutoRound, QuantizationScheme, RTNConfig, SignRoundConfig
 from torch import Tensor, nn
 
-from carnice_build.backends.layers import Arithmetic, Kind, LayerwiseModel
+from carnice_build.calibration.driver import Arithmetic, Kind, LayerwiseModel
 
 # Layers with as many bits are left alone.
 WHOLE = 16

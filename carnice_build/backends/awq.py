@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from carnice_build.backends.compressed import WeightScheme, quiet
-from carnice_build.backends.layers import Kind, LayerwiseModel, as_data, as_tensor
+from carnice_build.calibration.driver import Kind, LayerwiseModel, as_data, as_tensor
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
 from carnice_build.kernels import smoothing

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from carnice_build.backends.awq import AwqSettings, smooth_layer
 from carnice_build.backends.compressed import WeightScheme
-from carnice_build.backends.layer_files import HiddenStates, layer_tensors
-from carnice_build.backends.layers import Arithmetic, LayerwiseModel, as_data
+from carnice_build.calibration.driver import Arithmetic, LayerwiseModel, as_data
+from carnice_build.calibration.layer_files import HiddenStates, layer_tensors
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.models.smoothing import SmoothingMapping
 

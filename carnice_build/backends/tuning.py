@@ -15,8 +15,8 @@ from carnice_build.backends.autoround import (
     run_in_batches,
     tune_layer,
 )
-from carnice_build.backends.layer_files import HiddenStates, layer_name, layer_tensors
-from carnice_build.backends.layers import Arithmetic, LayerwiseModel, as_data
+from carnice_build.calibration.driver import Arithmetic, LayerwiseModel, as_data
+from carnice_build.calibration.layer_files import HiddenStates, layer_name, layer_tensors
 from carnice_build.checkpoint.dtypes import NUMPY_NAME
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import CheckpointError

@@ -122,7 +122,7 @@ class Forward(ProcessOp):
         """Raises CheckpointError for NaN or infinity in what a linear is given."""
         import numpy as np
 
-        from carnice_build.backends.forward import run_layer
+        from carnice_build.calibration.layer_pass import run_layer
 
         amax = run_layer(params, samples(inputs[0]), inputs[1], inputs[2:], outputs[0], progress)
         outputs[1].write(np.array([amax[name] for name in params["linears"]], np.float32))

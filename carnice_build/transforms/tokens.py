@@ -49,7 +49,7 @@ class Tokens(ProcessOp):
         """Raises CheckpointError, which names the row, when the data will not do."""
         import numpy as np
 
-        from carnice_build.backends.tokens import tokenize
+        from carnice_build.calibration.tokenizing import tokenize
 
         dataset = inputs[1].path if len(inputs) > 1 else None
         rows = np.full(outputs[0].spec.shape, PADDING, np.int32)
@@ -88,7 +88,7 @@ class LongestFirst(ProcessOp):
         report: Callable[[], None],
     ) -> None:
         """Move whole rows."""
-        from carnice_build.backends.tokens import longest_first
+        from carnice_build.calibration.tokenizing import longest_first
 
         rows = inputs[0].read()
         outputs[0].write(rows[longest_first((rows != PADDING).sum(axis=1).tolist())])

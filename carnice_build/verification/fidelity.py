@@ -244,7 +244,7 @@ def _found(
     tokenizer: Any,
     arithmetic: Any,
 ) -> Found:
-    from carnice_build.backends.text_model import OpenModel, ResidentModel
+    from carnice_build.calibration.text_model import OpenModel, ResidentModel
 
     model = ResidentModel(OpenModel(source, arithmetic))
     return Found(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from carnice_build.backends.layers import Arithmetic
-from carnice_build.backends.text_model import ModelSource, OpenModel, ResidentModel
+from carnice_build.calibration.driver import Arithmetic
+from carnice_build.calibration.text_model import ModelSource, OpenModel, ResidentModel
 from carnice_build.verification.generate import PROMPT, TOKENS, Generation
 
 _LOGITS_BYTES = 256 << 20

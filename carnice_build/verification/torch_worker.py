@@ -52,7 +52,7 @@ class StoredModel:
         """A torch tensor: dequantized to float32, or in its own type."""
         import torch
 
-        from carnice_build.backends.layers import as_tensor
+        from carnice_build.calibration.driver import as_tensor
 
         module = name.rpartition(".")[0]
         if self.checks and self.quantized and module in self.quantized:
@@ -66,7 +66,7 @@ class StoredModel:
 
     def source(self, changed: Mapping[str, Any] | None = None) -> Any:
         """What `quality.measure` and `OpenModel` take, with other tensors in place of some."""
-        from carnice_build.backends.text_model import ModelSource
+        from carnice_build.calibration.text_model import ModelSource
 
         replaced = changed or {}
         transforms = {}
@@ -141,8 +141,8 @@ def measure_acceptance(
     """
     import torch
 
-    from carnice_build.backends.mtp import Drafter, acceptance
-    from carnice_build.backends.text_model import OpenModel, ResidentModel
+    from carnice_build.calibration.text_model import OpenModel, ResidentModel
+    from carnice_build.verification.drafting import Drafter, acceptance
 
     arithmetic = _arithmetic(threads)
     tokens = _tokens(tokenizer, text)
@@ -211,6 +211,6 @@ def _tokens(tokenizer: Path, text: Path) -> list[int]:
 
 
 def _arithmetic(threads: int) -> Any:
-    from carnice_build.backends.layers import Arithmetic
+    from carnice_build.calibration.driver import Arithmetic
 
     return Arithmetic("float32", "sdpa", threads)

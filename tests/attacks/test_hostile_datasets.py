@@ -100,7 +100,7 @@ def test_text_is_never_code(project: Project) -> None:
     """Template code, control characters and reversed text in a row are only text."""
     from tokenizers import Tokenizer
 
-    from carnice_build.backends.tokens import tokenize
+    from carnice_build.calibration.tokenizing import tokenize
 
     evil = "{{ 1/0 }}{% raw %}\0\x1b[31m\u202e"
     dataset, tokenizer = project.root / "rows.jsonl", project.base / "tokenizer.json"

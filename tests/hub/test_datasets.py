@@ -22,8 +22,8 @@ from fake_hub import TOKEN, Answer, FakeHub, cut, stall, status
 from huggingface_hub import HfFileSystem, constants, set_client_factory
 from huggingface_hub.utils import _detect_agent, _http
 
-from carnice_build.backends.hub_rows import rows_on_hub
-from carnice_build.backends.tokens import tokenize
+from carnice_build.calibration.hub_rows import rows_on_hub
+from carnice_build.calibration.tokenizing import tokenize
 from carnice_build.checkpoint import patience
 from carnice_build.checkpoint.hub_listing import dataset_commit
 from carnice_build.checkpoint.patience import ATTEMPTS, Unreachable

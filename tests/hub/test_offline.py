@@ -26,7 +26,7 @@ from huggingface_hub.utils import _http
 from test_hub import VARIANT
 from tiny import contents, write_json
 
-from carnice_build.backends.hub_rows import rows_on_hub
+from carnice_build.calibration.hub_rows import rows_on_hub
 from carnice_build.checkpoint import patience
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
 from carnice_build.checkpoint.hub import open_hub

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from carnice_build.backends.layers import Arithmetic, LayerwiseModel
+from carnice_build.calibration.driver import Arithmetic, LayerwiseModel
 from carnice_build.errors import BackendError, nearest
 from carnice_build.models.base import Part, Role
 from carnice_build.models.qwen3_5 import BODY, Qwen35

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from carnice_build.backends.layer_files import HiddenStates, layer_name, layer_tensors
-from carnice_build.backends.layers import (
+from carnice_build.calibration.driver import (
     Arithmetic,
     LayerwiseModel,
     NonFiniteInput,
     as_data,
     input_amax,
 )
+from carnice_build.calibration.layer_files import HiddenStates, layer_name, layer_tensors
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BackendError, CheckpointError
 

@@ -151,7 +151,7 @@ def _from_parquet(path: str) -> Iterator[Row]:
 
 def _from_hub(dataset: Mapping[str, Any]) -> Iterator[Row]:
     # The hub's library is slow to import, and most calibrations never need it.
-    from carnice_build.backends.hub_rows import rows_on_hub
+    from carnice_build.calibration.hub_rows import rows_on_hub
 
     return map(without_nulls, rows_on_hub(**dataset))
 

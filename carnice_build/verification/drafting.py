@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from carnice_build.backends.layers import LayerwiseModel
-from carnice_build.backends.text_model import Continuation, OpenModel, ResidentModel
+from carnice_build.calibration.driver import LayerwiseModel
+from carnice_build.calibration.text_model import Continuation, OpenModel, ResidentModel
 
 MTP = "mtp."
 

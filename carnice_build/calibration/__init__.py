@@ -1,0 +1,1 @@
+"""Passes over a calibration: text to tokens, and tokens through a model layer by layer."""
