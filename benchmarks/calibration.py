@@ -163,7 +163,8 @@ def compare_layers(setting: Setting) -> None:
     """A line for each kind of layer."""
     for kind, action in forward_actions(setting).items():
         specs = [ref.spec for ref in action.inputs]
-        promised = Forward().memory(action.params, specs)
+        assert isinstance(action.op, Forward)
+        promised = action.op.memory(action.params, specs)
         peak = measure_layer(action)
         figures = (
             f"{setting.length:6}",

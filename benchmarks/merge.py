@@ -29,7 +29,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks.run import ROOT, WORK
-from carnice_build.calibration.driver import Arithmetic, as_tensor
+from carnice_build.backends.tensors import as_tensor
+from carnice_build.calibration.driver import Arithmetic
 from carnice_build.calibration.text_model import ModelSource
 from carnice_build.calibration.tokenizing import tokenize
 from carnice_build.checkpoint.checkpoint import SourceTensor
@@ -110,7 +111,7 @@ class Bench:
         self._options = Options(recipes=ROOT / "recipes", cache=cache)
         self.folders = {name: self._build(name, *of) for name, of in ROWS.items()}
         (variant,) = plan_variants([MERGE], self._options).variants
-        self.config = variant.architecture.text_config
+        self.architecture = variant.architecture
         self._sources = source_tensors(variant)
         self._base = {name: t for p in _shards("qwen3.6-27b") for name, t in load_file(p).items()}
         self.grid = Folder(GRID)
@@ -141,11 +142,11 @@ class Bench:
                 return folder.weight(module)
             return self.source(name)
 
-        return ModelSource(self.config, tensor)
+        return ModelSource(self.architecture, tensor)
 
     def base_model(self) -> ModelSource:
         """What the fine-tune was made from: what is left if a merge loses it."""
-        return ModelSource(self.config, self._base.__getitem__)
+        return ModelSource(self.architecture, self._base.__getitem__)
 
     def weight_error(self, folder: Folder, modules: Sequence[str]) -> float:
         """The mean over the modules of |quantized - weight| / |weight|, in Frobenius norms."""

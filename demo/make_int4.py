@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
 from carnice_build.backends.autoround import (
     AutoRoundSettings,
@@ -31,7 +32,8 @@ from carnice_build.backends.autoround import (
     TunedLayer,
     tune_layer,
 )
-from carnice_build.calibration.driver import Arithmetic, LayerwiseModel, as_data
+from carnice_build.backends.tensors import as_data
+from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.kernels.autoround import pack
 
 HERE = Path(__file__).parent
@@ -98,29 +100,29 @@ def tuned_layers(
     text_config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokens: Tensor
 ) -> Iterator[tuple[str, TunedLayer]]:
     """Every decoder layer with its path, the one of the MTP head last."""
-    model = LayerwiseModel(text_config, Arithmetic("bfloat16", "sdpa", threads=1))
+    arithmetic = Arithmetic("bfloat16", "sdpa", threads=1)
+    drivers = {kind: LayerDriver(text_config, kind, arithmetic) for kind in ("linear", "full")}
     states = States([embedded(tensors, sample) for sample in tokens])
     narrow = replace(SETTINGS, layer_bits=dict.fromkeys(NARROW, 16))
-    for index, kind in enumerate(model.kinds):
+    for index, layer_type in enumerate(text_config["layer_types"]):
+        kind = layer_type.removesuffix("_attention")
         path = f"{BODY}layers.{index}"
         tuned = tune_layer(
-            kind,
-            text_config,
+            drivers[kind],
             below(tensors, path),
             states.given,
             states.quantized,
             narrow if kind == "linear" else SETTINGS,
-            threads=1,
         )
         states = States(tuned.outputs, tuned.quantized_outputs)
         yield path, tuned
     assert states.quantized is not None
     given, quantized = (
-        [drafter_input(model, tensors, *pair) for pair in zip(tokens, hidden, strict=True)]
+        [drafter_input(text_config, tensors, *pair) for pair in zip(tokens, hidden, strict=True)]
         for hidden in (states.given, states.quantized)
     )
     layer = below(tensors, DRAFTER)
-    yield DRAFTER, tune_layer("full", text_config, layer, given, quantized, SETTINGS, threads=1)
+    yield DRAFTER, tune_layer(drivers["full"], layer, given, quantized, SETTINGS)
 
 
 def embedded(tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
@@ -136,7 +138,10 @@ def below(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def drafter_input(
-    model: LayerwiseModel, tensors: Mapping[str, Tensor], tokens: Tensor, hidden: Tensor
+    text_config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    tokens: Tensor,
+    hidden: Tensor,
 ) -> Tensor:
     """What the layer of the MTP head is given at each position but the last.
 
@@ -144,7 +149,9 @@ def drafter_input(
     """
 
     def norm(name: str, states: Tensor) -> Tensor:
-        normed: Tensor = model.final_norm(tensors[f"{name}.weight"])(states)
+        module = Qwen3_5RMSNorm(states.shape[-1], eps=text_config["rms_norm_eps"])
+        module.weight.data = tensors[f"{name}.weight"]
+        normed: Tensor = module(states)
         return normed
 
     states = norm(f"{BODY}norm", hidden)[:, :-1]

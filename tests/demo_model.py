@@ -15,10 +15,12 @@ from torch import Tensor
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from carnice_build.calibration.text_model import ModelSource
-from carnice_build.models.qwen3_5 import BODY
+from carnice_build.models.qwen3_5 import BODY, Qwen35
 
 BASE = Path(__file__).parent.parent / "demo" / "qwen3.6-27b"
-CONFIG: dict[str, Any] = json.loads((BASE / "config.json").read_text())["text_config"]
+WHOLE_CONFIG: dict[str, Any] = json.loads((BASE / "config.json").read_text())
+CONFIG: dict[str, Any] = WHOLE_CONFIG["text_config"]
+ARCHITECTURE = Qwen35(WHOLE_CONFIG, "demo")
 KINDS = ["full" if kind == "full_attention" else "linear" for kind in CONFIG["layer_types"]]
 
 
@@ -64,7 +66,7 @@ def sample(length: int, seed: int) -> Tensor:
 def source(**changes: Tensor) -> ModelSource:
     """The text model, with other tensors in the place of some."""
     tensors = {**weights(), **changes}
-    return ModelSource(CONFIG, tensors.__getitem__)
+    return ModelSource(ARCHITECTURE, tensors.__getitem__)
 
 
 def heldout(samples: int, length: int) -> Tensor:

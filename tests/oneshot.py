@@ -72,11 +72,16 @@ def samples() -> tuple[Tensor, ...]:
 
 
 def run_oneshot(
-    observer: str, folder: Path, token_rows: Sequence[Tensor] | None = None
+    observer: str,
+    folder: Path,
+    token_rows: Sequence[Tensor] | None = None,
+    model: Any = None,
+    layer: str = "Qwen3_5DecoderLayer",
 ) -> Reference:
-    """Smooth, quantize and save the whole demo with one thread, one sample at a time.
+    """Smooth, quantize and save a whole model with one thread, one sample at a time.
 
-    `token_rows`, in any order, take the place of `samples()`.
+    `token_rows`, in any order, take the place of `samples()`, and `model`, whose decoder layers
+    are of the class `layer`, that of the demo.
     """
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -85,7 +90,7 @@ def run_oneshot(
     from llmcompressor.pipelines.cache import IntermediatesCache
 
     torch.set_num_threads(1)
-    model = whole_model("bfloat16", "eager")
+    model = model or whole_model("bfloat16", "eager")
     group = {"targets": ["Linear"], "weights": {**WEIGHTS, "observer": observer}}
     rows = [
         {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)}
@@ -102,7 +107,7 @@ def run_oneshot(
                 QuantizationModifier(config_groups={"group_0": group}, ignore=IGNORE),
             ],
             dataset=Dataset.from_list(rows),
-            sequential_targets=["Qwen3_5DecoderLayer"],
+            sequential_targets=[layer],
             shuffle_calibration_samples=False,
         )
     smoothed = {

@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen3_5ForCausalLM, Qwen3_5TextConfig, set_seed
 
 from carnice_build.backends.autoround import AutoRoundSettings, TunedLayer, tune_layer
-from carnice_build.calibration.driver import Arithmetic, Kind, LayerwiseModel
+from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.models.qwen3_5 import BODY
 
 # The two layers' places in the demo.
-LAYERS: Mapping[Kind, int] = {"linear": 0, "full": 3}
+LAYERS: Mapping[str, int] = {"linear": 0, "full": 3}
 NARROW = ("linear_attn.in_proj_a", "linear_attn.in_proj_b")
 SAMPLES, LENGTH = 6, 64
 # In a batch of all samples the library's choice of the best iteration knows the whole error.
@@ -41,15 +41,15 @@ TEXT_CONFIG = {
 
 
 def tune(
-    kind: Kind,
+    kind: str,
     inputs: Sequence[Tensor],
     quantized_inputs: Sequence[Tensor] | None = None,
     settings: AutoRoundSettings = SETTINGS,
     threads: int = 1,
 ) -> TunedLayer:
     """`tune_layer` of one of the two layers."""
-    tensors = layer_tensors(LAYERS[kind])
-    return tune_layer(kind, TEXT_CONFIG, tensors, inputs, quantized_inputs, settings, threads)
+    runner = LayerDriver(TEXT_CONFIG, kind, Arithmetic(settings.dtype, "sdpa", threads))
+    return tune_layer(runner, layer_tensors(LAYERS[kind]), inputs, quantized_inputs, settings)
 
 
 def tune_both(embedded: Sequence[Tensor], settings: AutoRoundSettings) -> list[TunedLayer]:
@@ -121,9 +121,9 @@ def test_linears_of_16_bits_are_left_alone(embedded: list[Tensor], tuned: list[T
     """The quantized outputs are those of a layer in which only the other linears are replaced."""
     layer = layer_tensors(LAYERS["linear"])
     replaced = {f"{name}.weight": linear.weight for name, linear in tuned[0].linears.items()}
-    model = LayerwiseModel(TEXT_CONFIG, Arithmetic("bfloat16", "sdpa", threads=1))
+    runner = LayerDriver(TEXT_CONFIG, "linear", Arithmetic("bfloat16", "sdpa", threads=1))
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = model.run(model.layer("linear", layer | replaced), torch.cat(embedded))
+        outputs = runner.run(runner.layer(layer | replaced), torch.cat(embedded))
 
     matrices = {name for name, tensor in layer.items() if tensor.ndim == 2}
     assert {f"{name}.weight" for name in NARROW} == matrices - replaced.keys()

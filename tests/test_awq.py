@@ -8,24 +8,41 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_model import CONFIG, KINDS, layer_tensors, weights, whole_model
+from demo_model import ARCHITECTURE, CONFIG, KINDS, layer_tensors, weights, whole_model
 from oneshot import Reference, run_oneshot, samples
 from torch import Tensor
 
-from carnice_build.backends.awq import OFFSET_NORMS, AwqSettings, apply_smoothing, smooth_layer
+from carnice_build.backends.awq import AwqSettings, apply_smoothing, offset_norms, smooth_layer
 from carnice_build.backends.compressed import Observer, WeightScheme, quantize_module
-from carnice_build.calibration.driver import Arithmetic, Kind, LayerwiseModel, as_data, as_tensor
+from carnice_build.backends.tensors import as_data, as_tensor
+from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
 from carnice_build.kernels.smoothing import smooth_gain
 from carnice_build.models.qwen3_5 import BODY
-from carnice_build.models.smoothing import HYBRID_MAPPINGS, mappings_of_layer
+from carnice_build.models.smoothing import mappings_of_layer
 
-LIBRARY = AwqSettings()
+LIBRARY = AwqSettings(ARCHITECTURE.smoothing)
 EXACT = replace(LIBRARY, norms="exact")
 FULL = KINDS.index("full")
 
 every_observer = pytest.mark.parametrize("observer", ["mse", "memoryless_minmax"])
+
+
+def driver(kind: str) -> LayerDriver:
+    return LayerDriver(CONFIG, kind, Arithmetic("bfloat16", "eager", threads=1))
+
+
+def smoothed_tensors(
+    layer: int, scales: dict[str, Tensor], settings: AwqSettings
+) -> dict[str, Tensor]:
+    """The tensors of a layer with the scales that were found for it."""
+    norms = [
+        name.removesuffix(".weight")
+        for name in layer_tensors(layer)
+        if ARCHITECTURE.offset_norm(f"{BODY}layers.{layer}.{name}")
+    ]
+    return apply_smoothing(layer_tensors(layer), scales, settings, norms)
 
 
 @dataclass
@@ -53,11 +70,9 @@ def search(
     scratch: Path | None = None,
 ) -> Smoothed:
     """Smooth one layer with a model object of its own."""
-    model = LayerwiseModel(CONFIG, Arithmetic("bfloat16", "eager", threads=1))
     outputs: dict[int, Tensor] = {}
     scales = smooth_layer(
-        model,
-        KINDS[layer],
+        driver(KINDS[layer]),
         layer_tensors(layer),
         quantized(layer),
         inputs,
@@ -128,7 +143,7 @@ def test_smoothed_weights_and_norms_are_those_of_oneshot(
     actual = {
         f"{BODY}layers.{layer}.{name}": tensor
         for layer, smoothed in enumerate(layers)
-        for name, tensor in apply_smoothing(layer_tensors(layer), smoothed.scales, LIBRARY).items()
+        for name, tensor in smoothed_tensors(layer, smoothed.scales, LIBRARY).items()
     }
     expected = {name: by_mse.smoothed[name] for name in actual}
 
@@ -152,7 +167,7 @@ def test_the_folder_of_oneshot_is_made_layer_by_layer(
     }
     actual[f"{BODY}norm.weight"] = as_tensor(final)
     for layer, smoothed in enumerate(layers):
-        tensors = apply_smoothing(layer_tensors(layer), smoothed.scales, LIBRARY)
+        tensors = smoothed_tensors(layer, smoothed.scales, LIBRARY)
         actual |= on_disk(tensors, layer, observer)
 
     assert 220 == len(reference.written)
@@ -172,7 +187,7 @@ def test_the_search_does_not_depend_on_the_observer(
 
 
 @pytest.mark.parametrize("kind", ["linear", "full"])
-def test_mappings_are_those_of_the_library(kind: Kind) -> None:
+def test_mappings_are_those_of_the_library(kind: str) -> None:
     """Our table says of a layer what the library's patterns, made for the whole model, say."""
     from llmcompressor.modifiers.transform.awq.dynamic_mappings import (
         build_hybrid_attention_mappings,
@@ -191,7 +206,7 @@ def test_mappings_are_those_of_the_library(kind: Kind) -> None:
     ]
     actual = [
         ([mapping.smooth], [[name] for name in mapping.balance])
-        for mapping in mappings_of_layer(HYBRID_MAPPINGS, modules, modules)
+        for mapping in mappings_of_layer(ARCHITECTURE.smoothing, modules, modules)
     ]
 
     assert expected == actual
@@ -204,13 +219,16 @@ def _matched(pattern: str, path: str, modules: list[str]) -> list[str]:
 
 
 def test_offset_norms_are_those_that_the_library_converts() -> None:
-    """Our list names the norms of a layer for which the library holds 1 + w."""
-    model = LayerwiseModel(CONFIG, Arithmetic("bfloat16", "eager", threads=1))
-    layer = model.layer("full", layer_tensors(FULL))
+    """Our table names the norms of a layer for which the library holds 1 + w."""
+    for index, kind in enumerate(KINDS):
+        layer = driver(kind).layer(layer_tensors(index))
+        prefix = ARCHITECTURE.layer_prefix(index)
 
-    assert sorted(OFFSET_NORMS) == sorted(
-        name for name, module in layer.named_modules() if type(module).__name__ == "Qwen3_5RMSNorm"
-    )
+        assert offset_norms(layer) == [
+            name
+            for name, module in layer.named_modules()
+            if ARCHITECTURE.offset_norm(f"{prefix}{name}.weight")
+        ]
 
 
 def test_a_layer_can_be_resumed_from_saved_hidden_states(
@@ -261,8 +279,8 @@ def test_samples_are_read_twice_in_order(layers: list[Smoothed], settings: AwqSe
 def test_exact_norms_change_only_what_is_smoothed() -> None:
     """Without the library's rounding, norms that nothing smooths keep their bits."""
     *_, smoothed = walk(EXACT, FULL + 1)
-    result = apply_smoothing(layer_tensors(FULL), smoothed.scales, EXACT)
-    rounded = apply_smoothing(layer_tensors(FULL), smoothed.scales, LIBRARY)
+    result = smoothed_tensors(FULL, smoothed.scales, EXACT)
+    rounded = smoothed_tensors(FULL, smoothed.scales, LIBRARY)
 
     untouched = {f"self_attn.{norm}_norm.weight" for norm in "qk"}
     assert untouched == {
@@ -275,8 +293,8 @@ def test_exact_norms_change_only_what_is_smoothed() -> None:
 def test_exact_norms_hand_on_what_the_layer_on_disk_computes(layers: list[Smoothed]) -> None:
     """The next layer's inputs are the outputs of the layer that is written, unquantized."""
     smoothed = search(FULL, layers[FULL].inputs, EXACT)
-    model = LayerwiseModel(CONFIG, Arithmetic("bfloat16", "eager", threads=1))
-    layer = model.layer("full", apply_smoothing(layer_tensors(FULL), smoothed.scales, EXACT))
+    model = driver("full")
+    layer = model.layer(smoothed_tensors(FULL, smoothed.scales, EXACT))
 
     assert all(
         torch.equal(model.run(layer, hidden), output)
@@ -297,11 +315,11 @@ def test_a_search_leaves_its_tensors_alone_and_prints_nothing(
 
 def test_a_layer_without_quantized_linears_is_passed_through(layers: list[Smoothed]) -> None:
     """Nothing to quantize, nothing to smooth: no scales, and the outputs all the same."""
-    model = LayerwiseModel(CONFIG, Arithmetic("bfloat16", "eager", threads=1))
-    layer = model.layer("linear", layer_tensors(0))
+    model = driver("linear")
+    layer = model.layer(layer_tensors(0))
     outputs: dict[int, Tensor] = {}
     inputs = layers[0].inputs
-    scales = smooth_layer(model, "linear", layer_tensors(0), [], inputs, EXACT, outputs.__setitem__)
+    scales = smooth_layer(model, layer_tensors(0), [], inputs, EXACT, outputs.__setitem__)
 
     assert {} == scales
     assert all(

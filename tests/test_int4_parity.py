@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from carnice_build.backends.autoround import AutoRoundSettings, tune_layer
-from carnice_build.calibration.driver import Kind
+from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.tokenizing import tokenize
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
@@ -299,7 +299,7 @@ KNOBS = (
 # In a batch of all samples the library's choice of the best iteration knows the whole error.
 SETTINGS = AutoRoundSettings(iters=8, lr=0.03, batch_size=SAMPLES)
 NARROW = dict.fromkeys(("linear_attn.in_proj_a", "linear_attn.in_proj_b"), 16)
-KINDS: Sequence[Kind] = ("linear", "full")
+KINDS: Sequence[str] = ("linear", "full")
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +333,8 @@ def test_autoround_gives_what_the_library_gives_block_by_block(tuned: Path) -> N
         weights = {n.removeprefix(prefix): t for n, t in source.items() if n.startswith(prefix)}
         bits = NARROW if kind == "linear" else {}
         settings = AutoRoundSettings(**{**vars(SETTINGS), "layer_bits": bits})
-        layer = tune_layer(kind, config, weights, given, effective, settings, threads=1)
+        runner = LayerDriver(config, kind, Arithmetic(settings.dtype, "sdpa", threads=1))
+        layer = tune_layer(runner, weights, given, effective, settings)
         given, effective = layer.outputs, layer.quantized_outputs
         losses.append([layer.nearest_loss, layer.loss])
         for name, linear in layer.linears.items():

@@ -8,17 +8,12 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pytest
 import torch
-from demo_model import CONFIG, KINDS, layer_tensors, sample, weights, whole_model
+from demo_model import CONFIG, KINDS, layer_tensors, sample, source, weights, whole_model
 from torch import Tensor
 
-from carnice_build.calibration.driver import (
-    Arithmetic,
-    LayerwiseModel,
-    NonFiniteInput,
-    as_data,
-    as_tensor,
-    input_amax,
-)
+from carnice_build.backends.tensors import as_data, as_tensor
+from carnice_build.calibration.driver import Arithmetic, LayerDriver, NonFiniteInput, input_amax
+from carnice_build.calibration.text_model import OpenModel
 from carnice_build.graph import TensorData
 from carnice_build.models.qwen3_5 import BODY
 
@@ -31,20 +26,24 @@ every_arithmetic = pytest.mark.parametrize(
 )
 
 
-def layerwise(dtype: str, attention: str) -> LayerwiseModel:
-    return LayerwiseModel(CONFIG, Arithmetic(dtype, attention, threads=1))
+def layerwise(dtype: str, attention: str) -> OpenModel:
+    return OpenModel(source(), Arithmetic(dtype, attention, threads=1))
 
 
-def embedded(model: LayerwiseModel, tokens: Tensor) -> Tensor:
-    return model.embed(weights()[f"{BODY}embed_tokens.weight"][tokens])
+def driver(kind: str) -> LayerDriver:
+    return LayerDriver(CONFIG, kind, Arithmetic("bfloat16", "sdpa", threads=1))
 
 
-def hidden_states(model: LayerwiseModel, tokens: Tensor) -> Iterator[Tensor]:
+def embedded(tokens: Tensor) -> Tensor:
+    return weights()[f"{BODY}embed_tokens.weight"][tokens][None]
+
+
+def hidden_states(model: OpenModel, tokens: Tensor) -> Iterator[Tensor]:
     """The input of every layer, then the last one's output."""
-    hidden = embedded(model, tokens)
+    (hidden,) = model.embedded([tokens])
     yield hidden
-    for index, kind in enumerate(KINDS):
-        hidden = model.run(model.layer(kind, layer_tensors(index)), hidden)
+    for index in range(len(KINDS)):
+        hidden = model.layer(index)(hidden)
         yield hidden
 
 
@@ -53,7 +52,7 @@ def test_hidden_states_and_logits_are_those_of_the_whole_model(dtype: str, atten
     """Every hidden state and every logit has the bits that transformers' model gives."""
     model = layerwise(dtype, attention)
     whole = whole_model(dtype, attention)
-    norm = model.final_norm(weights()[f"{BODY}norm.weight"])
+    ending = model.ending()
     for tokens in SAMPLES:
         with torch.no_grad():
             expected = whole(tokens[None], use_cache=False, output_hidden_states=True)
@@ -61,10 +60,11 @@ def test_hidden_states_and_logits_are_those_of_the_whole_model(dtype: str, atten
         *inputs, last = hidden_states(model, tokens)
 
         # transformers reports the last state after the final norm.
-        for theirs, ours in zip(expected.hidden_states, [*inputs, norm(last)], strict=True):
+        for theirs, ours in zip(
+            expected.hidden_states, [*inputs, ending.states(last)], strict=True
+        ):
             assert torch.equal(theirs, ours)
-        head = weights()["lm_head.weight"]
-        assert torch.equal(expected.logits, model.logits(norm, head, last))
+        assert torch.equal(expected.logits, ending.scores(ending.states(last)))
 
 
 @every_arithmetic
@@ -82,14 +82,14 @@ def test_no_position_sees_a_later_one(dtype: str, attention: str) -> None:
 
 def test_a_layer_takes_exactly_its_own_tensors() -> None:
     """A tensor too few or too many is refused, and named."""
-    model = layerwise("bfloat16", "sdpa")
+    layers = driver("linear")
     tensors = layer_tensors(0)
     lacking = {name: tensor for name, tensor in tensors.items() if name != "mlp.up_proj.weight"}
 
     with pytest.raises(RuntimeError, match=r"mlp\.up_proj\.weight"):
-        model.layer("linear", lacking)
+        layers.layer(lacking)
     with pytest.raises(RuntimeError, match=r"extra\.weight"):
-        model.layer("linear", {**tensors, "extra.weight": torch.ones(1)})
+        layers.layer({**tensors, "extra.weight": torch.ones(1)})
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +115,13 @@ def modelopt_amax() -> Mapping[str, float]:
 
 def test_input_amax_is_what_modelopt_calibrates(modelopt_amax: Mapping[str, float]) -> None:
     """The largest input of every linear that modelopt's NVFP4 enables has modelopt's bits."""
-    model = layerwise("bfloat16", "sdpa")
+    drivers = {kind: driver(kind) for kind in KINDS}
     found = {}
-    hidden = [embedded(model, tokens) for tokens in SAMPLES]
+    hidden = [embedded(tokens) for tokens in SAMPLES]
     for index, kind in enumerate(KINDS):
-        layer = model.layer(kind, layer_tensors(index))
+        layer = drivers[kind].layer(layer_tensors(index))
         with input_amax(layer) as amax:
-            hidden = [model.run(layer, sample) for sample in hidden]
+            hidden = [drivers[kind].run(layer, sample) for sample in hidden]
         found |= {f"{index}.{name}": value for name, value in amax.items()}
 
     assert 50 == len(modelopt_amax)
@@ -130,12 +130,12 @@ def test_input_amax_is_what_modelopt_calibrates(modelopt_amax: Mapping[str, floa
 
 def test_input_amax_leaves_the_layer_as_it_was() -> None:
     """After the context, passes are no longer watched."""
-    model = layerwise("bfloat16", "sdpa")
-    layer = model.layer("linear", layer_tensors(0))
+    layers = driver("linear")
+    layer = layers.layer(layer_tensors(0))
     with input_amax(layer) as amax:
         pass
 
-    model.run(layer, embedded(model, SAMPLES[0]))
+    layers.run(layer, embedded(SAMPLES[0]))
 
     assert {} == amax
 
@@ -143,14 +143,14 @@ def test_input_amax_leaves_the_layer_as_it_was() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_input_amax_names_the_linear_that_meets_a_value_that_is_not_finite(bad: float) -> None:
     """NaN and infinity raise, with the first linear that they reach."""
-    model = layerwise("bfloat16", "sdpa")
+    layers = driver("linear")
     tensors = layer_tensors(0)
     up = tensors["mlp.up_proj.weight"].clone()
     up[3, 5] = bad
-    layer = model.layer("linear", {**tensors, "mlp.up_proj.weight": up})
+    layer = layers.layer({**tensors, "mlp.up_proj.weight": up})
 
     with input_amax(layer), pytest.raises(NonFiniteInput) as raised:
-        model.run(layer, embedded(model, SAMPLES[0]))
+        layers.run(layer, embedded(SAMPLES[0]))
 
     assert "mlp.down_proj" == raised.value.linear
 

@@ -21,7 +21,7 @@ from carnice_build.calibration.driver import Arithmetic
 from carnice_build.calibration.text_model import Continuation, ModelSource, OpenModel, ResidentModel
 from carnice_build.verification.drafting import (
     Acceptance,
-    Drafter,
+    DraftHead,
     accepted_drafts,
     draft,
     measure_acceptance,
@@ -79,8 +79,8 @@ def target() -> ResidentModel:
 
 
 @pytest.fixture(scope="module")
-def drafter() -> Drafter:
-    return Drafter(OpenModel(source(), FLOAT32))
+def drafter() -> DraftHead:
+    return OpenModel(source(), FLOAT32).draft_head()
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_continuation_ends_after_a_token_that_ends_it(
 
 
 def test_drafter_states_are_those_of_a_plain_head(
-    drafter: Drafter, target: ResidentModel, texts: Sequence[Continuation]
+    drafter: DraftHead, target: ResidentModel, texts: Sequence[Continuation]
 ) -> None:
     """With the context of a text, every state and every logit is what the plain module gives."""
     text = texts[0]
@@ -161,7 +161,7 @@ def test_drafter_states_are_those_of_a_plain_head(
 
 
 def test_drafts_from_all_positions_are_those_from_each(
-    drafter: Drafter, target: ResidentModel, texts: Sequence[Continuation]
+    drafter: DraftHead, target: ResidentModel, texts: Sequence[Continuation]
 ) -> None:
     """Drafting from every position at once gives the tokens of a plain loop from each alone."""
     text, head, first, count = texts[1], PlainHead(), 60, 4
@@ -199,7 +199,7 @@ def speculate(whole: Any, prompt: Tensor, count: int, tokens: int) -> tuple[Tens
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_walk_takes_the_steps_of_speculative_decoding(
-    drafter: Drafter,
+    drafter: DraftHead,
     target: ResidentModel,
     whole: Any,
     prompts: Sequence[Tensor],
@@ -239,10 +239,10 @@ def shuffled_head() -> ModelSource:
 
 
 def test_a_trained_head_is_accepted_and_a_shuffled_one_is_not(
-    drafter: Drafter, target: ResidentModel, prompts: Sequence[Tensor]
+    drafter: DraftHead, target: ResidentModel, prompts: Sequence[Tensor]
 ) -> None:
     """Most first drafts of the demo's own head are accepted, hardly any of a shuffled one."""
-    shuffled = Drafter(OpenModel(shuffled_head(), FLOAT32))
+    shuffled = OpenModel(shuffled_head(), FLOAT32).draft_head()
 
     own = measure_acceptance(drafter, target, prompts, tokens=NEW_TOKENS)
     other = measure_acceptance(shuffled, target, prompts, tokens=NEW_TOKENS)
@@ -258,7 +258,7 @@ def test_a_trained_head_is_accepted_and_a_shuffled_one_is_not(
 
 
 def test_texts_that_end_before_a_step_are_refused(
-    drafter: Drafter, target: ResidentModel, prompts: Sequence[Tensor]
+    drafter: DraftHead, target: ResidentModel, prompts: Sequence[Tensor]
 ) -> None:
     """Acceptance without a single whole step is an error, not a figure."""
     with pytest.raises(ValueError, match="3 drafts"):

@@ -157,7 +157,7 @@ def test_the_keep_list_of_0_47_is_that_of_the_installed_modelopt() -> None:
     """Every pattern that NVFP4_DEFAULT_CFG disables is in our list, and no other."""
     import modelopt.torch.quantization as mtq
 
-    from carnice_build.transforms.nvfp4 import KEEP_LISTS
+    from carnice_build.models.kept import KEEP_LISTS
 
     disabled = {
         entry["quantizer_name"]

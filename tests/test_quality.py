@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from demo_model import BASE, CONFIG, below, heldout, source, weights, whole_model
+from demo_model import ARCHITECTURE, BASE, CONFIG, below, heldout, source, weights, whole_model
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from carnice_build.calibration.driver import Arithmetic, LayerwiseModel
+from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.text_model import ModelSource
 from carnice_build.errors import BackendError
 from carnice_build.models.qwen3_5 import BODY
@@ -134,15 +134,15 @@ def test_one_layer_is_in_memory_at_a_time(
     """When a layer is built, the one before it is gone, without the garbage collector's help."""
     alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
     others = []
-    build = LayerwiseModel.layer
+    build = LayerDriver.layer
 
-    def watched(self: LayerwiseModel, *arguments: Any) -> nn.Module:
+    def watched(self: LayerDriver, *arguments: Any) -> nn.Module:
         others.append(len(alive))
         layer = build(self, *arguments)
         alive.add(layer)
         return layer
 
-    monkeypatch.setattr(LayerwiseModel, "layer", watched)
+    monkeypatch.setattr(LayerDriver, "layer", watched)
     gc.disable()
     try:
         measure({"source": source(), "coarse": source(**rounded(5))}, sequences, FLOAT32)
@@ -158,7 +158,7 @@ def test_input_transforms_apply_to_the_linears_they_name(sequences: Sequence[Ten
     weight = f"{module}.weight"
     models = {
         "weight": source(**{weight: 2 * weights()[weight]}),
-        "input": ModelSource(CONFIG, weights().__getitem__, {module: lambda rows: 2 * rows}),
+        "input": ModelSource(ARCHITECTURE, weights().__getitem__, {module: lambda rows: 2 * rows}),
         "plain": source(),
     }
 
@@ -172,7 +172,7 @@ def test_input_transforms_apply_to_the_linears_they_name(sequences: Sequence[Ten
 def test_an_input_transform_for_no_linear_is_refused(sequences: Sequence[Tensor]) -> None:
     """A misspelt module is an error that names the nearest one."""
     misspelt = ModelSource(
-        CONFIG, weights().__getitem__, {f"{BODY}layers.3.mlp.up_prj": lambda rows: rows}
+        ARCHITECTURE, weights().__getitem__, {f"{BODY}layers.3.mlp.up_prj": lambda rows: rows}
     )
 
     with pytest.raises(BackendError, match=r"layers\.3\.mlp\.up_proj"):

@@ -23,7 +23,7 @@ import torch
 from auto_round import AutoRound, QuantizationScheme, RTNConfig, SignRoundConfig
 from torch import Tensor, nn
 
-from carnice_build.calibration.driver import Arithmetic, Kind, LayerwiseModel
+from carnice_build.backends.layer import LayerRunner
 
 # Layers with as many bits are left alone.
 WHOLE = 16
@@ -42,7 +42,7 @@ class AutoRoundSettings:
 
     `iters` 0 rounds to nearest.
     `lr` None means 1 / iters, `minmax_lr` None means `lr`.
-    `layer_bits` gives single linears, by their names in the layer (`linear_attn.in_proj_a`),
+    `layer_bits` gives single linears, by their names in the layer (`mlp.up_proj`),
     other bits than `bits`; 16 leaves them alone.
     `amp` tunes a BF16 layer under autocast, as the library does by default; else all is float32.
     """
@@ -61,6 +61,11 @@ class AutoRoundSettings:
     amp: bool = True
     seed: int = 42
     layer_bits: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> Literal["bfloat16", "float32"]:
+        """The type of weights and hidden states to tune in."""
+        return "bfloat16" if self.amp else "float32"
 
     def bits_of(self, linear: str) -> int:
         """The bits of one linear of the layer."""
@@ -100,23 +105,23 @@ class TunedLayer:
 
 
 def tune_layer(
-    kind: Kind,
-    text_config: Mapping[str, Any],
+    runner: LayerRunner,
     tensors: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
     quantized_inputs: Sequence[Tensor] | None,
     settings: AutoRoundSettings,
-    threads: int,
 ) -> TunedLayer:
     """Quantize the linears of a layer so that its outputs stay as they are on these samples.
 
+    `runner` computes in the `dtype` of the settings, under sdpa.
     `tensors` are the layer's, named as in `mlp.up_proj.weight`; they are not changed.
     `inputs` are hidden states [1, length, hidden], one for each sample, as the full-precision
     layers before this one make them; `quantized_inputs` are those of the quantized ones, None
     for the first layer, where they are the same.
     The result depends on nothing that ran before, so a run that stops after layer k goes on from
     the two outputs of that layer, with the bits of one that never stopped.
-    `threads` was not seen to matter, but torch does not promise that: it belongs into a key.
+    The number of threads was not seen to matter, but torch does not promise that: it belongs into
+    a key.
 
     Differs from `AutoRound(...).quantize()` of a whole model in two things: every layer draws its
     batches from `seed` anew, and the last token of each sample counts in the loss.
@@ -126,25 +131,23 @@ def tune_layer(
     are to share a batch, and when an output is NaN or infinite.
     """
     _check_lengths(inputs, settings)
-    arithmetic = Arithmetic("bfloat16" if settings.amp else "float32", "sdpa", threads)
-    model = LayerwiseModel(text_config, arithmetic)
-    inputs = [sample.to(arithmetic.torch_dtype) for sample in inputs]
+    inputs = [sample.to(runner.dtype) for sample in inputs]
     effective = inputs if quantized_inputs is None else list(quantized_inputs)
-    outputs = run_in_batches(model, model.layer(kind, tensors), inputs, settings)
+    outputs = run_in_batches(runner, runner.layer(tensors), inputs, settings)
 
-    layer = _quantizable_layer(model, kind, tensors, settings)
-    _round_to_nearest(layer, model, settings)
-    nearest_outputs = run_in_batches(model, layer, effective, settings)
+    layer = _quantizable_layer(runner, tensors, settings)
+    _round_to_nearest(layer, runner, settings)
+    nearest_outputs = run_in_batches(runner, layer, effective, settings)
     nearest_loss = _mean_squared_error(nearest_outputs, outputs)
     if not math.isfinite(nearest_loss):
         # The library would find no best iteration and return what it began with.
-        raise ValueError(f"outputs of a {kind} layer are NaN or infinite on these samples")
+        raise ValueError(f"outputs of a {runner.kind} layer are NaN or infinite on these samples")
     if not settings.iters:
         linears = _quantized_linears(layer, settings)
         return TunedLayer(linears, outputs, nearest_outputs, nearest_loss, nearest_loss)
 
-    layer = _quantizable_layer(model, kind, tensors, settings)
-    tuned_outputs = _tune(layer, model, inputs, quantized_inputs, outputs, settings)
+    layer = _quantizable_layer(runner, tensors, settings)
+    tuned_outputs = _tune(layer, runner, inputs, quantized_inputs, outputs, settings)
     loss = _mean_squared_error(tuned_outputs, outputs)
     linears = _quantized_linears(layer, settings)
     return TunedLayer(linears, outputs, tuned_outputs, nearest_loss, loss)
@@ -162,14 +165,16 @@ def _check_lengths(inputs: Sequence[Tensor], settings: AutoRoundSettings) -> Non
 
 
 def _quantizable_layer(
-    model: LayerwiseModel, kind: Kind, tensors: Mapping[str, Tensor], settings: AutoRoundSettings
+    runner: LayerRunner, tensors: Mapping[str, Tensor], settings: AutoRoundSettings
 ) -> nn.Module:
     """A layer whose weights may be overwritten, as the library does."""
-    layer = model.layer(kind, {name: tensor.clone() for name, tensor in tensors.items()})
+    layer = runner.layer({name: tensor.clone() for name, tensor in tensors.items()})
     linears = dict(_linears(layer))
     unknown = sorted(settings.layer_bits.keys() - linears.keys())
     if unknown:
-        raise ValueError(f"layer_bits names {', '.join(unknown)}, no linear of a {kind} layer")
+        raise ValueError(
+            f"layer_bits names {', '.join(unknown)}, no linear of a {runner.kind} layer"
+        )
     odd = [
         name
         for name, linear in linears.items()
@@ -191,16 +196,16 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 @torch.no_grad()
 def run_in_batches(
-    model: LayerwiseModel, layer: nn.Module, inputs: Sequence[Tensor], settings: AutoRoundSettings
+    runner: LayerRunner, layer: nn.Module, inputs: Sequence[Tensor], settings: AutoRoundSettings
 ) -> list[Tensor]:
     """The layer's outputs in the batches and with the arithmetic in which the library tunes."""
     size = settings.batch_size
-    device = torch.device(model.arithmetic.device).type
+    device = torch.device(runner.device).type
     outputs: list[Tensor] = []
     with torch.autocast(device, torch.bfloat16, enabled=settings.amp):
         for first in range(0, len(inputs), size):
             batch = torch.cat(list(inputs[first : first + size]))
-            outputs += torch.split(model.run(layer, batch), 1)
+            outputs += torch.split(runner.run(layer, batch), 1)
     return outputs
 
 
@@ -210,16 +215,16 @@ def _mean_squared_error(outputs: Sequence[Tensor], references: Sequence[Tensor])
     return squares / sum(output.numel() for output in outputs)
 
 
-def _round_to_nearest(layer: nn.Module, model: LayerwiseModel, settings: AutoRoundSettings) -> None:
+def _round_to_nearest(layer: nn.Module, runner: LayerRunner, settings: AutoRoundSettings) -> None:
     # A module, not a folder's name, is what keeps the library off its "model-free" path, which
     # would quantize more than it was asked to.
-    with _library(layer, model, RTNConfig(disable_opt_rtn=True), settings, samples=1) as library:
+    with _library(layer, runner, RTNConfig(disable_opt_rtn=True), settings, samples=1) as library:
         library.quantize_block(layer, inputs=None)
 
 
 def _tune(
     layer: nn.Module,
-    model: LayerwiseModel,
+    runner: LayerRunner,
     inputs: Sequence[Tensor],
     quantized_inputs: Sequence[Tensor] | None,
     references: Sequence[Tensor],
@@ -234,9 +239,9 @@ def _tune(
         gradient_accumulate_steps=settings.gradient_accumulate_steps,
         not_use_best_mse=settings.not_use_best_mse,
     )
-    calls = [(((sample,), _arguments(model, sample)),) for sample in inputs]
+    calls = [(((sample,), runner.arguments(sample)),) for sample in inputs]
     with (
-        _library(layer, model, config, settings, samples=len(inputs)) as library,
+        _library(layer, runner, config, settings, samples=len(inputs)) as library,
         torch.enable_grad(),
     ):
         # The library empties the lists that it is given.
@@ -244,23 +249,17 @@ def _tune(
             layer,
             inputs=calls,
             q_input=None if quantized_inputs is None else list(quantized_inputs),
-            device=model.arithmetic.device,
+            device=runner.device,
             reference_output=list(references),
         )
     result: list[Tensor] = outputs
     return result
 
 
-def _arguments(model: LayerwiseModel, sample: Tensor) -> dict[str, Any]:
-    """What the layer is called with beside its input; sdpa without a mask is causal."""
-    positions = torch.arange(sample.shape[1], device=sample.device).unsqueeze(0)
-    return {"position_embeddings": model.rotary(sample, positions), "attention_mask": None}
-
-
 @contextmanager
 def _library(
     layer: nn.Module,
-    model: LayerwiseModel,
+    runner: LayerRunner,
     config: RTNConfig | SignRoundConfig,
     settings: AutoRoundSettings,
     samples: int,
@@ -277,7 +276,7 @@ def _library(
         with TemporaryDirectory(prefix="auto-round-") as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             library = AutoRound(
-                _wrapped(layer, model, folder),
+                _wrapped(layer, runner, folder),
                 tokenizer="",
                 scheme=QuantizationScheme(
                     bits=settings.bits,
@@ -295,7 +294,7 @@ def _library(
                 scale_dtype=settings.scale_dtype,
                 amp=settings.amp,
                 seed=settings.seed,
-                device_map=model.arithmetic.device,
+                device_map=runner.device,
                 enable_torch_compile=False,
                 low_cpu_mem_usage=False,
                 trust_remote_code=False,
@@ -310,7 +309,7 @@ def _library(
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
-def _wrapped(layer: nn.Module, model: LayerwiseModel, folder: str) -> Any:
+def _wrapped(layer: nn.Module, runner: LayerRunner, folder: str) -> Any:
     """The least model that the library accepts.
 
     It looks for a config in the folder of that name, and in the current one when there is none,
@@ -319,10 +318,10 @@ def _wrapped(layer: nn.Module, model: LayerwiseModel, folder: str) -> Any:
     wrapper: Any = nn.Module()
     wrapper.model = nn.Module()
     wrapper.model.layers = nn.ModuleList([layer])
-    model.config.save_pretrained(folder)
+    runner.config.save_pretrained(folder)
     wrapper.name_or_path = folder
-    wrapper.config = model.config
-    wrapper.dtype = model.arithmetic.torch_dtype
+    wrapper.config = runner.config
+    wrapper.dtype = runner.dtype
     return wrapper
 
 

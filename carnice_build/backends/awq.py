@@ -19,8 +19,9 @@ from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import numpy as np
+from compressed_tensors.registry import standardize_lookup_name
 from llmcompressor.core import LifecycleCallbacks, create_session
-from llmcompressor.modeling.offset_norm import norm_calibration_context
+from llmcompressor.modeling.offset_norm import NormCalibrationModule, norm_calibration_context
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
@@ -31,23 +32,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from carnice_build.backends.compressed import WeightScheme, quiet
-from carnice_build.calibration.driver import Kind, LayerwiseModel, as_data, as_tensor
+from carnice_build.backends.layer import LayerRunner
+from carnice_build.backends.tensors import as_data, as_tensor
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
 from carnice_build.kernels import smoothing
-from carnice_build.models.smoothing import (
-    HYBRID_MAPPINGS,
-    SmoothingMapping,
-    mappings_of_layer,
-)
-
-OFFSET_NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "self_attn.q_norm",
-    "self_attn.k_norm",
-)
-"""The norms of a layer that store w for a gain of 1 + w."""
+from carnice_build.models.base import SmoothingMapping
+from carnice_build.models.smoothing import mappings_of_layer
 
 Keep = Callable[[Tensor], Tensor]
 
@@ -60,16 +51,15 @@ class AwqSettings:
     which alters most norms a little, or in float32, which leaves alone what is not smoothed.
     """
 
+    mappings: tuple[SmoothingMapping, ...]
     scheme: WeightScheme = field(default_factory=WeightScheme)
-    mappings: tuple[SmoothingMapping, ...] = HYBRID_MAPPINGS
     n_grid: int = 20
     duo_scaling: bool | Literal["both"] = True
     norms: Literal["library", "exact"] = "library"
 
 
 def smooth_layer(
-    model: LayerwiseModel,
-    kind: Kind,
+    runner: LayerRunner,
     tensors: Mapping[str, Tensor],
     quantized: Collection[str],
     inputs: Sequence[Tensor],
@@ -94,37 +84,54 @@ def smooth_layer(
     """
     # A layer that the library has hooked is held by reference cycles: let the last one go first.
     gc.collect()
-    layer: Any = model.layer(kind, {name: tensor.clone() for name, tensor in tensors.items()})
+    layer: Any = runner.layer({name: tensor.clone() for name, tensor in tensors.items()})
     # The library asks its model for a config, and passes it on unread.
-    layer.config = model.config
+    layer.config = runner.config
     modules = dict(layer.named_modules())
     mappings = list(mappings_of_layer(settings.mappings, modules, quantized))
+    norms = offset_norms(layer)
     if settings.norms == "exact":
-        for name in OFFSET_NORMS:
-            if name in modules:
-                modules[name].float()
+        for name in norms:
+            modules[name].float()
     search = _Search.of(mappings, settings, _kept_in(scratch) if scratch else _kept_as_is)
     with quiet(), _calibrating(layer, [search, _quantizer(settings.scheme, quantized)]):
         for hidden in inputs:
-            model.run(layer, hidden)
+            runner.run(layer, hidden)
         LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
         _check_all_found(mappings, search.scales)
         if settings.norms == "library":
             with HooksMixin.disable_hooks():
-                _put_outputs(model, layer, inputs, put_output)
+                _put_outputs(runner, layer, inputs, put_output)
     if settings.norms == "exact":
         del layer
-        smoothed = apply_smoothing(tensors, search.scales, settings)
-        _put_outputs(model, model.layer(kind, smoothed), inputs, put_output)
+        smoothed = apply_smoothing(tensors, search.scales, settings, norms)
+        _put_outputs(runner, runner.layer(smoothed), inputs, put_output)
     return search.scales
 
 
+def offset_norms(layer: nn.Module) -> list[str]:
+    """The norms of a layer that store w for a gain of 1 + w, as far as the library knows."""
+    known = {
+        *NormCalibrationModule.registered_names(),
+        *NormCalibrationModule.registered_aliases(),
+    }
+    return [
+        name
+        for name, module in layer.named_modules()
+        if standardize_lookup_name(type(module).__name__) in known
+    ]
+
+
 def apply_smoothing(
-    tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor], settings: AwqSettings
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    settings: AwqSettings,
+    norms: Collection[str],
 ) -> dict[str, Tensor]:
     """A layer's tensors smoothed, as they end on disk but for quantization.
 
-    Given what `smooth_layer` was given and returned, by elementwise operations alone.
+    Given what `smooth_layer` was given and returned, by elementwise operations alone; `norms` are
+    the layer's `offset_norms`.
     """
     result = dict(tensors)
     for mapping in settings.mappings:
@@ -133,12 +140,11 @@ def apply_smoothing(
             vector = scales[mapping.smooth].numpy()
             for name in mapping.balance:
                 _rewrite(result, name, smoothing.multiply_columns, vector)
-            if mapping.smooth not in OFFSET_NORMS:
+            if mapping.smooth not in norms:
                 _rewrite(result, mapping.smooth, smoothing.divide_rows, vector)
-    for name in OFFSET_NORMS:
-        if f"{name}.weight" in tensors:
-            divisor = scales[name].numpy() if name in scales else None
-            _rewrite(result, name, smoothing.smooth_gain, divisor, settings.norms == "exact")
+    for name in norms:
+        divisor = scales[name].numpy() if name in scales else None
+        _rewrite(result, name, smoothing.smooth_gain, divisor, settings.norms == "exact")
     return result
 
 
@@ -245,13 +251,13 @@ def _check_all_found(mappings: Iterable[SmoothingMapping], scales: Mapping[str, 
 
 
 def _put_outputs(
-    model: LayerwiseModel,
+    runner: LayerRunner,
     layer: nn.Module,
     inputs: Iterable[Tensor],
     put_output: Callable[[int, Tensor], None],
 ) -> None:
     for index, hidden in enumerate(inputs):
-        put_output(index, model.run(layer, hidden))
+        put_output(index, runner.run(layer, hidden))
 
 
 def _rewrite(

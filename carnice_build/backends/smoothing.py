@@ -10,10 +10,11 @@ from torch import Tensor
 
 from carnice_build.backends.awq import AwqSettings, smooth_layer
 from carnice_build.backends.compressed import WeightScheme
-from carnice_build.calibration.driver import Arithmetic, LayerwiseModel, as_data
+from carnice_build.backends.tensors import as_data
+from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.layer_files import HiddenStates, layer_tensors
 from carnice_build.checkpoint.tensor_file import TensorFile
-from carnice_build.models.smoothing import SmoothingMapping
+from carnice_build.models.base import SmoothingMapping
 
 
 def smooth(
@@ -43,8 +44,7 @@ def smooth(
         progress()
 
     scales = smooth_layer(
-        LayerwiseModel(params["config"], arithmetic),
-        params["kind"],
+        LayerDriver(params["config"], params["kind"], arithmetic),
         layer_tensors(params, weights),
         params["quantized"],
         HiddenStates(hidden, samples),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from carnice_build.backends.autoround import (
     run_in_batches,
     tune_layer,
 )
-from carnice_build.calibration.driver import Arithmetic, LayerwiseModel, as_data
+from carnice_build.backends.tensors import as_data
+from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.layer_files import HiddenStates, layer_name, layer_tensors
 from carnice_build.checkpoint.dtypes import NUMPY_NAME
 from carnice_build.checkpoint.tensor_file import TensorFile
@@ -36,15 +37,7 @@ def tune(
     inputs, quantized = (list(HiddenStates(file, samples)) for file in hidden)
     settings = AutoRoundSettings(**params["settings"])
     try:
-        tuned = tune_layer(
-            params["kind"],
-            params["config"],
-            tensors,
-            inputs,
-            quantized,
-            settings,
-            params["threads"],
-        )
+        tuned = tune_layer(_driver(params, settings), tensors, inputs, quantized, settings)
     except ValueError as error:
         raise CheckpointError(f"{layer_name(params, weights)}: {error}") from None
     outputs[0].write(np.array([tuned.nearest_loss, tuned.loss], np.float32))
@@ -64,19 +57,23 @@ def advance(
 ) -> None:
     """Run samples through a layer as it was and as it is packed; see `transforms.tune.Advance`."""
     settings = AutoRoundSettings(amp=params["amp"], batch_size=params["batch_size"])
-    dtype: Literal["bfloat16", "float32"] = "bfloat16" if settings.amp else "float32"
-    model = LayerwiseModel(params["config"], Arithmetic(dtype, "sdpa", params["threads"]))
+    driver = _driver(params, settings)
     given = layer_tensors(params, weights)
     quantized = {
         f"{name}.weight": _dequantized(packed[3 * index : 3 * index + 3])
         for index, name in enumerate(params["linears"])
     }
     for source, target, changed in zip(hidden, outputs, ({}, quantized), strict=True):
-        layer = model.layer(params["kind"], given | changed)
+        layer = driver.layer(given | changed)
         states = list(HiddenStates(source, samples))
-        for index, state in enumerate(run_in_batches(model, layer, states, settings)):
+        for index, state in enumerate(run_in_batches(driver, layer, states, settings)):
             target.write_row(index, as_data(state[0]).array)
         progress()
+
+
+def _driver(params: Mapping[str, Any], settings: AutoRoundSettings) -> LayerDriver:
+    arithmetic = Arithmetic(settings.dtype, "sdpa", params["threads"])
+    return LayerDriver(params["config"], params["kind"], arithmetic)
 
 
 def _dequantized(files: Sequence[TensorFile]) -> Tensor:

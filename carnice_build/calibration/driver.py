@@ -1,8 +1,10 @@
-"""A Qwen3.5 text model in torch, one decoder layer at a time, as transformers computes it.
+"""A decoder layer of any text model of transformers, run as its whole model would run it.
 
-Hidden states and logits have the bits that the whole `transformers` model gives for one sample
-without padding, at the same arithmetic.  Holds no more than the tensors it is given: the caller
-gathers rows of the embedding, builds a layer, runs its samples through it and drops it.
+transformers builds the model without weights, with one decoder layer; a stand-in for the layer
+learns from one pass what the model calls it with: masks, positions and what else there is.
+So hidden states have the bits that the whole model gives for one sample without padding, at the
+same arithmetic, while no more is held than the tensors of one layer: the caller gathers rows of
+the embedding, makes a layer, runs its samples through it and drops it.
 Needs the `torch` extra; to be imported in worker processes alone.
 """
 
@@ -10,40 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import DynamicCache, Qwen3_5TextConfig
-from transformers.masking_utils import create_causal_mask
-from transformers.models.qwen3_5.modeling_qwen3_5 import (
-    Qwen3_5DecoderLayer,
-    Qwen3_5RMSNorm,
-    Qwen3_5TextRotaryEmbedding,
-)
-
-from carnice_build.checkpoint.dtypes import NUMPY_NAME
-from carnice_build.graph import TensorData
-
-Kind = Literal["linear", "full"]
-
-_TORCH_DTYPE = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-}
-_SAFETENSORS_DTYPE = {dtype: name for name, dtype in _TORCH_DTYPE.items()}
-_KINDS: Mapping[Kind, str] = {"linear": "linear_attention", "full": "full_attention"}
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 
 class NonFiniteInput(Exception):
@@ -68,120 +44,109 @@ class Arithmetic:
         """The type of weights and hidden states."""
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]
 
+    def place(self, tensor: Tensor) -> Tensor:
+        """`tensor` in the arithmetic's type and on its device; the same one if it is there."""
+        return tensor.to(self.device, self.torch_dtype)
 
-def as_tensor(data: TensorData) -> Tensor:
-    """The tensor over the memory of `data`, whose array must be writable; nothing is copied."""
-    return torch.from_numpy(data.array).view(_TORCH_DTYPE[data.dtype])
+    def fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Give `module`, ready for use, its tensors by their names in it.
 
-
-def as_data(tensor: Tensor) -> TensorData:
-    """The numpy side of a tensor; shares its memory when that is on the CPU and contiguous."""
-    dtype = _SAFETENSORS_DTYPE[tensor.dtype]
-    carried = tensor.detach().cpu().contiguous().view(getattr(torch, NUMPY_NAME[dtype]))
-    return TensorData(dtype, carried.numpy())
-
-
-@dataclass
-class Past:
-    """What one layer remembers of the `length` positions that it has seen; see `start_past`."""
-
-    cache: DynamicCache
-    length: int = 0
+        RuntimeError, which names them, when one is missing, left over or of another shape.
+        """
+        placed = {name: self.place(tensor) for name, tensor in tensors.items()}
+        module.load_state_dict(placed, strict=True, assign=True)
+        return module.requires_grad_(False).eval()
 
 
-class LayerwiseModel:
-    """The parts of one text model, whose layers are of `kinds`.
+def skeleton(text_config: Mapping[str, Any], arithmetic: Arithmetic) -> Any:
+    """transformers' causal language model of a checkpoint's `text_config`, without its weights.
+
+    What no checkpoint holds, as the frequencies of rotary embeddings, is there.
+    Sets the threads of this process's torch.
+    """
+    torch.set_num_threads(arithmetic.threads)
+    config_class = CONFIG_MAPPING[text_config["model_type"]]
+    config = config_class(**text_config)
+    # None would mean eager, which without a mask is silently not causal.
+    config._attn_implementation = arithmetic.attention
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    with torch.device("meta"):
+        model = model_class(config)
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            module.to_empty(device=arithmetic.device, recurse=False)
+            model._init_weights(module)
+    return model.requires_grad_(False).eval()
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The list of the model's decoder layers."""
+    classes = model._no_split_modules or ()
+    return next(
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ in classes
+    )
+
+
+class LayerDriver:
+    """Decoder layers of one kind; see `backends.layer.LayerRunner`.
 
     Hidden states are [samples, length, hidden] of the arithmetic's type.
     Samples that run together have one length: there is no padding anywhere.
     """
 
-    def __init__(self, text_config: Mapping[str, Any], arithmetic: Arithmetic) -> None:
-        """Take a checkpoint's `text_config`; sets the threads of this process's torch."""
-        torch.set_num_threads(arithmetic.threads)
+    def __init__(self, text_config: Mapping[str, Any], kind: str, arithmetic: Arithmetic) -> None:
+        """Take a checkpoint's `text_config`; `kind` is as `Architecture.layer_kind` has it."""
+        self.kind = kind
         self.arithmetic = arithmetic
-        kind_of = {theirs: ours for ours, theirs in _KINDS.items()}
-        whole = Qwen3_5TextConfig(**text_config)
-        self.kinds: tuple[Kind, ...] = tuple(kind_of[kind] for kind in whole.layer_types or ())
-        # transformers asks a config by index for a layer's kind: one index for each is enough.
-        two_layers = {"num_hidden_layers": len(_KINDS), "layer_types": list(_KINDS.values())}
-        self.config = Qwen3_5TextConfig(**{**text_config, **two_layers})
-        # None would mean eager, which without a mask is silently not causal.
-        self.config._attn_implementation = arithmetic.attention
-        # Its frequencies are in no checkpoint, so it cannot be made on meta.
-        self._rotary = Qwen3_5TextRotaryEmbedding(self.config).to(arithmetic.device)
+        self.device = arithmetic.device
+        self.dtype = arithmetic.torch_dtype
+        # transformers asks a config by index for a layer's type.
+        layer_type = kind if kind in ALLOWED_LAYER_TYPES else f"{kind}_attention"
+        one_layer = {"num_hidden_layers": 1, "layer_types": [layer_type]}
+        self._model = skeleton({**text_config, **one_layer}, arithmetic)
+        self.config = self._model.config
+        layers = decoder_layers(self._model)
+        self._blank = layers[0]
+        layers[0] = _StandIn()
 
-    def embed(self, rows: Tensor) -> Tensor:
-        """Hidden states [1, length, hidden] of a sample, given its rows of the embedding."""
-        return self.place(rows).unsqueeze(0)
-
-    def layer(self, kind: Kind, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def layer(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A decoder layer with `tensors`, named as in `mlp.up_proj.weight`.
 
         RuntimeError, which names them, when a tensor is missing, left over or of another shape.
         """
-        with torch.device("meta"):
-            layer = Qwen3_5DecoderLayer(self.config, list(_KINDS).index(kind))
-        return self._filled(layer, tensors)
+        return self.arithmetic.fill(deepcopy(self._blank), tensors)
 
-    def final_norm(self, weight: Tensor) -> nn.Module:
-        """The norm behind the last layer, with its stored weight [hidden]; its gain is 1 + w."""
-        with torch.device("meta"):
-            norm = Qwen3_5RMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
-        return self._filled(norm, {"weight": weight})
+    def arguments(self, hidden: Tensor) -> dict[str, Any]:
+        """What the model calls a layer with beside `hidden`, by the names of its parameters."""
+        try:
+            with torch.no_grad():
+                self._model.base_model(inputs_embeds=hidden, use_cache=False)
+        except _Called as call:
+            return call.arguments
+        raise AssertionError("the model never called its layer")
 
     @torch.no_grad()
-    def run(self, layer: nn.Module, hidden: Tensor, past: Past | None = None) -> Tensor:
-        """What `layer` makes of `hidden`, causally.
-
-        Without a `past` of the layer's own, `hidden` begins at position 0.
-        With one, it goes on where the last pass ended, by one position at a time after the first.
-        """
-        start = past.length if past else 0
-        steps = torch.arange(start, start + hidden.shape[1], device=hidden.device)
-        positions = steps.expand(hidden.shape[0], -1)
-        mask = None
-        if layer.block_type == _KINDS["full"]:
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden,
-                attention_mask=None,
-                past_key_values=None,
-                position_ids=positions,
-            )
-        result: Tensor = layer(
-            hidden,
-            position_embeddings=self.rotary(hidden, positions),
-            attention_mask=mask,
-            past_key_values=past.cache if past else None,
-        )
-        if past:
-            past.length += hidden.shape[1]
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """What `layer` makes of `hidden`, which begins at position 0, causally."""
+        result: Tensor = layer(hidden, **self.arguments(hidden))
         return result
 
-    def start_past(self) -> Past:
-        """An empty memory for one layer, of either kind."""
-        return Past(DynamicCache(config=self.config))
 
-    def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for text at `positions` [samples, length], in the type of `hidden`."""
-        # Time, height and width are one and the same for text.
-        cosines, sines = self._rotary(hidden, positions.expand(3, -1, -1))
-        return cosines, sines
+class _Called(Exception):
+    """Ends a pass where a decoder layer would begin."""
 
-    @torch.no_grad()
-    def logits(self, norm: nn.Module, head: Tensor, hidden: Tensor) -> Tensor:
-        """Scores [samples, length, vocabulary] for the next token, in the type of `hidden`."""
-        return functional.linear(norm(hidden), self.place(head))
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
 
-    def _filled(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-        placed = {name: self.place(tensor) for name, tensor in tensors.items()}
-        module.load_state_dict(placed, strict=True, assign=True)
-        return module.requires_grad_(False).eval()
 
-    def place(self, tensor: Tensor) -> Tensor:
-        """`tensor` in the arithmetic's type and on its device; the same one if it is there."""
-        return tensor.to(self.arithmetic.device, self.arithmetic.torch_dtype)
+class _StandIn(nn.Module):
+    """In the place of a decoder layer: tells what it was called with."""
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> NoReturn:
+        raise _Called(arguments)
 
 
 @contextmanager

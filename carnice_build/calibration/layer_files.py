@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from carnice_build.calibration.driver import as_tensor
+from carnice_build.backends.tensors import as_tensor
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.graph import TensorData
 

@@ -7,13 +7,8 @@ from typing import Any
 
 import torch
 
-from carnice_build.calibration.driver import (
-    Arithmetic,
-    LayerwiseModel,
-    NonFiniteInput,
-    as_data,
-    input_amax,
-)
+from carnice_build.backends.tensors import as_data
+from carnice_build.calibration.driver import Arithmetic, LayerDriver, NonFiniteInput, input_amax
 from carnice_build.calibration.layer_files import HiddenStates, layer_name, layer_tensors
 from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BackendError, CheckpointError
@@ -33,11 +28,11 @@ def run_layer(
     Raises CheckpointError when one is NaN or infinity, or when transformers refuses the config;
     BackendError when torch has no such device.
     """
-    model, layer = _load(params, weights)
+    driver, layer = _load(params, weights)
     with input_amax(layer) as amax:
         for index, state in enumerate(HiddenStates(hidden, samples)):
             try:
-                result = model.run(layer, model.place(state))
+                result = driver.run(layer, driver.arithmetic.place(state))
             except NonFiniteInput as error:
                 name = layer_name(params, weights) + error.linear
                 raise CheckpointError(
@@ -51,7 +46,7 @@ def run_layer(
 
 def _load(
     params: Mapping[str, Any], weights: Sequence[TensorFile]
-) -> tuple[LayerwiseModel, torch.nn.Module]:
+) -> tuple[LayerDriver, torch.nn.Module]:
     device = params["device"]
     try:
         torch.empty(0, device=device)
@@ -62,8 +57,8 @@ def _load(
     tensors = layer_tensors(params, weights)
     arithmetic = Arithmetic(params["dtype"], params["attention"], params["threads"], device)
     try:
-        model = LayerwiseModel(params["config"], arithmetic)
-        return model, model.layer(params["kind"], tensors)
+        driver = LayerDriver(params["config"], params["kind"], arithmetic)
+        return driver, driver.layer(tensors)
     except Exception as error:  # transformers raises KeyError and the like for what it cannot use
         raise CheckpointError(
             f"transformers makes no layer of it: {type(error).__name__}: {error}",

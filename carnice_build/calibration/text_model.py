@@ -5,21 +5,19 @@ Needs the `torch` extra; to be imported in worker processes alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from carnice_build.calibration.driver import Arithmetic, LayerwiseModel
+from carnice_build.calibration.driver import Arithmetic, LayerDriver, decoder_layers, skeleton
 from carnice_build.errors import BackendError, nearest
-from carnice_build.models.base import Part, Role
-from carnice_build.models.qwen3_5 import BODY, Qwen35
-
-_EMBEDDING = f"{BODY}embed_tokens.weight"
-_HEAD = "lm_head.weight"
+from carnice_build.models.base import Architecture, Part, Role, TensorFact
 
 InputTransform = Callable[[Tensor], Tensor]
 """From the input of a linear to what the linear shall see, of the same shape and type."""
@@ -33,7 +31,7 @@ class ModelSource:
     `input_transforms` are by the paths of decoder linears (`...layers.0.mlp.up_proj`).
     """
 
-    text_config: Mapping[str, Any]
+    architecture: Architecture
     tensor: Callable[[str], Tensor]
     input_transforms: Mapping[str, InputTransform] = field(default_factory=dict)
 
@@ -43,57 +41,134 @@ class OpenModel:
 
     def __init__(self, source: ModelSource, arithmetic: Arithmetic) -> None:
         """BackendError when an input transform names no linear of a decoder layer."""
-        self.parts = LayerwiseModel(source.text_config, arithmetic)
+        self.architecture = source.architecture
+        self.arithmetic = arithmetic
         self._source = source
-        self._facts = Qwen35(source.text_config, "text_config").tensors
-        linears = [
-            fact.module
-            for fact in self._facts.values()
-            if fact.part is Part.LAYERS and fact.role is Role.LINEAR
-        ]
+        self._drivers: dict[str, LayerDriver] = {}
+        linears = [fact.module for fact in self._facts(Part.LAYERS) if fact.role is Role.LINEAR]
         for module in source.input_transforms:
             if module not in linears:
                 raise BackendError(
                     f"{module} is no linear of a layer", nearest=nearest(module, linears)
                 )
 
-    def embedding(self) -> Tensor:
-        """The embedding table [vocabulary, hidden], as the source has it."""
-        return self._source.tensor(_EMBEDDING)
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens are scored."""
+        return self._table.shape[0]
 
-    def layer(self, index: int) -> nn.Module:
-        """Decoder layer `index`, its inputs transformed as the source says."""
-        prefix = f"{BODY}layers.{index}."
-        layer = self.parts.layer(self.parts.kinds[index], self.below(prefix))
+    def embedded(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        """Hidden states [1, length, hidden] of each of `sequences`, int64 [length]."""
+        table = self._source.tensor(self._table.name)
+        rows = (table[tokens.to(table.device)] for tokens in sequences)
+        return [self.arithmetic.place(row).unsqueeze(0) for row in rows]
+
+    def layer(self, index: int) -> Callable[[Tensor], Tensor]:
+        """Decoder layer `index`, from hidden states to hidden states.
+
+        Its inputs are transformed as the source says.
+        """
+        kind = self.architecture.layer_kind(index)
+        if kind not in self._drivers:
+            text_config = self.architecture.text_config
+            self._drivers[kind] = LayerDriver(text_config, kind, self.arithmetic)
+        prefix = self.architecture.layer_prefix(index)
+        facts = [fact for fact in self._facts(Part.LAYERS) if fact.layer == index]
+        layer = self._drivers[kind].layer(
+            {fact.name.removeprefix(prefix): self._source.tensor(fact.name) for fact in facts}
+        )
         for module, transform in self._source.input_transforms.items():
             if module.startswith(prefix):
-                linear = layer.get_submodule(module.removeprefix(prefix))
-                linear.register_forward_pre_hook(_transforming(transform))
-        return layer
+                _transform(layer.get_submodule(module.removeprefix(prefix)), transform)
+        return partial(self._drivers[kind].run, layer)
 
-    def below(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under `prefix` by the rest of their names."""
-        return {
-            name.removeprefix(prefix): self._source.tensor(name)
-            for name in self._facts
-            if name.startswith(prefix)
-        }
+    def ending(self) -> Ending:
+        """What stands behind the last layer."""
+        model = skeleton(self.architecture.text_config, self.arithmetic)
+        del decoder_layers(model)[:]
+        model.set_input_embeddings(nn.Identity())
+        self.arithmetic.fill(model, self._named(Part.BODY) | self._head(model))
+        return Ending(model)
 
-    def norm(self) -> nn.Module:
-        """The norm behind the last layer."""
-        return self.parts.final_norm(self._source.tensor(f"{BODY}norm.weight"))
+    def whole(self) -> Any:
+        """All of the model as transformers has it, its inputs transformed as the source says."""
+        model = skeleton(self.architecture.text_config, self.arithmetic)
+        parts = (Part.EMBED, Part.LAYERS, Part.BODY)
+        self.arithmetic.fill(model, self._named(*parts) | self._head(model))
+        for module, transform in self._source.input_transforms.items():
+            path = self.architecture.torch_name(f"{module}.weight").removesuffix(".weight")
+            _transform(model.get_submodule(path), transform)
+        return model
 
-    def head(self) -> Tensor:
-        """The matrix [vocabulary, hidden] that scores tokens, ready for use."""
-        name = _HEAD if _HEAD in self._facts else _EMBEDDING
-        return self.parts.place(self._source.tensor(name))
+    def draft_head(self) -> nn.Module:
+        """The head that drafts tokens, as its family computes it."""
+        place, tensor = self.arithmetic.place, self._source.tensor
+        head: nn.Module = self.architecture.draft_head(
+            self.arithmetic.attention,
+            {fact.name: place(tensor(fact.name)) for fact in self._facts(Part.MTP)},
+        )
+        return head.to(self.arithmetic.device)
+
+    @property
+    def _table(self) -> TensorFact:
+        return self._facts(Part.EMBED)[0]
+
+    def _facts(self, *parts: Part) -> list[TensorFact]:
+        return [fact for fact in self.architecture.tensors.values() if fact.part in parts]
+
+    def _named(self, *parts: Part) -> dict[str, Tensor]:
+        """The tensors of some parts by their names in transformers' model."""
+        name = self.architecture.torch_name
+        return {name(fact.name): self._source.tensor(fact.name) for fact in self._facts(*parts)}
+
+    def _head(self, model: Any) -> dict[str, Tensor]:
+        """What scores tokens: a part of its own, or the embedding once more."""
+        found = self._named(Part.HEAD)
+        if found:
+            return found
+        head = model.get_output_embeddings()
+        path = next(path for path, module in model.named_modules() if module is head)
+        return {f"{path}.weight": self._source.tensor(self._table.name)}
 
 
-def _transforming(transform: InputTransform) -> Any:
+def _transform(linear: nn.Module, transform: InputTransform) -> None:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         return transform(inputs[0])
 
-    return hook
+    linear.register_forward_pre_hook(hook)
+
+
+class Ending:
+    """The end of a model, in two pieces.
+
+    The first goes from the body's last layer to the states that tokens are chosen from, the second
+    from them to the choice.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Cut `model` in two, which is of no other use then."""
+        self._body = model.base_model
+        self._model = model
+        setattr(model, model.base_model_prefix, _Given())
+
+    @torch.no_grad()
+    def states(self, hidden: Tensor) -> Tensor:
+        """What the model knows [1, length, hidden], after its final norm."""
+        result: Tensor = self._body(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return result
+
+    @torch.no_grad()
+    def scores(self, states: Tensor) -> Tensor:
+        """Logits [1, length, vocabulary] of states."""
+        result: Tensor = self._model(inputs_embeds=states, use_cache=False).logits
+        return result
+
+
+class _Given(nn.Module):
+    """In the place of a model's body: its states are what it is given."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -117,32 +192,32 @@ class ResidentModel:
 
     def __init__(self, model: OpenModel) -> None:
         """Load everything that a pass through `model` needs."""
-        self.parts = model.parts
-        self._embedding = model.embedding()
-        self._layers = [model.layer(index) for index in range(len(self.parts.kinds))]
-        self._norm = model.norm()
-        self._head = model.head()
+        whole = model.whole()
+        self._config = whole.config
+        self._body = whole.base_model
+        self._device = model.arithmetic.device
+        self._ending = Ending(whole)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Rows [1, length, hidden] of the embedding for `tokens` [length], which is on the CPU."""
-        return self.parts.embed(self._embedding[tokens.to(self._embedding.device)])
+        rows: Tensor = self._body.get_input_embeddings()(tokens.to(self._device)[None])
+        return rows
 
     def scores(self, states: Tensor) -> Tensor:
         """Logits [1, length, vocabulary] of `states` that a norm has gone over."""
-        return functional.linear(states, self._head)
+        return self._ending.scores(states)
 
+    @torch.no_grad()
     def continue_greedily(
         self, prompt: Tensor, count: int, ends: Collection[int] = ()
     ) -> Continuation:
         """Continue `prompt`, int64 [length], by `count` tokens, or up to one of `ends`."""
-        pasts = [self.parts.start_past() for _ in self._layers]
+        past = DynamicCache(config=self._config)
         tokens, states, bad_step = prompt, [], None
         new = prompt
         for step in range(1, count + 1):
-            hidden = self.embed(new)
-            for layer, past in zip(self._layers, pasts, strict=True):
-                hidden = self.parts.run(layer, hidden, past)
-            states.append(self._norm(hidden))
+            passed = self._body(inputs_embeds=self.embed(new), past_key_values=past, use_cache=True)
+            states.append(passed.last_hidden_state)
             logits = self.scores(states[-1][:, -1:])
             if bad_step is None and not logits.isfinite().all():
                 bad_step = step

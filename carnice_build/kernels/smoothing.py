@@ -10,6 +10,8 @@ Source: `AWQModifier._apply_smoothing` and `CalibrationOffsetNorm`.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,9 +34,13 @@ def multiply_columns(weight: Array, dtype: str, scales: NDArray[np.float64], out
 
 
 def divide_rows(weight: Array, dtype: str, scales: NDArray[np.float64], out: Array) -> int:
-    """Write `weight` [rows, columns] over `scales` [rows]; the rest as `multiply_columns`."""
+    """Write `weight` [rows, columns], or a norm's [rows], over `scales` [rows].
+
+    The rest as `multiply_columns`.
+    """
     require("scales", scales, np.float64, weight.shape[:1])
-    return _in_blocks(weight, dtype, scales[:, None], np.divide, out)
+    divisors = scales if weight.ndim == 1 else scales[:, None]
+    return _in_blocks(weight, dtype, divisors, np.divide, out)
 
 
 def smooth_gain(
@@ -73,7 +79,7 @@ def _in_blocks(
     if bad >= 0:
         return bad
     wide_scales = np.broadcast_to(scales, weight.shape)
-    step = max(1, _BLOCK // weight.shape[1])
+    step = max(1, _BLOCK // math.prod(weight.shape[1:]))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         result = operation(widen(weight[rows], dtype), wide_scales[rows], dtype=np.float64)

@@ -1,31 +1,69 @@
-"""One table per model family; `architecture_of` picks it by the config's `model_type`."""
+"""One table per model family, found by the `model_type` of a config.
+
+Packages add theirs through the entry point `carnice_build.families`: its name is the model type,
+its value what makes an `Architecture` of a config and the place that the config is from.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from carnice_build.errors import CheckpointError
 from carnice_build.models.base import Architecture
-from carnice_build.models.qwen3_5 import Qwen35
 
-_TABLES: Mapping[str, Callable[[Mapping[str, Any], str], Architecture]] = {
-    Qwen35.name: Qwen35,
-}
+GROUP = "carnice_build.families"
+
+Family = Callable[[Mapping[str, Any], str], Architecture]
+
+_FAMILIES = {"qwen3_5": "carnice_build.models.qwen3_5:Qwen35"}
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     """The table for the checkpoint with this `config.json`, found at `where`.
 
-    CheckpointError for a family that has none: another name for it would only hide what it is.
+    CheckpointError for a family without one, for another name for it would only hide what it is,
+    and when what a package announces is none.
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _TABLES:
-        unknown = f"is of the unknown model_type {str(model_type)!r}"
-        raise CheckpointError(
-            unknown if "model_type" in config else "has no model_type",
-            where=where,
-            expected=f"one of a family that has a table here ({', '.join(sorted(_TABLES))}); "
-            "CONTRIBUTING.md says how to add one",
-        )
-    return _TABLES[model_type](config, where)
+    if isinstance(model_type, str):
+        if model_type in _FAMILIES:
+            module, _, name = _FAMILIES[model_type].partition(":")
+            family: Family = getattr(import_module(module), name)
+            return family(config, where)
+        for entry in entry_points(group=GROUP, name=model_type):
+            return _from_package(entry, config, where)
+    known = {*_FAMILIES, *(entry.name for entry in entry_points(group=GROUP))}
+    unknown = f"is of the unknown model_type {str(model_type)!r}"
+    raise CheckpointError(
+        unknown if "model_type" in config else "has no model_type",
+        where=where,
+        expected=f"one of a family that has a table here ({', '.join(sorted(known))}); "
+        "docs/adding-a-family.md says how to add one",
+    )
+
+
+def _from_package(entry: EntryPoint, config: Mapping[str, Any], where: str) -> Architecture:
+    package = entry.dist.name if entry.dist else "a package"
+    announced = f"needs the model family {entry.name!r} of {package}, {entry.value}, which"
+    try:
+        family: Family = entry.load()
+    except Exception as error:  # it is the package's code that runs
+        words = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{announced} cannot be loaded: {words}", where=where) from None
+    try:
+        table = family(config, where)
+    except TypeError as error:
+        raise CheckpointError(f"{announced} is no family: {error}", where=where) from None
+    wanted = (*Architecture.__annotations__, *vars(Architecture))
+    lacking = [name for name in wanted if not (name.startswith("_") or _has(table, name))]
+    if lacking:
+        raise CheckpointError(f"{announced} lacks {', '.join(lacking)}", where=where)
+    return table
+
+
+def _has(table: Architecture, name: str) -> bool:
+    """Looked up without evaluating it, for some facts take long."""
+    return hasattr(type(table), name) or name in vars(table)

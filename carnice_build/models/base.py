@@ -72,8 +72,22 @@ class KvGeometry:
     draft_layers: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class SmoothingMapping:
+    """The output of module `smooth` is divided, and what the modules `balance` read multiplied.
+
+    Names are relative to the decoder layer, as in `mlp.up_proj`.
+    """
+
+    smooth: str
+    balance: tuple[str, ...]
+
+
 class Architecture(Protocol):
-    """A model family's table; see `qwen3_5` for the reference."""
+    """A model family's table, evaluated for one config; see `qwen3_5` for the reference.
+
+    Can be pickled, for worker processes read it too.
+    """
 
     name: str
     num_layers: int
@@ -93,7 +107,11 @@ class Architecture(Protocol):
 
     @property
     def text_config(self) -> Mapping[str, Any]:
-        """The entries that describe the text model, in the spelling of `published_config`."""
+        """The entries that describe the text model, in the spelling of `published_config`.
+
+        Their `model_type` is the one that transformers gives it, of which it makes a causal
+        language model.
+        """
 
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         """The config.json of a folder that holds these `parts`, before any quantization.
@@ -124,7 +142,10 @@ class Architecture(Protocol):
         """The linears of a decoder layer, by module path; those of one group read one input."""
 
     def layer_kind(self, layer: int) -> str:
-        """What kind of decoder layer number `layer` is: `linear` or `full` attention."""
+        """What kind of decoder layer number `layer` is.
+
+        One of transformers' layer types, without the `_attention` that most end in: `full`.
+        """
 
     def layer_prefix(self, layer: int) -> str:
         """What the names of the layer's tensors begin with."""
@@ -149,6 +170,33 @@ class Architecture(Protocol):
 
     def mlx_keeps_dtype(self, name: str) -> bool:
         """True for tensors that mlx-lm does not cast."""
+
+    def torch_name(self, name: str) -> str:
+        """The name of a tensor of the text model in transformers' model of `text_config`."""
+
+    def offset_norm(self, name: str) -> bool:
+        """True for norms that store w for a gain of 1 + w."""
+
+    @property
+    def smoothing(self) -> Sequence[SmoothingMapping]:
+        """What AWQ may smooth in decoder layers, as llm-compressor has it for this model."""
+
+    @property
+    def narrow_linears(self) -> Sequence[str]:
+        """Globs of weights that engines do not take in INT4, for they are too small."""
+
+    def token_bytes(self, kind: str, width: int) -> int:
+        """Most bytes that a layer of `kind` needs for a token, at `width` bytes an activation.
+
+        Without the weights, and without the scores that eager attention writes down.
+        """
+
+    def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
+        """The MTP head as a torch module, in workers; see `verification.drafting.DraftHead`.
+
+        `attention` is transformers' implementation; `tensors` are those of part `mtp`, by their
+        canonical names, of the type to compute in.
+        """
 
 
 QUANTIZATION = ("quantization_config", "quantization")

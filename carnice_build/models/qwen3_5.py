@@ -18,6 +18,7 @@ from carnice_build.models.base import (
     KvGeometry,
     Part,
     Role,
+    SmoothingMapping,
     TensorFact,
 )
 from carnice_build.models.qwen3_5_config import Qwen35Config
@@ -65,6 +66,19 @@ _FUSIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 """What vLLM's `packed_modules_mapping` of this family fuses."""
 
+_SMOOTHING = (
+    SmoothingMapping(
+        "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    ),
+    SmoothingMapping(
+        "input_layernorm",
+        tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
+    ),
+    SmoothingMapping("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    SmoothingMapping("mlp.up_proj", ("mlp.down_proj",)),
+)
+"""`build_hybrid_attention_mappings` of llm-compressor's `awq.dynamic_mappings`."""
+
 
 class Qwen35:
     """The tensors of one checkpoint of the family, derived from its `config.json`."""
@@ -105,8 +119,8 @@ class Qwen35:
 
     @property
     def text_config(self) -> Mapping[str, Any]:
-        """See `Architecture.text_config`."""
-        return self._config.text_entries
+        """See `Architecture.text_config`; a flat config calls itself by the whole model's type."""
+        return {**self._config.text_entries, "model_type": f"{MODEL_TYPE}_text"}
 
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         """See `Architecture.published_config`."""
@@ -271,6 +285,44 @@ class Qwen35:
     def mlx_keeps_dtype(self, name: str) -> bool:
         """True for the tensors that mlx-lm does not cast to the model's type."""
         return name.endswith("A_log")
+
+    def torch_name(self, name: str) -> str:
+        """Without the wrapper around text model and vision tower."""
+        return "model." + name.removeprefix(BODY) if name.startswith(BODY) else name
+
+    def offset_norm(self, name: str) -> bool:
+        """True for the norms that store w with a gain of 1 + w."""
+        return name.endswith(_SHIFTED_NORMS)
+
+    @property
+    def smoothing(self) -> tuple[SmoothingMapping, ...]:
+        """What AWQ may smooth: no `o_proj`, whose input is gated."""
+        return _SMOOTHING
+
+    @property
+    def narrow_linears(self) -> tuple[str, ...]:
+        """The projections to a number a head."""
+        return ("*.linear_attn.in_proj_a.weight", "*.linear_attn.in_proj_b.weight")
+
+    def token_bytes(self, kind: str, width: int) -> int:
+        """Fitted to `python -m benchmarks.calibration` on a CPU with torch 2.13.
+
+        In the shapes of the 27B and samples of 1024 to 8192 tokens, with transformers 5.17.
+        """
+        # gate, up, their product and its activation stand side by side, beside some hidden states.
+        bytes_of_mlp = 4 * width * (self.intermediate + self.hidden)
+        if kind == "full":
+            return bytes_of_mlp
+        # transformers' own delta rule makes seven copies of its operands, in float32.
+        chunk, count = 64, self._text.count
+        head = count("linear_key_head_dim") + count("linear_value_head_dim") + chunk
+        return max(bytes_of_mlp, 7 * 4 * count("linear_num_value_heads") * head)
+
+    def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
+        """See `qwen3_5_drafter`."""
+        from carnice_build.models.qwen3_5_drafter import Drafter
+
+        return Drafter(self.text_config, attention, tensors)
 
 
 _VISION_LINEARS = (

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.models.smoothing import HYBRID_MAPPINGS
 from carnice_build.package.base import Variant
 from carnice_build.package.card import render_card
 
@@ -103,21 +102,25 @@ def _recipe(variant: Variant) -> bytes:
 
 
 def _mappings(variant: Variant) -> list[dict[str, Any]]:
-    """The library's mappings for this model, which name layers of each kind by their numbers."""
+    """The library's mappings for this model.
+
+    Those of some layers alone name these by their numbers.
+    """
     architecture = variant.architecture
-    numbers: dict[str, list[str]] = {}
-    for layer in range(architecture.num_layers):
-        numbers.setdefault(architecture.layer_kind(layer), []).append(str(layer))
-    kinds = {"self_attn": "full", "linear_attn": "linear"}
+    modules = {fact.module for fact in architecture.tensors.values()}
+    layers = range(architecture.num_layers)
     mappings = []
-    for mapping in HYBRID_MAPPINGS:
-        kind = kinds.get(mapping.balance[0].partition(".")[0])
-        if kind is None:
-            smooth = f"re:.*{mapping.smooth.rpartition('.')[2]}$"
-            balance = [f"re:.*{name.rpartition('.')[2]}$" for name in mapping.balance]
+    for mapping in architecture.smoothing:
+        names = (mapping.smooth, *mapping.balance)
+        found = [
+            str(layer)
+            for layer in layers
+            if modules.issuperset(architecture.layer_prefix(layer) + name for name in names)
+        ]
+        if len(found) == len(layers):
+            smooth, *balance = (f"re:.*{name.rpartition('.')[2]}$" for name in names)
         else:
-            layers = "|".join(numbers.get(kind, ()))
-            smooth = f"re:.*layers\\.({layers})\\.{mapping.smooth}$"
+            smooth = f"re:.*layers\\.({'|'.join(found)})\\.{mapping.smooth}$"
             balance = [f"re:.*{name}$" for name in mapping.balance]
         mappings.append(
             {"smooth_layer": smooth, "balance_layers": balance, "activation_hook_target": None}

@@ -17,7 +17,7 @@ from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import OutputTensor, TensorRef, View, source_view
-from carnice_build.models.base import Part, Role, TensorFact
+from carnice_build.models.base import Architecture, Part, Role, TensorFact
 from carnice_build.package.autoround import AutoRoundPackager
 from carnice_build.package.base import Packager
 from carnice_build.recipe.patterns import Patterns
@@ -43,7 +43,6 @@ from carnice_build.transforms.tune import Tuning
 
 GroupSize = Literal[32, 64, 128]
 
-_KEPT = ["*.linear_attn.in_proj_a.weight", "*.linear_attn.in_proj_b.weight"]
 _PLAIN = {"bfloat16": "BF16", "float16": "F16"}
 
 
@@ -86,9 +85,10 @@ class AutoRoundFormat(Format):
     format: Literal["autoround"]
     method: Literal["nearest", "tune", "merge"] = Field(description="Where the codes come from.")
     group_size: GroupSize = Field(128, description="Weights that share a scale.")
-    keep: AnyPatterns = Field(
-        default_factory=lambda: list(_KEPT),
-        description="Weights of decoder layers that stay as they are, by name.",
+    keep: AnyPatterns | None = Field(
+        None,
+        description="Weights of decoder layers that stay as they are, by name; if none are given, "
+        "those that the model's family holds to be too narrow.",
     )
     plain: Literal["bfloat16", "float16"] | None = Field(
         None,
@@ -123,7 +123,7 @@ class AutoRoundFormat(Format):
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor of the view, the linears of decoder layers quantized."""
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
-        chosen = {fact.module: fact for fact in self._quantized(facts)}
+        chosen = {fact.module: fact for fact in self._quantized(facts, context.architecture)}
         check_fusions(chosen, view, context.architecture)
         for module, fact in chosen.items():
             with _located(module):
@@ -158,12 +158,17 @@ class AutoRoundFormat(Format):
     def _tuning(self) -> TuneSpec:
         return self.tune or TuneSpec.model_validate({})
 
-    def _quantized(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
+    def _quantized(
+        self, facts: Sequence[TensorFact], architecture: Architecture
+    ) -> Iterator[TensorFact]:
         linears = [fact for fact in facts if fact.part is Part.LAYERS and fact.role is Role.LINEAR]
+        names = [fact.name for fact in linears]
         kept: set[str] = set()
-        if self.keep:
+        if self.keep is None:
+            kept = set(Patterns(list(architecture.narrow_linears)).select(names))
+        elif self.keep:
             try:
-                kept = set(require_match(Patterns(self.keep), [f.name for f in linears], "weight"))
+                kept = set(require_match(Patterns(self.keep), names, "weight"))
             except PlanError as error:
                 raise PlanError(error.what, nearest=error.nearest, at=("keep",)) from None
         return (fact for fact in linears if fact.name not in kept)

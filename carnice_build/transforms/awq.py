@@ -10,6 +10,7 @@ the scales is in `kernels.smoothing`, the search in `backends.awq`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
@@ -24,8 +25,9 @@ PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 _PER_WORD = 8
 
 
+@dataclass(frozen=True)
 class Smooth(ProcessOp):
-    """llm-compressor's AWQ search on one decoder layer.
+    """llm-compressor's AWQ search on one decoder layer; `workspace` is as in `Forward`.
 
     Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors.
     Outputs: the smoothed layer's hidden states; scales F64 [channels] for each of `mappings`.
@@ -47,6 +49,8 @@ class Smooth(ProcessOp):
     )
     transient = frozenset({0})
 
+    workspace: int = 0
+
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
@@ -61,7 +65,8 @@ class Smooth(ProcessOp):
 
     def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """The layer twice, and one sample inside it; what the search keeps lies on disk."""
-        return layer_memory(params, inputs) + 2 * sum(spec.nbytes for spec in inputs[2:])
+        weights = sum(spec.nbytes for spec in inputs[2:])
+        return layer_memory(params, inputs, self.workspace) + 2 * weights
 
     def run(
         self,
@@ -167,7 +172,7 @@ class GroupQuantize(ArrayOp):
 
 
 class SmoothWeight(ArrayOp):
-    """A linear's weight that is smoothed and stays unquantized; as `GroupQuantize` begins.
+    """A weight that is smoothed and stays unquantized; as `GroupQuantize` begins.
 
     Inputs and the parameters `columns` and `rows` as there; the output is as the weight.
     """
@@ -230,7 +235,7 @@ class Smoothing:
             "quantized": list(quantized),
         }
         hidden, *scales = calibration.graph.add(
-            Smooth(), params, calibration.tokens, self._hidden, *layer.weights
+            Smooth(layer.workspace), params, calibration.tokens, self._hidden, *layer.weights
         )
         self._hidden = hidden
         return tuple(scales)

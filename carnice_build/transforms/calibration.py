@@ -28,6 +28,7 @@ from carnice_build.transforms.base import PlanContext
 from carnice_build.transforms.tokens import PADDING, LongestFirst, Tokens
 
 _DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+_WIDTHS = {"bfloat16": 2, "float32": 4}
 
 
 class Embed(ProcessOp):
@@ -81,8 +82,11 @@ class Embed(ProcessOp):
             outputs[0].write_row(index, out)
 
 
+@dataclass(frozen=True)
 class Forward(ProcessOp):
     """One decoder layer over every sample, as transformers computes it.
+
+    `workspace` are the bytes that one sample needs inside the layer; it changes no result.
 
     Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors.
     Outputs: the layer's own hidden states; amax F32 [linears], the largest magnitude of each
@@ -98,6 +102,8 @@ class Forward(ProcessOp):
     libraries = ("torch", "transformers", "flash-linear-attention", "causal-conv1d")
     transient = frozenset({0})
 
+    workspace: int = 0
+
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
@@ -110,7 +116,7 @@ class Forward(ProcessOp):
 
     def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """The layer, and what one sample of full length needs inside it."""
-        return layer_memory(params, inputs)
+        return layer_memory(params, inputs, self.workspace)
 
     def run(
         self,
@@ -133,27 +139,16 @@ def samples(tokens: TensorFile) -> list[Any]:
     return [row[row != PADDING] for row in tokens.read()]
 
 
-def layer_memory(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
-    """Bytes for a layer (`inputs[2:]`) and one sample of hidden states (`inputs[1]`) inside it.
+def layer_memory(params: Mapping[str, Any], inputs: Sequence[TensorSpec], workspace: int) -> int:
+    """Bytes for a layer (`inputs[2:]`) beside what one sample needs inside it, `workspace`.
 
-    Fitted to `python -m benchmarks.calibration` on a CPU with torch 2.13 and transformers 5.17, in
-    the shapes of Qwen3.6-27B and samples of 1024 to 8192 tokens: 1.05 to 1.25 times what was taken.
+    Fitted to `python -m benchmarks.calibration` on a CPU with torch 2.13 and transformers 5.17:
+    1.05 to 1.25 times what was taken.
     """
-    config, width = params["config"], {"bfloat16": 2, "float32": 4}[params["dtype"]]
-    length, hidden = inputs[1].shape[1:]
-    # gate, up, their product and its activation stand side by side, beside some hidden states.
-    token = 4 * width * (int(config["intermediate_size"]) + hidden)
-    if params["kind"] == "linear":
-        # transformers' own delta rule makes seven copies of its operands, in float32.
-        chunk = 64
-        head = int(config["linear_key_head_dim"]) + int(config["linear_value_head_dim"]) + chunk
-        token = max(token, 7 * 4 * int(config["linear_num_value_heads"]) * head)
-    elif params["attention"] == "eager":
-        # The scores, their softmax in float32, and both once more on the way.
-        token += 12 * int(config["num_attention_heads"]) * length
+    width = _WIDTHS[params["dtype"]]
     weights = sum(spec.nbytes for spec in inputs[2:])
     placed = sum(spec.size * width for spec in inputs[2:] if spec.dtype != _DTYPES[params["dtype"]])
-    return (128 << 20) + weights + placed + length * token
+    return (128 << 20) + weights + placed + workspace
 
 
 @dataclass(frozen=True)
@@ -162,6 +157,7 @@ class LayerPart:
 
     `names` are those of `weights` within the layer, `linears` those of its linear modules;
     `params` holds what every forward pass through the layer depends on.
+    `workspace` are the bytes that one sample of full length needs inside the layer.
     """
 
     prefix: str
@@ -169,6 +165,7 @@ class LayerPart:
     linears: tuple[str, ...]
     weights: tuple[TensorRef, ...]
     params: Mapping[str, Any]
+    workspace: int
 
 
 class Calibration:
@@ -222,7 +219,17 @@ class Calibration:
                 "device": spec.device,
                 "processor": vector_instructions(),
             },
+            self._workspace(architecture.layer_kind(layer)),
         )
+
+    def _workspace(self, kind: str) -> int:
+        length, spec = self.start.spec.shape[1], self._spec
+        token = self._architecture.token_bytes(kind, _WIDTHS[spec.dtype])
+        if kind != "linear" and spec.attention == "eager":
+            # The scores, their softmax in float32, and both once more on the way.
+            heads = int(self._architecture.text_config["num_attention_heads"])
+            token += 12 * heads * length
+        return length * token
 
     def _embed(self) -> TensorRef:
         facts = self._architecture.tensors.values()
@@ -291,7 +298,11 @@ class Activations:
         layer = calibration.layer(number)
         params = {**layer.params, "linears": list(layer.linears)}
         hidden, amax = calibration.graph.add(
-            Forward(), params, calibration.tokens, self._hidden[number], *layer.weights
+            Forward(layer.workspace),
+            params,
+            calibration.tokens,
+            self._hidden[number],
+            *layer.weights,
         )
         self._hidden.append(hidden)
         modules = tuple(layer.prefix + name for name in layer.linears)

@@ -13,12 +13,8 @@ from pydantic import Field
 
 from carnice_build.errors import PlanError
 from carnice_build.graph import OutputTensor, TensorRef, View
-from carnice_build.models.base import Part, Role, TensorFact
-from carnice_build.models.smoothing import (
-    HYBRID_MAPPINGS,
-    SmoothingMapping,
-    mappings_of_layer,
-)
+from carnice_build.models.base import Part, Role, SmoothingMapping, TensorFact
+from carnice_build.models.smoothing import mappings_of_layer
 from carnice_build.package.base import Packager
 from carnice_build.package.compressed import CompressedPackager
 from carnice_build.recipe.patterns import Patterns
@@ -33,9 +29,6 @@ from carnice_build.transforms.base import (
 )
 from carnice_build.transforms.calibration import Calibration
 from carnice_build.transforms.ignore import plain_modules
-
-MTP_PATTERN = "re:^mtp.*"
-"""How llm-compressor ignores an MTP head that it copies."""
 
 _WEIGHTS = ("config_groups", "group_0", "weights")
 
@@ -77,18 +70,9 @@ class CompressedFormat(Format):
     targets: list[Literal["Linear"]] = Field(description="Classes of modules that are quantized.")
     config_groups: ConfigGroups = Field(description="Groups of modules and their schemes.")
     ignore: AnyPatterns = Field(description="Modules that stay as they are.")
-    mappings: Literal["hybrid"] = Field(
-        "hybrid",
-        description="What is smoothed into what: llm-compressor's mappings for models of full and "
-        "linear attention.",
-    )
     n_grid: Annotated[int, Field(ge=4)] = Field(20, description="Ratios that the search tries.")
     duo_scaling: bool | Literal["both"] = Field(
         True, description="Use the weights' magnitudes beside those of activations."
-    )
-    sequential_targets: list[str] = Field(
-        default_factory=lambda: ["Qwen3_5DecoderLayer"],
-        description="The class of modules that are calibrated one after another.",
     )
     moe_calibrate_all_experts: bool = Field(
         True, description="Every expert sees every token; without experts it changes nothing."
@@ -132,10 +116,9 @@ class CompressedFormat(Format):
         smoothed = _Smoothed(self, chosen, view, context)
         tensors = [tensor for fact in facts for tensor in smoothed.tensors(fact)]
         plain = plain_modules(architecture, chosen, (Role.LINEAR,))
-        head = {f.module for f in architecture.built.values() if f.part is Part.MTP}
-        ignored = [module for module in plain if module not in head]
-        if head:
-            ignored.append(MTP_PATTERN)
+        head = [fact for fact in architecture.built.values() if fact.part is Part.MTP]
+        ignored = [module for module in plain if module not in {fact.module for fact in head}]
+        ignored += _copied_heads(head)
         settings = {"bits": 4, "group_size": self.weights.group_size}
         return Conversion(
             tensors=tensors,
@@ -169,6 +152,12 @@ class CompressedFormat(Format):
                         at=("ignore",),
                     )
                 yield fact
+
+
+def _copied_heads(facts: Sequence[TensorFact]) -> list[str]:
+    """How llm-compressor ignores an MTP head that it copies."""
+    roots = {fact.name.partition(".")[0]: None for fact in facts if fact.part is Part.MTP}
+    return [f"re:^{root}.*" for root in roots]
 
 
 class _Smoothed:
@@ -208,7 +197,7 @@ class _Smoothed:
             if fact.layer == layer and fact.part is Part.LAYERS
         ]
         quantized = [name for name in names if prefix + name in self._chosen]
-        mappings = list(mappings_of_layer(HYBRID_MAPPINGS, names, quantized))
+        mappings = list(mappings_of_layer(self._architecture.smoothing, names, quantized))
         found = smoothing.layer(
             layer, [(item.smooth, item.balance) for item in mappings], quantized
         )
@@ -224,13 +213,13 @@ class _Smoothed:
         """What is published of a source tensor."""
         ref, module = self._view[fact.name], fact.module
         columns, rows = self._columns.get(module), self._rows.get(module)
-        if fact.role is Role.NORM and self._architecture.mlx_shifted(fact.name):
+        if fact.role is Role.NORM and self._architecture.offset_norm(fact.name):
             return [OutputTensor(fact.name, self._norm(fact, ref, rows), fact)]
         vectors = [scales for scales in (columns, rows) if scales is not None]
         used = {"columns": columns is not None, "rows": rows is not None}
         if module in self._chosen:
             return self._packed(fact, ref, vectors, used)
-        if vectors and fact.role is Role.LINEAR:
+        if vectors and fact.name == f"{module}.weight":
             (ref,) = self._graph.add(SmoothWeight(), used, ref, *vectors)
         return [OutputTensor(fact.name, ref, fact)]
 

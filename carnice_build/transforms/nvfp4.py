@@ -16,6 +16,7 @@ from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import ArrayOp, NonFiniteValue, OutputTensor, TensorData, TensorRef, View
 from carnice_build.models.base import Role, TensorFact
+from carnice_build.models.kept import KEEP_LISTS
 from carnice_build.package.base import Packager
 from carnice_build.package.modelopt import ModelOptPackager
 from carnice_build.recipe.patterns import Patterns
@@ -33,49 +34,6 @@ from carnice_build.transforms.ignore import unquantized_modules
 
 BLOCK = 16
 SETTINGS = {"bits": 4, "group_size": BLOCK}
-
-KEEP_LISTS: Mapping[str, tuple[str, ...]] = {
-    "modelopt-0.47": (
-        "*block_sparse_moe.gate*",
-        "*linear_attn.conv1d*",
-        "*self_attention.conv1d*",
-        "*linear_attn.in_proj_a*",
-        "*linear_attn.in_proj_b*",
-        "*lm_head*",
-        "*mixer.conv1d*",
-        "*mlp.gate.*",
-        "*mlp.shared_expert_gate.*",
-        "*output_layer*",
-        "*proj_out.*",
-        "*router*",
-        "mtp.*",
-        "output.*",
-        "*embed_vision*",
-        "*vision_tower*",
-        "*visual*",
-        "*vision_model*",
-        "*multi_modal_projector*",
-    ),
-    "modelopt-0.43": (
-        "*block_sparse_moe.gate*",
-        "*linear_attn.conv1d*",
-        "*lm_head*",
-        "*mixer.conv1d*",
-        "*mlp.gate.*",
-        "*mlp.shared_expert_gate.*",
-        "*output_layer*",
-        "*proj_out.*",
-        "*router*",
-        "output.*",
-    ),
-}
-"""What `NVFP4_DEFAULT_CFG` leaves alone, by the version of modelopt that says so.
-
-0.47: the patterns of its `default_disabled_quantizers`, which a test compares with the installed
-library.  0.43: those that the model cards made with it name; `mtp.*` and the vision tower are
-not among them, because transformers had left out the one and the recipes excluded the other.
-"""
-
 
 _PLAIN_ROLES = (Role.LINEAR, Role.EMBEDDING, Role.CONV)
 
@@ -163,7 +121,7 @@ class Nvfp4Format(Format):
     defaults: Literal["modelopt-0.47", "modelopt-0.43"] = Field(
         "modelopt-0.47",
         description="Whose NVFP4_DEFAULT_CFG says what stays in BF16; 0.43, unlike 0.47, "
-        "quantizes `linear_attn.in_proj_a` and `in_proj_b`.",
+        "quantizes the narrow projections of linear attention.",
     )
     keep: AnyPatterns = Field(
         default_factory=list, description="Further weights to keep in BF16, by name."

@@ -1,9 +1,9 @@
-"""The drafter of the multi-token-prediction head, and how many of its drafts its model accepts.
+"""Drafts of a multi-token-prediction head, and how many of them its model accepts.
 
 At position t the drafter is given h_t, the model's hidden state after the final norm, and x_{t+1},
-the token that the model chose from it.  One full-attention layer with a context of its own and the
-model's head then score x_{t+2}.  To draft further, the drafter's state takes the place of h and
-its draft that of x, one position on.  The order of computation is that of vLLM's `qwen3_5_mtp`.
+the token that the model chose from it.  One layer with a context of its own and the model's head
+then score x_{t+2}.  To draft further, the drafter's state takes the place of h and its draft that
+of x, one position on.
 Needs the `torch` extra; to be imported in worker processes alone.
 """
 
@@ -11,57 +11,30 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from carnice_build.calibration.driver import LayerwiseModel
-from carnice_build.calibration.text_model import Continuation, OpenModel, ResidentModel
-
-MTP = "mtp."
+from carnice_build.calibration.text_model import Continuation, ResidentModel
 
 
-class Drafter(nn.Module):
-    """The MTP head as a module; weights are [out, in], norms have a gain of 1 + w."""
+class DraftHead(Protocol):
+    """A head that drafts tokens; see `Architecture.draft_head`."""
 
-    def __init__(self, model: OpenModel) -> None:
-        """Load the head of `model` alone."""
-        super().__init__()
-        parts, tensors = model.parts, model.below(MTP)
-        self._parts: LayerwiseModel = parts
-        self.pre_fc_norm_embedding = parts.final_norm(tensors.pop("pre_fc_norm_embedding.weight"))
-        self.pre_fc_norm_hidden = parts.final_norm(tensors.pop("pre_fc_norm_hidden.weight"))
-        self.norm = parts.final_norm(tensors.pop("norm.weight"))
-        self._fc = parts.place(tensors.pop("fc.weight"))
-        prefix = "layers.0."
-        layer = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        self.layer = parts.layer("full", layer)
-
-    @torch.no_grad()
-    def forward(
+    def __call__(
         self, embedded: Tensor, hidden: Tensor, positions: Tensor, visible: Tensor
     ) -> Tensor:
-        """States after `mtp.norm` [1, length, hidden], one for each place of the inputs.
+        """States after the head's norm [1, length, hidden], one for each place of the inputs.
 
         `embedded` and `hidden` are [1, length, hidden]: at each place the embedding of a token and
         the state from which the token was chosen; `positions` is [length].
         `visible` [length, length] says which places (columns) each place (row) attends to.
         """
-        normed = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)]
-        mixed = functional.linear(torch.cat(normed, dim=-1), self._fc)
-        # Added to the attention's scores, which sdpa and eager understand alike.
-        mask = torch.zeros(visible.shape, dtype=mixed.dtype, device=mixed.device)
-        mask.masked_fill_(~visible.to(mixed.device), torch.finfo(mixed.dtype).min)
-        rotary = self._parts.rotary(mixed, positions.to(mixed.device)[None])
-        result: Tensor = self.norm(
-            self.layer(mixed, position_embeddings=rotary, attention_mask=mask[None, None])
-        )
-        return result
 
 
 def draft(
-    drafter: Drafter,
+    drafter: DraftHead,
     target: ResidentModel,
     states: Tensor,
     following: Tensor,
@@ -112,7 +85,7 @@ class Acceptance:
 
 
 def accepted_drafts(
-    drafter: Drafter, target: ResidentModel, continuation: Continuation, count: int
+    drafter: DraftHead, target: ResidentModel, continuation: Continuation, count: int
 ) -> list[int]:
     """For each position at which a step may start, how many of `count` drafts are accepted.
 
@@ -140,7 +113,7 @@ def walk(accepted: Sequence[int]) -> list[int]:
 
 
 def measure_acceptance(
-    drafter: Drafter,
+    drafter: DraftHead,
     target: ResidentModel,
     prompts: Sequence[Tensor],
     *,
@@ -161,7 +134,7 @@ def measure_acceptance(
 
 
 def acceptance(
-    drafter: Drafter, target: ResidentModel, texts: Sequence[Continuation], count: int
+    drafter: DraftHead, target: ResidentModel, texts: Sequence[Continuation], count: int
 ) -> Acceptance:
     """The acceptance of `count` drafts a step over texts that `target` wrote.
 

@@ -8,16 +8,16 @@ Needs the `torch` extra; to be imported in worker processes alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from carnice_build.calibration.driver import Arithmetic
-from carnice_build.calibration.text_model import ModelSource, OpenModel, ResidentModel
+from carnice_build.calibration.text_model import Ending, ModelSource, OpenModel, ResidentModel
 from carnice_build.verification.generate import PROMPT, TOKENS, Generation
 
 _LOGITS_BYTES = 256 << 20
@@ -50,15 +50,15 @@ def measure(
     """
     opened = {name: OpenModel(source, arithmetic) for name, source in models.items()}
     hidden = {name: _last_hidden(model, sequences) for name, model in opened.items()}
-    scorers = {name: _Scorer(model) for name, model in opened.items()}
-    vocabulary = next(iter(scorers.values())).vocabulary
+    endings = {name: model.ending() for name, model in opened.items()}
+    vocabulary = next(iter(opened.values())).vocabulary
     figures: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
     for index, tokens in enumerate(sequences):
         for start, stop in _blocks(len(tokens) - 1, vocabulary):
             targets = tokens[start + 1 : stop + 1]
             reference = None
-            for name, scorer in scorers.items():
-                found = scorer.log_probabilities(hidden[name][index][:, start:stop])
+            for name, ending in endings.items():
+                found = _log_probabilities(ending, hidden[name][index][:, start:stop])
                 reference = found if reference is None else reference
                 figures[name].append((_losses(found, targets), _divergences(reference, found)))
     return {name: _quality(blocks) for name, blocks in figures.items()}
@@ -83,35 +83,23 @@ def generate(source: ModelSource, tokenizer: Any, arithmetic: Arithmetic) -> Gen
     return Generation(tokenizer.decode(new), len(new), text.bad_step)
 
 
-class _Scorer:
-    """The end of a model, from hidden states to log-probabilities."""
-
-    def __init__(self, model: OpenModel) -> None:
-        self._parts = model.parts
-        self._norm: nn.Module = model.norm()
-        self._head = model.head()
-        self.vocabulary = len(self._head)
-
-    def log_probabilities(self, hidden: Tensor) -> Tensor:
-        """Float32 [length, vocabulary] from `hidden` [1, length, hidden]."""
-        logits = self._parts.logits(self._norm, self._head, hidden)[0]
-        return logits.float().log_softmax(dim=-1)
+def _log_probabilities(ending: Ending, hidden: Tensor) -> Tensor:
+    """Float32 [length, vocabulary] from the last layer's outputs [1, length, hidden]."""
+    return ending.scores(ending.states(hidden))[0].float().log_softmax(dim=-1)
 
 
 def _last_hidden(model: OpenModel, sequences: Sequence[Tensor]) -> list[Tensor]:
     """The last layer's output for each sequence."""
-    table = model.embedding()
-    hidden = [model.parts.embed(table[tokens.to(table.device)]) for tokens in sequences]
-    del table
-    for index in range(len(model.parts.kinds)):
-        _advance(model, model.layer(index), hidden)
+    hidden = model.embedded(sequences)
+    for index in range(model.architecture.num_layers):
+        _advance(model.layer(index), hidden)
     return hidden
 
 
-def _advance(model: OpenModel, layer: nn.Module, hidden: list[Tensor]) -> None:
+def _advance(layer: Callable[[Tensor], Tensor], hidden: list[Tensor]) -> None:
     """Put the layer's outputs in the place of its inputs, one by one to save memory."""
     for index, states in enumerate(hidden):
-        hidden[index] = model.parts.run(layer, states)
+        hidden[index] = layer(states)
 
 
 def _blocks(positions: int, vocabulary: int) -> Iterator[tuple[int, int]]:

@@ -140,9 +140,9 @@ class _Run:
 
     def _dequantized(self) -> StoredModel:
         folder = open_folder(self.folder)
-        config = architecture_of(folder.config, str(self.folder)).text_config
+        architecture = architecture_of(folder.config, str(self.folder))
         quantized = self.variant.conversion.quantized
-        return StoredModel(config, folder.tensors, self.checks, quantized)
+        return StoredModel(architecture, folder.tensors, self.checks, quantized)
 
     def _served(self) -> StoredModel:
         return replace(self._dequantized(), activations=bool(self.checks.activations))
@@ -152,7 +152,7 @@ class _Run:
         name, models = self.variant.name, {}
         tensors = source_tensors(self.variant)
         if all(isinstance(tensor.file, LocalFile) for tensor in tensors.values()):
-            models[SOURCE] = StoredModel(self.variant.architecture.text_config, tensors)
+            models[SOURCE] = StoredModel(self.variant.architecture, tensors)
         models[name] = self._dequantized()
         if self.checks.activations:
             models[f"{name}, {self.checks.activations}"] = self._served()

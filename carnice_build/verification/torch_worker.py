@@ -18,8 +18,7 @@ import numpy as np
 from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
-from carnice_build.models.base import Part, Role
-from carnice_build.models.qwen3_5 import Qwen35
+from carnice_build.models.base import Architecture, Part, Role
 from carnice_build.verification import fidelity
 from carnice_build.verification.fidelity import Fidelity
 from carnice_build.verification.formats.base import Rounding, Settings, TorchChecks
@@ -42,7 +41,7 @@ class StoredModel:
     With `activations`, the inputs of these modules are rounded as the format's engines do.
     """
 
-    text_config: Mapping[str, Any]
+    architecture: Architecture
     tensors: Mapping[str, SourceTensor]
     checks: TorchChecks | None = None
     quantized: Mapping[str, Settings] | None = None
@@ -52,7 +51,7 @@ class StoredModel:
         """A torch tensor: dequantized to float32, or in its own type."""
         import torch
 
-        from carnice_build.calibration.driver import as_tensor
+        from carnice_build.backends.tensors import as_tensor
 
         module = name.rpartition(".")[0]
         if self.checks and self.quantized and module in self.quantized:
@@ -76,7 +75,7 @@ class StoredModel:
                 if rounding:
                     transforms[module] = _transform(rounding)
         return ModelSource(
-            self.text_config,
+            self.architecture,
             lambda name: replaced[name] if name in replaced else self.tensor(name),
             transforms,
         )
@@ -142,7 +141,7 @@ def measure_acceptance(
     import torch
 
     from carnice_build.calibration.text_model import OpenModel, ResidentModel
-    from carnice_build.verification.drafting import Drafter, acceptance
+    from carnice_build.verification.drafting import acceptance
 
     arithmetic = _arithmetic(threads)
     tokens = _tokens(tokenizer, text)
@@ -155,7 +154,7 @@ def measure_acceptance(
     ]
 
     def accepted(head: Any) -> dict[int, Drafts]:
-        drafter = Drafter(OpenModel(head, arithmetic))
+        drafter = OpenModel(head, arithmetic).draft_head()
         found = {number: acceptance(drafter, target, texts, number) for number in DRAFTS}
         return {number: Drafts(item.steps, item.rates) for number, item in found.items()}
 
@@ -185,7 +184,7 @@ def _rounded_head(model: StoredModel) -> dict[str, Any]:
     import torch
 
     assert model.checks is not None
-    architecture = Qwen35(model.text_config, "text_config")
+    architecture = model.architecture
     linears = {
         fact.module: fact.name
         for fact in architecture.tensors.values()

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carnice_build.kernels.smoothing import divide_rows, multiply_columns, smooth_gain
-from carnice_build.models.smoothing import SmoothingMapping, mappings_of_layer
+from carnice_build.models.base import SmoothingMapping
+from carnice_build.models.smoothing import mappings_of_layer
 
 Array = np.ndarray[Any, Any]
 
@@ -67,6 +68,19 @@ def test_rows_are_divided_as_in_torch(dtype: str, seed: int, rows: int, columns:
 
     assert all_finite == divide_rows(source, dtype, scales.numpy(), out)
     assert equal(weight.clone().div_(scales.view(-1, 1)), out, dtype)
+
+
+@every_dtype
+@given(seed=seeds, size=st.integers(1, 40))
+def test_a_gain_is_divided_as_in_torch(dtype: str, seed: int, size: int) -> None:
+    """A norm's weight, which has no columns, is divided as a matrix of one column would be."""
+    values, scales = random_case(seed, size)
+    weight = values.to(TORCH[dtype])
+    source = array(weight, dtype)
+    out = np.empty_like(source)
+
+    assert all_finite == divide_rows(source, dtype, scales.numpy(), out)
+    assert equal(weight.clone().div_(scales), out, dtype)
 
 
 @every_dtype

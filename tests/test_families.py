@@ -1,0 +1,317 @@
+"""A second family, plain Llama, brought by a package: all that is ours works for it as well."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, Finished, Project
+from llama import Llama, announce, llama_config, write_llama
+from oneshot import run_oneshot
+from tiny import read_all_tensors, read_json
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from carnice_build.backends.awq import offset_norms
+from carnice_build.calibration.driver import Arithmetic, LayerDriver
+from carnice_build.calibration.text_model import ModelSource, OpenModel, ResidentModel
+from carnice_build.commands.build import build_variants
+from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.errors import CheckpointError
+from carnice_build.models import architecture_of
+from carnice_build.verification.result import Outcome
+
+Carnice = Callable[..., Finished]
+
+CALIBRATION = """
+calibration:
+  dataset: rows.jsonl
+  subset: null
+  samples: 3
+  length: 48
+  threads: 1
+  roles: {gpt: assistant, human: user}
+"""
+AWQ = """
+quantize:
+  format: compressed-tensors
+  targets: [Linear]
+  config_groups: {group_0: {targets: [Linear], weights: {group_size: 128}}}
+  ignore: ['re:.*lm_head']
+"""
+QUANTIZE = {
+    "mlx": "quantize: {format: mlx, bits: 4}",
+    "int4": "quantize: {format: autoround, method: nearest}",
+    "tuned": "quantize: {format: autoround, method: tune, "
+    "tune: {iters: 8, lr: 0.03, batch_size: 3}}",
+    "nvfp4": "quantize: {format: nvfp4}",
+    "awq": AWQ,
+}
+MORE = {"tuned": "  joined: true\n", "nvfp4": "", "awq": "  attention: eager\n"}
+"""What the calibrated ones need beside the rest."""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A project whose variants of a tiny Llama are built, each named as its format."""
+    project = Project(tmp_path_factory.mktemp("llama") / "project")
+    write_llama(project.root / "source")
+    project.recipes.mkdir()
+    (project.recipes / "_profiles.yaml").write_text("demo:\n  tiny/llama: source\n")
+    _write_dialogues(project.root / "rows.jsonl")
+    for name, quantize in QUANTIZE.items():
+        text = f"variant: {name}\ndescription: A tiny Llama\n{quantize}\n"
+        text += "sources: {body: {model: tiny/llama}}\n"
+        project.recipe(name, text + (CALIBRATION + MORE[name] if name in MORE else ""))
+    with pytest.MonkeyPatch.context() as patch:
+        announce(project.root / "site", "llama:Llama", patch)
+        patch.chdir(project.root)
+        build_variants(list(QUANTIZE), project.options(jobs=1))
+        yield project
+
+
+def _write_dialogues(path: Path) -> None:
+    """The first of the demo's."""
+    lines = (REPOSITORY / "demo" / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[:12]) + "\n", encoding="utf-8")
+
+
+def whole_model(project: Project, dtype: str = "bfloat16", attention: str = "sdpa") -> Any:
+    """The source as transformers loads and runs it."""
+    return LlamaForCausalLM.from_pretrained(
+        project.root / "source", dtype=dtype, attn_implementation=attention
+    ).eval()
+
+
+def samples(project: Project) -> list[Tensor]:
+    """The tokens that the calibrations see."""
+    tokenizer = AutoTokenizer.from_pretrained(project.root / "source")
+    roles = {"human": "user", "gpt": "assistant"}
+    found = []
+    for line in (project.root / "rows.jsonl").read_text().splitlines()[:3]:
+        row = json.loads(line)
+        turns = [
+            {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+            for turn in row["conversations"]
+        ]
+        text = tokenizer.apply_chat_template(turns, tools=row["tools"] or None, tokenize=False)
+        found.append(torch.tensor(tokenizer(text)["input_ids"][:48]))
+    return found
+
+
+def opened(project: Project, dtype: str, attention: str) -> OpenModel:
+    weights = whole_model(project).state_dict()
+    source = ModelSource(Llama(llama_config(), "llama"), weights.__getitem__)
+    return OpenModel(source, Arithmetic(dtype, attention, threads=1))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_hidden_states_and_logits_are_those_of_the_whole_model(
+    llama: Project, dtype: str, attention: str
+) -> None:
+    """One layer at a time gives every hidden state and every logit by the bits."""
+    whole, model = whole_model(llama, dtype, attention), opened(llama, dtype, attention)
+    tokens = samples(llama)[0]
+    with torch.no_grad():
+        expected = whole(tokens[None], use_cache=False, output_hidden_states=True)
+
+    (hidden,) = model.embedded([tokens])
+    found = [hidden]
+    for index in range(model.architecture.num_layers):
+        found.append(model.layer(index)(found[-1]))
+    ending = model.ending()
+    found[-1] = ending.states(found[-1])
+
+    assert all(map(torch.equal, expected.hidden_states, found))
+    assert torch.equal(expected.logits, ending.scores(found[-1]))
+
+
+def test_a_continuation_is_that_of_transformers(llama: Project) -> None:
+    """The model that verify runs writes what greedy `generate` writes."""
+    prompt = samples(llama)[0]
+    generated = whole_model(llama, "float32").generate(
+        prompt[None],
+        attention_mask=torch.ones_like(prompt[None]),
+        max_new_tokens=8,
+        min_new_tokens=8,
+        do_sample=False,
+    )
+
+    said = ResidentModel(opened(llama, "float32", "sdpa")).continue_greedily(prompt, 8)
+
+    assert torch.equal(generated[0], said.tokens)
+
+
+def test_mlx_folders_are_those_of_mlx_lm(llama: Project, tmp_path: Path) -> None:
+    """Tensors and config.json are what `mlx_lm.convert` writes."""
+    from mlx_lm.convert import convert
+
+    convert(str(llama.root / "source"), str(tmp_path / "theirs"), quantize=True, q_bits=4)
+
+    assert read_all_tensors(tmp_path / "theirs") == read_all_tensors(llama.out / "mlx")
+    assert read_json(tmp_path / "theirs" / "config.json") == read_json(
+        llama.out / "mlx" / "config.json"
+    )
+
+
+def test_input_scales_are_those_of_the_whole_model(llama: Project) -> None:
+    """Each is the largest input that hooks on transformers' model see, over 2688, by the bits."""
+    whole = whole_model(llama)
+    amax: dict[str, float] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            amax[name] = max(amax.get(name, 0.0), inputs[0].abs().max().item())
+
+        return hook
+
+    for name, module in whole.model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(watch(f"model.{name}"))
+    for tokens in samples(llama):
+        with torch.no_grad():
+            whole(tokens[None], use_cache=False)
+    built = read_all_tensors(llama.out / "nvfp4")
+    found = {
+        name.removesuffix(".input_scale"): np.frombuffer(tensor.data, "<f4")[0]
+        for name, tensor in built.items()
+        if name.endswith(".input_scale")
+    }
+
+    assert 7 * 3 == len(found)
+    assert found == {name: np.float32(amax[name]) / np.float32(2688) for name in found}
+
+
+def test_awq_folders_are_those_of_oneshot(llama: Project, tmp_path: Path) -> None:
+    """Every tensor that llm-compressor writes has our bits, gains without an offset among them."""
+    rows = sorted(samples(llama), key=len, reverse=True)
+    reference = run_oneshot(
+        "mse",
+        tmp_path,
+        rows,
+        model=whole_model(llama, attention="eager"),
+        layer="LlamaDecoderLayer",
+    )
+
+    assert read_all_tensors(reference.folder) == read_all_tensors(llama.out / "awq")
+    theirs = read_json(tmp_path / "config.json")["quantization_config"]
+    ours = read_json(llama.out / "awq" / "config.json")["quantization_config"]
+    assert theirs["ignore"] == ours["ignore"]
+
+
+def test_the_table_knows_the_norms_that_the_library_converts() -> None:
+    """A Llama's gains are stored as they are, which the table and llm-compressor agree on."""
+    arithmetic = Arithmetic("bfloat16", "eager", threads=1)
+    driver = LayerDriver(llama_config(), "full", arithmetic)
+    facts = Llama(llama_config(), "llama").tensors.values()
+    layer = driver.layer(
+        {
+            fact.name.removeprefix("model.layers.0."): torch.ones(fact.shape)
+            for fact in facts
+            if fact.layer == 0
+        }
+    )
+
+    assert [] == offset_norms(layer)
+
+
+def test_tuning_beats_rounding_to_nearest(llama: Project) -> None:
+    """auto-round tunes every layer, and each is nearer to the given one than when rounded."""
+    figures = read_json(llama.out / "tuned" / "build.json")["figures"]
+    losses = [value for name, value in figures.items() if name.startswith("loss of layer")]
+
+    assert 3 == len(losses)
+    assert all(tuned < nearest for nearest, tuned in losses)
+
+
+@pytest.mark.parametrize("variant", QUANTIZE)
+def test_what_is_built_verifies(llama: Project, variant: str) -> None:
+    """No check of the files of any format fails, and their weights are near the source's."""
+    (result,) = verify_variants([variant], llama.options(), VerifySettings(run=False)).variants
+
+    assert [] == [check for check in result.checks if check.outcome is Outcome.FAILED]
+    assert "round trip" in {check.name for check in result.checks}
+
+
+@pytest.mark.parametrize("variant", ["nvfp4", "awq"])
+def test_what_is_built_runs(llama: Project, carnice: Carnice, variant: str) -> None:
+    """In a process of its own the model generates and is measured, and drafts nothing."""
+    text = REPOSITORY / "demo" / "heldout.txt"
+    finished = carnice("verify", variant, "--text", text, "--samples", 2, "--json")
+    (result,) = json.loads(finished.out)["variants"]
+    found = {check["name"]: check for check in result["checks"]}
+
+    assert "passed" == found["generate"]["outcome"], finished.err
+    assert "passed" == found["perplexity"]["outcome"]
+    assert "skipped" == found["mtp"]["outcome"]
+
+
+def test_variants_are_explained_and_compared(llama: Project, carnice: Carnice) -> None:
+    """`explain` knows the actions, and `diff` compares the modules of two folders."""
+    explained = carnice("explain", "nvfp4", "--set", "calibration.length=32")
+    compared = carnice("diff", "build/int4", "build/tuned")
+
+    assert (0, 0) == (explained.code, compared.code), explained.err + compared.err
+    assert "calibration.tokens: length 48 -> 32" in explained.out
+    assert "self_attn.q_proj" in compared.out
+
+
+def test_grouped_queries_are_smoothed_as_far_as_they_fit() -> None:
+    """Without as many keys as queries, values cannot be smoothed into what reads them."""
+    grouped = Llama(llama_config(kv_heads=1), "llama")
+
+    assert "self_attn.v_proj" not in {mapping.smooth for mapping in grouped.smoothing}
+
+
+def test_a_packages_family_is_among_those_that_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unknown model type is compared with the types of packages, too."""
+    announce(tmp_path, "llama:Llama", monkeypatch)
+
+    with pytest.raises(CheckpointError, match=r"llama or qwen3_5; did you mean 'llama'"):
+        architecture_of({"model_type": "lama"}, "here")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("no_such_module:Llama", "cannot be loaded: ModuleNotFoundError"),
+        ("llama:NoSuchClass", "cannot be loaded: AttributeError"),
+        ("llama:ConfigReader", "lacks name, num_layers"),
+        ("llama:announce", "is no family"),
+    ],
+)
+def test_a_broken_family_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, said: str
+) -> None:
+    """It names the package and what is wrong with it; our own families go on working."""
+    announce(tmp_path, value, monkeypatch, name="broken")
+
+    with pytest.raises(CheckpointError, match=f"'broken' of plain-llama, .*{said}"):
+        architecture_of({"model_type": "broken"}, "here")
+
+
+FAMILY_NAMES = re.compile(
+    r"qwen_?3_5|\bmtp\.|linear_attn|in_proj_|self_attn|language_model\.|model\.visual|\bllama\b",
+    re.IGNORECASE,
+)
+
+
+def test_no_module_outside_models_names_a_family() -> None:
+    """What is true of one family stands in its table, and nowhere else."""
+    package = REPOSITORY / "carnice_build"
+    found: Mapping[str, list[str]] = {
+        str(path.relative_to(package)): FAMILY_NAMES.findall(path.read_text(encoding="utf-8"))
+        for path in sorted(package.rglob("*.py"))
+        if path.parent.name != "models"
+    }
+
+    assert {} == {name: names for name, names in found.items() if names}
