@@ -16,7 +16,12 @@ from llama import Llama, announce, llama_config, write_llama
 from oneshot import run_oneshot
 from tiny import read_all_tensors, read_json
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoTokenizer,
+    LlamaForCausalLM,
+)
 
 from carnice_build.backends.awq import offset_norms
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
@@ -48,8 +53,7 @@ quantize:
 QUANTIZE = {
     "mlx": "quantize: {format: mlx, bits: 4}",
     "int4": "quantize: {format: autoround, method: nearest}",
-    "tuned": "quantize: {format: autoround, method: tune, "
-    "tune: {iters: 8, lr: 0.03, batch_size: 3}}",
+    "tuned": "quantize: {format: autoround, method: tune, tune: {iters: 8, lr: 0.03}}",
     "nvfp4": "quantize: {format: nvfp4}",
     "awq": AWQ,
 }
@@ -109,6 +113,53 @@ def opened(project: Project, dtype: str, attention: str) -> OpenModel:
     weights = whole_model(project).state_dict()
     source = ModelSource(Llama(llama_config(), "llama"), weights.__getitem__)
     return OpenModel(source, Arithmetic(dtype, attention, threads=1))
+
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 99,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+KINDS = {
+    "mistral": ({"sliding_window": 8}, {"full"}),
+    "gemma2": ({"sliding_window": 8}, {"full", "sliding"}),
+    "granite": ({"residual_multiplier": 0.5}, {"full"}),
+    "qwen3_moe": (EXPERTS, {"full"}),
+    "qwen3_next": ({**EXPERTS, **LINEAR}, {"full", "linear"}),
+}
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_layers_of_any_model_are_run_as_by_their_model(model_type: str) -> None:
+    """Whatever a model calls its layers with, each alone has the outputs that it has there."""
+    options, kinds = KINDS[model_type]
+    config = CONFIG_MAPPING[model_type](**SIZES, **options)
+    config._attn_implementation = "eager"
+    whole: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    types = getattr(config, "layer_types", None) or ["full_attention"] * 4
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append((inputs[0], output))
+
+    for layer in whole.model.layers:
+        layer.register_forward_hook(watch)
+    with torch.no_grad():
+        whole(torch.arange(1, 18)[None], use_cache=False)
+    arithmetic = Arithmetic("float32", "eager", threads=torch.get_num_threads())
+    drivers = {kind: LayerDriver(config.to_dict(), kind, arithmetic) for kind in kinds}
+
+    assert {name.removesuffix("_attention") for name in types} == kinds
+    for layer, name, (hidden, output) in zip(whole.model.layers, types, calls, strict=True):
+        driver = drivers[name.removesuffix("_attention")]
+        assert torch.equal(output, driver.run(driver.layer(layer.state_dict()), hidden))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

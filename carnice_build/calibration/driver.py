@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
+from carnice_build.errors import BackendError
+
 
 class NonFiniteInput(Exception):
     """The input of `linear`, a module's name relative to its layer, held NaN or infinity."""
@@ -61,7 +63,8 @@ class Arithmetic:
 def skeleton(text_config: Mapping[str, Any], arithmetic: Arithmetic) -> Any:
     """transformers' causal language model of a checkpoint's `text_config`, without its weights.
 
-    What no checkpoint holds, as the frequencies of rotary embeddings, is there.
+    What no checkpoint holds, as the frequencies of rotary embeddings, is there; BackendError when
+    transformers can make it only together with all weights.
     Sets the threads of this process's torch.
     """
     torch.set_num_threads(arithmetic.threads)
@@ -72,11 +75,20 @@ def skeleton(text_config: Mapping[str, Any], arithmetic: Arithmetic) -> Any:
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     with torch.device("meta"):
         model = model_class(config)
-    for module in model.modules():
+    for path, module in model.named_modules():
         if module._non_persistent_buffers_set:
-            module.to_empty(device=arithmetic.device, recurse=False)
-            model._init_weights(module)
+            _revive(model, path, module.to_empty(device=arithmetic.device, recurse=False))
     return model.requires_grad_(False).eval()
+
+
+def _revive(model: Any, path: str, module: nn.Module) -> None:
+    """Compute the buffers of a module, as transformers does when no checkpoint holds them."""
+    buffers = [item for item in module.buffers(recurse=False) if item.is_floating_point()]
+    for buffer in buffers:
+        buffer.fill_(torch.nan)
+    model._init_weights(module)
+    if any(buffer.isnan().any() for buffer in buffers):
+        raise BackendError(f"transformers does not say how to make the buffers of {path}")
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

@@ -145,6 +145,7 @@ class Architecture(Protocol):
         """What kind of decoder layer number `layer` is.
 
         One of transformers' layer types, without the `_attention` that most end in: `full`.
+        Layers of one kind compute alike, whatever their numbers.
         """
 
     def layer_prefix(self, layer: int) -> str:
