@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -192,6 +193,21 @@ def test_any_number_of_jobs_gives_the_same_folder(
     """Four workers make the bytes of one."""
     shutil.rmtree(calibrated.cache)
     build(calibrated, FINE_TUNE, jobs=4)
+
+    assert reference == contents(calibrated.out / FINE_TUNE)
+
+
+def test_a_file_system_without_links_gives_the_same_folder(
+    calibrated: Project, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers then get copies of what they read, for themselves."""
+
+    def refuse(link: Path, target: Path) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    shutil.rmtree(calibrated.cache)
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    build(calibrated, FINE_TUNE)
 
     assert reference == contents(calibrated.out / FINE_TUNE)
 
