@@ -76,8 +76,8 @@ def _bytes_in(folders: list[Path]) -> int:
 def sparse_checkpoint(folder: Path) -> Path:
     """The full-size checkpoint as true headers over empty files, which take no disk."""
     from carnice_build.checkpoint.checkpoint import INDEX_NAME
-    from carnice_build.checkpoint.dtypes import TensorSpec
     from carnice_build.checkpoint.header import encode_header
+    from carnice_build.dtypes import TensorSpec
 
     shapes = json.loads(SHAPES.read_text())
     tensors = [

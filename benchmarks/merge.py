@@ -33,14 +33,14 @@ from carnice_build.backends.tensors import as_tensor
 from carnice_build.calibration.driver import Arithmetic
 from carnice_build.calibration.text_model import ModelSource
 from carnice_build.calibration.tokenizing import tokenize
-from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.source import LocalFile
-from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.graph import TensorData
 from carnice_build.kernels.autoround import dequantize_rows, unpack_rows
+from carnice_build.tensor_file import TensorFile
+from carnice_build.tensors import SourceTensor
 from carnice_build.transforms.int4 import PARTS
 from carnice_build.verification.perplexity import cut
 from carnice_build.verification.quality import Quality, measure

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from carnice_build.checkpoint.checkpoint import Checkpoint, SourceTensor
-from carnice_build.checkpoint.dtypes import TensorSpec
-from carnice_build.checkpoint.tensor_file import TensorFile
+from carnice_build.dtypes import TensorSpec
 from carnice_build.keys import DigestSink, KeySink, write_key
 from carnice_build.models.base import TensorFact
+from carnice_build.tensor_file import TensorFile
+from carnice_build.tensors import SourceTensor
 
 if TYPE_CHECKING:
     import networkx
@@ -215,11 +215,6 @@ class TensorRef:
 
 View = dict[str, TensorRef]
 """An ordered map from names to tensors; steps turn views into views."""
-
-
-def source_view(checkpoint: Checkpoint) -> View:
-    """The tensors of a checkpoint under their names on disk."""
-    return {name: TensorRef(tensor.spec, tensor) for name, tensor in checkpoint.tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)

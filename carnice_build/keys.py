@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.dtypes import TensorSpec
 
 
 class KeySink(Protocol):

@@ -9,11 +9,11 @@ import pytest
 
 from carnice_build.errors import PlanError
 from carnice_build.models.base import KvGeometry
+from carnice_build.recipe.serve import ServeSpec
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import Launch
 from carnice_build.serving.memory import GIB
 from carnice_build.serving.rules import plan_launches
-from carnice_build.serving.spec import ServeSpec
 
 NVFP4 = ServingFacts(
     repo="owner/Carnice-V2-27b-NVFP4-TEXT-MTP",

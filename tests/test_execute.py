@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import Project
 
-from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.commands.plan import plan_variants
 from carnice_build.execute.executor import Executor, LocalExecutor
 from carnice_build.execute.jobs import Job
@@ -20,6 +19,7 @@ from carnice_build.execute.workbench import JobResult
 from carnice_build.graph import Action, ProcessOp
 from carnice_build.planning.status import survey
 from carnice_build.store.store import Store
+from carnice_build.tensor_file import TensorFile
 
 VARIANT = "mlx-mixed_3_6"
 MEMORY = 1 << 30

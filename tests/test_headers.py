@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tiny import Tensor, read_safetensors, write_raw, write_safetensors
 
-from carnice_build.checkpoint.dtypes import ITEM_SIZE, TensorSpec
 from carnice_build.checkpoint.header import (
     MAX_HEADER_BYTES,
     Header,
@@ -20,6 +19,7 @@ from carnice_build.checkpoint.header import (
     read_header,
 )
 from carnice_build.checkpoint.source import LocalFile
+from carnice_build.dtypes import ITEM_SIZE, TensorSpec
 from carnice_build.errors import CheckpointError
 
 TWO = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

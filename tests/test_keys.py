@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carnice_build import keys
-from carnice_build.checkpoint.checkpoint import SourceTensor
-from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import Action, ActionGraph, Op, TensorRef
 from carnice_build.keys import DigestSink
 from carnice_build.planning.explain import FactsSink
+from carnice_build.tensors import SourceTensor
 from carnice_build.transforms.elementwise import Elementwise
 from carnice_build.transforms.mlx import AffineQuantize, ReferenceAffineQuantize
 

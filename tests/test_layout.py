@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
-from carnice_build.checkpoint.dtypes import ITEM_SIZE, TensorSpec
+from carnice_build.dtypes import ITEM_SIZE, TensorSpec
 from carnice_build.graph import OutputTensor, TensorRef
 from carnice_build.models.base import Part, Role, TensorFact
 from carnice_build.planning.layout import natural_key, pack_layouts
+from carnice_build.tensors import SourceTensor
 
 specs = st.builds(
     TensorSpec,

@@ -14,13 +14,13 @@ from serving_cases import AWQ40B, FACTS, INT4, NVFP4, launch_of, refused, spec_o
 
 from carnice_build.chat.tool_format import tool_format
 from carnice_build.errors import PlanError
+from carnice_build.recipe.serve import ServeSpec
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import resolve_launches, setting
 from carnice_build.serving.memory import GIB, estimate, kv_cache_bytes
 from carnice_build.serving.profile import load_engine, load_profile, profile_names
 from carnice_build.serving.render import serve_files
 from carnice_build.serving.rules import check_launch, plan_launches
-from carnice_build.serving.spec import ServeSpec
 
 
 def flags_of(command: str) -> dict[str, Any]:

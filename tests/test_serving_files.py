@@ -12,11 +12,11 @@ import yaml
 from serving_cases import AWQ40B, FACTS, INT4, NVFP4, launch_of, spec_of
 
 from carnice_build.package.folder import make_executable
+from carnice_build.recipe.serve import ServeSpec
 from carnice_build.serving.place import Place
 from carnice_build.serving.profile import load_profile, profile_names
 from carnice_build.serving.render import serve_files
 from carnice_build.serving.rules import plan_launches
-from carnice_build.serving.spec import ServeSpec
 
 LAUNCHES = [(name, launch) for name in FACTS for launch in load_profile(name).launches]
 

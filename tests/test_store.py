@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.header import encode_header
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import StoreError
 from carnice_build.store.digests import digest_bytes, digest_texts
 from carnice_build.store.packs import PartialPack, digest_range

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
-from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.header import encode_header
+from carnice_build.dtypes import TensorSpec
 from carnice_build.models.base import Part, Role
 from carnice_build.models.qwen3_5 import BODY, VISION, Qwen35
 

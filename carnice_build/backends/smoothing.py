@@ -13,8 +13,8 @@ from carnice_build.backends.compressed import WeightScheme
 from carnice_build.backends.tensors import as_data
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.layer_files import HiddenStates, layer_tensors
-from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.models.base import SmoothingMapping
+from carnice_build.tensor_file import TensorFile
 
 
 def smooth(

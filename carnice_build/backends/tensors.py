@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from carnice_build.checkpoint.dtypes import NUMPY_NAME
+from carnice_build.dtypes import NUMPY_NAME
 from carnice_build.graph import TensorData
 
 _TORCH_DTYPE = {

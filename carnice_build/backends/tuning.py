@@ -18,10 +18,10 @@ from carnice_build.backends.autoround import (
 from carnice_build.backends.tensors import as_data
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.layer_files import HiddenStates, layer_name, layer_tensors
-from carnice_build.checkpoint.dtypes import NUMPY_NAME
-from carnice_build.checkpoint.tensor_file import TensorFile
+from carnice_build.dtypes import NUMPY_NAME
 from carnice_build.errors import CheckpointError
 from carnice_build.kernels.autoround import dequantize_rows, pack
+from carnice_build.tensor_file import TensorFile
 
 
 def tune(

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from carnice_build.backends.tensors import as_tensor
-from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.graph import TensorData
+from carnice_build.tensor_file import TensorFile
 
 
 def layer_tensors(params: Mapping[str, Any], weights: Sequence[TensorFile]) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ import torch
 from carnice_build.backends.tensors import as_data
 from carnice_build.calibration.driver import Arithmetic, LayerDriver, NonFiniteInput, input_amax
 from carnice_build.calibration.layer_files import HiddenStates, layer_name, layer_tensors
-from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BackendError, CheckpointError
+from carnice_build.tensor_file import TensorFile
 
 
 def run_layer(

@@ -8,8 +8,9 @@ from enum import StrEnum
 from typing import Any
 
 from carnice_build.checkpoint.checkpoint import TEMPLATE_FOLDER, Checkpoint, is_plain_path
-from carnice_build.checkpoint.source import LocalFile, LostFile, Readable, read_all, refuse_pointer
+from carnice_build.checkpoint.source import LocalFile, LostFile, read_all, refuse_pointer
 from carnice_build.errors import CheckpointError
+from carnice_build.tensors import Readable
 
 
 class Reads(StrEnum):

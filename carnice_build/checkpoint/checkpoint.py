@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.header import Header, read_header, tensor_spec
 from carnice_build.checkpoint.json import DuplicateKey, parse_json
 from carnice_build.checkpoint.shards import Index, model_shards, refuse_adapter
-from carnice_build.checkpoint.source import ByteSource, LocalFile, local_files, read_all
+from carnice_build.checkpoint.source import LocalFile, local_files, read_all
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError, together
+from carnice_build.graph import TensorRef, View
+from carnice_build.tensors import ByteSource, SourceTensor
+
+
+def source_view(checkpoint: Checkpoint) -> View:
+    """The tensors of a checkpoint under their names on disk."""
+    return {name: TensorRef(tensor.spec, tensor) for name, tensor in checkpoint.tensors.items()}
+
 
 INDEX_NAME = "model.safetensors.index.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -27,22 +34,6 @@ HeaderReader = Callable[[Sequence[ByteSource]], Iterable[Header]]
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """A tensor in a file of a checkpoint; `file` is None in a shape file, which has no bytes."""
-
-    name: str
-    spec: TensorSpec
-    file: ByteSource | None
-    offset: int
-
-    @cached_property
-    def identity(self) -> str:
-        """Names these bytes on this machine while the file stays as it is."""
-        origin = self.file.identity if self.file else f"shape|{self.name}"
-        return f"{origin}|{self.offset}|{self.spec.nbytes}"
 
 
 def read_samples(tensor: SourceTensor) -> Iterator[bytes]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
-from carnice_build.checkpoint.dtypes import TensorSpec
-from carnice_build.checkpoint.source import ByteSource
+from carnice_build.dtypes import TensorSpec
+from carnice_build.tensors import ByteSource, SourceTensor
 
 
 @dataclass(frozen=True)

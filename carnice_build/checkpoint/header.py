@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from carnice_build.checkpoint.dtypes import ITEM_SIZE, TensorSpec
 from carnice_build.checkpoint.json import DuplicateKey, parse_json
-from carnice_build.checkpoint.source import Readable, refuse_pointer
+from carnice_build.checkpoint.source import refuse_pointer
+from carnice_build.dtypes import ITEM_SIZE, TensorSpec
 from carnice_build.errors import CheckpointError, nearest
 from carnice_build.recipe.patterns import MAX_NAME
+from carnice_build.tensors import Readable
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit."""

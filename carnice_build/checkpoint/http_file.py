@@ -27,8 +27,8 @@ from carnice_build.checkpoint.patience import (
     judge,
     refused,
 )
-from carnice_build.checkpoint.source import Reader
 from carnice_build.errors import CheckpointError
+from carnice_build.tensors import Reader
 
 LIBRARY = "carnice-build"
 

@@ -27,8 +27,9 @@ from carnice_build.checkpoint.header import Header, read_header
 from carnice_build.checkpoint.http_file import LIBRARY, RemoteFile, Repository
 from carnice_build.checkpoint.hub_listing import Notes, find_listing
 from carnice_build.checkpoint.patience import OFFLINE, Interruption, patiently
-from carnice_build.checkpoint.source import ByteSource, LocalFile, Reader
+from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import BuildError, CheckpointError
+from carnice_build.tensors import ByteSource, Reader
 
 _HEAD_BYTES = 1 << 16
 _PARALLEL_HEADERS = 8

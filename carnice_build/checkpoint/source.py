@@ -4,53 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from carnice_build.errors import CheckpointError
 from carnice_build.system import read_at
+from carnice_build.tensors import Readable, Reader
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_OF_A_POINTER = 1024
 """Bytes; by https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md a pointer has fewer."""
-
-Reader = Callable[[memoryview], None]
-"""Fills a buffer with the bytes that follow those of the call before, or raises CheckpointError."""
-
-
-class Readable(Protocol):
-    """Bytes that can be read by range."""
-
-    @property
-    def name(self) -> str:
-        """What messages call the file."""
-
-    @property
-    def size(self) -> int:
-        """Length in bytes."""
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `offset` on, or raise CheckpointError."""
-
-
-class ByteSource(Readable, Protocol):
-    """A file of a checkpoint, read by several threads at once."""
-
-    @property
-    def identity(self) -> str:
-        """Changes whenever the content may have changed; holds on this machine only."""
-
-    def path(self) -> Path | None:
-        """Where the whole file is on this machine, None when it is not."""
-
-    @property
-    def random_access(self) -> bool:
-        """True when a small read costs little wherever it is."""
-
-    def open_range(self, offset: int, count: int) -> AbstractContextManager[Reader]:
-        """Read `count` bytes from `offset` on in order, by one thread, in pieces of any size."""
 
 
 class LocalFile:

@@ -14,12 +14,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.errors import CheckpointError, StoreError
 from carnice_build.graph import NonFiniteValue
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Architecture
 from carnice_build.store.packs import digest_range
+from carnice_build.tensors import SourceTensor
 from carnice_build.verification.folder import ModelFolder, open_folder
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from carnice_build import __version__
-from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.commands.findings import Findings, folder_stamp, load_findings
 from carnice_build.commands.options import Options
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError, StoreError
 from carnice_build.models import architecture_of
 from carnice_build.package.folder import read_build

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
-from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
+from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.errors import CheckpointError
 from carnice_build.execute.jobs import Job
 from carnice_build.execute.streaming import (
@@ -33,6 +32,7 @@ from carnice_build.execute.workbench import Found, JobResult, Workbench
 from carnice_build.graph import Action, ArrayOp, BadInput, NonFiniteValue, TensorData, TensorRef
 from carnice_build.store.digests import digest_bytes
 from carnice_build.store.store import read_location
+from carnice_build.tensors import SourceTensor
 
 
 class ArrayJob:

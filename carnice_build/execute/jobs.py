@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.graph import Action, ActionOutput, ArrayOp, ProcessOp, TensorRef
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.scratch import depths
 from carnice_build.planning.status import BuildStatus, Status
 from carnice_build.store.packs import Location
+from carnice_build.tensors import SourceTensor
 
 STREAM_BYTES = 16 << 20
 """Memory of a job that streams: one block in, its outputs, and what numpy needs meanwhile."""

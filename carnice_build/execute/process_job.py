@@ -12,9 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
-from carnice_build.checkpoint.dtypes import TensorSpec
-from carnice_build.checkpoint.tensor_file import TensorFile
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import StoreError
 from carnice_build.execute.array_job import bad_input, non_finite
 from carnice_build.execute.jobs import Job
@@ -24,6 +22,8 @@ from carnice_build.execute.workbench import JobResult, Workbench
 from carnice_build.graph import ActionOutput, BadInput, NonFiniteValue, ProcessOp, TensorRef
 from carnice_build.store.files import hold_range
 from carnice_build.store.packs import Location, digest_range
+from carnice_build.tensor_file import TensorFile
+from carnice_build.tensors import SourceTensor
 
 
 class ProcessJob:

@@ -13,10 +13,10 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.queues import SimpleQueue
 from typing import Any, Self, cast
 
-from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.errors import BackendError, CarniceError
 from carnice_build.graph import Action, BadInput, NonFiniteValue, ProcessOp
 from carnice_build.system import peak_memory
+from carnice_build.tensor_file import TensorFile
 
 _PAUSE = 1.0
 

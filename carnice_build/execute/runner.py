@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from carnice_build.checkpoint.tensor_file import TensorFile
 from carnice_build.graph import Action
+from carnice_build.tensor_file import TensorFile
 
 
 class Runner(Protocol):

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from carnice_build.checkpoint.checkpoint import SourceTensor, read_samples
-from carnice_build.checkpoint.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
+from carnice_build.checkpoint.checkpoint import read_samples
+from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.execute.jobs import Sink
 from carnice_build.graph import Action, ArrayOp, NonFiniteValue, TensorData
 from carnice_build.kernels.elementwise import non_finite_index
 from carnice_build.store.packs import PartialPack
+from carnice_build.tensors import SourceTensor
 
 BLOCK_BYTES = 2 << 20
 """Source bytes in one block: of those measured, the one that costs least (docs/benchmarks.md)."""

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.dtypes import TensorSpec
 from carnice_build.execute.jobs import Job, Sink
 from carnice_build.execute.runner import Runner
 from carnice_build.graph import Action, TensorRef

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from carnice_build import __version__
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, Checkpoint
 from carnice_build.checkpoint.datasets import Dataset
-from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.json import to_json
 from carnice_build.checkpoint.profiles import Source
+from carnice_build.dtypes import TensorSpec
 from carnice_build.keys import canonical_json
 from carnice_build.models.base import Architecture
 from carnice_build.recipe.schema import CalibrationSpec, CardSpec

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from carnice_build.checkpoint.dtypes import ITEM_SIZE
 from carnice_build.checkpoint.header import encode_header
+from carnice_build.dtypes import ITEM_SIZE
 from carnice_build.graph import OutputTensor
 from carnice_build.models.base import Part, Role
 from carnice_build.store.digests import digest_texts

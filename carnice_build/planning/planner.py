@@ -11,11 +11,11 @@ from itertools import product
 from typing import Any
 
 from carnice_build.checkpoint.assets import Assets, absent, damaged
-from carnice_build.checkpoint.checkpoint import Checkpoint, SourceTensor, read_samples
+from carnice_build.checkpoint.checkpoint import Checkpoint, read_samples, source_view
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.errors import PlanError, nearest, together
-from carnice_build.graph import Action, ActionGraph, ActionOutput, View, source_view
+from carnice_build.graph import Action, ActionGraph, ActionOutput, View
 from carnice_build.models import architecture_of
 from carnice_build.models.base import QUANTIZATION, Architecture, Part, TensorFact
 from carnice_build.package.generation import with_generation
@@ -24,6 +24,7 @@ from carnice_build.planning.serve import plan_serving
 from carnice_build.planning.unknown import unknown_tensors
 from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
+from carnice_build.tensors import SourceTensor
 from carnice_build.transforms.base import CalibrationSource, Conversion, Format, PlanContext, Step
 from carnice_build.transforms.plugins import failures_blamed
 

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.graph import Action, ActionOutput, TensorRef
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.scratch import scratch_bytes
 from carnice_build.store.packs import Location
 from carnice_build.store.store import Store
+from carnice_build.tensors import SourceTensor
 
 
 class Status(StrEnum):

@@ -20,7 +20,7 @@ from pydantic.json_schema import models_json_schema
 
 from carnice_build.recipe.layers import LayerSet
 from carnice_build.recipe.patterns import compile_pattern
-from carnice_build.serving.spec import ServeSpecs
+from carnice_build.recipe.serve import ServeSpecs
 from carnice_build.units import parse_size
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.commands.plan import Plan
 from carnice_build.graph import Action, ActionOutput, TensorRef
 from carnice_build.models.base import Part, Role
@@ -25,6 +24,7 @@ from carnice_build.report.graph_labels import (
     telling_parameters,
 )
 from carnice_build.report.graph_view import FoldedGraph, Kind, Node
+from carnice_build.tensors import SourceTensor
 
 _PARTS = {
     Part.EMBED: "embedding",

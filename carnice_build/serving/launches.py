@@ -8,6 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from carnice_build.errors import PlanError, nearest
+from carnice_build.recipe.serve import (
+    FlagValue,
+    HardwareChange,
+    LaunchChange,
+    Scalar,
+    ServeSpec,
+    is_model_name,
+)
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.profile import (
     Engine,
@@ -19,14 +27,6 @@ from carnice_build.serving.profile import (
     load_engine,
     load_profile,
     profile_names,
-)
-from carnice_build.serving.spec import (
-    FlagValue,
-    HardwareChange,
-    LaunchChange,
-    Scalar,
-    ServeSpec,
-    is_model_name,
 )
 from carnice_build.units import plural
 

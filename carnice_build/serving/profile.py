@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, model_validator
 
 from carnice_build.errors import PlanError, nearest
-from carnice_build.serving.spec import FlagName, FlagValue, Scalar, Strict, VariableName
+from carnice_build.recipe.serve import FlagName, FlagValue, Scalar, Strict, VariableName
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -8,12 +8,12 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from carnice_build.recipe.serve import ServeSpec
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import Launch
 from carnice_build.serving.place import ALONE, Place
 from carnice_build.serving.readme import contents_page, readme
 from carnice_build.serving.rules import plan_launches
-from carnice_build.serving.spec import ServeSpec
 
 _MOUNT = "/model"
 _CONTAINER_PORT = 8000

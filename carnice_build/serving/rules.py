@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from carnice_build.errors import PlanError
+from carnice_build.recipe.serve import ServeSpec
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import Launch, resolve_launches, setting
 from carnice_build.serving.memory import GIB, estimate
 from carnice_build.serving.profile import Condition, Rule
-from carnice_build.serving.spec import ServeSpec
 
 
 def plan_launches(spec: ServeSpec, facts: ServingFacts) -> tuple[Launch, ...]:

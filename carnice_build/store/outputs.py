@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.dtypes import TensorSpec
 from carnice_build.store.packs import Location
 
 

@@ -17,9 +17,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.header import read_header
 from carnice_build.checkpoint.source import LocalFile
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import StoreError
 from carnice_build.store.digests import digest_bytes, digest_texts
 from carnice_build.store.files import sync_folder, write_atomically

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from carnice_build.checkpoint.checkpoint import Checkpoint
+from carnice_build.checkpoint.checkpoint import Checkpoint, source_view
 from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.errors import PlanError, nearest
-from carnice_build.graph import OutputTensor, TensorRef, View, source_view
+from carnice_build.graph import OutputTensor, TensorRef, View
 from carnice_build.models.base import Architecture, Part, Role, TensorFact
 from carnice_build.package.autoround import AutoRoundPackager
 from carnice_build.package.base import Packager

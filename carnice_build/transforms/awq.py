@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
-from carnice_build.checkpoint.tensor_file import TensorFile
+from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import ArrayOp, BadInput, ProcessOp, TensorData, TensorRef, require_finite
+from carnice_build.tensor_file import TensorFile
 from carnice_build.transforms.calibration import Calibration, layer_memory, samples
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")

@@ -10,9 +10,9 @@ from typing import Any
 from carnice_build.checkpoint.assets import Reads
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import Dataset
-from carnice_build.checkpoint.dtypes import WIDE_FLOATS
 from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.checkpoint.profiles import Source
+from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import ActionGraph, OutputTensor, TensorRef, View
 from carnice_build.models.base import Architecture

@@ -15,15 +15,16 @@ from typing import Any
 
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
-from carnice_build.checkpoint.checkpoint import Checkpoint, SourceTensor
+from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import whole_file
-from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
-from carnice_build.checkpoint.tensor_file import TensorFile
+from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.graph import ProcessOp, TensorRef, View
 from carnice_build.models.base import Part, Role
 from carnice_build.processor import vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
+from carnice_build.tensor_file import TensorFile
+from carnice_build.tensors import SourceTensor
 from carnice_build.transforms.base import PlanContext
 from carnice_build.transforms.tokens import PADDING, LongestFirst, Tokens
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import ArrayOp, TensorData, require_finite
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from carnice_build.checkpoint.checkpoint import Checkpoint
+from carnice_build.checkpoint.checkpoint import Checkpoint, source_view
 from carnice_build.errors import PlanError, nearest
-from carnice_build.graph import View, source_view
+from carnice_build.graph import View
 from carnice_build.models import architecture_of
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import Expectation, PatternList

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData
 

@@ -14,8 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from carnice_build.checkpoint.assets import Reads
-from carnice_build.checkpoint.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
-from carnice_build.checkpoint.tensor_file import TensorFile
+from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import (
     ArrayOp,
@@ -30,6 +29,7 @@ from carnice_build.graph import (
 from carnice_build.models.base import QUANTIZABLE, Role, TensorFact
 from carnice_build.package.base import Packager
 from carnice_build.package.mlx import MlxPackager
+from carnice_build.tensor_file import TensorFile
 from carnice_build.transforms.base import Conversion, Format, PlanContext
 from carnice_build.transforms.elementwise import Elementwise
 from carnice_build.transforms.rules import Rule, Settings, choose, rules_by_module

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from carnice_build.checkpoint.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import ArrayOp, NonFiniteValue, OutputTensor, TensorData, TensorRef, View
 from carnice_build.models.base import Role, TensorFact

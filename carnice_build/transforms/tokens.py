@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from carnice_build.checkpoint.dtypes import TensorSpec
-from carnice_build.checkpoint.tensor_file import TensorFile
+from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import ProcessOp
+from carnice_build.tensor_file import TensorFile
 
 PADDING = -1
 """Behind the tokens of a sample that is shorter than the longest it may be."""

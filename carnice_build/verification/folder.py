@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.header import read_header
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CheckpointError, StoreError
 from carnice_build.package.folder import read_build
+from carnice_build.tensors import SourceTensor
 
 SUFFIX = ".safetensors"
 

@@ -18,10 +18,10 @@ from math import prod
 
 import numpy as np
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.errors import CheckpointError
 from carnice_build.graph import NonFiniteValue, OutputTensor
 from carnice_build.planning.planner import VariantPlan
+from carnice_build.tensors import SourceTensor
 from carnice_build.verification.folder import ModelFolder
 from carnice_build.verification.formats.base import FormatChecks, QuantizedValues
 from carnice_build.verification.result import Check, judged, skipped

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.planning.planner import VariantPlan
+from carnice_build.tensors import SourceTensor
 
 
 def source_tensors(variant: VariantPlan) -> dict[str, SourceTensor]:

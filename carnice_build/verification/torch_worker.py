@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
 from carnice_build.models.base import Architecture, Part, Role
+from carnice_build.tensors import SourceTensor
 from carnice_build.verification import fidelity
 from carnice_build.verification.fidelity import Fidelity
 from carnice_build.verification.formats.base import Rounding, Settings, TorchChecks

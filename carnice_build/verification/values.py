@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
-from carnice_build.checkpoint.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.graph import ArrayOp, NonFiniteValue, TensorData, TensorRef
 from carnice_build.kernels import elementwise
 from carnice_build.kernels.affine import dequantize_rows
+from carnice_build.tensors import SourceTensor
 
 _BLOCK_ELEMENTS = 1 << 18
 """A megabyte of float32: the arrays of a block stay in the second-level cache."""

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import write_raw
 
-from carnice_build.checkpoint.dtypes import ITEM_SIZE
 from carnice_build.checkpoint.header import Header, read_header
 from carnice_build.checkpoint.source import LocalFile
+from carnice_build.dtypes import ITEM_SIZE
 from carnice_build.errors import CarniceError, CheckpointError, RecipeError
 from carnice_build.recipe.loader import load_recipe
 from carnice_build.recipe.merge import override

@@ -26,10 +26,10 @@ from huggingface_hub import constants
 from tiny import Tensor, write_json, write_safetensors
 
 from carnice_build.checkpoint import patience
-from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.checkpoint.hub import open_hub
 from carnice_build.checkpoint.patience import Unreachable
 from carnice_build.errors import CheckpointError
+from carnice_build.tensors import SourceTensor
 
 pytest_plugins = ["hub_fixtures"]
 

@@ -19,13 +19,13 @@ from huggingface_hub import constants
 from tiny import contents, read_json, write_json
 
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, open_checkpoint
-from carnice_build.checkpoint.dtypes import TensorSpec
 from carnice_build.checkpoint.header import encode_header, read_header
 from carnice_build.checkpoint.hub import open_hub
 from carnice_build.checkpoint.hub_listing import ALLOWED
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.plan import plan_variants
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError, RecipeError
 
 pytest_plugins = ["hub_fixtures"]

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from carnice_build.checkpoint.dtypes import TensorSpec
+from carnice_build.dtypes import TensorSpec
 from carnice_build.kernels import autoround
 from carnice_build.models.base import Architecture, Role
 from carnice_build.transforms.autoround import AutoRoundFormat

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.graph import OutputTensor, TensorData
 from carnice_build.models.base import Architecture
+from carnice_build.tensors import SourceTensor
 from carnice_build.verification.folder import ModelFolder
 from carnice_build.verification.running import Library
 from carnice_build.verification.values import Floats, Values

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
+from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.graph import ActionOutput, OutputTensor, TensorData
 from carnice_build.kernels import compressed, elementwise
 from carnice_build.models.base import Architecture, Role

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from carnice_build.checkpoint.dtypes import WIDE_FLOATS
+from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.models.base import Architecture, Role
 from carnice_build.recipe.patterns import compile_pattern
 from carnice_build.transforms.ignore import plain_modules, unquantized_modules

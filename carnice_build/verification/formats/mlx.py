@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from carnice_build.checkpoint.dtypes import WIDE_FLOATS
+from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.graph import TensorData
 from carnice_build.kernels.elementwise import zero_non_finite
 from carnice_build.models.base import Architecture, TensorFact

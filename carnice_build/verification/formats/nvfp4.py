@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from carnice_build.checkpoint.checkpoint import SourceTensor
 from carnice_build.kernels import nvfp4
 from carnice_build.models.base import Architecture, Role
+from carnice_build.tensors import SourceTensor
 from carnice_build.transforms.nvfp4 import BLOCK, Nvfp4Format
 from carnice_build.verification.folder import ModelFolder, read_object, section
 from carnice_build.verification.formats.base import Rounding, Settings, Tensors, TorchChecks

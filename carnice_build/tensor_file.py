@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carnice_build.checkpoint.dtypes import NUMPY_NAME, TensorSpec
+from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.errors import StoreError
 from carnice_build.system import read_at, write_at
 

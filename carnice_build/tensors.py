@@ -1,0 +1,65 @@
+"""Tensors in files: where bytes come from, and a tensor's place among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from carnice_build.dtypes import TensorSpec
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor in a file of a checkpoint; `file` is None in a shape file, which has no bytes."""
+
+    name: str
+    spec: TensorSpec
+    file: ByteSource | None
+    offset: int
+
+    @cached_property
+    def identity(self) -> str:
+        """Names these bytes on this machine while the file stays as it is."""
+        origin = self.file.identity if self.file else f"shape|{self.name}"
+        return f"{origin}|{self.offset}|{self.spec.nbytes}"
+
+
+Reader = Callable[[memoryview], None]
+"""Fills a buffer with the bytes that follow those of the call before, or raises CheckpointError."""
+
+
+class Readable(Protocol):
+    """Bytes that can be read by range."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the file."""
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `offset` on, or raise CheckpointError."""
+
+
+class ByteSource(Readable, Protocol):
+    """A file of a checkpoint, read by several threads at once."""
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever the content may have changed; holds on this machine only."""
+
+    def path(self) -> Path | None:
+        """Where the whole file is on this machine, None when it is not."""
+
+    @property
+    def random_access(self) -> bool:
+        """True when a small read costs little wherever it is."""
+
+    def open_range(self, offset: int, count: int) -> AbstractContextManager[Reader]:
+        """Read `count` bytes from `offset` on in order, by one thread, in pieces of any size."""
