@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.checkpoints import DEMO, ROOT, WORK, make_checkpoint, to_bf16
+from carnice_build.calibration.passes import Forward
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
@@ -36,7 +37,6 @@ from carnice_build.graph import Action
 from carnice_build.system import peak_memory
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import SourceTensor
-from carnice_build.transforms.calibration import Forward
 
 VARIANT = "qwen-nvfp4-text-mtp"
 DATASET = WORK / "calibration.jsonl"

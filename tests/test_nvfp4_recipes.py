@@ -13,14 +13,14 @@ from conftest import Finished, Project
 from test_bad_input import check_refused, check_refused_at_once
 from tiny import Tensor, bf16, read_json, read_safetensors, write_json, write_safetensors
 
+from carnice_build.calibration.passes import Embed, Forward
+from carnice_build.calibration.tokens import Tokens
 from carnice_build.commands.plan import plan_variants
 from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import Action, ActionGraph, Op, TensorRef
 from carnice_build.keys import canonical_json
 from carnice_build.tensors import SourceTensor
-from carnice_build.transforms.calibration import Embed, Forward
 from carnice_build.transforms.nvfp4 import BlockQuantize, InputScales, Nvfp4Format
-from carnice_build.transforms.tokens import Tokens
 
 pytest_plugins = ["calibrating"]
 

@@ -23,8 +23,8 @@ from carnice_build.chat.special_tokens import NAMES, special_tokens
 from carnice_build.chat.tool_format import Syntax
 from carnice_build.commands.plan import plan_variants
 from carnice_build.errors import CheckpointError
-from carnice_build.transforms.base import PlanContext
-from carnice_build.transforms.chat_template import ChatTemplate
+from carnice_build.steps.base import PlanContext
+from carnice_build.steps.chat_template import ChatTemplate
 from carnice_build.verification.chat import check_chat
 from carnice_build.verification.result import Outcome
 

@@ -19,8 +19,8 @@ from carnice_build.chat.render import Chat, render
 from carnice_build.chat.roundtrip import check_round_trips
 from carnice_build.chat.tool_format import Syntax, ToolFormat, tool_format
 from carnice_build.errors import CheckpointError, PlanError
-from carnice_build.transforms.base import PlanContext
-from carnice_build.transforms.chat_template import ChatTemplate
+from carnice_build.steps.base import PlanContext
+from carnice_build.steps.chat_template import ChatTemplate
 
 
 def sections(path: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from test_bad_input import check_refused_at_once
 from test_calibration import blob_sizes, start
 from tiny import contents
 
+from carnice_build.calibration.tokens import LongestFirst
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.dtypes import TensorSpec
@@ -26,7 +27,6 @@ from carnice_build.serving.render import serve_all
 from carnice_build.store.records import Records
 from carnice_build.tensors import SourceTensor
 from carnice_build.transforms.awq import GroupQuantize, Smooth, SmoothNorm, SmoothWeight
-from carnice_build.transforms.tokens import LongestFirst
 
 pytest_plugins = ["calibrating"]
 

@@ -29,7 +29,7 @@ Row = Mapping[str, Any]
 def tokenize(
     params: Mapping[str, Any], tokenizer: np.ndarray[Any, Any], file: str | None
 ) -> list[list[int]]:
-    """The token ids of the first `samples` rows, each cut at `length`; see `transforms.tokens`.
+    """The token ids of the first `samples` rows, each cut at `length`; see `calibration.tokens`.
 
     `tokenizer` holds the bytes of tokenizer.json, `file` is the path of a dataset that is a file.
     Raises CheckpointError, naming the row, for one that is no text, is too short or that the

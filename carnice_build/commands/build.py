@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF
 
+from carnice_build.calibration.tokens import Tokens
 from carnice_build.checkpoint.model_dtype import with_dtype
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
@@ -31,7 +32,6 @@ from carnice_build.store.history import BuildRecord, add_build, write_history
 from carnice_build.store.store import Store
 from carnice_build.system import peak_memory
 from carnice_build.transforms.plugins import failures_blamed
-from carnice_build.transforms.tokens import Tokens
 
 
 @dataclass(frozen=True)

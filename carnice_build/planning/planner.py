@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+from carnice_build.calibration.source import CalibrationSource
 from carnice_build.checkpoint.assets import Assets, absent, damaged
 from carnice_build.checkpoint.checkpoint import Checkpoint, read_samples, source_view
 from carnice_build.checkpoint.datasets import Dataset
@@ -24,8 +25,9 @@ from carnice_build.planning.serve import plan_serving
 from carnice_build.planning.unknown import unknown_tensors
 from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
+from carnice_build.steps.base import PlanContext, Step
 from carnice_build.tensors import SourceTensor
-from carnice_build.transforms.base import CalibrationSource, Conversion, Format, PlanContext, Step
+from carnice_build.transforms.base import Conversion, Format
 from carnice_build.transforms.plugins import failures_blamed
 
 

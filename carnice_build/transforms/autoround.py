@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from carnice_build.calibration.passes import Calibration
 from carnice_build.checkpoint.checkpoint import Checkpoint, source_view
 from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.errors import PlanError, nearest
@@ -28,15 +29,8 @@ from carnice_build.recipe.schema import (
     PatternList,
     Strict,
 )
-from carnice_build.transforms.base import (
-    Conversion,
-    Format,
-    PlanContext,
-    cast,
-    check_fusions,
-    require_match,
-)
-from carnice_build.transforms.calibration import Calibration
+from carnice_build.steps.base import PlanContext, require_match
+from carnice_build.transforms.base import Conversion, Format, cast, check_fusions
 from carnice_build.transforms.ignore import unquantized_modules
 from carnice_build.transforms.int4 import PARTS, Merge, Nearest, packed_specs
 from carnice_build.transforms.tune import Tuning

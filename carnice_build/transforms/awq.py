@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from carnice_build.calibration.passes import Calibration, layer_memory, samples
 from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import ArrayOp, BadInput, ProcessOp, TensorData, TensorRef, require_finite
 from carnice_build.tensor_file import TensorFile
-from carnice_build.transforms.calibration import Calibration, layer_memory, samples
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """The tensors that a weight becomes, by the end of their names, in the order of outputs."""

@@ -29,8 +29,9 @@ from carnice_build.graph import (
 from carnice_build.models.base import QUANTIZABLE, Role, TensorFact
 from carnice_build.package.base import Packager
 from carnice_build.package.mlx import MlxPackager
+from carnice_build.steps.base import PlanContext
 from carnice_build.tensor_file import TensorFile
-from carnice_build.transforms.base import Conversion, Format, PlanContext
+from carnice_build.transforms.base import Conversion, Format
 from carnice_build.transforms.elementwise import Elementwise
 from carnice_build.transforms.rules import Rule, Settings, choose, rules_by_module
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from carnice_build.calibration.passes import Activations, Calibration
 from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import ArrayOp, NonFiniteValue, OutputTensor, TensorData, TensorRef, View
@@ -21,15 +22,8 @@ from carnice_build.package.base import Packager
 from carnice_build.package.modelopt import ModelOptPackager
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
-from carnice_build.transforms.base import (
-    Conversion,
-    Format,
-    PlanContext,
-    check_fusions,
-    in_stated_dtype,
-    require_match,
-)
-from carnice_build.transforms.calibration import Activations, Calibration
+from carnice_build.steps.base import PlanContext, require_match
+from carnice_build.transforms.base import Conversion, Format, check_fusions, in_stated_dtype
 from carnice_build.transforms.ignore import unquantized_modules
 
 BLOCK = 16

@@ -12,7 +12,7 @@ from carnice_build.errors import PlanError
 from carnice_build.models.base import TensorFact
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import PatternList, Strict
-from carnice_build.transforms.base import PlanContext, require_match
+from carnice_build.steps.base import PlanContext, require_match
 
 
 class Rule(Strict):

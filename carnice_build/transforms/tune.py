@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
+from carnice_build.calibration.passes import Calibration, samples
 from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import ProcessOp, TensorRef
 from carnice_build.tensor_file import TensorFile
-from carnice_build.transforms.calibration import Calibration, samples
 from carnice_build.transforms.int4 import packed_specs
 
 _LAYER_LIBRARIES = ("torch", "transformers", "flash-linear-attention", "causal-conv1d", "numba")

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from carnice_build.errors import PluginError
 from carnice_build.recipe.schema import Vocabulary
+from carnice_build.steps.base import Step
+from carnice_build.steps.chat_template import ChatTemplate
+from carnice_build.steps.drop import Drop
+from carnice_build.steps.graft import Graft
+from carnice_build.steps.rename import Rename
 from carnice_build.transforms.autoround import AutoRoundFormat
-from carnice_build.transforms.base import Format, Step
-from carnice_build.transforms.chat_template import ChatTemplate
+from carnice_build.transforms.base import Format
 from carnice_build.transforms.compressed import CompressedFormat
-from carnice_build.transforms.drop import Drop
-from carnice_build.transforms.graft import Graft
 from carnice_build.transforms.mlx import MlxFormat
 from carnice_build.transforms.nvfp4 import Nvfp4Format
 from carnice_build.transforms.plugins import Extensible
-from carnice_build.transforms.rename import Rename
 
 STEPS: dict[str, type[Step]] = {
     "rename": Rename,

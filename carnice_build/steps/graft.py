@@ -10,7 +10,7 @@ from carnice_build.graph import View
 from carnice_build.models import architecture_of
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import Expectation, PatternList
-from carnice_build.transforms.base import PlanContext, Step, require_match
+from carnice_build.steps.base import PlanContext, Step, require_match
 
 
 class Graft(Step):

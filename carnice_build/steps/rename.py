@@ -11,7 +11,7 @@ from carnice_build.errors import PlanError
 from carnice_build.graph import View
 from carnice_build.recipe.patterns import MAX_NAME, Patterns, compile_pattern, in_time
 from carnice_build.recipe.schema import Expectation
-from carnice_build.transforms.base import PlanContext, Step
+from carnice_build.steps.base import PlanContext, Step
 
 
 def _check_regex(text: str) -> str:

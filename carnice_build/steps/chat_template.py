@@ -13,7 +13,7 @@ from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import Syntax, tool_format
 from carnice_build.errors import PlanError
 from carnice_build.graph import View
-from carnice_build.transforms.base import PlanContext, Step
+from carnice_build.steps.base import PlanContext, Step
 
 
 class ChatTemplate(Step):

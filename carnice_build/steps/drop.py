@@ -7,7 +7,7 @@ from pydantic import Field
 from carnice_build.graph import View
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import Expectation, PatternList
-from carnice_build.transforms.base import PlanContext, Step, require_match
+from carnice_build.steps.base import PlanContext, Step, require_match
 
 
 class Drop(Step):

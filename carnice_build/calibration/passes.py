@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from carnice_build.calibration.tokens import PADDING, LongestFirst, Tokens
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.checkpoint.checkpoint import Checkpoint
@@ -23,10 +24,9 @@ from carnice_build.graph import ProcessOp, TensorRef, View
 from carnice_build.models.base import Part, Role
 from carnice_build.processor import vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
+from carnice_build.steps.base import PlanContext
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import SourceTensor
-from carnice_build.transforms.base import PlanContext
-from carnice_build.transforms.tokens import PADDING, LongestFirst, Tokens
 
 _DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 _WIDTHS = {"bfloat16": 2, "float32": 4}

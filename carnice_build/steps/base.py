@@ -1,0 +1,89 @@
+"""What a step is, and what steps and formats may ask of the plan they run in."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from carnice_build.calibration.source import CalibrationSource
+from carnice_build.checkpoint.checkpoint import Checkpoint
+from carnice_build.checkpoint.profiles import Source
+from carnice_build.errors import PlanError, nearest
+from carnice_build.graph import ActionGraph, View
+from carnice_build.models.base import Architecture
+from carnice_build.recipe.layers import LayerSpan, layers_in
+from carnice_build.recipe.patterns import Patterns
+from carnice_build.recipe.schema import Expectation, Strict
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What steps and formats may know besides the view: facts of the model, and the graph."""
+
+    architecture: Architecture
+    graph: ActionGraph
+    profile: str | None
+    layer_sets: Mapping[str, Sequence[LayerSpan]]
+    sources: Mapping[str, Source]
+    calibration: CalibrationSource | None = None
+
+    @property
+    def body(self) -> Checkpoint:
+        """The checkpoint that the variant is made from: the recipe's first source."""
+        return next(iter(self.sources.values())).checkpoint
+
+    def layers(self, name: str) -> frozenset[int]:
+        """The decoder layers of the recipe's named set; PlanError when it has none so named."""
+        if name not in self.layer_sets:
+            raise PlanError(
+                f"there is no set of layers {name!r}",
+                expected="one of those under `layers`",
+                nearest=nearest(name, self.layer_sets),
+            )
+        return layers_in(list(self.layer_sets[name]), self.architecture.num_layers)
+
+    def check_count(
+        self, expect: Expectation, patterns: Patterns, found: int, *, derive: bool = True
+    ) -> None:
+        """Raise PlanError unless `found` names matched, as the recipe expects.
+
+        Counts by profile hold for that profile's own checkpoints.
+        For any other, the count is that of the matching names in the architecture's table, or,
+        where `derive` is false because the names are not the table's yet, is not checked.
+        """
+        wanted, why = None, ""
+        if isinstance(expect, int):
+            wanted = expect
+        elif expect is not None and self.profile in expect:
+            wanted, why = expect[self.profile], f" for profile {self.profile}"
+        elif expect is not None and derive:
+            wanted = len(patterns.select(self.architecture.tensors))
+            why = " by the checkpoint's config"
+        if wanted is not None and found != wanted:
+            raise PlanError(f"{patterns} matches {found} tensors", expected=f"{wanted}{why}")
+
+
+class Step(Strict):
+    """A step of a recipe: its parameters, and how it rewires a view."""
+
+    @abstractmethod
+    def apply(self, view: View, context: PlanContext) -> View:
+        """The view after the step; PlanError when the step does not fit the view."""
+
+    def edit(self, files: Mapping[str, bytes], context: PlanContext) -> Mapping[str, bytes]:
+        """The small files after the step: tokenizer, chat template and the like, by name."""
+        return files
+
+
+def require_match(patterns: Patterns, names: Sequence[str], what: str) -> list[str]:
+    """The names that match; PlanError with the nearest name when a pattern matches none."""
+    for text in patterns.texts:
+        if Patterns(text).select(names):
+            continue
+        bare = text.strip("*.")
+        # A glob such as `*.v_proj` names the end of a path, so ends are what it is compared with.
+        depth = bare.count(".") + 1
+        ends = {".".join(name.split(".")[-depth:]) for name in names}
+        raise PlanError(f"{text} matches no {what}", nearest=nearest(bare, sorted(ends)))
+    return patterns.select(names)
