@@ -37,11 +37,11 @@ from carnice_build.checkpoint.source import LocalFile
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
+from carnice_build.formats.autoround.ops import PARTS
 from carnice_build.graph import TensorData
 from carnice_build.kernels.autoround import dequantize_rows, unpack_rows
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import SourceTensor
-from carnice_build.transforms.int4 import PARTS
 from carnice_build.verification.perplexity import cut
 from carnice_build.verification.quality import Quality, measure
 from carnice_build.verification.sources import source_tensors

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from carnice_build.dtypes import TensorSpec
 from carnice_build.keys import DigestSink, KeySink, write_key
-from carnice_build.models.base import TensorFact
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import SourceTensor
 
@@ -215,15 +214,6 @@ class TensorRef:
 
 View = dict[str, TensorRef]
 """An ordered map from names to tensors; steps turn views into views."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """A tensor of a variant: its published name, its bytes, and the source tensor it stands for."""
-
-    name: str
-    ref: TensorRef
-    fact: TensorFact
 
 
 class ActionGraph:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from carnice_build.commands.findings import Findings
 from carnice_build.commands.report import ModuleError, Report, Sharing, VariantSummary
+from carnice_build.formats.checks import Library
 from carnice_build.store.history import BuildRecord
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.result import Check, Outcome
-from carnice_build.verification.running import SOURCE, Library, PerplexityRow
+from carnice_build.verification.running import SOURCE, PerplexityRow
 
 MODEL = "kai-os/Carnice-V2-27b"
 HOSTILE = "</script><script>throw 'run'</script><b>& \"quoted\""

@@ -15,7 +15,8 @@ from reporting import sample_report
 from carnice_build.commands.build import describe
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
-from carnice_build.package.base import Shard, render_files
+from carnice_build.formats.variant import Shard
+from carnice_build.package.files import render_files
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.recipe.loader import list_recipes
 from carnice_build.report.report_page import render_page

@@ -16,8 +16,8 @@ import yaml
 from conftest import REPOSITORY, Finished, Project
 from tiny import Tensor, read_all_tensors, read_json
 
+from carnice_build.planning.vocabulary import vocabulary
 from carnice_build.recipe.schema import json_schema
-from carnice_build.transforms.vocabulary import vocabulary
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")])

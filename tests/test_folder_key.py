@@ -14,7 +14,9 @@ from tiny import read_json, write_json
 
 import carnice_build
 from carnice_build.commands.build import VariantReport, build_variants
-from carnice_build.package import autoround, base, card
+from carnice_build.formats import card
+from carnice_build.formats.autoround import files as autoround
+from carnice_build.package import files as base
 from carnice_build.serving import readme
 
 ROUNDED = """

@@ -32,10 +32,10 @@ from carnice_build.chat.hermes import to_hermes
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.plan import plan_variants
 from carnice_build.execute import session
+from carnice_build.formats.autoround.ops import Merge
+from carnice_build.formats.autoround.tune import Tune
 from carnice_build.graph import Action
 from carnice_build.store.records import Records
-from carnice_build.transforms.int4 import Merge
-from carnice_build.transforms.tune import Tune
 
 Carnice = Callable[..., Finished]
 Change = Callable[[dict[str, Tensor]], None]

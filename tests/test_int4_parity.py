@@ -24,9 +24,9 @@ from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.tokenizing import tokenize
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
+from carnice_build.formats.autoround.ops import PARTS
 from carnice_build.kernels.autoround_merge import merge_delta, merge_reround
 from carnice_build.models import architecture_of
-from carnice_build.transforms.int4 import PARTS
 
 DEMO = REPOSITORY / "demo"
 BODY, BASE, GRID = (

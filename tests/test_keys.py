@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from carnice_build import keys
 from carnice_build.dtypes import TensorSpec
+from carnice_build.formats.elementwise import Elementwise
+from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
 from carnice_build.graph import Action, ActionGraph, Op, TensorRef
 from carnice_build.keys import DigestSink
 from carnice_build.planning.explain import FactsSink
 from carnice_build.tensors import SourceTensor
-from carnice_build.transforms.elementwise import Elementwise
-from carnice_build.transforms.mlx import AffineQuantize, ReferenceAffineQuantize
 
 AFFINE = {"bits": 4, "group_size": 64, "dtype": "BF16", "nonfinite": "refuse"}
 OPS: list[tuple[Op, dict[str, Any]]] = [

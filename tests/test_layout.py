@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from carnice_build.dtypes import ITEM_SIZE, TensorSpec
-from carnice_build.graph import OutputTensor, TensorRef
+from carnice_build.formats.base import OutputTensor
+from carnice_build.graph import TensorRef
 from carnice_build.models.base import Part, Role, TensorFact
 from carnice_build.planning.layout import natural_key, pack_layouts
 from carnice_build.tensors import SourceTensor

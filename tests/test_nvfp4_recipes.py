@@ -17,10 +17,11 @@ from carnice_build.calibration.passes import Embed, Forward
 from carnice_build.calibration.tokens import Tokens
 from carnice_build.commands.plan import plan_variants
 from carnice_build.dtypes import TensorSpec
+from carnice_build.formats.nvfp4.format import Nvfp4Format
+from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales
 from carnice_build.graph import Action, ActionGraph, Op, TensorRef
 from carnice_build.keys import canonical_json
 from carnice_build.tensors import SourceTensor
-from carnice_build.transforms.nvfp4 import BlockQuantize, InputScales, Nvfp4Format
 
 pytest_plugins = ["calibrating"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Finished, Project
 
+from carnice_build.planning.vocabulary import usable_vocabulary
 from carnice_build.recipe.loader import list_recipes
 from carnice_build.recipe.schema import json_schema
-from carnice_build.transforms.vocabulary import usable_vocabulary
 
 Carnice = Callable[..., Finished]
 Install = Callable[[str, str, str], None]
@@ -24,8 +24,8 @@ HEAD = """
 from typing import Any, Callable, Literal
 from pydantic import BaseModel, Field
 from carnice_build.recipe.schema import Strict
-from carnice_build.transforms.base import Conversion, Format, Step
-from carnice_build.transforms.mlx import MlxFormat
+from carnice_build.formats.base import Conversion, Format, Step
+from carnice_build.formats.mlx.format import MlxFormat
 """
 STEP = HEAD + "class Part(Step):\n    def apply(self, view, context):\n        return view\n"
 OURS = [path.stem for path in list_recipes(REPOSITORY / "recipes")]
@@ -55,7 +55,7 @@ BROKEN_STEPS = {
     "an exit on import": (STEP + "raise SystemExit(0)\n", "cannot be loaded: SystemExit"),
     "no syntax": ("class Part(", "cannot be loaded: SyntaxError"),
     "no such class": (HEAD, "AttributeError: module 'broken' has no attribute 'Part'"),
-    "a function": ("def Part(): ...\n", "is no subclass of carnice_build.transforms.base.Step"),
+    "a function": ("def Part(): ...\n", "is no subclass of carnice_build.formats.base.Step"),
     "any model": (HEAD + "class Part(BaseModel): ...\n", "is no subclass of"),
     "a format": (HEAD + "class Part(Format): ...\n", "is no subclass of"),
     "no method": (HEAD + "class Part(Step):\n    limit: int = 1\n", "does not define apply"),
@@ -76,7 +76,7 @@ BROKEN_FORMATS = {
         HEAD + "class Part(Format):\n    format: Literal['parts']\n" + FORMAT_STEPS,
         "has no setting `format: Literal['part']`",
     ),
-    "a step": (STEP, "is no subclass of carnice_build.transforms.base.Format"),
+    "a step": (STEP, "is no subclass of carnice_build.formats.base.Format"),
 }
 USES = {
     "step": "extends: mlx-4bit.yaml\nvariant: uses\ndescription: x\nsteps+: [{part: {}}]\n",

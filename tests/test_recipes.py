@@ -12,13 +12,13 @@ from conftest import REPOSITORY, Project
 
 from carnice_build.cli.arguments import complete_variant
 from carnice_build.errors import RecipeError
+from carnice_build.planning.vocabulary import vocabulary
 from carnice_build.recipe.backtracking import ways
 from carnice_build.recipe.layers import LayerSpan, layers_in
 from carnice_build.recipe.loader import Recipe, list_recipes, load_recipe
 from carnice_build.recipe.merge import override, read_with_parents
 from carnice_build.recipe.patterns import Patterns, compile_pattern
 from carnice_build.recipe.tree import parse_tree
-from carnice_build.transforms.vocabulary import vocabulary
 
 MINIMAL = """\
 variant: child

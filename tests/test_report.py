@@ -19,10 +19,11 @@ from carnice_build.commands.findings import folder_stamp, keep_findings, load_fi
 from carnice_build.commands.plan import plan_variants
 from carnice_build.commands.report import Report, built_variants, collect_report, unverified
 from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.formats.checks import Library
 from carnice_build.store.history import BuildRecord, read_build_record
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.result import Check, Outcome
-from carnice_build.verification.running import SOURCE, Library, PerplexityRow
+from carnice_build.verification.running import SOURCE, PerplexityRow
 
 FOUR, MIXED = "mlx-4bit", "mlx-mixed_4_6"
 MODEL = "kai-os/Carnice-V2-27b"

@@ -17,8 +17,8 @@ from carnice_build.chat.hermes import to_hermes
 from carnice_build.checkpoint.assets import Reads, absent, damaged
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.plan import plan_variants
-from carnice_build.transforms.autoround import AutoRoundFormat
-from carnice_build.transforms.mlx import MlxFormat
+from carnice_build.formats.autoround.format import AutoRoundFormat
+from carnice_build.formats.mlx.format import MlxFormat
 
 Carnice = Callable[..., Finished]
 

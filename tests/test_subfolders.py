@@ -14,11 +14,10 @@ from tiny import contents
 
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, is_plain_path
 from carnice_build.errors import StoreError
-from carnice_build.package.base import BUILD_NAME
+from carnice_build.formats.folder import BUILD_NAME, ModelFolder
 from carnice_build.package.folder import assemble, is_current
 from carnice_build.store.digests import digest_bytes
 from carnice_build.verification.digests import check_digests
-from carnice_build.verification.folder import ModelFolder
 from carnice_build.verification.result import Outcome
 
 NAMES = ("config.json", "README.md", INDEX_NAME, "serve/run.sh", "serve/hermes/cli-config.yaml")

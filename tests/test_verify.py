@@ -330,8 +330,8 @@ GROUPS: dict[str, Callable[[np.random.Generator], np.ndarray[Any, Any]]] = {
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_the_bound_holds_for_every_weight(bits: int, kind: str, dtype: str) -> None:
     """No weight that the quantizer made is outside, whatever its group looks like."""
+    from carnice_build.formats.mlx.checks import allowance
     from carnice_build.kernels import elementwise
-    from carnice_build.verification.formats.mlx import allowance
 
     values = GROUPS[kind](np.random.default_rng(0)).astype(np.float32)
     storage = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[dtype]

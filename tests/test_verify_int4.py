@@ -16,10 +16,10 @@ from verifying import Copy
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.formats.autoround.checks import nearest_allowance
+from carnice_build.formats.compressed_tensors.checks import allowance
 from carnice_build.kernels import autoround, compressed, elementwise
 from carnice_build.models.qwen3_5 import BODY
-from carnice_build.verification.formats.autoround import nearest_allowance
-from carnice_build.verification.formats.compressed import allowance
 from carnice_build.verification.result import Outcome
 
 NEAREST, MERGED, AWQ = "int4-rtn", "int4-bf16-mtp", "w4a16-awq-minmax"

@@ -25,11 +25,11 @@ from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VariantResult, VerifyResult, VerifySettings
 from carnice_build.commands.verify import verify_variants as verify
+from carnice_build.formats.nvfp4.checks import allowance
 from carnice_build.kernels import nvfp4
 from carnice_build.models.qwen3_5 import BODY
 from carnice_build.report.verify_table import verify_json
 from carnice_build.verification import run_torch
-from carnice_build.verification.formats.nvfp4 import allowance
 from carnice_build.verification.result import Check, Outcome
 from carnice_build.verification.running import Drafts, too_large
 

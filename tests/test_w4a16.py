@@ -21,12 +21,17 @@ from carnice_build.calibration.tokens import LongestFirst
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.dtypes import TensorSpec
+from carnice_build.formats.compressed_tensors.awq import (
+    GroupQuantize,
+    Smooth,
+    SmoothNorm,
+    SmoothWeight,
+)
 from carnice_build.graph import Action, ActionGraph, ActionOutput, Op, TensorRef
 from carnice_build.models.base import Role
 from carnice_build.serving.render import serve_all
 from carnice_build.store.records import Records
 from carnice_build.tensors import SourceTensor
-from carnice_build.transforms.awq import GroupQuantize, Smooth, SmoothNorm, SmoothWeight
 
 pytest_plugins = ["calibrating"]
 

@@ -36,8 +36,8 @@ def _warn(error: CarniceError) -> None:
 
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
+    from carnice_build.planning.vocabulary import usable_vocabulary
     from carnice_build.recipe.schema import json_schema
-    from carnice_build.transforms.vocabulary import usable_vocabulary
 
     usable, problems = usable_vocabulary()
     for problem in problems:

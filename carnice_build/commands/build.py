@@ -15,8 +15,9 @@ from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import CheckpointError, PlanError, together
 from carnice_build.execute.events import Listener, Notice, Packaged, Stepped
+from carnice_build.formats.variant import Shard, Variant
 from carnice_build.keys import library_version
-from carnice_build.package.base import Shard, Variant, render_files
+from carnice_build.package.files import render_files
 from carnice_build.package.folder import (
     assemble,
     check_place,

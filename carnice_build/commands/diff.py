@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.errors import CheckpointError, StoreError
+from carnice_build.formats.folder import ModelFolder, open_folder
 from carnice_build.graph import NonFiniteValue
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Architecture
 from carnice_build.store.packs import digest_range
 from carnice_build.tensors import SourceTensor
-from carnice_build.verification.folder import ModelFolder, open_folder
 
 if TYPE_CHECKING:
-    from carnice_build.verification.values import Values
+    from carnice_build.formats.values import Values
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _compare(
     a: ModelFolder, names_a: Sequence[str], b: ModelFolder, names_b: Sequence[str]
 ) -> tuple[float | None, float | None]:
     """Sums of squares of the difference and of A."""
-    from carnice_build.verification.values import Incomparable, squared_sums
+    from carnice_build.formats.values import Incomparable, squared_sums
 
     try:
         return squared_sums(_values(a, names_a), _values(b, names_b))
@@ -245,10 +245,10 @@ def _compare(
 
 def _values(folder: ModelFolder, names: Sequence[str]) -> Values:
     """The module's numbers; Incomparable when it is stored in a way not known here."""
-    from carnice_build.verification.formats.autoround import Int4Values
-    from carnice_build.verification.formats.compressed import PackedValues
-    from carnice_build.verification.formats.nvfp4 import Nvfp4Values
-    from carnice_build.verification.values import AffineValues, Incomparable, PlainValues
+    from carnice_build.formats.autoround.checks import Int4Values
+    from carnice_build.formats.compressed_tensors.checks import PackedValues
+    from carnice_build.formats.nvfp4.checks import Nvfp4Values
+    from carnice_build.formats.values import AffineValues, Incomparable, PlainValues
 
     tensors, module = folder.tensors, _module(names[0])
     if len(names) == 1:

@@ -11,9 +11,9 @@ from carnice_build.errors import PlanError, PluginError, nearest
 from carnice_build.graph import ActionGraph
 from carnice_build.planning.planner import VariantPlan, plan_variant
 from carnice_build.planning.status import BuildStatus, survey
+from carnice_build.planning.vocabulary import vocabulary
 from carnice_build.recipe.loader import Recipe, find_recipe, list_recipes, load_recipe
 from carnice_build.store.store import Store
-from carnice_build.transforms.vocabulary import vocabulary
 
 
 @dataclass(frozen=True)

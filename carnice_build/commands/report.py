@@ -14,12 +14,11 @@ from carnice_build.commands.findings import Findings, folder_stamp, load_finding
 from carnice_build.commands.options import Options
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError, StoreError
+from carnice_build.formats.folder import read_build, read_object
 from carnice_build.models import architecture_of
-from carnice_build.package.folder import read_build
 from carnice_build.recipe.loader import find_recipe, list_recipes
 from carnice_build.store.digests import digest_bytes
 from carnice_build.store.history import BuildRecord, read_build_record, read_history
-from carnice_build.verification.folder import read_object
 from carnice_build.verification.result import Check, Outcome
 
 

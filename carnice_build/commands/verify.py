@@ -10,10 +10,10 @@ from carnice_build.commands.findings import folder_stamp, keep_findings
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.errors import PlanError
+from carnice_build.formats.folder import open_folder
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification.chat import check_chat
 from carnice_build.verification.digests import check_digests
-from carnice_build.verification.folder import open_folder
 from carnice_build.verification.perplexity import LENGTHS
 from carnice_build.verification.result import Check, Outcome, skipped
 from carnice_build.verification.running import AcceptanceRow, PerplexityRow, RunSettings, Tables

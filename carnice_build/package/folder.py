@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, is_plain_path
 from carnice_build.errors import StoreError
-from carnice_build.package.base import BUILD_NAME, Shard
+from carnice_build.formats.folder import read_build
+from carnice_build.formats.variant import Shard
 from carnice_build.store.files import (
     copied_time,
     link_or_copy,
@@ -99,15 +98,6 @@ def _is_same(published: Path, pack: Path) -> bool:
     if (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino):
         return True
     return first.st_size == second.st_size and first.st_mtime_ns == copied_time(pack)
-
-
-def read_build(folder: Path) -> dict[str, Any]:
-    """The build.json of a folder, {} when there is none or it is damaged."""
-    try:
-        value = json.loads((folder / BUILD_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 LOCK_NAME = ".carnice.lock"

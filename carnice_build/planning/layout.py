@@ -17,7 +17,7 @@ from functools import cached_property
 
 from carnice_build.checkpoint.header import encode_header
 from carnice_build.dtypes import ITEM_SIZE
-from carnice_build.graph import OutputTensor
+from carnice_build.formats.base import OutputTensor
 from carnice_build.models.base import Part, Role
 from carnice_build.store.digests import digest_texts
 

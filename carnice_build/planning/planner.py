@@ -14,12 +14,13 @@ from carnice_build.calibration.source import CalibrationSource
 from carnice_build.checkpoint.assets import Assets, absent, damaged
 from carnice_build.checkpoint.checkpoint import Checkpoint, read_samples, source_view
 from carnice_build.checkpoint.datasets import Dataset
+from carnice_build.checkpoint.generation import with_generation
 from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.errors import PlanError, nearest, together
+from carnice_build.formats.base import Conversion, Format
 from carnice_build.graph import Action, ActionGraph, ActionOutput, View
 from carnice_build.models import architecture_of
 from carnice_build.models.base import QUANTIZATION, Architecture, Part, TensorFact
-from carnice_build.package.generation import with_generation
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.planning.serve import plan_serving
 from carnice_build.planning.unknown import unknown_tensors
@@ -27,7 +28,6 @@ from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.steps.base import PlanContext, Step
 from carnice_build.tensors import SourceTensor
-from carnice_build.transforms.base import Conversion, Format
 from carnice_build.transforms.plugins import failures_blamed
 
 

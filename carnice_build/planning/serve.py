@@ -8,11 +8,11 @@ from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import tool_format
 from carnice_build.errors import PlanError
+from carnice_build.formats.base import Conversion, Format
 from carnice_build.models.base import Architecture, Part
 from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.rules import plan_launches
-from carnice_build.transforms.base import Conversion, Format
 from carnice_build.transforms.plugins import failures_blamed
 
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from carnice_build.errors import CarniceError, PluginError
-from carnice_build.transforms.base import Format
+from carnice_build.formats.base import Format
 
 K = TypeVar("K", bound=BaseModel)
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from carnice_build.checkpoint.checkpoint import is_plain_path
-from carnice_build.package.base import BUILD_NAME
+from carnice_build.formats.folder import BUILD_NAME, ModelFolder
 from carnice_build.store.digests import digest_texts
 from carnice_build.store.packs import digest_range
 from carnice_build.units import format_size
-from carnice_build.verification.folder import ModelFolder
 from carnice_build.verification.result import Check, judged
 
 NAME = "digests"

@@ -19,13 +19,10 @@ from math import prod
 import numpy as np
 
 from carnice_build.errors import CheckpointError
-from carnice_build.graph import NonFiniteValue, OutputTensor
-from carnice_build.planning.planner import VariantPlan
-from carnice_build.tensors import SourceTensor
-from carnice_build.verification.folder import ModelFolder
-from carnice_build.verification.formats.base import FormatChecks, QuantizedValues
-from carnice_build.verification.result import Check, judged, skipped
-from carnice_build.verification.values import (
+from carnice_build.formats.base import OutputTensor
+from carnice_build.formats.checks import FormatChecks, QuantizedValues
+from carnice_build.formats.folder import ModelFolder
+from carnice_build.formats.values import (
     Floats,
     Incomparable,
     as_float32,
@@ -35,6 +32,10 @@ from carnice_build.verification.values import (
     ref_rows,
     square_sum,
 )
+from carnice_build.graph import NonFiniteValue
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.tensors import SourceTensor
+from carnice_build.verification.result import Check, judged, skipped
 
 NAME = "round trip"
 WORST = 10

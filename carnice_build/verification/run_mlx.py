@@ -8,15 +8,14 @@ from pathlib import Path
 
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import BackendError
+from carnice_build.formats.checks import FormatChecks, Library
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification import generate, mlx_worker, perplexity
-from carnice_build.verification.formats.base import FormatChecks
 from carnice_build.verification.process import Worker, installed
 from carnice_build.verification.result import Check, judged, skipped
 from carnice_build.verification.running import (
     NO_TEXT,
     SOURCE,
-    Library,
     PerplexityRow,
     RunSettings,
     Tables,

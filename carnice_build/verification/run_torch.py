@@ -11,19 +11,18 @@ from pathlib import Path
 
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CarniceError
+from carnice_build.formats.checks import FormatChecks, Library, TorchChecks
+from carnice_build.formats.folder import open_folder
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Part
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification import acceptance, fidelity, generate, perplexity, torch_worker
-from carnice_build.verification.folder import open_folder
-from carnice_build.verification.formats.base import FormatChecks, TorchChecks
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.process import Worker, installed
 from carnice_build.verification.result import Check, judged, skipped
 from carnice_build.verification.running import (
     NO_TEXT,
     SOURCE,
-    Library,
     PerplexityRow,
     RunSettings,
     Tables,

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from carnice_build.formats.checks import FormatChecks, Library
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification import run_mlx, run_torch
-from carnice_build.verification.formats.base import FormatChecks
 from carnice_build.verification.result import Check
-from carnice_build.verification.running import Library, RunSettings, Tables
+from carnice_build.verification.running import RunSettings, Tables
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 
+from carnice_build.formats.checks import Library
 from carnice_build.units import format_size
 from carnice_build.verification.perplexity import Perplexity
 
@@ -16,13 +16,6 @@ SOURCE = "BF16"
 """What tables call a model before it is quantized."""
 
 NO_TEXT = "there is no held-out text; give --text FILE"
-
-
-class Library(StrEnum):
-    """What computes a model's forward pass."""
-
-    MLX_LM = "mlx-lm"
-    TRANSFORMERS = "transformers"
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 from carnice_build.checkpoint.assets import absent, damaged, read_copied, taken_over
 from carnice_build.checkpoint.source import LocalFile, refuse_pointer
 from carnice_build.errors import CheckpointError
+from carnice_build.formats.folder import SUFFIX
 from carnice_build.models.base import Part
 from carnice_build.planning.planner import VariantPlan
-from carnice_build.verification.folder import SUFFIX
 
 
 def small_file_problems(variant: VariantPlan, folder: Path) -> Iterator[str]:

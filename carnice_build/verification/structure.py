@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
 from carnice_build.errors import CheckpointError
+from carnice_build.formats.checks import FormatChecks
+from carnice_build.formats.folder import ModelFolder, read_object
 from carnice_build.keys import canonical_json
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Architecture, Part
 from carnice_build.planning.planner import VariantPlan
-from carnice_build.verification.folder import ModelFolder, read_object
-from carnice_build.verification.formats.base import FormatChecks
 from carnice_build.verification.result import Check, judged
 from carnice_build.verification.small_files import small_file_problems
 

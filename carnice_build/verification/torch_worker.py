@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from carnice_build.errors import BackendError
+from carnice_build.formats.checks import Rounding, Settings, TorchChecks
+from carnice_build.formats.values import matrix, read_rows
 from carnice_build.graph import TensorData
 from carnice_build.models.base import Architecture, Part, Role
 from carnice_build.tensors import SourceTensor
 from carnice_build.verification import fidelity
 from carnice_build.verification.fidelity import Fidelity
-from carnice_build.verification.formats.base import Rounding, Settings, TorchChecks
 from carnice_build.verification.generate import Generation
 from carnice_build.verification.perplexity import SAMPLES_ON_CPU, Perplexity, cut
 from carnice_build.verification.running import Drafts
-from carnice_build.verification.values import matrix, read_rows
 
 PROMPTS = 16
 PROMPT_LENGTH = 96

@@ -16,10 +16,10 @@ from carnice_build.checkpoint.header import Header, read_header
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.dtypes import ITEM_SIZE
 from carnice_build.errors import CarniceError, CheckpointError, RecipeError
+from carnice_build.planning.vocabulary import vocabulary
 from carnice_build.recipe.loader import load_recipe
 from carnice_build.recipe.merge import override
 from carnice_build.recipe.tree import Node, parse_tree
-from carnice_build.transforms.vocabulary import vocabulary
 
 TEXTS = st.text(max_size=12)
 NUMBERS = st.one_of(st.integers(-4, 40), st.integers(), st.floats())

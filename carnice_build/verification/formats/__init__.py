@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from carnice_build.transforms.autoround import AutoRoundFormat
-from carnice_build.transforms.base import Format
-from carnice_build.transforms.compressed import CompressedFormat
-from carnice_build.transforms.mlx import MlxFormat
-from carnice_build.transforms.nvfp4 import Nvfp4Format
-from carnice_build.verification.formats.autoround import AutoRoundChecks
-from carnice_build.verification.formats.base import FormatChecks
-from carnice_build.verification.formats.compressed import CompressedChecks
-from carnice_build.verification.formats.mlx import MlxChecks
-from carnice_build.verification.formats.nvfp4 import Nvfp4Checks
+from carnice_build.formats.autoround.checks import AutoRoundChecks
+from carnice_build.formats.autoround.format import AutoRoundFormat
+from carnice_build.formats.base import Format
+from carnice_build.formats.checks import FormatChecks
+from carnice_build.formats.compressed_tensors.checks import CompressedChecks
+from carnice_build.formats.compressed_tensors.format import CompressedFormat
+from carnice_build.formats.mlx.checks import MlxChecks
+from carnice_build.formats.mlx.format import MlxFormat
+from carnice_build.formats.nvfp4.checks import Nvfp4Checks
+from carnice_build.formats.nvfp4.format import Nvfp4Format
 
 _CHECKS: Mapping[type[Format], Callable[[Any], FormatChecks]] = {
     MlxFormat: MlxChecks,

@@ -21,15 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
-from carnice_build.graph import ActionOutput, OutputTensor, TensorData
+from carnice_build.formats.base import OutputTensor
+from carnice_build.formats.checks import Settings, Tensors, TorchChecks
+from carnice_build.formats.compressed_tensors.format import CompressedFormat
+from carnice_build.formats.folder import ModelFolder, section
+from carnice_build.formats.listed import ignore_problems
+from carnice_build.formats.statements import names, statements
+from carnice_build.formats.values import Floats, Incomparable, as_float32, matrix, read_rows
+from carnice_build.graph import ActionOutput, TensorData
 from carnice_build.kernels import compressed, elementwise
 from carnice_build.models.base import Architecture, Role
-from carnice_build.transforms.compressed import CompressedFormat
-from carnice_build.verification.folder import ModelFolder, section
-from carnice_build.verification.formats.base import Settings, Tensors, TorchChecks
-from carnice_build.verification.formats.config import names, statements
-from carnice_build.verification.formats.ignore import ignore_problems
-from carnice_build.verification.values import Floats, Incomparable, as_float32, matrix, read_rows
 
 _HALF_PLACE = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
 _HALF_SMALLEST = {"BF16": 2.0**-134, "F16": 2.0**-25, "F32": 2.0**-150}

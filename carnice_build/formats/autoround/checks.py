@@ -19,15 +19,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from carnice_build.dtypes import TensorSpec
+from carnice_build.formats.autoround.format import AutoRoundFormat
+from carnice_build.formats.autoround.ops import PARTS
+from carnice_build.formats.checks import Settings, Tensors, TorchChecks
+from carnice_build.formats.folder import ModelFolder, section
+from carnice_build.formats.listed import ignore_problems
+from carnice_build.formats.statements import statements
+from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows
 from carnice_build.kernels import autoround
 from carnice_build.models.base import Architecture, Role
-from carnice_build.transforms.autoround import AutoRoundFormat
-from carnice_build.transforms.int4 import PARTS
-from carnice_build.verification.folder import ModelFolder, section
-from carnice_build.verification.formats.base import Settings, Tensors, TorchChecks
-from carnice_build.verification.formats.config import statements
-from carnice_build.verification.formats.ignore import ignore_problems
-from carnice_build.verification.values import Floats, Incomparable, matrix, read_rows
 
 _FLOAT32_SLACK = 1.001
 _SMALLEST_SCALE = 1e-5

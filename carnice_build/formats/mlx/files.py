@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from carnice_build.checkpoint.generation import generation_entries
 from carnice_build.checkpoint.json import to_json
-from carnice_build.package.base import Variant
-from carnice_build.package.card import render_card
-from carnice_build.package.generation import generation_entries
+from carnice_build.formats.card import render_card
+from carnice_build.formats.variant import Variant
 
 
 class MlxPackager:

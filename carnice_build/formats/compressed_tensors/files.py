@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.package.base import Variant
-from carnice_build.package.card import render_card
+from carnice_build.formats.card import render_card
+from carnice_build.formats.variant import Variant
 
 VERSION = "0.19.0"
 """The version of compressed-tensors whose format the files are in."""

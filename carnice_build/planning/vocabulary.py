@@ -7,17 +7,17 @@ Packages add their own through the entry points `carnice_build.steps` and
 from __future__ import annotations
 
 from carnice_build.errors import PluginError
+from carnice_build.formats.autoround.format import AutoRoundFormat
+from carnice_build.formats.base import Format
+from carnice_build.formats.compressed_tensors.format import CompressedFormat
+from carnice_build.formats.mlx.format import MlxFormat
+from carnice_build.formats.nvfp4.format import Nvfp4Format
 from carnice_build.recipe.schema import Vocabulary
 from carnice_build.steps.base import Step
 from carnice_build.steps.chat_template import ChatTemplate
 from carnice_build.steps.drop import Drop
 from carnice_build.steps.graft import Graft
 from carnice_build.steps.rename import Rename
-from carnice_build.transforms.autoround import AutoRoundFormat
-from carnice_build.transforms.base import Format
-from carnice_build.transforms.compressed import CompressedFormat
-from carnice_build.transforms.mlx import MlxFormat
-from carnice_build.transforms.nvfp4 import Nvfp4Format
 from carnice_build.transforms.plugins import Extensible
 
 STEPS: dict[str, type[Step]] = {

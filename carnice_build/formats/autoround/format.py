@@ -17,10 +17,14 @@ from carnice_build.calibration.passes import Calibration
 from carnice_build.checkpoint.checkpoint import Checkpoint, source_view
 from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.errors import PlanError, nearest
-from carnice_build.graph import OutputTensor, TensorRef, View
+from carnice_build.formats.autoround.files import AutoRoundPackager
+from carnice_build.formats.autoround.ops import PARTS, Merge, Nearest, packed_specs
+from carnice_build.formats.autoround.tune import Tuning
+from carnice_build.formats.base import Conversion, Format, OutputTensor, cast, check_fusions
+from carnice_build.formats.exclusions import unquantized_modules
+from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, Part, Role, TensorFact
-from carnice_build.package.autoround import AutoRoundPackager
-from carnice_build.package.base import Packager
+from carnice_build.package.files import Packager
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import (
     AnyPatterns,
@@ -30,10 +34,6 @@ from carnice_build.recipe.schema import (
     Strict,
 )
 from carnice_build.steps.base import PlanContext, require_match
-from carnice_build.transforms.base import Conversion, Format, cast, check_fusions
-from carnice_build.transforms.ignore import unquantized_modules
-from carnice_build.transforms.int4 import PARTS, Merge, Nearest, packed_specs
-from carnice_build.transforms.tune import Tuning
 
 GroupSize = Literal[32, 64, 128]
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import StrEnum
 from typing import Any, ClassVar, Protocol
 
-from carnice_build.graph import OutputTensor, TensorData
+from carnice_build.formats.base import OutputTensor
+from carnice_build.formats.folder import ModelFolder
+from carnice_build.formats.values import Floats, Values
+from carnice_build.graph import TensorData
 from carnice_build.models.base import Architecture
 from carnice_build.tensors import SourceTensor
-from carnice_build.verification.folder import ModelFolder
-from carnice_build.verification.running import Library
-from carnice_build.verification.values import Floats, Values
+
+
+class Library(StrEnum):
+    """What computes a model's forward pass."""
+
+    MLX_LM = "mlx-lm"
+    TRANSFORMERS = "transformers"
+
 
 Tensors = Mapping[str, SourceTensor]
 Settings = Mapping[str, Any]

@@ -8,104 +8,33 @@ a calibration: serving engines run them as one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from carnice_build.calibration.passes import Activations, Calibration
-from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.graph import ArrayOp, NonFiniteValue, OutputTensor, TensorData, TensorRef, View
+from carnice_build.formats.base import (
+    Conversion,
+    Format,
+    OutputTensor,
+    check_fusions,
+    in_stated_dtype,
+)
+from carnice_build.formats.exclusions import unquantized_modules
+from carnice_build.formats.nvfp4.files import ModelOptPackager
+from carnice_build.formats.nvfp4.ops import BLOCK, BlockQuantize, InputScales
+from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Role, TensorFact
 from carnice_build.models.kept import KEEP_LISTS
-from carnice_build.package.base import Packager
-from carnice_build.package.modelopt import ModelOptPackager
+from carnice_build.package.files import Packager
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
 from carnice_build.steps.base import PlanContext, require_match
-from carnice_build.transforms.base import Conversion, Format, check_fusions, in_stated_dtype
-from carnice_build.transforms.ignore import unquantized_modules
 
-BLOCK = 16
 SETTINGS = {"bits": 4, "group_size": BLOCK}
 
 _PLAIN_ROLES = (Role.LINEAR, Role.EMBEDDING, Role.CONV)
-
-
-class BlockQuantize(ArrayOp):
-    """NVFP4 weights of linears that share their second-level scale, bit for bit modelopt's.
-
-    Inputs: weights [rows, columns] of one width.
-    Outputs: for each, packed U8 [rows, columns / 2] and scales F8_E4M3 [rows, columns / 16];
-    then the scale they share, F32 [], the largest magnitude among them / (6 * 448).
-    """
-
-    name = "nvfp4.quantize"
-    version = 1
-    libraries = ("numba",)
-
-    def infer(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
-    ) -> tuple[TensorSpec, ...]:
-        """Packed weight and scales of each input, and the scale of all."""
-        specs: list[TensorSpec] = []
-        for spec in inputs:
-            if spec.dtype not in WIDE_FLOATS:
-                raise PlanError(
-                    f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
-                )
-            rows, columns = spec.shape
-            if columns % BLOCK:
-                raise PlanError(f"blocks of {BLOCK} do not divide the {columns} inputs")
-            specs.append(TensorSpec("U8", (rows, columns // 2)))
-            specs.append(TensorSpec("F8_E4M3", (rows, columns // BLOCK)))
-        return (*specs, TensorSpec("F32", ()))
-
-    def apply(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
-    ) -> None:
-        """Quantize all rows; raises NonFiniteValue, with the number of the weight."""
-        from carnice_build.kernels import nvfp4
-
-        peak = 0.0
-        for operand, weight in enumerate(inputs):
-            amax, bad_index = nvfp4.amax(weight.array, weight.dtype)
-            if bad_index >= 0:
-                raise NonFiniteValue(bad_index, operand)
-            peak = max(peak, float(amax))
-        scale_2 = nvfp4.weight_scale_2(peak)
-        outputs[-1].array[...] = scale_2
-        for number, weight in enumerate(inputs):
-            packed, scales = (output.array for output in outputs[2 * number : 2 * number + 2])
-            nvfp4.quantize_rows(weight.array, weight.dtype, float(scale_2), packed, scales)
-
-
-class InputScales(ArrayOp):
-    """The static scales of activations: amax / (6 * 448), one for each group of linears.
-
-    Input: amax F32 [linears].  Outputs: F32 [] for each entry of `groups`, a list of the indices
-    into amax that share a scale.
-    """
-
-    name = "nvfp4.input_scales"
-    version = 1
-    libraries = ("numpy",)
-
-    def infer(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
-    ) -> tuple[TensorSpec, ...]:
-        """One scalar a group."""
-        return tuple(TensorSpec("F32", ()) for _ in params["groups"])
-
-    def apply(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
-    ) -> None:
-        """Fill the scalars."""
-        from carnice_build.kernels.nvfp4 import input_scale
-
-        amax = inputs[0].array
-        for group, output in zip(params["groups"], outputs, strict=True):
-            output.array[...] = input_scale(float(amax[group].max()))
 
 
 class Nvfp4Format(Format):

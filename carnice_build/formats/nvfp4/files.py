@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.package.base import Variant
-from carnice_build.package.card import render_card
+from carnice_build.formats.card import render_card
+from carnice_build.formats.variant import Variant
 
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 """Whose format the files are in; engines tell it by this name."""

@@ -16,9 +16,9 @@ from typing import Any
 
 from carnice_build.calibration.passes import Calibration, samples
 from carnice_build.dtypes import TensorSpec
+from carnice_build.formats.autoround.ops import packed_specs
 from carnice_build.graph import ProcessOp, TensorRef
 from carnice_build.tensor_file import TensorFile
-from carnice_build.transforms.int4 import packed_specs
 
 _LAYER_LIBRARIES = ("torch", "transformers", "flash-linear-attention", "causal-conv1d", "numba")
 
@@ -71,7 +71,7 @@ class Tune(ProcessOp):
         progress: Callable[[], None],
     ) -> None:
         """Raises CheckpointError when outputs of the layer are NaN or infinite."""
-        from carnice_build.backends.tuning import tune
+        from carnice_build.formats.autoround.worker import tune
 
         tune(params, samples(inputs[0]), inputs[1:3], inputs[3:], outputs, progress)
 
@@ -112,7 +112,7 @@ class Advance(ProcessOp):
         progress: Callable[[], None],
     ) -> None:
         """Run the samples through the layer as it was, and as it is packed."""
-        from carnice_build.backends.tuning import advance
+        from carnice_build.formats.autoround.worker import advance
 
         end = 3 + len(params["names"])
         weights, packed = inputs[3:end], inputs[end:]

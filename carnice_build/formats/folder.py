@@ -11,8 +11,19 @@ from typing import Any
 from carnice_build.checkpoint.header import read_header
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CheckpointError, StoreError
-from carnice_build.package.folder import read_build
 from carnice_build.tensors import SourceTensor
+
+BUILD_NAME = "build.json"
+
+
+def read_build(folder: Path) -> dict[str, Any]:
+    """The build.json of a folder, {} when there is none or it is damaged."""
+    try:
+        value = json.loads((folder / BUILD_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
 
 SUFFIX = ".safetensors"
 

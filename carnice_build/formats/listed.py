@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from carnice_build.dtypes import WIDE_FLOATS
+from carnice_build.formats.exclusions import plain_modules, unquantized_modules
+from carnice_build.formats.folder import ModelFolder
 from carnice_build.models.base import Architecture, Role
 from carnice_build.recipe.patterns import compile_pattern
-from carnice_build.transforms.ignore import plain_modules, unquantized_modules
-from carnice_build.verification.folder import ModelFolder
 
 _PATTERN = "re:"
 

@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 
 from carnice_build.dtypes import WIDE_FLOATS
+from carnice_build.formats.checks import FormatChecks, Library, Settings, Tensors
+from carnice_build.formats.folder import ModelFolder
+from carnice_build.formats.mlx.format import MlxFormat
+from carnice_build.formats.values import AffineValues, Floats
 from carnice_build.graph import TensorData
 from carnice_build.kernels.elementwise import zero_non_finite
 from carnice_build.models.base import Architecture, TensorFact
-from carnice_build.transforms.mlx import MlxFormat
-from carnice_build.verification.folder import ModelFolder
-from carnice_build.verification.formats.base import FormatChecks, Settings, Tensors
-from carnice_build.verification.running import Library
-from carnice_build.verification.values import AffineValues, Floats
 
 _HALF_PLACE = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
 _HALF_SMALLEST = {"BF16": 2.0**-134, "F16": 2.0**-25, "F32": 2.0**-150}

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from carnice_build.formats.variant import Variant
 from carnice_build.models.base import Part
-from carnice_build.package.base import Variant
 from carnice_build.recipe.schema import CalibrationSpec, count_for
 from carnice_build.units import format_size
 

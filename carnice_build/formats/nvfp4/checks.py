@@ -20,15 +20,16 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from carnice_build.formats.checks import Rounding, Settings, Tensors, TorchChecks
+from carnice_build.formats.folder import ModelFolder, read_object, section
+from carnice_build.formats.listed import ignore_problems
+from carnice_build.formats.nvfp4.format import Nvfp4Format
+from carnice_build.formats.nvfp4.ops import BLOCK
+from carnice_build.formats.statements import names, statements
+from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows
 from carnice_build.kernels import nvfp4
 from carnice_build.models.base import Architecture, Role
 from carnice_build.tensors import SourceTensor
-from carnice_build.transforms.nvfp4 import BLOCK, Nvfp4Format
-from carnice_build.verification.folder import ModelFolder, read_object, section
-from carnice_build.verification.formats.base import Rounding, Settings, Tensors, TorchChecks
-from carnice_build.verification.formats.config import names, statements
-from carnice_build.verification.formats.ignore import ignore_problems
-from carnice_build.verification.values import Floats, Incomparable, matrix, read_rows
 
 _CONFIG, _TWIN = "config.json", "hf_quant_config.json"
 _ROLES = (Role.LINEAR, Role.EMBEDDING, Role.CONV)

@@ -25,7 +25,7 @@ def smooth(
     outputs: Sequence[TensorFile],
     progress: Callable[[], None],
 ) -> None:
-    """Smooth a layer; see `transforms.awq.Smooth` for the parameters and the order of the files."""
+    """Smooth a layer; see `awq.Smooth` for the parameters and the files."""
     arithmetic = Arithmetic(
         params["dtype"], params["attention"], params["threads"], params["device"]
     )

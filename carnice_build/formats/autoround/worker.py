@@ -32,7 +32,7 @@ def tune(
     outputs: Sequence[TensorFile],
     progress: Callable[[], None],
 ) -> None:
-    """Tune a layer; see `transforms.tune.Tune` for the parameters and the order of the files."""
+    """Tune a layer; see `tune.Tune` for the parameters and the order of the files."""
     tensors = layer_tensors(params, weights)
     inputs, quantized = (list(HiddenStates(file, samples)) for file in hidden)
     settings = AutoRoundSettings(**params["settings"])
@@ -55,7 +55,7 @@ def advance(
     outputs: Sequence[TensorFile],
     progress: Callable[[], None],
 ) -> None:
-    """Run samples through a layer as it was and as it is packed; see `transforms.tune.Advance`."""
+    """Run samples through a layer as it was and as it is packed; see `tune.Advance`."""
     settings = AutoRoundSettings(amp=params["amp"], batch_size=params["batch_size"])
     driver = _driver(params, settings)
     given = layer_tensors(params, weights)

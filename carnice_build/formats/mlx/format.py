@@ -8,138 +8,28 @@ moves no byte), and every tensor is cast to the model's type but those that mlx-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from carnice_build.checkpoint.assets import Reads
-from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.errors import PlanError
-from carnice_build.graph import (
-    ArrayOp,
-    Op,
-    OutputTensor,
-    ProcessOp,
-    TensorData,
-    TensorRef,
-    View,
-    require_finite,
-)
+from carnice_build.formats.base import Conversion, Format, OutputTensor
+from carnice_build.formats.elementwise import Elementwise
+from carnice_build.formats.mlx.files import MlxPackager
+from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
+from carnice_build.formats.rules import Rule, Settings, choose, rules_by_module
+from carnice_build.graph import Op, TensorRef, View
 from carnice_build.models.base import QUANTIZABLE, Role, TensorFact
-from carnice_build.package.base import Packager
-from carnice_build.package.mlx import MlxPackager
+from carnice_build.package.files import Packager
 from carnice_build.steps.base import PlanContext
-from carnice_build.tensor_file import TensorFile
-from carnice_build.transforms.base import Conversion, Format
-from carnice_build.transforms.elementwise import Elementwise
-from carnice_build.transforms.rules import Rule, Settings, choose, rules_by_module
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 GroupSize = Literal[32, 64, 128]
 
 _MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-
-class AffineQuantize(ArrayOp):
-    """Affine group quantization by the fused kernel, bit for bit that of `mlx.core.quantize`.
-
-    Input: a weight [rows, columns].
-    Outputs: packed U32 [rows, columns * bits / 32]; scales and biases [rows, columns / group].
-    Parameters: `bits`, `group_size`, `dtype` (the weight is cast to it first, and scales and
-    biases are of it), `nonfinite` (`refuse`, or `zero` to replace NaN and infinity by 0).
-    """
-
-    name = "mlx.quantize"
-    version = 1
-    libraries = ("numba",)
-    rowwise = True
-
-    def infer(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
-    ) -> tuple[TensorSpec, ...]:
-        """Specs of packed weight, scales and biases."""
-        return _affine_specs(params, inputs)
-
-    def apply(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
-    ) -> None:
-        """Quantize rows; raises NonFiniteValue unless the parameters allow such values."""
-        from carnice_build.kernels.affine import quantize_rows
-
-        weight = _prepare(params, inputs[0])
-        arrays = [output.array for output in outputs]
-        require_finite(
-            quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
-        )
-
-
-class ReferenceAffineQuantize(ProcessOp):
-    """The same by mlx itself, slower; the reference that the fused kernel is tested against."""
-
-    name = "mlx.quantize.reference"
-    version = 1
-    libraries = ("mlx",)
-
-    def infer(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
-    ) -> tuple[TensorSpec, ...]:
-        """Specs of packed weight, scales and biases."""
-        return _affine_specs(params, inputs)
-
-    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
-        """Inputs and outputs, which mlx holds beside ours."""
-        return 2 * sum(spec.nbytes for spec in (*inputs, *self.infer(params, inputs)))
-
-    def run(
-        self,
-        params: Mapping[str, Any],
-        inputs: Sequence[TensorFile],
-        outputs: Sequence[TensorFile],
-        progress: Callable[[], None],
-    ) -> None:
-        """Quantize the whole weight; raises NonFiniteValue as the fused op does."""
-        import numpy as np
-
-        from carnice_build.backends.mlx import quantize_rows
-        from carnice_build.kernels.elementwise import non_finite_index
-
-        weight = _prepare(params, TensorData(inputs[0].spec.dtype, inputs[0].read()))
-        require_finite(non_finite_index(weight, params["dtype"]))
-        arrays = [np.empty(out.spec.shape, NUMPY_NAME[out.spec.dtype]) for out in outputs]
-        quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
-        for output, array in zip(outputs, arrays, strict=True):
-            output.write(array)
-
-
-def _affine_specs(
-    params: Mapping[str, Any], inputs: Sequence[TensorSpec]
-) -> tuple[TensorSpec, ...]:
-    (spec,) = inputs
-    if spec.dtype not in WIDE_FLOATS:
-        raise PlanError(f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS))
-    rows, columns = spec.shape
-    group = params["group_size"]
-    if columns % group:
-        raise PlanError(f"group_size {group} does not divide the {columns} inputs")
-    grid = TensorSpec(params["dtype"], (rows, columns // group))
-    return TensorSpec("U32", (rows, columns * params["bits"] // 32)), grid, grid
-
-
-def _prepare(params: Mapping[str, Any], data: TensorData) -> Any:
-    """The weight's array in the type to quantize in, with NaN and infinity as asked."""
-    import numpy as np
-
-    from carnice_build.kernels import elementwise
-
-    array = data.array
-    if params["nonfinite"] == "zero":
-        array = elementwise.zero_non_finite(array, data.dtype)
-    if data.dtype == params["dtype"]:
-        return array
-    out = np.empty(array.shape, NUMPY_NAME[params["dtype"]])
-    require_finite(elementwise.cast(array, data.dtype, params["dtype"], out))
-    return out
 
 
 class MlxRule(Rule):

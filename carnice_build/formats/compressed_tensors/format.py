@@ -13,17 +13,29 @@ from pydantic import Field
 
 from carnice_build.calibration.passes import Calibration
 from carnice_build.errors import PlanError
-from carnice_build.graph import OutputTensor, TensorRef, View
+from carnice_build.formats.base import (
+    Conversion,
+    Format,
+    OutputTensor,
+    check_fusions,
+    in_stated_dtype,
+)
+from carnice_build.formats.compressed_tensors.awq import (
+    PARTS,
+    GroupQuantize,
+    Smoothing,
+    SmoothNorm,
+    SmoothWeight,
+)
+from carnice_build.formats.compressed_tensors.files import CompressedPackager
+from carnice_build.formats.exclusions import plain_modules
+from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Part, Role, SmoothingMapping, TensorFact
 from carnice_build.models.smoothing import mappings_of_layer
-from carnice_build.package.base import Packager
-from carnice_build.package.compressed import CompressedPackager
+from carnice_build.package.files import Packager
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns, Strict
 from carnice_build.steps.base import PlanContext
-from carnice_build.transforms.awq import PARTS, GroupQuantize, Smoothing, SmoothNorm, SmoothWeight
-from carnice_build.transforms.base import Conversion, Format, check_fusions, in_stated_dtype
-from carnice_build.transforms.ignore import plain_modules
 
 _WEIGHTS = ("config_groups", "group_0", "weights")
 

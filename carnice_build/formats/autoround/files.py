@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.package.base import Variant
-from carnice_build.package.card import render_card
+from carnice_build.formats.card import render_card
+from carnice_build.formats.variant import Variant
 
 VERSION = "0.15.1"
 """The version of auto-round whose format the files are in."""

@@ -76,7 +76,7 @@ class Smooth(ProcessOp):
         progress: Callable[[], None],
     ) -> None:
         """Raises BackendError when the library finds no scales."""
-        from carnice_build.backends.smoothing import smooth
+        from carnice_build.formats.compressed_tensors.worker import smooth
 
         smooth(params, samples(inputs[0]), inputs[1], inputs[2:], outputs, progress)
 

@@ -11,12 +11,21 @@ from carnice_build.checkpoint.assets import Reads
 from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.errors import PlanError
-from carnice_build.graph import OutputTensor, TensorRef, View
-from carnice_build.models.base import Architecture
-from carnice_build.package.base import Packager
+from carnice_build.formats.elementwise import Elementwise
+from carnice_build.graph import TensorRef, View
+from carnice_build.models.base import Architecture, TensorFact
+from carnice_build.package.files import Packager
 from carnice_build.recipe.schema import Strict
 from carnice_build.steps.base import PlanContext
-from carnice_build.transforms.elementwise import Elementwise
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of a variant: its published name, its bytes, and the source tensor it stands for."""
+
+    name: str
+    ref: TensorRef
+    fact: TensorFact
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""Ops of MLX's affine quantization: our kernel, and mlx itself as the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
+from carnice_build.errors import PlanError
+from carnice_build.graph import ArrayOp, ProcessOp, TensorData, require_finite
+from carnice_build.tensor_file import TensorFile
+
+
+class AffineQuantize(ArrayOp):
+    """Affine group quantization by the fused kernel, bit for bit that of `mlx.core.quantize`.
+
+    Input: a weight [rows, columns].
+    Outputs: packed U32 [rows, columns * bits / 32]; scales and biases [rows, columns / group].
+    Parameters: `bits`, `group_size`, `dtype` (the weight is cast to it first, and scales and
+    biases are of it), `nonfinite` (`refuse`, or `zero` to replace NaN and infinity by 0).
+    """
+
+    name = "mlx.quantize"
+    version = 1
+    libraries = ("numba",)
+    rowwise = True
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Specs of packed weight, scales and biases."""
+        return _affine_specs(params, inputs)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Quantize rows; raises NonFiniteValue unless the parameters allow such values."""
+        from carnice_build.kernels.affine import quantize_rows
+
+        weight = _prepare(params, inputs[0])
+        arrays = [output.array for output in outputs]
+        require_finite(
+            quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
+        )
+
+
+class ReferenceAffineQuantize(ProcessOp):
+    """The same by mlx itself, slower; the reference that the fused kernel is tested against."""
+
+    name = "mlx.quantize.reference"
+    version = 1
+    libraries = ("mlx",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Specs of packed weight, scales and biases."""
+        return _affine_specs(params, inputs)
+
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """Inputs and outputs, which mlx holds beside ours."""
+        return 2 * sum(spec.nbytes for spec in (*inputs, *self.infer(params, inputs)))
+
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        progress: Callable[[], None],
+    ) -> None:
+        """Quantize the whole weight; raises NonFiniteValue as the fused op does."""
+        import numpy as np
+
+        from carnice_build.backends.mlx import quantize_rows
+        from carnice_build.kernels.elementwise import non_finite_index
+
+        weight = _prepare(params, TensorData(inputs[0].spec.dtype, inputs[0].read()))
+        require_finite(non_finite_index(weight, params["dtype"]))
+        arrays = [np.empty(out.spec.shape, NUMPY_NAME[out.spec.dtype]) for out in outputs]
+        quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
+        for output, array in zip(outputs, arrays, strict=True):
+            output.write(array)
+
+
+def _affine_specs(
+    params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+) -> tuple[TensorSpec, ...]:
+    (spec,) = inputs
+    if spec.dtype not in WIDE_FLOATS:
+        raise PlanError(f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS))
+    rows, columns = spec.shape
+    group = params["group_size"]
+    if columns % group:
+        raise PlanError(f"group_size {group} does not divide the {columns} inputs")
+    grid = TensorSpec(params["dtype"], (rows, columns // group))
+    return TensorSpec("U32", (rows, columns * params["bits"] // 32)), grid, grid
+
+
+def _prepare(params: Mapping[str, Any], data: TensorData) -> Any:
+    """The weight's array in the type to quantize in, with NaN and infinity as asked."""
+    import numpy as np
+
+    from carnice_build.kernels import elementwise
+
+    array = data.array
+    if params["nonfinite"] == "zero":
+        array = elementwise.zero_non_finite(array, data.dtype)
+    if data.dtype == params["dtype"]:
+        return array
+    out = np.empty(array.shape, NUMPY_NAME[params["dtype"]])
+    require_finite(elementwise.cast(array, data.dtype, params["dtype"], out))
+    return out

@@ -1,0 +1,96 @@
+"""What every packager is given, and the files that all targets have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from carnice_build import __version__
+from carnice_build.checkpoint.checkpoint import INDEX_NAME
+from carnice_build.checkpoint.json import to_json
+from carnice_build.formats.folder import BUILD_NAME
+from carnice_build.formats.variant import Variant, dataset_record, source_records
+from carnice_build.keys import canonical_json
+from carnice_build.store.digests import digest_bytes
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The small files of a folder as text and bytes: `others` by name, `record` for build.json."""
+
+    others: Mapping[str, bytes]
+    record: Mapping[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of `record`, which names every file with its digest and every shard's pack.
+
+        So a folder that would hold anything else has another key.
+        """
+        return digest_bytes(canonical_json(self.record).encode())
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """All of them, by name."""
+        return {**self.others, BUILD_NAME: to_json({"key": self.key, **self.record})}
+
+
+class Packager(Protocol):
+    """Writes what is particular to one target."""
+
+    def files(self, variant: Variant) -> dict[str, bytes]:
+        """Contents by file name: config.json and README.md at least."""
+
+
+def render_files(variant: Variant, packager: Packager) -> Rendered:
+    """Every file of the folder but the shards; deterministic."""
+    others = {
+        **variant.copied,
+        **variant.serve,
+        INDEX_NAME: _index(variant),
+        **packager.files(variant),
+    }
+    return Rendered(others, _provenance(variant, others))
+
+
+def _index(variant: Variant) -> bytes:
+    weight_map = {name: shard.name for shard in variant.shards for name, _, _ in shard.tensors}
+    return to_json(
+        {
+            "metadata": {
+                "total_size": variant.tensor_bytes,
+                "total_parameters": variant.parameters,
+            },
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+    )
+
+
+def _provenance(variant: Variant, files: Mapping[str, bytes]) -> dict[str, Any]:
+    sizes = {shard.name: {"size": shard.size, "pack": shard.pack} for shard in variant.shards}
+    for name, content in sorted(files.items()):
+        sizes[name] = {"size": len(content), "digest": digest_bytes(content)}
+    return {
+        "variant": variant.name,
+        "carnice_build": __version__,
+        "tools": dict(variant.tools),
+        "sources": source_records(variant),
+        **dataset_record(variant),
+        "recipe": variant.recipe,
+        "parameters": variant.parameters,
+        "bits_per_weight": round(variant.bits_per_weight, 4),
+        "figures": dict(variant.figures),
+        "files": sizes,
+        "tensors": {
+            name: {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "file": shard.name,
+                "digest": digest,
+            }
+            for shard in variant.shards
+            for name, spec, digest in shard.tensors
+        },
+    }
