@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from carnice_build.planning.vocabulary import FORMATS, STEPS
+from carnice_build.formats.registry import FORMATS
 from carnice_build.recipe.layers import LayerSpan
 from carnice_build.recipe.schema import (
     CalibrationSpec,
@@ -24,6 +24,7 @@ from carnice_build.recipe.schema import (
     RecipeBody,
     SourceSpec,
 )
+from carnice_build.steps.registry import STEPS
 
 PAGE = Path(__file__).parent / "recipes.md"
 MARK = "<!-- What follows is written by docs/make_reference.py. -->\n"

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 
 from carnice_build.errors import PlanError
+from carnice_build.formats.autoround.format import AutoRoundFormat
+from carnice_build.formats.compressed_tensors.format import CompressedFormat
+from carnice_build.formats.nvfp4.format import Nvfp4Format
+from carnice_build.formats.registry import FORMATS
 from carnice_build.models.base import KvGeometry
 from carnice_build.recipe.serve import ServeSpec
 from carnice_build.serving.facts import ServingFacts
@@ -19,6 +23,7 @@ NVFP4 = ServingFacts(
     repo="owner/Carnice-V2-27b-NVFP4-TEXT-MTP",
     variant="nvfp4",
     quantization="modelopt",
+    profiles=Nvfp4Format.serving().profiles,
     tool_call_parser="qwen3_xml",
     reasoning_parser="qwen3",
     has_mtp=True,
@@ -32,6 +37,7 @@ INT4 = replace(
     repo="owner/Carnice-V2-27B-INT4-BF16-MTP",
     variant="int4",
     quantization="auto_round",
+    profiles=AutoRoundFormat.serving().profiles,
     tool_call_parser="hermes",
     text_only=False,
     weights_bytes=int(2 * 9.19 * GIB),
@@ -41,6 +47,7 @@ AWQ40B = replace(
     repo="owner/Deckard-40B-W4A16-AWQ",
     variant="w4a16",
     quantization="compressed-tensors",
+    profiles=CompressedFormat.serving().profiles,
     has_mtp=False,
     text_only=False,
     weights_bytes=38_200_000_000,
@@ -51,6 +58,14 @@ FACTS = {
     "int4-autoround-vllm": INT4,
     "w4a16-awq-v100": AWQ40B,
     "w4a16-awq-vllm": AWQ40B,
+}
+
+
+PROFILES = {
+    name: profile
+    for number_format in FORMATS.values()
+    if (serving := number_format.serving()) is not None
+    for name, profile in serving.profiles.items()
 }
 
 

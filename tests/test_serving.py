@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from pydantic import ValidationError
-from serving_cases import AWQ40B, FACTS, INT4, NVFP4, launch_of, refused, spec_of
+from serving_cases import AWQ40B, FACTS, INT4, NVFP4, PROFILES, launch_of, refused, spec_of
 
 from carnice_build.chat.tool_format import tool_format
 from carnice_build.errors import PlanError
@@ -18,7 +18,7 @@ from carnice_build.recipe.serve import ServeSpec
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import resolve_launches, setting
 from carnice_build.serving.memory import GIB, estimate, kv_cache_bytes
-from carnice_build.serving.profile import load_engine, load_profile, profile_names
+from carnice_build.serving.profile import load_engine
 from carnice_build.serving.render import serve_files
 from carnice_build.serving.rules import check_launch, plan_launches
 
@@ -132,12 +132,12 @@ def test_the_environment_of_v100_is_that_of_the_card() -> None:
 
 def test_the_source_of_a_folder_is_not_trusted_to_run_code() -> None:
     """No profile passes --trust-remote-code, and those whose card does say why not."""
-    for name in profile_names():
-        profile = load_profile(name)
+    for name in PROFILES:
+        profile = PROFILES[name]
 
         assert not any("trust-remote-code" in item.flags for item in profile.launches.values())
-    assert "trust-remote-code" in load_profile("nvfp4-vllm").left_out
-    assert "trust-remote-code" in load_profile("int4-autoround-vllm").left_out
+    assert "trust-remote-code" in PROFILES["nvfp4-vllm"].left_out
+    assert "trust-remote-code" in PROFILES["int4-autoround-vllm"].left_out
 
 
 REFUSED = [
@@ -358,7 +358,7 @@ def test_a_profile_for_another_format_is_refused() -> None:
     """The error names the profiles that fit the folder."""
     error = refused(spec_of("nvfp4-vllm"), AWQ40B)
 
-    assert "serves modelopt, and the folder is compressed-tensors" in error.what
+    assert "no serving profile 'nvfp4-vllm' for compressed-tensors" in error.what
     assert "w4a16-awq-v100 or w4a16-awq-vllm" == error.expected
 
 
@@ -453,10 +453,10 @@ def test_more_cards_make_room() -> None:
     assert int(8 * 24 * GIB * 0.9) == memory.budget
 
 
-@pytest.mark.parametrize("profile", profile_names())
+@pytest.mark.parametrize("profile", PROFILES)
 def test_rules_and_profiles_name_what_exists(profile: str) -> None:
     """Options, settings, ladder and left-out options of the data are known to the engine."""
-    data = load_profile(profile)
+    data = PROFILES[profile]
     launches = resolve_launches(spec_of(profile), FACTS[profile])
     for launch in launches:
         engine = launch.engine
@@ -475,8 +475,8 @@ def test_rules_and_profiles_name_what_exists(profile: str) -> None:
     assert "request" not in data.launches
 
 
-@pytest.mark.parametrize("profile", profile_names())
+@pytest.mark.parametrize("profile", PROFILES)
 def test_what_is_load_bearing_has_a_reason(profile: str) -> None:
     """No load-bearing option stands there unexplained."""
-    for launch in load_profile(profile).launches.values():
+    for launch in PROFILES[profile].launches.values():
         assert all(flag.reason for flag in launch.flags.values() if flag.load_bearing)

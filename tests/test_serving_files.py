@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from serving_cases import AWQ40B, FACTS, INT4, NVFP4, launch_of, spec_of
+from serving_cases import AWQ40B, FACTS, INT4, NVFP4, PROFILES, launch_of, spec_of
 
 from carnice_build.package.folder import make_executable
 from carnice_build.recipe.serve import ServeSpec
 from carnice_build.serving.place import Place
-from carnice_build.serving.profile import load_profile, profile_names
 from carnice_build.serving.render import serve_files
 from carnice_build.serving.rules import plan_launches
 
-LAUNCHES = [(name, launch) for name in FACTS for launch in load_profile(name).launches]
+LAUNCHES = [(name, launch) for name in FACTS for launch in PROFILES[name].launches]
 
 
 def run_script(path: Path, program: str, folder: Path) -> tuple[list[str], str, dict[str, str]]:
@@ -143,7 +142,7 @@ def test_a_hostile_value_stays_one_argument(tmp_path: Path) -> None:
     assert value.replace("$", "$$") == service["environment"]["TEXT"]
 
 
-@pytest.mark.parametrize("profile", profile_names())
+@pytest.mark.parametrize("profile", PROFILES)
 def test_compose_serves_the_same_launches(profile: str) -> None:
     """One service for each launch: image, port, folder, cards, and the arguments as a list."""
     facts = FACTS[profile]
@@ -240,7 +239,7 @@ def test_the_page_holds_what_the_profile_has() -> None:
     assert "Context ladder" not in int4
 
 
-@pytest.mark.parametrize("profile", profile_names())
+@pytest.mark.parametrize("profile", PROFILES)
 def test_tables_are_whole(profile: str) -> None:
     """Every row of a table has as many cells as its head, and nothing is left unfilled."""
     page = serve_files(spec_of(profile), FACTS[profile])["serve/README.md"].decode()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from carnice_build.calibration.source import CalibrationSource
 from carnice_build.calibration.tokens import PADDING, LongestFirst, Tokens
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
@@ -24,7 +25,6 @@ from carnice_build.graph import ProcessOp, TensorRef, View
 from carnice_build.models.base import Part, Role
 from carnice_build.processor import vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
-from carnice_build.steps.base import PlanContext
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import SourceTensor
 
@@ -175,19 +175,16 @@ class Calibration:
     `tokens` is I32 [samples, length], `start` the hidden states [samples, length, hidden].
     """
 
-    def __init__(self, view: View, context: PlanContext, order: Order = "given") -> None:
-        """Calibrate the text model in `view`; PlanError when the recipe does not say on what.
+    def __init__(self, view: View, source: CalibrationSource, order: Order = "given") -> None:
+        """Calibrate the text model in `view` over `source`.
 
         The samples stand in `order` unless the recipe says in which.
         """
-        if context.calibration is None:
-            raise PlanError("the format needs a section `calibration`", at=("format",))
-        self._source = context.calibration
-        self._spec = self._source.spec
+        self._source = source
+        self._spec = source.spec
         self._view = view
-        self._context = context
-        self._architecture = context.architecture
-        self.graph = context.graph
+        self._architecture = source.architecture
+        self.graph = source.graph
         self.tokens = self._tokens()
         if (self._spec.order or order) == "longest":
             params = {"processor": vector_instructions()}
@@ -266,7 +263,7 @@ class Calibration:
         return tokens
 
     def _count(self, name: str, count: ByProfile, least: int) -> int:
-        profile = self._context.profile
+        profile = self._source.profile
         found = count_for(count, profile)
         if found is None:
             raise PlanError(

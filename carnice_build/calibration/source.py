@@ -7,14 +7,22 @@ from dataclasses import dataclass
 
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import Dataset
+from carnice_build.graph import ActionGraph
+from carnice_build.models.base import Architecture
 from carnice_build.recipe.schema import CalibrationSpec
 
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """A recipe's calibration, with its dataset found and the small files as they are packaged."""
+    """A recipe's calibration, with its dataset found and the small files as they are packaged.
+
+    Its actions go into `graph`; `profile` is that of the body.
+    """
 
     spec: CalibrationSpec
     dataset: Dataset
     body: Checkpoint
     files: Mapping[str, bytes]
+    architecture: Architecture
+    graph: ActionGraph
+    profile: str | None

@@ -28,11 +28,11 @@ from carnice_build.package.folder import (
 from carnice_build.planning.explain import variant_facts
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import Contents, survey
+from carnice_build.plugins import failures_blamed
 from carnice_build.store.files import io_errors_named
 from carnice_build.store.history import BuildRecord, add_build, write_history
 from carnice_build.store.store import Store
 from carnice_build.system import peak_memory
-from carnice_build.transforms.plugins import failures_blamed
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _package(
     described = describe(variant, shards, _figures(variant, store))
     folder = options.out / variant.name
     with failures_blamed(variant.format):
-        rendered = render_files(described, variant.format.packager())
+        rendered = render_files(described, variant.format)
     stale = not is_current(folder, rendered.key, shards)
     if stale:
         check_writable(folder)
@@ -266,7 +266,6 @@ def describe(
         body=recipe.body,
         config=with_dtype(variant.config, dtype) if dtype else variant.config,
         tools={library: library_version(library) for library in sorted(libraries)},
-        defaults=variant.conversion.defaults,
         quantized=variant.conversion.quantized,
         ignored=variant.conversion.ignored,
         parameters=variant.conversion.parameters,

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.errors import CheckpointError, StoreError
 from carnice_build.formats.folder import ModelFolder, open_folder
+from carnice_build.formats.registry import packed_parts, readers
 from carnice_build.graph import NonFiniteValue
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Architecture
@@ -23,39 +24,8 @@ from carnice_build.store.packs import digest_range
 from carnice_build.tensors import SourceTensor
 
 if TYPE_CHECKING:
+    from carnice_build.formats.checks import FolderReader
     from carnice_build.formats.values import Values
-
-
-@dataclass(frozen=True)
-class _Method:
-    """A way to store quantized modules.
-
-    `parts` are the ends of their tensors' names; `readable` is what config.json states where the
-    numbers can be told from them.
-    """
-
-    parts: tuple[str, ...]
-    readable: Mapping[str, Any] = field(default_factory=dict)
-
-
-_MLX, _MODELOPT, _AUTOROUND, _COMPRESSED = "mlx", "modelopt", "auto-round", "compressed-tensors"
-_PERMUTATION = "weight_g_idx"
-_METHODS = {
-    _MLX: _Method(("weight", "scales", "biases")),
-    _MODELOPT: _Method(
-        ("weight", "weight_scale", "weight_scale_2", "input_scale"), {"bits": 4, "type": "float"}
-    ),
-    _AUTOROUND: _Method(
-        ("qweight", "qzeros", "scales"), {"bits": 4, "packing_format": "auto_round:auto_gptq"}
-    ),
-    _COMPRESSED: _Method(
-        ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", _PERMUTATION),
-        {"bits": 4, "type": "int"},
-    ),
-}
-"""By what config.json calls them, but for MLX, whose section has no such name."""
-
-_PARTS = frozenset(part for method in _METHODS.values() for part in method.parts)
 
 
 class State(StrEnum):
@@ -141,20 +111,35 @@ def diff_folders(a: Path, b: Path, jobs: int, values: bool = True) -> FolderDiff
 
 @dataclass(frozen=True)
 class _Opened:
-    """A folder, its architecture, and the tensors of each module by canonical path."""
+    """A folder, its architecture, what reads it, and each module's tensors by canonical path."""
 
     folder: ModelFolder
     architecture: Architecture
-    modules: dict[str, list[str]]
+    reader: FolderReader | None
+    modules: dict[str, list[str]] = field(default_factory=dict)
 
     def storage(self, names: Sequence[str]) -> str:
-        """Bits and group size of a packed module, the type of any other."""
-        settings = self.folder.settings(_module(names[0]))
-        bits, group = settings.get("bits"), settings.get("group_size")
-        if len(names) > 1 and bits and group:
-            width = f"FP{bits}" if settings.get("type") == "float" else f"{bits}-bit"
-            return f"{width} g{group}"
+        """The scheme of a packed module, the type of any other."""
+        if len(names) > 1 and self.reader:
+            scheme = self.reader.scheme(self.module(names[0]))
+            if scheme is not None:
+                return str(scheme)
         return ", ".join(sorted({self.folder.tensors[name].spec.dtype for name in names}))
+
+    def module(self, name: str) -> str:
+        """The module whose weight is stored in tensor `name`; others stand for themselves."""
+        module, _, part = name.rpartition(".")
+        return module if part in packed_parts() else name
+
+    def values(self, names: Sequence[str]) -> Values:
+        """The numbers of a module with these tensors; Incomparable when they cannot be told."""
+        from carnice_build.formats.values import Incomparable, PlainValues
+
+        if len(names) == 1:
+            return PlainValues(self.folder.tensors[names[0]])
+        if self.reader is None:
+            raise Incomparable(f"{names[0]} is stored in a way not known")
+        return self.reader.values(self.folder.tensors, self.module(names[0]))
 
     def stores_gain(self, module: str) -> bool:
         """True for a norm of which this folder has 1 + w, because it is one of mlx-lm."""
@@ -172,26 +157,28 @@ def _open(path: Path) -> _Opened:
     folder = open_folder(path)
     if folder.problems:
         raise StoreError(folder.problems[0], where=str(path))
-    architecture = architecture_of(folder.config, str(path))
-    modules: dict[str, list[str]] = {}
+    opened = _Opened(folder, architecture_of(folder.config, str(path)), _reader(folder.config))
     for name in folder.tensors:
-        modules.setdefault(_canonical(architecture, name), []).append(name)
-    in_order = {_module(name): index for index, name in enumerate(architecture.tensors)}
-    ordered = sorted(modules, key=lambda module: (in_order.get(module, len(in_order)), module))
-    return _Opened(folder, architecture, {module: modules[module] for module in ordered})
+        opened.modules.setdefault(_canonical(opened, name), []).append(name)
+    in_order = {_bare(name): index for index, name in enumerate(opened.architecture.tensors)}
+    ordered = sorted(opened.modules, key=lambda name: (in_order.get(name, len(in_order)), name))
+    return replace(opened, modules={module: opened.modules[module] for module in ordered})
 
 
-def _module(name: str) -> str:
-    """The module whose weight is stored in tensor `name`; other tensors stand for themselves."""
-    module, _, part = name.rpartition(".")
-    return module if part in _PARTS else name
+def _reader(config: Mapping[str, Any]) -> FolderReader | None:
+    """What reads a folder with this config.json; None where nobody here does."""
+    return next((reader(config) for reader in readers() if reader.reads(config)), None)
 
 
-def _canonical(architecture: Architecture, name: str) -> str:
+def _bare(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _canonical(opened: _Opened, name: str) -> str:
     """The canonical path of the tensor's module, or its own where the model has none such."""
-    module = _module(name)
+    module = opened.module(name)
     weight = name if module == name else f"{module}.weight"
-    return _module(architecture.canonical_name(weight) or weight)
+    return _bare(opened.architecture.canonical_name(weight) or weight)
 
 
 def _diff(name: str, a: _Opened, b: _Opened, values: bool) -> ModuleDiff:
@@ -207,7 +194,7 @@ def _diff(name: str, a: _Opened, b: _Opened, values: bool) -> ModuleDiff:
         return ModuleDiff(name, kind, *sides, State.SAME)
     if a.stores_gain(name) != b.stores_gain(name):
         return ModuleDiff(name, kind, *sides, State.INCOMPARABLE)
-    sums = _compare(a.folder, names_a, b.folder, names_b) if values else (None, None)
+    sums = _compare(a, names_a, b, names_b) if values else (None, None)
     return ModuleDiff(name, kind, *sides, State.DIFFERENT, *sums)
 
 
@@ -231,50 +218,13 @@ def _digest(folder: ModelFolder, tensor: SourceTensor) -> str:
 
 
 def _compare(
-    a: ModelFolder, names_a: Sequence[str], b: ModelFolder, names_b: Sequence[str]
+    a: _Opened, names_a: Sequence[str], b: _Opened, names_b: Sequence[str]
 ) -> tuple[float | None, float | None]:
     """Sums of squares of the difference and of A."""
     from carnice_build.formats.values import Incomparable, squared_sums
 
     try:
-        return squared_sums(_values(a, names_a), _values(b, names_b))
+        return squared_sums(a.values(names_a), b.values(names_b))
     except (Incomparable, NonFiniteValue, ValueError):
         # A ValueError is a kernel's, on arrays of other types or group sizes than it knows.
         return None, None
-
-
-def _values(folder: ModelFolder, names: Sequence[str]) -> Values:
-    """The module's numbers; Incomparable when it is stored in a way not known here."""
-    from carnice_build.formats.autoround.checks import Int4Values
-    from carnice_build.formats.compressed_tensors.checks import PackedValues
-    from carnice_build.formats.nvfp4.checks import Nvfp4Values
-    from carnice_build.formats.values import AffineValues, Incomparable, PlainValues
-
-    tensors, module = folder.tensors, _module(names[0])
-    if len(names) == 1:
-        return PlainValues(tensors[names[0]])
-    method, settings = _method(folder.config), folder.settings(module)
-    readable = _METHODS[method].readable if method in _METHODS else None
-    group = settings.get("group_size")
-    if readable is None or any(settings.get(key) != value for key, value in readable.items()):
-        raise Incomparable(f"{module} is stored in a way not known")
-    if type(group) is not int or group < 1:
-        raise Incomparable(f"{module} is not in groups")
-    if method == _MLX:
-        return AffineValues(tensors, module, settings)
-    if method == _MODELOPT:
-        return Nvfp4Values(tensors, module)
-    # How the codes were found only matters for how near they must be to a source.
-    if method == _AUTOROUND:
-        return Int4Values(tensors, module, "nearest", group)
-    if f"{module}.{_PERMUTATION}" in tensors:
-        raise Incomparable(f"the columns of {module} are in another order")
-    return PackedValues(tensors, module, "memoryless_minmax", group)
-
-
-def _method(config: Mapping[str, Any]) -> str:
-    """What config.json calls the way in which modules are quantized."""
-    if isinstance(config.get("quantization"), dict):
-        return _MLX
-    stated = config.get("quantization_config")
-    return str(stated.get("quant_method")) if isinstance(stated, dict) else ""

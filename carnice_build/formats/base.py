@@ -1,22 +1,29 @@
-"""What a step and a format are, and what they may ask of the plan they run in."""
+"""What a format is: everything that the rest of the program asks of one."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from carnice_build.checkpoint.assets import Reads
 from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.errors import PlanError
+from carnice_build.formats.card import Card
 from carnice_build.formats.elementwise import Elementwise
+from carnice_build.formats.scheme import Scheme
+from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, TensorFact
-from carnice_build.package.files import Packager
 from carnice_build.recipe.schema import Strict
+from carnice_build.serving.profile import Serving
 from carnice_build.steps.base import PlanContext
+
+if TYPE_CHECKING:
+    # These two bring numpy.
+    from carnice_build.formats.checks import FolderReader, FormatChecks
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +40,8 @@ class Conversion:
     """What a format makes of a view.
 
     `parameters` counts the elements of the source tensors that the variant keeps.
-    `quantized` maps the path of each quantized module to its settings, as the format's config
-    spells both; `defaults` are the settings that the config states for the whole model.
+    `quantized` maps the path of each quantized module, as the format's config spells it, to how
+    its weight is stored.
     `ignored` names what is not quantized, as the format's config spells it.
     `dtype` is what config.json states for the model, None where that is as the source has it.
     `figures` are small tensors whose numbers build.json states, by what they are of.
@@ -44,8 +51,7 @@ class Conversion:
 
     tensors: Sequence[OutputTensor]
     parameters: int
-    defaults: Mapping[str, Any]
-    quantized: Mapping[str, Mapping[str, Any]]
+    quantized: Mapping[str, Scheme]
     causes: Mapping[str, Mapping[str, tuple[str | int, ...]]]
     ignored: Sequence[str] = ()
     dtype: str | None = None
@@ -64,11 +70,25 @@ class Format(Strict):
         """Published tensors in the order of the model; PlanError when a knob does not fit."""
 
     @abstractmethod
-    def packager(self) -> Packager:
-        """What writes the files beside the weights."""
+    def files(self, variant: Variant) -> Mapping[str, bytes]:
+        """The files beside the weights that are this format's, by name: config.json at least."""
 
-    def engine_name(self) -> str | None:
-        """What serving engines call the format, None when no profile of `serving` is for it."""
+    @abstractmethod
+    def card(self) -> Card:
+        """What the model card says of the format."""
+
+    @abstractmethod
+    def checks(self) -> FormatChecks:
+        """What `verify` asks of a folder that was built with these knobs."""
+
+    @classmethod
+    @abstractmethod
+    def reader(cls) -> type[FolderReader]:
+        """What reads the format's folders, whoever made them."""
+
+    @classmethod
+    def serving(cls) -> Serving | None:
+        """What serving engines call the format and how it is launched; None when none serves it."""
         return None
 
     def engine_reads(self) -> Collection[Reads]:

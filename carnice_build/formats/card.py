@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
 
+from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.models.base import Part
 from carnice_build.recipe.schema import CalibrationSpec, count_for
 from carnice_build.units import format_size
 
+if TYPE_CHECKING:
+    from carnice_build.formats.base import Format
 
-def render_card(template: str, variant: Variant, *, library: str, tags: Sequence[str]) -> bytes:
-    """README.md of the variant, from a template of this package."""
+
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a format adds to a model card.
+
+    `template` is the text of a Jinja template, which may extend `_torch.md.j2` of this package and
+    sees the format's knobs as `knobs`; `library` and `tags` are the hub's metadata.
+    """
+
+    template: str
+    library: str
+    tags: tuple[str, ...]
+
+
+def own_template(package: str) -> str:
+    """The file `card.md.j2` of a format's package."""
+    return files(package).joinpath("card.md.j2").read_text("utf-8")
+
+
+def render_card(card: Card, knobs: Format, variant: Variant) -> bytes:
+    """README.md of the variant."""
     import jinja2
     import yaml
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("carnice_build.package"),
+        loader=jinja2.PackageLoader("carnice_build.formats"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,
     )
-    front = yaml.safe_dump(_metadata(variant, library, tags), sort_keys=False, allow_unicode=True)
-    body = environment.get_template(template).render(_facts(variant))
+    front = yaml.safe_dump(_metadata(card, variant), sort_keys=False, allow_unicode=True)
+    body = environment.from_string(card.template).render(_facts(variant), knobs=knobs)
     return f"---\n{front}---\n\n{body}".encode()
 
 
@@ -34,18 +60,18 @@ def _base_model(variant: Variant) -> str:
     return variant.card.base_model or variant.sources[variant.body].spec.model
 
 
-def _metadata(variant: Variant, library: str, tags: Sequence[str]) -> dict[str, Any]:
-    bits = {settings["bits"] for settings in variant.quantized.values()}
+def _metadata(card: Card, variant: Variant) -> dict[str, Any]:
+    bits = {scheme.bits for scheme in variant.quantized.values()}
     width = [f"{bits.pop()}-bit"] if len(bits) == 1 else []
     return {
         "license": variant.card.license,
         "language": variant.card.language,
-        "library_name": library,
+        "library_name": card.library,
         "base_model": _base_model(variant),
         "base_model_relation": "quantized",
         "pipeline_tag": "text-generation",
         "inference": False,
-        "tags": list(dict.fromkeys([*tags, *variant.card.tags, *width])),
+        "tags": list(dict.fromkeys([*card.tags, *variant.card.tags, *width])),
     }
 
 
@@ -91,9 +117,7 @@ def _dtypes(variant: Variant, part: Part) -> list[str]:
     )
 
 
-def _widths(variant: Variant) -> list[tuple[int, int, int]]:
-    """Bits, group size and number of modules, widest first."""
-    counts = Counter(
-        (settings["bits"], settings["group_size"]) for settings in variant.quantized.values()
-    )
-    return [(bits, group, count) for (bits, group), count in sorted(counts.items(), reverse=True)]
+def _widths(variant: Variant) -> list[tuple[Scheme, int]]:
+    """Each scheme and its number of modules, widest first."""
+    counts = Counter(variant.quantized.values())
+    return sorted(counts.items(), key=lambda item: (-item[0].bits, -(item[0].group_size or 0)))

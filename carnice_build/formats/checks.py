@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.folder import ModelFolder
+from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.values import Floats, Values
 from carnice_build.graph import TensorData
 from carnice_build.models.base import Architecture
@@ -23,8 +24,6 @@ class Library(StrEnum):
 
 
 Tensors = Mapping[str, SourceTensor]
-Settings = Mapping[str, Any]
-"""What `Conversion.quantized` says of a module."""
 
 Rounding = Callable[[Floats], Floats]
 """From activations, float32 [rows, columns], to those that the engine computes with."""
@@ -42,8 +41,33 @@ class QuantizedValues(Values, Protocol):
         """The most that each weight may be off, given the rows of the source from `start` on."""
 
 
+class FolderReader(ABC):
+    """The weights of a folder, read back by what its config.json says and nothing else.
+
+    `parts` are the ends of the names of a quantized module's tensors.
+    """
+
+    parts: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """True for the config.json of a folder of this format."""
+
+    @abstractmethod
+    def scheme(self, module: str) -> Scheme | None:
+        """How config.json says that the quantized `module` is stored, None if it does not."""
+
+    @abstractmethod
+    def values(self, tensors: Tensors, module: str) -> Values:
+        """The quantized `module`; Incomparable when its numbers cannot be told."""
+
+
 class FormatChecks(ABC):
-    """One number format, as its folders show it.  Can be sent to other processes."""
+    """What a recipe's format says of its folders.  Can be sent to other processes."""
 
     library: ClassVar[Library]
     """What runs the folders."""
@@ -56,7 +80,7 @@ class FormatChecks(ABC):
         """
 
     @abstractmethod
-    def values(self, tensors: Tensors, module: str, settings: Settings) -> QuantizedValues:
+    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> QuantizedValues:
         """The quantized `module`; Incomparable when its tensors do not fit together."""
 
     def compared(self, tensors: Sequence[OutputTensor]) -> None:

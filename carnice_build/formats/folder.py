@@ -49,25 +49,6 @@ class ModelFolder:
         assert file is not None
         return Path(file.name).name
 
-    def settings(self, module: str) -> Mapping[str, Any]:
-        """What config.json says of the quantization of `module`, {} when it does not say one thing.
-
-        `module` is named as in this folder.  Every format's settings have `bits` and `group_size`,
-        beside what else it states.
-        """
-        table = self.config.get("quantization")
-        if isinstance(table, dict):
-            own = table.get(module)
-            return own if isinstance(own, dict) else table
-        stated = section(self.config, "quantization_config")
-        groups = section(stated, "config_groups")
-        if not groups:
-            return {**stated, **section(section(stated, "extra_config"), module)}
-        if len(groups) > 1:
-            return {}
-        weights = section(section(groups, next(iter(groups))), "weights")
-        return {**weights, "bits": weights.get("num_bits")}
-
 
 def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """The section `key` of a config, empty when there is none."""

@@ -5,9 +5,9 @@ A tensor counts as a matrix of its first axis against all others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.graph import ArrayOp, NonFiniteValue, TensorData, TensorRef
 from carnice_build.kernels import elementwise
-from carnice_build.kernels.affine import dequantize_rows
 from carnice_build.tensors import SourceTensor
 
 _BLOCK_ELEMENTS = 1 << 18
@@ -107,45 +106,6 @@ class PlainValues:
     def rows(self, start: int, stop: int) -> Floats:
         """The rows from `start` to `stop`."""
         return as_float32(read_rows(self._tensor, self._tensor.spec, start, stop))
-
-
-class AffineValues:
-    """A module in MLX's affine format, dequantized by scale * code + bias."""
-
-    def __init__(
-        self, tensors: Mapping[str, SourceTensor], module: str, settings: Mapping[str, Any]
-    ) -> None:
-        """Take `module`'s weight, scales and biases; Incomparable when they do not fit together."""
-        try:
-            self._parts = [tensors[f"{module}.{part}"] for part in ("weight", "scales", "biases")]
-            self.bits, self.group_size = int(settings["bits"]), int(settings["group_size"])
-        except (KeyError, TypeError, ValueError):
-            raise Incomparable(f"{module} is not in MLX's affine format") from None
-        packed, grid = (matrix(part.spec) for part in self._parts[:2])
-        self.shape = grid[0], grid[1] * self.group_size
-        self.dtype = self._parts[1].spec.dtype
-        if packed != (grid[0], self.shape[1] * self.bits // 32):
-            raise Incomparable(
-                f"{module} is not of {self.bits} bits in groups of {self.group_size}"
-            )
-
-    def rows(self, start: int, stop: int) -> Floats:
-        """The rows from `start` to `stop`, dequantized."""
-        packed, scales, biases = (read_rows(part, part.spec, start, stop) for part in self._parts)
-        out = np.empty((stop - start, self.shape[1]), np.float32)
-        try:
-            dequantize_rows(
-                packed.array,
-                scales.array,
-                biases.array,
-                self.dtype,
-                self.bits,
-                self.group_size,
-                out,
-            )
-        except ValueError as error:
-            raise Incomparable(str(error)) from None
-        return out
 
 
 def squared_sums(a: Values, b: Values) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.profiles import Source
 from carnice_build.dtypes import TensorSpec
+from carnice_build.formats.scheme import Scheme
 from carnice_build.models.base import Architecture
 from carnice_build.recipe.schema import CalibrationSpec, CardSpec
 
@@ -44,8 +45,7 @@ class Variant:
     body: str
     config: Mapping[str, Any]
     tools: Mapping[str, str]
-    defaults: Mapping[str, Any]
-    quantized: Mapping[str, Mapping[str, Any]]
+    quantized: Mapping[str, Scheme]
     ignored: Sequence[str]
     parameters: int
     shards: Sequence[Shard]

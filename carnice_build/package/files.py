@@ -1,15 +1,17 @@
-"""What every packager is given, and the files that all targets have in common."""
+"""The small files of a published folder: those of its format, and those that all have."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from carnice_build import __version__
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
 from carnice_build.checkpoint.json import to_json
+from carnice_build.formats.base import Format
+from carnice_build.formats.card import CARD_NAME, render_card
 from carnice_build.formats.folder import BUILD_NAME
 from carnice_build.formats.variant import Variant, dataset_record, source_records
 from carnice_build.keys import canonical_json
@@ -37,20 +39,14 @@ class Rendered:
         return {**self.others, BUILD_NAME: to_json({"key": self.key, **self.record})}
 
 
-class Packager(Protocol):
-    """Writes what is particular to one target."""
-
-    def files(self, variant: Variant) -> dict[str, bytes]:
-        """Contents by file name: config.json and README.md at least."""
-
-
-def render_files(variant: Variant, packager: Packager) -> Rendered:
+def render_files(variant: Variant, number_format: Format) -> Rendered:
     """Every file of the folder but the shards; deterministic."""
     others = {
         **variant.copied,
         **variant.serve,
         INDEX_NAME: _index(variant),
-        **packager.files(variant),
+        **number_format.files(variant),
+        CARD_NAME: render_card(number_format.card(), number_format, variant),
     }
     return Rendered(others, _provenance(variant, others))
 

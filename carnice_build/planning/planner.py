@@ -24,11 +24,11 @@ from carnice_build.models.base import QUANTIZATION, Architecture, Part, TensorFa
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.planning.serve import plan_serving
 from carnice_build.planning.unknown import unknown_tensors
+from carnice_build.plugins import failures_blamed
 from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.steps.base import PlanContext, Step
 from carnice_build.tensors import SourceTensor
-from carnice_build.transforms.plugins import failures_blamed
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,15 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     dataset = None
     if recipe.calibration is not None:
         dataset = finder.find_dataset(recipe.calibration)
-        source = CalibrationSource(recipe.calibration, dataset, body.checkpoint, files)
+        source = CalibrationSource(
+            recipe.calibration,
+            dataset,
+            body.checkpoint,
+            files,
+            architecture,
+            graph,
+            body.profile,
+        )
         context = replace(context, calibration=source)
     with _located(recipe, "quantize"), failures_blamed(recipe.quantize):
         view = recipe.quantize.prepare(view, context)

@@ -10,10 +10,10 @@ from carnice_build.chat.tool_format import tool_format
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import Conversion, Format
 from carnice_build.models.base import Architecture, Part
+from carnice_build.plugins import failures_blamed
 from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.rules import plan_launches
-from carnice_build.transforms.plugins import failures_blamed
 
 
 def plan_serving(
@@ -31,8 +31,8 @@ def plan_serving(
         return None
     assert isinstance(recipe.quantize, Format)
     with failures_blamed(recipe.quantize):
-        engine_name = recipe.quantize.engine_name()
-    if engine_name is None:
+        serving = recipe.quantize.serving()
+    if serving is None:
         raise PlanError("no serving engine that we know loads this format")
     parts = {tensor.fact.part for tensor in conversion.tensors}
     where, template = next(iter(template_files(files).items()), ("", None))
@@ -40,7 +40,8 @@ def plan_serving(
     facts = ServingFacts(
         repo=recipe.card.repo or recipe.variant,
         variant=recipe.variant,
-        quantization=engine_name,
+        quantization=serving.quantization,
+        profiles=serving.profiles,
         tool_call_parser=found.tool_call_parser if found else None,
         reasoning_parser=found.reasoning_parser if found else None,
         has_mtp=Part.MTP in parts,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from carnice_build.models.base import KvGeometry
+from carnice_build.serving.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -12,14 +14,16 @@ class ServingFacts:
     """Facts of one packaged folder.
 
     `repo` is where it is published, as owner/name; `quantization` is the engine's name for its
-    format (`modelopt`, `compressed-tensors`, `auto_round`, `inc`); the parsers are those that
-    read what the packaged chat template makes the model write, None where it has no such form;
+    format (`modelopt`, `compressed-tensors`, `auto_round`, `inc`), `profiles` are its launches;
+    the parsers are those that read what the packaged chat template makes the model write, None
+    where it has no such form;
     `weights_bytes` counts all shards; `max_positions` is the longest context in tokens.
     """
 
     repo: str
     variant: str
     quantization: str
+    profiles: Mapping[str, Profile]
     tool_call_parser: str | None
     reasoning_parser: str | None
     has_mtp: bool

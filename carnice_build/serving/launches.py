@@ -25,8 +25,6 @@ from carnice_build.serving.profile import (
     Profile,
     Variable,
     load_engine,
-    load_profile,
-    profile_names,
 )
 from carnice_build.units import plural
 
@@ -86,17 +84,16 @@ def resolve_launches(spec: ServeSpec, facts: ServingFacts) -> tuple[Launch, ...]
 
     PlanError names what the profile or the engine does not know, or what follows from the folder.
     """
-    profile = load_profile(spec.profile)
-    if not is_model_name(facts.repo):
-        raise PlanError(f"the repository {facts.repo!r} is no name that a command can take")
-    if facts.quantization not in profile.serves:
-        fitting = [name for name in profile_names() if _serves(name, facts.quantization)]
+    profile = facts.profiles.get(spec.profile)
+    if profile is None:
         raise PlanError(
-            f"the profile {spec.profile!r} serves {profile.serves[0]}, and the folder is "
-            f"{facts.quantization}",
-            expected=" or ".join(fitting) or None,
+            f"there is no serving profile {spec.profile!r} for {facts.quantization}",
+            expected=" or ".join(facts.profiles) or None,
+            nearest=nearest(spec.profile, facts.profiles),
             at=("profile",),
         )
+    if not is_model_name(facts.repo):
+        raise PlanError(f"the repository {facts.repo!r} is no name that a command can take")
     for name in spec.launches:
         if name not in profile.launches:
             raise PlanError(
@@ -109,10 +106,6 @@ def resolve_launches(spec: ServeSpec, facts: ServingFacts) -> tuple[Launch, ...]
         _launch(name, profile, spec.launches.get(name, _UNCHANGED), spec, facts)
         for name in profile.launches
     )
-
-
-def _serves(profile: str, quantization: str) -> bool:
-    return quantization in load_profile(profile).serves
 
 
 def _launch(

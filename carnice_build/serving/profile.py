@@ -1,14 +1,15 @@
-"""Serving profiles and engines: the shape of the data files in `data`, and their reader."""
+"""Serving profiles and engines: the shape of their data files, and their reader."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, model_validator
 
-from carnice_build.errors import PlanError, nearest
 from carnice_build.recipe.serve import FlagName, FlagValue, Scalar, Strict, VariableName
 
 M = TypeVar("M", bound=BaseModel)
@@ -143,13 +144,12 @@ class Container(Strict):
 class Profile(Strict):
     """Launches for folders of one format; the first launch is the recommended one.
 
-    `serves` are the engine's names of the format; `cards` are the model cards that the figures
-    come from; `parsers` are other tool-call parsers of the same form that the format is served
-    with; `left_out` says why an option of those cards is not used.
+    `cards` are the model cards that the figures come from; `parsers` are other tool-call parsers
+    of the same form that the format is served with; `left_out` says why an option of those cards
+    is not used.
     """
 
     title: str
-    serves: tuple[str, ...]
     cards: tuple[str, ...]
     launches: dict[str, LaunchData] = Field(min_length=1)
     parsers: dict[str, str] = Field(default_factory=dict)
@@ -181,23 +181,35 @@ class Engine(Strict):
     own_options: tuple[FlagName, ...] = ()
 
 
-def profile_names() -> list[str]:
-    """The serving profiles that there are."""
-    names = [item.name for item in files(__package__).joinpath("data").iterdir()]
-    return sorted(name.removesuffix(".yaml") for name in names if name != _ENGINES)
+class Profiles(Mapping[str, Profile]):
+    """The profiles of one format by name: the YAML files in the folder `serving` of its package."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def __getitem__(self, name: str) -> Profile:
+        if name not in self._names:
+            raise KeyError(name)
+        return _read_profile(self._package, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        names = [item.name for item in files(self._package).joinpath("serving").iterdir()]
+        return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
 
 
-def load_profile(name: str) -> Profile:
-    """The profile `name`; PlanError at `profile` when there is none."""
-    names = profile_names()
-    if name not in names:
-        raise PlanError(
-            f"there is no serving profile {name!r}",
-            expected=" or ".join(names),
-            nearest=nearest(name, names),
-            at=("profile",),
-        )
-    return _read_profile(name)
+@dataclass(frozen=True)
+class Serving:
+    """How folders of one format are served: what engines call it, and its profiles."""
+
+    quantization: str
+    profiles: Mapping[str, Profile]
 
 
 def load_engine(name: str) -> Engine:
@@ -209,18 +221,21 @@ _ENGINES = "engines.yaml"
 
 
 @cache
-def _read_profile(name: str) -> Profile:
-    return Profile.model_validate(_read(f"{name}.yaml"))
+def _read_profile(package: str, name: str) -> Profile:
+    return Profile.model_validate(_read(package, "serving", f"{name}.yaml"))
 
 
 @cache
 def _read_engines() -> dict[str, Engine]:
-    return {name: Engine.model_validate(item) for name, item in _read(_ENGINES).items()}
+    return {
+        name: Engine.model_validate(item)
+        for name, item in _read(__package__, "data", _ENGINES).items()
+    }
 
 
-def _read(file: str) -> dict[str, Any]:
+def _read(package: str, folder: str, file: str) -> dict[str, Any]:
     import yaml
 
-    content = yaml.safe_load(files(__package__).joinpath("data", file).read_text("utf-8"))
+    content = yaml.safe_load(files(package).joinpath(folder, file).read_text("utf-8"))
     assert isinstance(content, dict)
     return content

@@ -10,7 +10,7 @@ from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import Launch
 from carnice_build.serving.memory import GIB, Memory, estimate
 from carnice_build.serving.place import Place
-from carnice_build.serving.profile import Range, load_profile
+from carnice_build.serving.profile import Range
 
 
 def readme(launches: Sequence[Launch], facts: ServingFacts, place: Place) -> str:
@@ -32,7 +32,7 @@ def contents_page(profiles: Sequence[str], facts: ServingFacts) -> str:
     """The page above the folders of several profiles."""
     return _render(
         "several.md.j2",
-        profiles={name: load_profile(name) for name in profiles},
+        profiles={name: facts.profiles[name] for name in profiles},
         facts=facts,
     )
 

@@ -33,6 +33,12 @@ class PlanContext:
         """The checkpoint that the variant is made from: the recipe's first source."""
         return next(iter(self.sources.values())).checkpoint
 
+    def calibrated(self) -> CalibrationSource:
+        """What the recipe calibrates on; PlanError when it does not say."""
+        if self.calibration is None:
+            raise PlanError("the format needs a section `calibration`", at=("format",))
+        return self.calibration
+
     def layers(self, name: str) -> frozenset[int]:
         """The decoder layers of the recipe's named set; PlanError when it has none so named."""
         if name not in self.layer_sets:

@@ -160,13 +160,13 @@ class _Comparison:
         if (found := self._equal(taken_over)).problem:
             return found
         source = self._view[tensors[0].fact.name]
-        settings = self._quantized[module]
-        values = self._checks.values(self._folder.tensors, module, settings)
+        scheme = self._quantized[module]
+        values = self._checks.values(self._folder.tensors, module, scheme)
         total = _Sums()
         for start, stop in blocks(values.shape):
             data = self._checks.prepared(ref_rows(source, start, stop))
             total.add(as_float32(data), values, start)
-        error = total.result(module, settings["bits"])
+        error = total.result(module, scheme.bits)
         too_many = error.outside > values.tolerated * prod(values.shape)
         return _Finding(_problem(error) if too_many else None, error)
 

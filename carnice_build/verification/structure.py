@@ -23,15 +23,13 @@ from carnice_build.verification.small_files import small_file_problems
 NAME = "structure"
 
 
-def check_structure(
-    variant: VariantPlan, folder: ModelFolder, checks: FormatChecks | None
-) -> Check:
+def check_structure(variant: VariantPlan, folder: ModelFolder, checks: FormatChecks) -> Check:
     """Compare names, dtypes and shapes with what the recipe makes of the source.
 
     `checks` knows what the format's config must say.
     """
     problems = [*folder.problems, *_tensors(variant, folder), *_index(folder)]
-    if checks and folder.config:
+    if folder.config:
         problems += _config(variant, folder, checks)
     problems += small_file_problems(variant, folder.path)
     if problems and _other_recipe(variant, folder):

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from carnice_build.errors import BackendError
-from carnice_build.formats.checks import Rounding, Settings, TorchChecks
+from carnice_build.formats.checks import Rounding, TorchChecks
+from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.values import matrix, read_rows
 from carnice_build.graph import TensorData
 from carnice_build.models.base import Architecture, Part, Role
@@ -37,14 +38,14 @@ DRAFTS = (1, 3)
 class StoredModel:
     """A text model where it lies: tensors by canonical names.
 
-    `checks` reads the modules of `quantized`, by path their settings.
+    `checks` reads the modules of `quantized`, by path their schemes.
     With `activations`, the inputs of these modules are rounded as the format's engines do.
     """
 
     architecture: Architecture
     tensors: Mapping[str, SourceTensor]
     checks: TorchChecks | None = None
-    quantized: Mapping[str, Settings] | None = None
+    quantized: Mapping[str, Scheme] | None = None
     activations: bool = False
 
     def tensor(self, name: str) -> Any:

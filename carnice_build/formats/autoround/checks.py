@@ -14,20 +14,23 @@ A group of weights has one scale s, and w becomes s times a code of -8..7.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from carnice_build.dtypes import TensorSpec
-from carnice_build.formats.autoround.format import AutoRoundFormat
 from carnice_build.formats.autoround.ops import PARTS
-from carnice_build.formats.checks import Settings, Tensors, TorchChecks
+from carnice_build.formats.checks import FolderReader, Tensors, TorchChecks
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.listed import ignore_problems
-from carnice_build.formats.statements import statements
+from carnice_build.formats.scheme import Scheme
+from carnice_build.formats.statements import as_scheme, statements
 from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows
 from carnice_build.kernels import autoround
 from carnice_build.models.base import Architecture, Role
+
+Method = Literal["nearest", "tune", "merge"]
 
 _FLOAT32_SLACK = 1.001
 _SMALLEST_SCALE = 1e-5
@@ -41,12 +44,37 @@ _CUT = {"nearest": 0.0, "tune": 1e-3, "merge": 1e-3}
 """The share of weights that may be further off where codes were learned."""
 
 
+class AutoRoundReader(FolderReader):
+    """Folders of auto-round; the numbers of its packing for GPTQ kernels can be told."""
+
+    parts = PARTS
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Folders that name auto-round as their method."""
+        return section(config, "quantization_config").get("quant_method") == "auto-round"
+
+    def scheme(self, module: str) -> Scheme | None:
+        """The module's own entry, else that of the model."""
+        stated = section(self.config, "quantization_config")
+        return as_scheme({**stated, **section(section(stated, "extra_config"), module)}, "bits")
+
+    def values(self, tensors: Tensors, module: str) -> PackedValues:
+        """See `FolderReader.values`."""
+        scheme = self.scheme(module)
+        packing = section(self.config, "quantization_config").get("packing_format")
+        if scheme is None or scheme.bits != 4 or packing != "auto_round:auto_gptq":
+            raise Incomparable(f"{module} is packed in a way not known")
+        return PackedValues(tensors, module, scheme)
+
+
 class AutoRoundChecks(TorchChecks):
     """Folders as auto-round packs them."""
 
-    def __init__(self, number_format: AutoRoundFormat) -> None:
-        self._method = number_format.method
-        self._group = number_format.group_size
+    def __init__(self, method: Method, group_size: int) -> None:
+        """`method` says where the codes come from."""
+        self._method = method
+        self._group = group_size
 
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
         """What is packed lies in the listed blocks, and all else is listed with 16 bits."""
@@ -70,9 +98,9 @@ class AutoRoundChecks(TorchChecks):
             if name.endswith(".qweight") and not name.startswith(tuple(f"{b}." for b in blocks)):
                 yield f"config.json lists no block that holds {name}"
 
-    def values(self, tensors: Tensors, module: str, settings: Settings) -> Int4Values:
+    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> BoundedValues:
         """See `FormatChecks.values`."""
-        return Int4Values(tensors, module, self._method, self._group)
+        return BoundedValues(tensors, module, scheme, self._method)
 
     def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
         """See `TorchChecks.rounded`: to nearest, without calibration."""
@@ -89,11 +117,14 @@ class AutoRoundChecks(TorchChecks):
         return out
 
 
-class Int4Values:
+class PackedValues:
     """A module dequantized by scale * (code - zero point); its tensors are held in memory."""
 
-    def __init__(self, tensors: Tensors, module: str, method: str, group: int) -> None:
+    def __init__(self, tensors: Tensors, module: str, scheme: Scheme) -> None:
         """Read `module`'s tensors; Incomparable when they do not fit together."""
+        group = scheme.group_size
+        if group is None:
+            raise Incomparable(f"{module} is not in groups")
         try:
             parts = [tensors[f"{module}.{part}"] for part in PARTS]
         except KeyError:
@@ -110,14 +141,23 @@ class Int4Values:
             raise Incomparable(f"{module} is not of groups of {group}")
         whole = [read_rows(part, part.spec, 0, part.spec.shape[0]).array for part in parts]
         self._codes, self._zeros, self._scales = whole
-        self._method, self._group = method, group
-        self.tolerated = _CUT[method]
+        self._group = group
 
     def rows(self, start: int, stop: int) -> Floats:
         """The rows from `start` to `stop`, dequantized."""
         out = np.empty((stop - start, self.shape[1]), np.float32)
         autoround.dequantize_rows(self._codes, self._zeros, self._scales, start, out)
         return out
+
+
+class BoundedValues(PackedValues):
+    """Values with their bound."""
+
+    def __init__(self, tensors: Tensors, module: str, scheme: Scheme, method: Method) -> None:
+        """As `PackedValues`; `method` says where the codes come from."""
+        super().__init__(tensors, module, scheme)
+        self._method = method
+        self.tolerated = _CUT[method]
 
     def allowance(self, source: Floats, start: int) -> Floats:
         """See `QuantizedValues.allowance`."""

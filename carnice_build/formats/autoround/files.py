@@ -7,40 +7,33 @@ tensors, turns what is plain into F32 and drops the MTP head.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.formats.card import render_card
 from carnice_build.formats.variant import Variant
+
+if TYPE_CHECKING:
+    from carnice_build.formats.autoround.format import AutoRoundFormat
 
 VERSION = "0.15.1"
 """The version of auto-round whose format the files are in."""
 
 
-class AutoRoundPackager:
-    """Writes config.json and README.md."""
-
-    def files(self, variant: Variant) -> dict[str, bytes]:
-        """See `Packager.files`."""
-        return {
-            "config.json": to_json(_config(variant)),
-            "README.md": render_card(
-                "autoround.md.j2",
-                variant,
-                library="transformers",
-                tags=("autoround", "int4", "w4a16", "vllm"),
-            ),
-        }
+def autoround_files(knobs: AutoRoundFormat, variant: Variant) -> dict[str, bytes]:
+    """config.json."""
+    return {"config.json": to_json(_config(knobs, variant))}
 
 
-def _config(variant: Variant) -> dict[str, Any]:
+def _config(knobs: AutoRoundFormat, variant: Variant) -> dict[str, Any]:
     blocks = sorted({name.partition(".layers.")[0] + ".layers" for name in variant.quantized})
     plain = {"bits": 16, "data_type": "fp"}
     return {
         **variant.config,
         "quantization_config": {
             "autoround_version": VERSION,
-            **variant.defaults,
+            **_provenance(knobs),
+            "bits": 4,
+            "group_size": knobs.group_size,
             "block_name_to_quantize": ",".join(blocks),
             "data_type": "int",
             "extra_config": dict.fromkeys(variant.ignored, plain),
@@ -49,3 +42,11 @@ def _config(variant: Variant) -> dict[str, Any]:
             "sym": True,
         },
     }
+
+
+def _provenance(knobs: AutoRoundFormat) -> dict[str, Any]:
+    """What the library's config says of how the codes were found."""
+    if knobs.method != "tune":
+        return {"iters": 0}
+    tuning = knobs.tuning
+    return {"iters": tuning.iters, "batch_size": tuning.batch_size, "seed": tuning.seed}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,14 +17,16 @@ from carnice_build.calibration.passes import Calibration
 from carnice_build.checkpoint.checkpoint import Checkpoint, source_view
 from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.errors import PlanError, nearest
-from carnice_build.formats.autoround.files import AutoRoundPackager
+from carnice_build.formats.autoround.files import autoround_files
 from carnice_build.formats.autoround.ops import PARTS, Merge, Nearest, packed_specs
 from carnice_build.formats.autoround.tune import Tuning
 from carnice_build.formats.base import Conversion, Format, OutputTensor, cast, check_fusions
+from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
+from carnice_build.formats.scheme import Scheme
+from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, Part, Role, TensorFact
-from carnice_build.package.files import Packager
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import (
     AnyPatterns,
@@ -33,7 +35,11 @@ from carnice_build.recipe.schema import (
     PatternList,
     Strict,
 )
+from carnice_build.serving.profile import Profiles, Serving
 from carnice_build.steps.base import PlanContext, require_match
+
+if TYPE_CHECKING:
+    from carnice_build.formats.autoround.checks import AutoRoundChecks, AutoRoundReader
 
 GroupSize = Literal[32, 64, 128]
 
@@ -97,22 +103,46 @@ class AutoRoundFormat(Format):
         if self.method == "merge" and self.grid is None:
             raise ValueError("method merge needs a section `grid`")
         sections = {"tune": ("tune", self.tune), "merge": ("grid", self.grid)}
-        for method, (name, section) in sections.items():
-            if method != self.method and section is not None:
+        for method, (name, given) in sections.items():
+            if method != self.method and given is not None:
                 raise ValueError(f"method {self.method} has no use for `{name}`")
         return self
 
-    def packager(self) -> Packager:
-        """Folders as auto-round writes them and vLLM loads them."""
-        return AutoRoundPackager()
+    @property
+    def tuning(self) -> TuneSpec:
+        """How auto-round learns, with the defaults where the recipe says nothing."""
+        return self.tune or TuneSpec.model_validate({})
+
+    def files(self, variant: Variant) -> Mapping[str, bytes]:
+        """As auto-round writes them and vLLM loads them."""
+        return autoround_files(self, variant)
+
+    def card(self) -> Card:
+        """See `Format.card`."""
+        tags = ("autoround", "int4", "w4a16", "vllm")
+        return Card(own_template(__package__), "transformers", tags)
+
+    def checks(self) -> AutoRoundChecks:
+        """See `Format.checks`."""
+        from carnice_build.formats.autoround.checks import AutoRoundChecks
+
+        return AutoRoundChecks(self.method, self.group_size)
+
+    @classmethod
+    def reader(cls) -> type[AutoRoundReader]:
+        """See `Format.reader`."""
+        from carnice_build.formats.autoround.checks import AutoRoundReader
+
+        return AutoRoundReader
 
     def extras(self) -> tuple[str, ...]:
         """Only tuning needs the library."""
         return ("autoround",) if self.method == "tune" else ()
 
-    def engine_name(self) -> str:
+    @classmethod
+    def serving(cls) -> Serving:
         """As vLLM's `--quantization` has it."""
-        return "auto_round"
+        return Serving("auto_round", Profiles(__package__))
 
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor of the view, the linears of decoder layers quantized."""
@@ -131,26 +161,15 @@ class AutoRoundFormat(Format):
                 tensors += [OutputTensor(f"{fact.module}.{part}", ref, fact) for part, ref in made]
             else:
                 tensors.append(OutputTensor(fact.name, cast(view[fact.name], plain, context), fact))
-        settings = {"bits": 4, "group_size": self.group_size}
         return Conversion(
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
-            defaults={**settings, **self._provenance(context)},
-            quantized=dict.fromkeys(chosen, settings),
+            quantized=dict.fromkeys(chosen, Scheme(4, self.group_size)),
             causes={},
             ignored=unquantized_modules(context.architecture, chosen, (Role.LINEAR,)),
             dtype=plain,
             figures=figures,
         )
-
-    def _provenance(self, context: PlanContext) -> dict[str, Any]:
-        """What the library's config says of how the codes were found."""
-        if self.method != "tune":
-            return {"iters": 0}
-        return dict(self._tuning().model_dump(include={"iters", "batch_size", "seed"}))
-
-    def _tuning(self) -> TuneSpec:
-        return self.tune or TuneSpec.model_validate({})
 
     def _quantized(
         self, facts: Sequence[TensorFact], architecture: Architecture
@@ -184,13 +203,13 @@ class AutoRoundFormat(Format):
     def _tuned(
         self, chosen: Mapping[str, TensorFact], view: View, context: PlanContext
     ) -> tuple[dict[str, Sequence[TensorRef]], dict[str, TensorRef]]:
-        calibration = Calibration(view, context)
-        assert context.calibration is not None
-        _check_arithmetic(context.calibration.spec)
+        source = context.calibrated()
+        calibration = Calibration(view, source)
+        _check_arithmetic(source.spec)
         settings = {
             "group_size": self.group_size,
-            "amp": context.calibration.spec.dtype == "bfloat16",
-            **self._tuning().model_dump(),
+            "amp": source.spec.dtype == "bfloat16",
+            **self.tuning.model_dump(),
         }
         tuning = Tuning(calibration, settings)
         parts: dict[str, Sequence[TensorRef]] = {}

@@ -15,18 +15,19 @@ What AWQ smoothed is not compared: the folder does not tell by what its weights 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.formats.base import OutputTensor
-from carnice_build.formats.checks import Settings, Tensors, TorchChecks
-from carnice_build.formats.compressed_tensors.format import CompressedFormat
+from carnice_build.formats.checks import FolderReader, Tensors, TorchChecks
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.listed import ignore_problems
-from carnice_build.formats.statements import names, statements
+from carnice_build.formats.scheme import Scheme
+from carnice_build.formats.statements import as_scheme, names, only_group, statements
 from carnice_build.formats.values import Floats, Incomparable, as_float32, matrix, read_rows
 from carnice_build.graph import ActionOutput, TensorData
 from carnice_build.kernels import compressed, elementwise
@@ -36,15 +37,44 @@ _HALF_PLACE = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
 _HALF_SMALLEST = {"BF16": 2.0**-134, "F16": 2.0**-25, "F32": 2.0**-150}
 _SMALLEST_SHARE = {"mse": 0.81, "memoryless_minmax": 1.0}
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+_PERMUTATION = "weight_g_idx"
 _PER_WORD = 8
+_STATED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+
+Observer = Literal["mse", "memoryless_minmax"]
+
+
+class CompressedReader(FolderReader):
+    """Folders in the format pack-quantized; the numbers of asymmetric INT4 can be told."""
+
+    parts = (*_PARTS, "weight_shape", _PERMUTATION)
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Folders of compressed-tensors whose integers are packed."""
+        return not any(statements("", section(config, "quantization_config"), _STATED))
+
+    def scheme(self, module: str) -> Scheme | None:
+        """That of the only config group."""
+        return as_scheme(only_group(self.config))
+
+    def values(self, tensors: Tensors, module: str) -> PackedValues:
+        """See `FolderReader.values`."""
+        scheme = self.scheme(module)
+        if scheme is None or (scheme.bits, scheme.kind) != (4, "int"):
+            raise Incomparable(f"{module} is stored in a way not known")
+        if f"{module}.{_PERMUTATION}" in tensors:
+            raise Incomparable(f"the columns of {module} are in another order")
+        return PackedValues(tensors, module, scheme)
 
 
 class CompressedChecks(TorchChecks):
     """Folders in the format pack-quantized."""
 
-    def __init__(self, number_format: CompressedFormat) -> None:
-        self._observer = number_format.weights.observer
-        self._group = number_format.weights.group_size
+    def __init__(self, observer: Observer, group_size: int) -> None:
+        """`observer` says how the range of a group was found."""
+        self._observer = observer
+        self._group = group_size
 
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
         """The scheme is that of the tensors, and every plain linear is ignored.
@@ -52,8 +82,7 @@ class CompressedChecks(TorchChecks):
         This format's engines look for the parts of a fused linear, so none is listed.
         """
         stated = section(folder.config, "quantization_config")
-        wanted = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-        yield from statements("config.json", stated, wanted)
+        yield from statements("config.json", stated, _STATED)
         group = section(section(stated, "config_groups"), "group_0")
         scheme = {"num_bits": 4, "type": "int", "symmetric": False, "group_size": self._group}
         yield from statements("config.json", section(group, "weights"), scheme)
@@ -66,9 +95,9 @@ class CompressedChecks(TorchChecks):
         if isinstance(origin, ActionOutput) and len(origin.action.inputs) > 1:
             raise Incomparable(f"{tensors[0].name} was smoothed")
 
-    def values(self, tensors: Tensors, module: str, settings: Settings) -> PackedValues:
+    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> BoundedValues:
         """See `FormatChecks.values`."""
-        return PackedValues(tensors, module, self._observer, self._group)
+        return BoundedValues(tensors, module, scheme, self._observer)
 
     def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
         """See `TorchChecks.rounded`: in BF16, by the recipe's observer, not smoothed."""
@@ -90,10 +119,11 @@ class CompressedChecks(TorchChecks):
 class PackedValues:
     """A module dequantized by scale * (code - zero point)."""
 
-    tolerated = 0.0
-
-    def __init__(self, tensors: Tensors, module: str, observer: str, group: int) -> None:
+    def __init__(self, tensors: Tensors, module: str, scheme: Scheme) -> None:
         """Take `module`'s tensors; Incomparable when they do not fit together."""
+        group = scheme.group_size
+        if group is None:
+            raise Incomparable(f"{module} is not in groups")
         try:
             self._parts = [tensors[f"{module}.{part}"] for part in _PARTS]
         except KeyError:
@@ -109,12 +139,23 @@ class PackedValues:
         whole = read_rows(self._parts[2], self._parts[2].spec, 0, -(-rows // _PER_WORD)).array
         # Zero points are packed along rows, codes along columns.
         self._zeros = np.ascontiguousarray(_unpacked(whole.T)[:, :rows].T)
-        self._observer, self._group = observer, group
+        self._group = group
 
     def rows(self, start: int, stop: int) -> Floats:
         """The rows from `start` to `stop`, dequantized."""
         packed, scales = (read_rows(part, part.spec, start, stop) for part in self._parts[:2])
         return _dequantized(packed.array, as_float32(scales), self._zeros[start:stop])
+
+
+class BoundedValues(PackedValues):
+    """Values with their bound."""
+
+    tolerated = 0.0
+
+    def __init__(self, tensors: Tensors, module: str, scheme: Scheme, observer: Observer) -> None:
+        """As `PackedValues`; `observer` says how the range of a group was found."""
+        super().__init__(tensors, module, scheme)
+        self._observer = observer
 
     def allowance(self, source: Floats, start: int) -> Floats:
         """See `QuantizedValues.allowance`."""

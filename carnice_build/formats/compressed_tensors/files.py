@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.formats.card import render_card
 from carnice_build.formats.variant import Variant
+
+if TYPE_CHECKING:
+    from carnice_build.formats.compressed_tensors.format import CompressedFormat
 
 VERSION = "0.19.0"
 """The version of compressed-tensors whose format the files are in."""
 
 
-class CompressedPackager:
-    """Writes config.json, recipe.yaml and README.md."""
-
-    def files(self, variant: Variant) -> dict[str, bytes]:
-        """See `Packager.files`."""
-        return {
-            "config.json": to_json(_config(variant)),
-            "recipe.yaml": _recipe(variant),
-            "README.md": render_card(
-                "compressed.md.j2",
-                variant,
-                library="transformers",
-                tags=("compressed-tensors", "awq", "w4a16", "int4", "vllm"),
-            ),
-        }
-
-
-def _weights(variant: Variant) -> dict[str, Any]:
-    """The scheme, with every entry that compressed-tensors writes."""
-    weights: Mapping[str, Any] = variant.defaults["config_groups"]["group_0"]["weights"]
+def compressed_files(knobs: CompressedFormat, variant: Variant) -> dict[str, bytes]:
+    """config.json and recipe.yaml."""
     return {
-        **weights,
+        "config.json": to_json(_config(knobs, variant)),
+        "recipe.yaml": _recipe(knobs, variant),
+    }
+
+
+def _weights(knobs: CompressedFormat) -> dict[str, Any]:
+    """The scheme, with every entry that compressed-tensors writes."""
+    return {
+        **knobs.weights.model_dump(),
         "actorder": None,
         "block_structure": None,
         "observer_kwargs": {},
@@ -43,7 +34,7 @@ def _weights(variant: Variant) -> dict[str, Any]:
     }
 
 
-def _config(variant: Variant) -> dict[str, Any]:
+def _config(knobs: CompressedFormat, variant: Variant) -> dict[str, Any]:
     return {
         **variant.config,
         "quantization_config": {
@@ -53,7 +44,7 @@ def _config(variant: Variant) -> dict[str, Any]:
                     "input_activations": None,
                     "output_activations": None,
                     "targets": ["Linear"],
-                    "weights": dict(sorted(_weights(variant).items())),
+                    "weights": dict(sorted(_weights(knobs).items())),
                 }
             },
             "format": "pack-quantized",
@@ -69,30 +60,29 @@ def _config(variant: Variant) -> dict[str, Any]:
     }
 
 
-def _recipe(variant: Variant) -> bytes:
+def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:
     """What llm-compressor writes of the modifiers that it ran."""
     import yaml
 
-    knobs = variant.defaults
     modifiers = {
         "AWQModifier": {
             "requires_calibration_data": True,
             "mappings": _mappings(variant),
-            "duo_scaling": knobs["duo_scaling"],
-            "n_grid": knobs["n_grid"],
+            "duo_scaling": knobs.duo_scaling,
+            "n_grid": knobs.n_grid,
         },
         "QuantizationModifier": {
             "config_groups": {
                 "group_0": {
                     "targets": ["Linear"],
-                    "weights": _weights(variant),
+                    "weights": _weights(knobs),
                     "input_activations": None,
                     "output_activations": None,
                     "format": None,
                 }
             },
-            "targets": knobs["targets"],
-            "ignore": knobs["ignore"],
+            "targets": knobs.targets,
+            "ignore": knobs.ignore,
             "bypass_divisibility_checks": False,
             "requires_calibration_data": False,
         },

@@ -7,7 +7,7 @@ beside the weights.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from carnice_build.formats.base import (
     check_fusions,
     in_stated_dtype,
 )
+from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.compressed_tensors.awq import (
     PARTS,
     GroupQuantize,
@@ -27,15 +28,20 @@ from carnice_build.formats.compressed_tensors.awq import (
     SmoothNorm,
     SmoothWeight,
 )
-from carnice_build.formats.compressed_tensors.files import CompressedPackager
+from carnice_build.formats.compressed_tensors.files import compressed_files
 from carnice_build.formats.exclusions import plain_modules
+from carnice_build.formats.scheme import Scheme
+from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Part, Role, SmoothingMapping, TensorFact
 from carnice_build.models.smoothing import mappings_of_layer
-from carnice_build.package.files import Packager
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns, Strict
+from carnice_build.serving.profile import Profiles, Serving
 from carnice_build.steps.base import PlanContext
+
+if TYPE_CHECKING:
+    from carnice_build.formats.compressed_tensors.checks import CompressedChecks, CompressedReader
 
 _WEIGHTS = ("config_groups", "group_0", "weights")
 
@@ -95,17 +101,36 @@ class CompressedFormat(Format):
         """The scheme of all weights."""
         return self.config_groups.group_0.weights
 
-    def packager(self) -> Packager:
-        """Folders as llm-compressor saves them."""
-        return CompressedPackager()
+    def files(self, variant: Variant) -> Mapping[str, bytes]:
+        """As llm-compressor saves them."""
+        return compressed_files(self, variant)
+
+    def card(self) -> Card:
+        """See `Format.card`."""
+        tags = ("compressed-tensors", "awq", "w4a16", "int4", "vllm")
+        return Card(own_template(__package__), "transformers", tags)
+
+    def checks(self) -> CompressedChecks:
+        """See `Format.checks`."""
+        from carnice_build.formats.compressed_tensors.checks import CompressedChecks
+
+        return CompressedChecks(self.weights.observer, self.weights.group_size)
+
+    @classmethod
+    def reader(cls) -> type[CompressedReader]:
+        """See `Format.reader`."""
+        from carnice_build.formats.compressed_tensors.checks import CompressedReader
+
+        return CompressedReader
 
     def extras(self) -> tuple[str, ...]:
         """The search is llm-compressor's."""
         return ("llmcompressor",)
 
-    def engine_name(self) -> str:
+    @classmethod
+    def serving(cls) -> Serving:
         """As vLLM's `--quantization` has it."""
-        return "compressed-tensors"
+        return Serving("compressed-tensors", Profiles(__package__))
 
     def prepare(self, view: View, context: PlanContext) -> View:
         """In the type that the library loads the model in."""
@@ -126,12 +151,10 @@ class CompressedFormat(Format):
         head = [fact for fact in architecture.built.values() if fact.part is Part.MTP]
         ignored = [module for module in plain if module not in {fact.module for fact in head}]
         ignored += _copied_heads(head)
-        settings = {"bits": 4, "group_size": self.weights.group_size}
         return Conversion(
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
-            defaults=self.model_dump(),
-            quantized=dict.fromkeys(chosen, settings),
+            quantized=dict.fromkeys(chosen, Scheme(4, self.weights.group_size)),
             causes=self._causes(facts, chosen),
             ignored=ignored,
         )
@@ -191,7 +214,8 @@ class _Smoothed:
             "duo_scaling": knobs.duo_scaling,
             "norms": knobs.norms,
         }
-        smoothing = Smoothing(Calibration(view, context, "longest"), settings)
+        calibration = Calibration(view, context.calibrated(), "longest")
+        smoothing = Smoothing(calibration, settings)
         for layer in range(self._architecture.num_layers):
             self._search(layer, smoothing)
 

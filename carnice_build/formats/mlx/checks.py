@@ -12,18 +12,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from carnice_build.dtypes import WIDE_FLOATS
-from carnice_build.formats.checks import FormatChecks, Library, Settings, Tensors
-from carnice_build.formats.folder import ModelFolder
-from carnice_build.formats.mlx.format import MlxFormat
-from carnice_build.formats.values import AffineValues, Floats
+from carnice_build.formats.checks import FolderReader, FormatChecks, Library, Tensors
+from carnice_build.formats.folder import ModelFolder, section
+from carnice_build.formats.scheme import Scheme
+from carnice_build.formats.statements import as_scheme
+from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows
 from carnice_build.graph import TensorData
+from carnice_build.kernels.affine import dequantize_rows
 from carnice_build.kernels.elementwise import zero_non_finite
 from carnice_build.models.base import Architecture, TensorFact
 
@@ -36,13 +38,44 @@ _FLOAT32_SLACK = 1.001
 """The quantizer computes in float32, so a weight halfway between steps may go either way."""
 
 
+PARTS = ("weight", "scales", "biases")
+
+
+class MlxReader(FolderReader):
+    """Folders of mlx-lm, quantized."""
+
+    parts = PARTS
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Folders of mlx-lm have a section `quantization`."""
+        return isinstance(config.get("quantization"), dict)
+
+    def scheme(self, module: str) -> Scheme | None:
+        """The module's own bits and group size, else those of the model."""
+        return as_scheme(_stated(self.config, module), "bits")
+
+    def values(self, tensors: Tensors, module: str) -> AffineValues:
+        """See `FolderReader.values`."""
+        scheme = self.scheme(module)
+        if scheme is None:
+            raise Incomparable(f"config.json does not say how {module} is stored")
+        return AffineValues(tensors, module, scheme)
+
+
+def _stated(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    table = section(config, "quantization")
+    return section(table, module) or table
+
+
 class MlxChecks(FormatChecks):
     """Folders that mlx-lm loads; their names are mlx-lm's."""
 
     library = Library.MLX_LM
 
-    def __init__(self, number_format: MlxFormat) -> None:
-        self._zero = number_format.nonfinite == "zero"
+    def __init__(self, *, zero: bool) -> None:
+        """With `zero`, NaN and infinity in a weight count as 0."""
+        self._zero = zero
 
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
         """config.json held against the tensors, as mlx-lm will when it loads the folder."""
@@ -60,15 +93,54 @@ class MlxChecks(FormatChecks):
             if isinstance(settings, dict) and f"{path}.scales" not in folder.tensors:
                 yield f"config.json states bits for {path}, which is not quantized"
 
-    def values(self, tensors: Tensors, module: str, settings: Settings) -> MlxValues:
+    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> MlxValues:
         """See `FormatChecks.values`."""
-        return MlxValues(tensors, module, settings)
+        return MlxValues(tensors, module, scheme)
 
     def prepared(self, source: TensorData) -> TensorData:
         """With zeros for NaN and infinity, when the recipe says so."""
         if self._zero and source.dtype in WIDE_FLOATS:
             return TensorData(source.dtype, zero_non_finite(source.array, source.dtype))
         return source
+
+
+class AffineValues:
+    """A module in MLX's affine format, dequantized by scale * code + bias."""
+
+    def __init__(self, tensors: Tensors, module: str, scheme: Scheme) -> None:
+        """Take `module`'s weight, scales and biases; Incomparable when they do not fit together."""
+        if scheme.group_size is None:
+            raise Incomparable(f"{module} is not in groups")
+        self.bits, self.group_size = scheme.bits, scheme.group_size
+        try:
+            self._parts = [tensors[f"{module}.{part}"] for part in PARTS]
+        except KeyError:
+            raise Incomparable(f"{module} is not in MLX's affine format") from None
+        packed, grid = (matrix(part.spec) for part in self._parts[:2])
+        self.shape = grid[0], grid[1] * self.group_size
+        self.dtype = self._parts[1].spec.dtype
+        if packed != (grid[0], self.shape[1] * self.bits // 32):
+            raise Incomparable(
+                f"{module} is not of {self.bits} bits in groups of {self.group_size}"
+            )
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The rows from `start` to `stop`, dequantized."""
+        packed, scales, biases = (read_rows(part, part.spec, start, stop) for part in self._parts)
+        out = np.empty((stop - start, self.shape[1]), np.float32)
+        try:
+            dequantize_rows(
+                packed.array,
+                scales.array,
+                biases.array,
+                self.dtype,
+                self.bits,
+                self.group_size,
+                out,
+            )
+        except ValueError as error:
+            raise Incomparable(str(error)) from None
+        return out
 
 
 class MlxValues(AffineValues):
@@ -115,7 +187,7 @@ def _quantized_module(folder: ModelFolder, module: str, fact: TensorFact) -> Ite
         yield f"module {module} lacks a weight, scales or biases of two dimensions"
         return
     rows, columns = fact.shape
-    settings = folder.settings(module)
+    settings = _stated(folder.config, module)
     bits, group = settings.get("bits"), settings.get("group_size")
     if not _fits(rows, columns, bits, group, shapes[0], shapes[1]) or shapes[1] != shapes[2]:
         yield (

@@ -1,28 +1,24 @@
-"""Folders for mlx-lm: its config entries, and a model card that says how to run the model."""
+"""Folders for mlx-lm: its config entries."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.generation import generation_entries
 from carnice_build.checkpoint.json import to_json
-from carnice_build.formats.card import render_card
+from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 
-
-class MlxPackager:
-    """Writes config.json as `mlx_lm.convert` does, and README.md."""
-
-    def files(self, variant: Variant) -> dict[str, bytes]:
-        """config.json and README.md."""
-        return {
-            "config.json": to_json(mlx_config(variant)),
-            "README.md": render_card("mlx.md.j2", variant, library="mlx", tags=("mlx",)),
-        }
+if TYPE_CHECKING:
+    from carnice_build.formats.mlx.format import MlxFormat
 
 
-def mlx_config(variant: Variant) -> dict[str, Any]:
+def mlx_files(knobs: MlxFormat, variant: Variant) -> dict[str, bytes]:
+    """config.json, as `mlx_lm.convert` writes it."""
+    return {"config.json": to_json(_config(knobs, variant))}
+
+
+def _config(knobs: MlxFormat, variant: Variant) -> dict[str, Any]:
     """The model's config without vision, with the quantization, sorted by key.
 
     As mlx-lm does, `eos_token_id` follows generation_config.json.  When modules differ, every
@@ -33,12 +29,13 @@ def mlx_config(variant: Variant) -> dict[str, Any]:
     config.pop("_name_or_path", None)
     if ends := generation_entries(variant.copied).get("eos_token_id"):
         config["eos_token_id"] = ends
-    quantization = dict(variant.defaults)
-    if not _uniform(variant.quantized, variant.defaults):
-        quantization |= variant.quantized
+    whole = Scheme(knobs.config_bits or knobs.bits, knobs.group_size)
+    quantization: dict[str, Any] = _section(whole)
+    if any(scheme != whole for scheme in variant.quantized.values()):
+        quantization |= {path: _section(scheme) for path, scheme in variant.quantized.items()}
     config["quantization"] = config["quantization_config"] = quantization
     return dict(sorted(config.items()))
 
 
-def _uniform(modules: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> bool:
-    return all(settings == defaults for settings in modules.values())
+def _section(scheme: Scheme) -> dict[str, Any]:
+    return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": "affine"}

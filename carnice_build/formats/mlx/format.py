@@ -9,7 +9,7 @@ moves no byte), and every tensor is cast to the model's type but those that mlx-
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -17,14 +17,19 @@ from carnice_build.checkpoint.assets import Reads
 from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import Conversion, Format, OutputTensor
+from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.elementwise import Elementwise
-from carnice_build.formats.mlx.files import MlxPackager
+from carnice_build.formats.mlx.files import mlx_files
 from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
 from carnice_build.formats.rules import Rule, Settings, choose, rules_by_module
+from carnice_build.formats.scheme import Scheme
+from carnice_build.formats.variant import Variant
 from carnice_build.graph import Op, TensorRef, View
 from carnice_build.models.base import QUANTIZABLE, Role, TensorFact
-from carnice_build.package.files import Packager
 from carnice_build.steps.base import PlanContext
+
+if TYPE_CHECKING:
+    from carnice_build.formats.mlx.checks import MlxChecks, MlxReader
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 GroupSize = Literal[32, 64, 128]
@@ -68,9 +73,26 @@ class MlxFormat(Format):
         """As mlx-lm marks its files."""
         return {"format": "mlx"}
 
-    def packager(self) -> Packager:
-        """Folders as mlx-lm writes and loads them."""
-        return MlxPackager()
+    def files(self, variant: Variant) -> Mapping[str, bytes]:
+        """As mlx-lm writes and loads them."""
+        return mlx_files(self, variant)
+
+    def card(self) -> Card:
+        """See `Format.card`."""
+        return Card(own_template(__package__), "mlx", ("mlx",))
+
+    def checks(self) -> MlxChecks:
+        """See `Format.checks`."""
+        from carnice_build.formats.mlx.checks import MlxChecks
+
+        return MlxChecks(zero=self.nonfinite == "zero")
+
+    @classmethod
+    def reader(cls) -> type[MlxReader]:
+        """See `Format.reader`."""
+        from carnice_build.formats.mlx.checks import MlxReader
+
+        return MlxReader
 
     def extras(self) -> tuple[str, ...]:
         """mlx is needed only when it is the backend."""
@@ -89,7 +111,7 @@ class MlxFormat(Format):
         targets = [fact for fact in kept if fact.role in QUANTIZABLE]
         rules = rules_by_module(self.rules, targets, context)
         tensors: list[OutputTensor] = []
-        quantized: dict[str, dict[str, Any]] = {}
+        quantized: dict[str, Scheme] = {}
         causes: dict[str, dict[str, tuple[str | int, ...]]] = {}
         for fact in kept:
             ref = view[fact.name]
@@ -99,19 +121,14 @@ class MlxFormat(Format):
             else:
                 outputs = self._quantized(fact, ref, settings.values, context)
                 tensors += outputs
-                quantized[_mlx_path(fact, context)] = {**settings.values, "mode": "affine"}
+                quantized[_mlx_path(fact, context)] = Scheme(**settings.values)
                 causes[outputs[0].name] = settings.causes
         return Conversion(
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in kept),
-            defaults=self._defaults(),
             quantized=quantized,
             causes=causes,
         )
-
-    def _defaults(self) -> dict[str, Any]:
-        bits = self.config_bits or self.bits
-        return {"group_size": self.group_size, "bits": bits, "mode": "affine"}
 
     def _settings(self, rules: Sequence[tuple[int, MlxRule]]) -> Settings | None:
         return choose({"group_size": self.group_size, "bits": self.bits}, rules)

@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from carnice_build.formats.checks import Rounding, Settings, Tensors, TorchChecks
+from carnice_build.formats.checks import FolderReader, Rounding, Tensors, TorchChecks
 from carnice_build.formats.folder import ModelFolder, read_object, section
 from carnice_build.formats.listed import ignore_problems
-from carnice_build.formats.nvfp4.format import Nvfp4Format
 from carnice_build.formats.nvfp4.ops import BLOCK
-from carnice_build.formats.statements import names, statements
+from carnice_build.formats.scheme import Scheme
+from carnice_build.formats.statements import as_scheme, names, only_group, statements
 from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows
 from carnice_build.kernels import nvfp4
 from carnice_build.models.base import Architecture, Role
@@ -39,13 +40,31 @@ _FLOAT32_SLACK = 1.001
 """The quantizer computes in float32, so a weight halfway between codes may go either way."""
 
 
+class Nvfp4Reader(FolderReader):
+    """Folders of modelopt; the numbers of NVFP4 can be told."""
+
+    parts = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Folders that name modelopt as their method."""
+        return section(config, "quantization_config").get("quant_method") == "modelopt"
+
+    def scheme(self, module: str) -> Scheme | None:
+        """That of the only config group."""
+        return as_scheme(only_group(self.config))
+
+    def values(self, tensors: Tensors, module: str) -> Nvfp4Values:
+        """See `FolderReader.values`."""
+        if self.scheme(module) != Scheme(4, BLOCK, "float"):
+            raise Incomparable(f"{module} is not in NVFP4")
+        return Nvfp4Values(tensors, module)
+
+
 class Nvfp4Checks(TorchChecks):
     """Folders as modelopt exports them."""
 
     activations = "activations in NVFP4"
-
-    def __init__(self, number_format: Nvfp4Format) -> None:
-        pass
 
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
         """Both configs say one thing, and say it of the tensors; fused linears share scales."""
@@ -67,7 +86,7 @@ class Nvfp4Checks(TorchChecks):
             for part in _SCALARS:
                 yield from _shared(folder, fusion.parts, part)
 
-    def values(self, tensors: Tensors, module: str, settings: Settings) -> Nvfp4Values:
+    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> Nvfp4Values:
         """See `FormatChecks.values`."""
         return Nvfp4Values(tensors, module)
 

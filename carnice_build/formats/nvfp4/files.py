@@ -5,35 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.formats.card import render_card
+from carnice_build.formats.nvfp4.ops import BLOCK
 from carnice_build.formats.variant import Variant
 
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 """Whose format the files are in; engines tell it by this name."""
 
 
-class ModelOptPackager:
-    """Writes config.json, hf_quant_config.json and README.md."""
-
-    def files(self, variant: Variant) -> dict[str, bytes]:
-        """See `Packager.files`."""
-        ignore = list(variant.ignored)
-        return {
-            "config.json": to_json(_config(variant, ignore)),
-            "hf_quant_config.json": to_json(_quantization(variant, ignore)),
-            "README.md": render_card(
-                "nvfp4.md.j2", variant, library="transformers", tags=("modelopt", "nvfp4", "vllm")
-            ),
-        }
+def modelopt_files(variant: Variant) -> dict[str, bytes]:
+    """config.json and hf_quant_config.json."""
+    ignore = list(variant.ignored)
+    return {
+        "config.json": to_json(_config(variant, ignore)),
+        "hf_quant_config.json": to_json(_quantization(ignore)),
+    }
 
 
-def _quantization(variant: Variant, ignore: list[str]) -> dict[str, Any]:
+def _quantization(ignore: list[str]) -> dict[str, Any]:
     return {
         "producer": PRODUCER,
         "quantization": {
             "quant_algo": "NVFP4",
             "kv_cache_quant_algo": None,
-            "group_size": variant.defaults["group_size"],
+            "group_size": BLOCK,
             "exclude_modules": ignore,
         },
     }
@@ -41,8 +35,7 @@ def _quantization(variant: Variant, ignore: list[str]) -> dict[str, Any]:
 
 def _config(variant: Variant, ignore: list[str]) -> dict[str, Any]:
     """The model's config with its quantization."""
-    group_size = variant.defaults["group_size"]
-    numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": group_size}
+    numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
     return {
         **variant.config,
         "quantization_config": {

@@ -8,7 +8,7 @@ a calibration: serving engines run them as one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -21,18 +21,24 @@ from carnice_build.formats.base import (
     check_fusions,
     in_stated_dtype,
 )
+from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
-from carnice_build.formats.nvfp4.files import ModelOptPackager
+from carnice_build.formats.nvfp4.files import modelopt_files
 from carnice_build.formats.nvfp4.ops import BLOCK, BlockQuantize, InputScales
+from carnice_build.formats.scheme import Scheme
+from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Role, TensorFact
 from carnice_build.models.kept import KEEP_LISTS
-from carnice_build.package.files import Packager
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
+from carnice_build.serving.profile import Profiles, Serving
 from carnice_build.steps.base import PlanContext, require_match
 
-SETTINGS = {"bits": 4, "group_size": BLOCK}
+if TYPE_CHECKING:
+    from carnice_build.formats.nvfp4.checks import Nvfp4Checks, Nvfp4Reader
+
+SCHEME = Scheme(4, BLOCK, "float")
 
 _PLAIN_ROLES = (Role.LINEAR, Role.EMBEDDING, Role.CONV)
 
@@ -50,13 +56,31 @@ class Nvfp4Format(Format):
         default_factory=list, description="Further weights to keep in BF16, by name."
     )
 
-    def packager(self) -> Packager:
-        """Folders as modelopt exports them and vLLM loads them."""
-        return ModelOptPackager()
+    def files(self, variant: Variant) -> Mapping[str, bytes]:
+        """As modelopt exports them and vLLM loads them."""
+        return modelopt_files(variant)
 
-    def engine_name(self) -> str:
+    def card(self) -> Card:
+        """See `Format.card`."""
+        return Card(own_template(__package__), "transformers", ("modelopt", "nvfp4", "vllm"))
+
+    def checks(self) -> Nvfp4Checks:
+        """See `Format.checks`."""
+        from carnice_build.formats.nvfp4.checks import Nvfp4Checks
+
+        return Nvfp4Checks()
+
+    @classmethod
+    def reader(cls) -> type[Nvfp4Reader]:
+        """See `Format.reader`."""
+        from carnice_build.formats.nvfp4.checks import Nvfp4Reader
+
+        return Nvfp4Reader
+
+    @classmethod
+    def serving(cls) -> Serving:
         """As vLLM's `--quantization` has it."""
-        return "modelopt"
+        return Serving("modelopt", Profiles(__package__))
 
     def extras(self) -> tuple[str, ...]:
         """The calibration runs in torch."""
@@ -70,7 +94,7 @@ class Nvfp4Format(Format):
         """Every tensor of the view under its own name, the linears quantized."""
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
         chosen = {fact.module: fact for fact in self._quantized(facts)}
-        activations = Activations(Calibration(view, context))
+        activations = Activations(Calibration(view, context.calibrated()))
         made: dict[str, list[OutputTensor]] = {}
         for layer in range(context.architecture.num_layers):
             made |= _layer(layer, chosen, view, activations, context)
@@ -88,8 +112,7 @@ class Nvfp4Format(Format):
         return Conversion(
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
-            defaults=SETTINGS,
-            quantized=dict.fromkeys(chosen, SETTINGS),
+            quantized=dict.fromkeys(chosen, SCHEME),
             causes={},
             ignored=unquantized_modules(context.architecture, chosen, _PLAIN_ROLES),
         )

@@ -1,4 +1,4 @@
-"""Steps and formats of other packages: found by their entry points, checked, and blamed by name."""
+"""What other packages add to ours: found by their entry points, checked, and blamed by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from carnice_build.errors import CarniceError, PluginError
-from carnice_build.formats.base import Format
 
 K = TypeVar("K", bound=BaseModel)
 
@@ -21,17 +20,27 @@ class Extensible(Mapping[str, type[K]], Generic[K]):
     `[name]` raises PluginError where a package has the name and what it names cannot be used.
     """
 
-    def __init__(self, builtin: Mapping[str, type[K]], group: str, kind: type[K]) -> None:
-        """Add the entry points of `group` to `builtin`; each must name a subclass of `kind`."""
+    def __init__(
+        self,
+        builtin: Mapping[str, type[K]],
+        group: str,
+        kind: type[K],
+        named_by: str | None = None,
+    ) -> None:
+        """Add the entry points of `group` to `builtin`; each must name a subclass of `kind`.
+
+        The setting `named_by` of each, if given, must accept its name.
+        """
         self._builtin = builtin
         self._group = group
         self._kind = kind
+        self._named_by = named_by
 
     def __getitem__(self, name: str) -> type[K]:
         if name in self._builtin:
             return self._builtin[name]
         for entry in entry_points(group=self._group, name=name):
-            return _load(entry, self._kind)
+            return _load(entry, self._kind, self._named_by)
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -57,28 +66,28 @@ _ORIGINS: dict[type, str] = {}
 """The package of each loaded class."""
 
 
-def _load(entry: EntryPoint, kind: type[K]) -> type[K]:
+def _load(entry: EntryPoint, kind: type[K], named_by: str | None) -> type[K]:
     origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.group
     what = f"{kind.__name__.lower()} {entry.name!r}, {entry.value},"
     try:
         model = entry.load()
     except (Exception, SystemExit) as error:  # whatever a module does when it is imported
         raise PluginError(f"{what} cannot be loaded: {_told(error)}", where=origin) from error
-    if problem := _problem(entry.name, model, kind):
+    if problem := _problem(entry.name, model, kind, named_by):
         raise PluginError(f"{what} {problem}", where=origin)
     _ORIGINS[model] = origin
     loaded: type[K] = model
     return loaded
 
 
-def _problem(name: str, model: Any, kind: type[BaseModel]) -> str | None:
+def _problem(name: str, model: Any, kind: type[BaseModel], named_by: str | None) -> str | None:
     """Why a recipe cannot use `model` under this name, None when it can."""
     if not (isinstance(model, type) and issubclass(model, kind)):
         return f"is no subclass of {kind.__module__}.{kind.__name__}"
     if missing := sorted(getattr(model, "__abstractmethods__", ())):
         return f"does not define {' and '.join(missing)}"
-    if kind is Format and not _is_named(name, model):
-        return f"has no setting `format: Literal[{name!r}]`"
+    if named_by and not _is_named(name, model, named_by):
+        return f"has no setting `{named_by}: Literal[{name!r}]`"
     try:
         model.model_json_schema()
     except Exception as error:  # pydantic has several for what no schema can say
@@ -86,8 +95,8 @@ def _problem(name: str, model: Any, kind: type[BaseModel]) -> str | None:
     return None
 
 
-def _is_named(name: str, model: type[BaseModel]) -> bool:
-    field = model.model_fields.get("format")
+def _is_named(name: str, model: type[BaseModel], named_by: str) -> bool:
+    field = model.model_fields.get(named_by)
     accepted: Any = field.annotation if field else None
     try:
         return bool(TypeAdapter(accepted).validate_python(name) == name)

@@ -1,0 +1,1 @@
+"""Symmetric INT4, as auto-round packs it."""

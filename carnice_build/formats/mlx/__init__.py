@@ -1,0 +1,1 @@
+"""MLX affine quantization, as `mlx_lm.convert` does it."""
