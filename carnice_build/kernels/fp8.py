@@ -1,0 +1,64 @@
+"""FP8 weights with a scale a row, bit for bit as llm-compressor makes them on a CPU.
+
+The rule is that of compressed-tensors for the scheme FP8_DYNAMIC, strategy ``channel``
+(quantization/utils/helpers.py ``calculate_qparams``, lifecycle/forward_helpers.py ``_quantize``):
+a row's scale is its largest magnitude over 448, the largest value of E4M3, and each weight becomes
+the value of E4M3 nearest to weight / scale, ties to even.  Every operation is rounded to the
+weight's own type.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _fp8_loops as loops
+from ._floats import Array, first_non_finite, float_format, require
+from .affine import _read_only
+
+_KERNELS = {"BF16": loops.quantize_bf16, "F16": loops.quantize_f16, "F32": loops.quantize_f32}
+
+
+def quantize_rows(rows: Array, dtype: str, codes: NDArray[np.uint8], scales: Array) -> int:
+    """Quantize the rows of a weight on the calling thread, without the GIL.
+
+    ``rows`` is [rows, columns] of ``dtype``.  The results go to ``codes``, uint8 [rows, columns],
+    the bits of E4M3, and to ``scales``, [rows, 1] of ``dtype``.  All are C-contiguous.  Rows are
+    independent: any split into blocks of rows, on any threads, gives the same bytes.
+
+    Where the quotient of a row's scale is zero (a row of zeros, or of denormals), the scale is the
+    distance from 1 to the next value of ``dtype``.  A weight of negative zero becomes zero.
+
+    Returns -1, or the flat index of the first NaN or Inf of ``rows``; the outputs are then
+    unspecified.  Raises ValueError for an unknown dtype and for arrays that do not fit each other.
+
+    The first call per dtype on a machine compiles for seconds; the code is then on disk.
+    """
+    form = float_format(dtype)
+    rows = np.require(rows, requirements=["C", "A"])
+    if rows.ndim != 2:
+        raise ValueError(f"shape {list(rows.shape)} is not [rows, columns]")
+    require("rows", rows, form.storage, rows.shape)
+    require("codes", codes, np.uint8, rows.shape)
+    require("scales", scales, form.storage, (rows.shape[0], 1))
+    if not rows.size:
+        raise ValueError(f"shape {list(rows.shape)} has no weight")
+    patterns = _read_only(rows, form)
+    bad_row = int(_KERNELS[dtype](patterns, codes, scales.reshape(-1).view(form.bits)))
+    if bad_row < 0:
+        return -1
+    return bad_row * int(rows.shape[1]) + first_non_finite(patterns[bad_row:], form)
+
+
+def dequantize_rows(
+    codes: NDArray[np.uint8], scales: NDArray[np.float32], out_float32: NDArray[np.float32]
+) -> None:
+    """Write code * scale, in float32, to ``out_float32`` [rows, columns].
+
+    ``scales`` are [rows, 1], widened to float32.  The code of NaN gives NaN.  Raises ValueError as
+    ``quantize_rows`` does.
+    """
+    require("codes", codes, np.uint8, out_float32.shape)
+    require("scales", scales, np.float32, (codes.shape[0], 1))
+    require("out_float32", out_float32, np.float32, codes.shape)
+    loops.dequantize(codes, scales.reshape(-1), out_float32)
