@@ -7,8 +7,9 @@ package costs nothing.
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from carnice_build.version import __version__
 
 if TYPE_CHECKING:
     from carnice_build.commands.build import BuildResult
@@ -27,6 +28,7 @@ __all__ = [
     "PlanResult",
     "VerifyResult",
     "VerifySettings",
+    "__version__",
     "build",
     "plan",
     "verify",
@@ -43,11 +45,6 @@ _PLACES = {
     "plan": ("commands.plan", "plan_and_survey"),
     "verify": ("commands.verify", "verify_variants"),
 }
-
-try:
-    __version__ = version("carnice-build")
-except PackageNotFoundError:  # running from a source tree that is not installed
-    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,6 @@ import httpx
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session
 
-from carnice_build import __version__
 from carnice_build.checkpoint.patience import (
     BROKEN,
     Interruption,
@@ -29,6 +28,7 @@ from carnice_build.checkpoint.patience import (
 )
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import Reader
+from carnice_build.version import __version__
 
 LIBRARY = "carnice-build"
 

@@ -21,7 +21,6 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import tqdm
 
-from carnice_build import __version__
 from carnice_build.checkpoint.checkpoint import Checkpoint, assemble_checkpoint
 from carnice_build.checkpoint.header import Header, read_header
 from carnice_build.checkpoint.http_file import LIBRARY, RemoteFile, Repository
@@ -30,6 +29,7 @@ from carnice_build.checkpoint.patience import OFFLINE, Interruption, patiently
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import BuildError, CheckpointError
 from carnice_build.tensors import ByteSource, Reader
+from carnice_build.version import __version__
 
 _HEAD_BYTES = 1 << 16
 _PARALLEL_HEADERS = 8

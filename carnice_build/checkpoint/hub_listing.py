@@ -17,7 +17,6 @@ import httpx
 from blake3 import blake3
 from huggingface_hub import HfApi, cached_assets_path, constants
 
-from carnice_build import __version__
 from carnice_build.checkpoint.checkpoint import TEMPLATE_FOLDER, is_plain_name, is_plain_path
 from carnice_build.checkpoint.http_file import LIBRARY
 from carnice_build.checkpoint.hub_cache import HASH, cached_commit, cached_files
@@ -31,6 +30,7 @@ from carnice_build.checkpoint.patience import (
     refused,
 )
 from carnice_build.errors import CheckpointError
+from carnice_build.version import __version__
 
 ALLOWED = (
     "*.safetensors",

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from carnice_build import __version__
 from carnice_build.cli import cache
 from carnice_build.cli.build import build
 from carnice_build.cli.diff import diff
@@ -18,6 +17,7 @@ from carnice_build.cli.plan import plan
 from carnice_build.cli.recipes import extras, list_variants, names, schema
 from carnice_build.cli.report import report
 from carnice_build.cli.verify import verify
+from carnice_build.version import __version__
 
 app = typer.Typer(
     name="carnice",

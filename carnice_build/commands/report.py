@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carnice_build import __version__
 from carnice_build.commands.findings import Findings, folder_stamp, load_findings
 from carnice_build.commands.options import Options
 from carnice_build.dtypes import TensorSpec
@@ -20,6 +19,7 @@ from carnice_build.recipe.loader import find_recipe, list_recipes
 from carnice_build.store.digests import digest_bytes
 from carnice_build.store.history import BuildRecord, read_build_record, read_history
 from carnice_build.verification.result import Check, Outcome
+from carnice_build.version import __version__
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from carnice_build.commands.plan import plan_variants
 from carnice_build.errors import PlanError
 from carnice_build.formats.folder import open_folder
 from carnice_build.planning.planner import VariantPlan
+from carnice_build.plugins import failures_blamed
 from carnice_build.verification.chat import check_chat
 from carnice_build.verification.digests import check_digests
 from carnice_build.verification.perplexity import LENGTHS
@@ -116,7 +117,8 @@ def _check(
     from carnice_build.verification.runners import RUNNERS
 
     folder = open_folder(path)
-    checks = variant.format.checks()
+    with failures_blamed(variant.format):
+        checks = variant.format.checks()
     yield check_digests(folder, jobs)
     yield check_structure(variant, folder, checks)
     yield check_chat(path)

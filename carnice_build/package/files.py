@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from carnice_build import __version__
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
 from carnice_build.checkpoint.json import to_json
 from carnice_build.formats.base import Format
@@ -16,6 +15,7 @@ from carnice_build.formats.folder import BUILD_NAME
 from carnice_build.formats.variant import Variant, dataset_record, source_records
 from carnice_build.keys import canonical_json
 from carnice_build.store.digests import digest_bytes
+from carnice_build.version import __version__
 
 
 @dataclass(frozen=True)
