@@ -37,7 +37,7 @@ from carnice_build.checkpoint.source import LocalFile
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
-from carnice_build.formats.autoround.ops import PARTS
+from carnice_build.formats.autoround.ops import SUFFIXES
 from carnice_build.graph import TensorData
 from carnice_build.kernels.autoround import dequantize_rows, unpack_rows
 from carnice_build.tensor_file import TensorFile
@@ -101,7 +101,7 @@ class Folder:
         return torch.from_numpy(values)
 
     def _parts(self, module: str) -> list[Any]:
-        return [self.tensors[f"{module}.{part}"].numpy() for part in PARTS]
+        return [self.tensors[f"{module}.{part}"].numpy() for part in SUFFIXES]
 
 
 class Bench:

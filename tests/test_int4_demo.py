@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from carnice_build.kernels.autoround import dequantize_rows, unpack_rows
 
 INT4 = BASE.parent / "qwen3.6-27b-int4-autoround"
-PARTS = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}
+SUFFIXES = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}
 
 
 def read_json(path: Path) -> Any:
@@ -92,8 +92,8 @@ def test_the_index_matches_the_shards() -> None:
 def unpacked(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """Module, codes 0..15, scales and weights [out, in] of every packed linear."""
     for module in packed_modules(tensors):
-        parts = {part: tensors[f"{module}.{part}"] for part in PARTS}
-        assert PARTS == {part: tensor.dtype for part, tensor in parts.items()}
+        parts = {part: tensors[f"{module}.{part}"] for part in SUFFIXES}
+        assert SUFFIXES == {part: tensor.dtype for part, tensor in parts.items()}
         qweight, qzeros, scales = (tensor.numpy() for tensor in parts.values())
         shape = weights()[f"{module}.weight"].shape
         codes, weight = np.empty(shape, np.uint8), np.empty(shape, np.float32)

@@ -24,7 +24,7 @@ from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.tokenizing import tokenize
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
-from carnice_build.formats.autoround.ops import PARTS
+from carnice_build.formats.autoround.ops import SUFFIXES
 from carnice_build.kernels.autoround_merge import merge_delta, merge_reround
 from carnice_build.models import architecture_of
 
@@ -101,7 +101,7 @@ def test_round_to_nearest_is_auto_rounds(built: Built, source: Tensors) -> None:
     assert 50 == len(modules)
     for module in modules:
         theirs = quantize_weight_rtn(source[f"{module}.weight"], 4, 128)
-        for part, tensor in zip(PARTS, theirs, strict=True):
+        for part, tensor in zip(SUFFIXES, theirs, strict=True):
             assert torch.equal(tensor, ours[f"{module}.{part}"]), f"{module}.{part}"
 
 
@@ -148,7 +148,7 @@ def test_modules_that_the_fine_tune_left_alone_keep_the_grids_bytes(
     assert 12 == len(alone)
     assert 38 == built.reports[MERGE].actions_run
     for module in alone:
-        for part in PARTS:
+        for part in SUFFIXES:
             assert torch.equal(grid[f"{module}.{part}"], ours[f"{module}.{part}"])
 
 
@@ -160,7 +160,7 @@ def test_a_merge_moves_codes_alone(built: Built, grid: Tensors) -> None:
 
     assert 38 == len(moved)
     for module in modules:
-        for part in PARTS[1:]:
+        for part in SUFFIXES[1:]:
             assert torch.equal(grid[f"{module}.{part}"], ours[f"{module}.{part}"])
 
 
@@ -180,7 +180,7 @@ def test_codes_and_clipped_codes_are_the_kernels(
     assert {f"clipped codes of {module}" for module in modules} == figures.keys()
     for module in modules:
         weight, before = (_bits(tensors[f"{module}.weight"]) for tensors in (source, base))
-        qweight, qzeros, scales = (grid[f"{module}.{part}"].numpy() for part in PARTS)
+        qweight, qzeros, scales = (grid[f"{module}.{part}"].numpy() for part in SUFFIXES)
         codes = np.empty_like(qweight)
         if rounding == "delta":
             merged = merge_delta(weight, before, "BF16", 0, qweight, qzeros, scales, codes)
@@ -262,7 +262,7 @@ def test_plain_tensors_can_be_f16(built: Built, tmp_path: Path) -> None:
         [RTN], Options(**{**vars(built.options), "out": tmp_path, "overrides": overrides})
     )
     ours, usual = tensors_of(tmp_path / RTN), tensors_of(built.folder(RTN))
-    packed = {f"{module}.{part}" for module in packed_modules(usual) for part in PARTS}
+    packed = {f"{module}.{part}" for module in packed_modules(usual) for part in SUFFIXES}
 
     assert usual.keys() == ours.keys()
     for name, tensor in usual.items():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from carnice_build.errors import CheckpointError, StoreError
 from carnice_build.formats.folder import ModelFolder, open_folder
-from carnice_build.formats.registry import packed_parts, readers
+from carnice_build.formats.registry import packed_suffixes, readers
 from carnice_build.graph import NonFiniteValue
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Architecture
@@ -128,8 +128,8 @@ class _Opened:
 
     def module(self, name: str) -> str:
         """The module whose weight is stored in tensor `name`; others stand for themselves."""
-        module, _, part = name.rpartition(".")
-        return module if part in packed_parts() else name
+        module, _, suffix = name.rpartition(".")
+        return module if suffix in packed_suffixes() else name
 
     def values(self, names: Sequence[str]) -> Values:
         """The numbers of a module with these tensors; Incomparable when they cannot be told."""

@@ -44,10 +44,10 @@ class QuantizedValues(Values, Protocol):
 class FolderReader(ABC):
     """The weights of a folder, read back by what its config.json says and nothing else.
 
-    `parts` are the ends of the names of a quantized module's tensors.
+    `suffixes` are the ends of the names of a quantized module's tensors.
     """
 
-    parts: ClassVar[tuple[str, ...]]
+    suffixes: ClassVar[tuple[str, ...]]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config

@@ -37,6 +37,6 @@ def readers() -> list[type[FolderReader]]:
 
 
 @cache
-def packed_parts() -> frozenset[str]:
+def packed_suffixes() -> frozenset[str]:
     """The ends of the names of a quantized module's tensors, in whatever format."""
-    return frozenset(part for reader in readers() for part in reader.parts)
+    return frozenset(suffix for reader in readers() for suffix in reader.suffixes)

@@ -26,7 +26,7 @@ from carnice_build.report.graph_labels import (
 from carnice_build.report.graph_view import FoldedGraph, Kind, Node
 from carnice_build.tensors import SourceTensor
 
-_PARTS = {
+_SUFFIXES = {
     Part.EMBED: "embedding",
     Part.HEAD: "head",
     Part.MTP: "MTP head",
@@ -182,8 +182,8 @@ def _source_title(found: Sequence[tuple[str, Part | None]]) -> str:
     if len(kinds) <= 2:
         return ", ".join(kinds)
     (part, *others) = {part for _, part in found}
-    if not others and part in _PARTS:
-        return _PARTS[part]
+    if not others and part in _SUFFIXES:
+        return _SUFFIXES[part]
     return f"{kinds[0]} and {len(kinds) - 1} more kinds"
 
 
@@ -209,6 +209,6 @@ def _pack_users(variants: Iterable[VariantPlan]) -> Mapping[str, Sequence[str]]:
 def _content(layout: PackLayout) -> str:
     """What a shard holds, as the layout divides models."""
     fact = layout.slots[0].tensor.fact
-    if fact.part in _PARTS:
-        return _PARTS[fact.part]
+    if fact.part in _SUFFIXES:
+        return _SUFFIXES[fact.part]
     return "layers" if fact.role is Role.LINEAR else "small tensors"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from carnice_build.models.base import KvGeometry
-from carnice_build.serving.profile import Profile
+from carnice_build.serving.profile import ServingProfile
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ServingFacts:
     repo: str
     variant: str
     quantization: str
-    profiles: Mapping[str, Profile]
+    profiles: Mapping[str, ServingProfile]
     tool_call_parser: str | None
     reasoning_parser: str | None
     has_mtp: bool

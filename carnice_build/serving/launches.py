@@ -22,7 +22,7 @@ from carnice_build.serving.profile import (
     Flag,
     Hardware,
     LaunchData,
-    Profile,
+    ServingProfile,
     Variable,
     load_engine,
 )
@@ -54,7 +54,7 @@ class Launch:
 
     name: str
     data: LaunchData
-    profile: Profile
+    profile: ServingProfile
     engine: Engine
     image: str | None
     port: int
@@ -109,7 +109,7 @@ def resolve_launches(spec: ServeSpec, facts: ServingFacts) -> tuple[Launch, ...]
 
 
 def _launch(
-    name: str, profile: Profile, change: LaunchChange, spec: ServeSpec, facts: ServingFacts
+    name: str, profile: ServingProfile, change: LaunchChange, spec: ServeSpec, facts: ServingFacts
 ) -> Launch:
     data = profile.launches[name]
     engine = load_engine(data.engine)
@@ -136,7 +136,7 @@ def _launch(
     )
 
 
-def _value(flag: Flag, profile: Profile, facts: ServingFacts) -> FlagValue | None:
+def _value(flag: Flag, profile: ServingProfile, facts: ServingFacts) -> FlagValue | None:
     if flag.only_if and not getattr(facts, flag.only_if):
         return None
     if flag.fact is None:

@@ -141,7 +141,7 @@ class Container(Strict):
     ipc: str = "host"
 
 
-class Profile(Strict):
+class ServingProfile(Strict):
     """Launches for folders of one format; the first launch is the recommended one.
 
     `cards` are the model cards that the figures come from; `parsers` are other tool-call parsers
@@ -181,16 +181,16 @@ class Engine(Strict):
     own_options: tuple[FlagName, ...] = ()
 
 
-class Profiles(Mapping[str, Profile]):
+class ServingProfiles(Mapping[str, ServingProfile]):
     """The profiles of one format by name: the YAML files in the folder `serving` of its package."""
 
     def __init__(self, package: str) -> None:
         self._package = package
 
-    def __getitem__(self, name: str) -> Profile:
+    def __getitem__(self, name: str) -> ServingProfile:
         if name not in self._names:
             raise KeyError(name)
-        return _read_profile(self._package, name)
+        return _read_serving_profile(self._package, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -209,7 +209,7 @@ class Serving:
     """How folders of one format are served: what engines call it, and its profiles."""
 
     quantization: str
-    profiles: Mapping[str, Profile]
+    profiles: Mapping[str, ServingProfile]
 
 
 def load_engine(name: str) -> Engine:
@@ -221,8 +221,8 @@ _ENGINES = "engines.yaml"
 
 
 @cache
-def _read_profile(package: str, name: str) -> Profile:
-    return Profile.model_validate(_read(package, "serving", f"{name}.yaml"))
+def _read_serving_profile(package: str, name: str) -> ServingProfile:
+    return ServingProfile.model_validate(_read(package, "serving", f"{name}.yaml"))
 
 
 @cache

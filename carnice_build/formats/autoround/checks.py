@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from carnice_build.dtypes import TensorSpec
-from carnice_build.formats.autoround.ops import PARTS
+from carnice_build.formats.autoround.ops import SUFFIXES
 from carnice_build.formats.checks import FolderReader, Tensors, TorchChecks
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.listed import ignore_problems
@@ -47,7 +47,7 @@ _CUT = {"nearest": 0.0, "tune": 1e-3, "merge": 1e-3}
 class AutoRoundReader(FolderReader):
     """Folders of auto-round; the numbers of its packing for GPTQ kernels can be told."""
 
-    parts = PARTS
+    suffixes = SUFFIXES
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -126,10 +126,10 @@ class PackedValues:
         if group is None:
             raise Incomparable(f"{module} is not in groups")
         try:
-            parts = [tensors[f"{module}.{part}"] for part in PARTS]
+            stored = [tensors[f"{module}.{suffix}"] for suffix in SUFFIXES]
         except KeyError:
             raise Incomparable(f"{module} is not in auto-round's format") from None
-        lines, rows = matrix(parts[0].spec)
+        lines, rows = matrix(stored[0].spec)
         self.shape = rows, 8 * lines
         grid = (self.shape[1] // group, rows)
         expected = [
@@ -137,9 +137,9 @@ class PackedValues:
             TensorSpec("I32", (grid[0], rows // 8)),
             TensorSpec("F16", grid),
         ]
-        if [part.spec for part in parts] != expected:
+        if [tensor.spec for tensor in stored] != expected:
             raise Incomparable(f"{module} is not of groups of {group}")
-        whole = [read_rows(part, part.spec, 0, part.spec.shape[0]).array for part in parts]
+        whole = [read_rows(tensor, tensor.spec, 0, tensor.spec.shape[0]).array for tensor in stored]
         self._codes, self._zeros, self._scales = whole
         self._group = group
 

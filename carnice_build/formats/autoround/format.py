@@ -18,7 +18,7 @@ from carnice_build.checkpoint.checkpoint import Checkpoint, source_view
 from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.errors import PlanError, nearest
 from carnice_build.formats.autoround.files import autoround_files
-from carnice_build.formats.autoround.ops import PARTS, Merge, Nearest, packed_specs
+from carnice_build.formats.autoround.ops import SUFFIXES, Merge, Nearest, packed_specs
 from carnice_build.formats.autoround.tune import Tuning
 from carnice_build.formats.base import Conversion, Format, OutputTensor, cast, check_fusions
 from carnice_build.formats.card import Card, own_template
@@ -35,7 +35,7 @@ from carnice_build.recipe.schema import (
     PatternList,
     Strict,
 )
-from carnice_build.serving.profile import Profiles, Serving
+from carnice_build.serving.profile import Serving, ServingProfiles
 from carnice_build.steps.base import PlanContext, require_match
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class AutoRoundFormat(Format):
     @classmethod
     def serving(cls) -> Serving:
         """As vLLM's `--quantization` has it."""
-        return Serving("auto_round", Profiles(__package__))
+        return Serving("auto_round", ServingProfiles(__package__))
 
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor of the view, the linears of decoder layers quantized."""
@@ -157,8 +157,10 @@ class AutoRoundFormat(Format):
         tensors: list[OutputTensor] = []
         for fact in facts:
             if fact.module in parts:
-                made = zip(PARTS, parts[fact.module], strict=True)
-                tensors += [OutputTensor(f"{fact.module}.{part}", ref, fact) for part, ref in made]
+                made = zip(SUFFIXES, parts[fact.module], strict=True)
+                tensors += [
+                    OutputTensor(f"{fact.module}.{suffix}", ref, fact) for suffix, ref in made
+                ]
             else:
                 tensors.append(OutputTensor(fact.name, cast(view[fact.name], plain, context), fact))
         return Conversion(
@@ -237,7 +239,7 @@ class AutoRoundFormat(Format):
         parts: dict[str, Sequence[TensorRef]] = {}
         figures = {}
         for module, fact in chosen.items():
-            names = [f"{module}.{part}" for part in PARTS]
+            names = [f"{module}.{suffix}" for suffix in SUFFIXES]
             weight = _tensor(base, fact.name, spec.base)
             stored = [_tensor(tensors, name, spec.source) for name in names]
             operands = (view[fact.name], weight, *stored)

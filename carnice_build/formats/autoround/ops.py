@@ -13,7 +13,7 @@ from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData
 
-PARTS = ("qweight", "qzeros", "scales")
+SUFFIXES = ("qweight", "qzeros", "scales")
 """The tensors that a weight becomes, by the end of their names, in the order of outputs."""
 
 _NEAR = 0.02
@@ -108,10 +108,10 @@ class Merge(ArrayOp):
                 expected=f"{weight.dtype} {list(weight.shape)}",
             )
         expected = packed_specs(weight, params["group_size"])
-        for part, spec, wanted in zip(PARTS, grid, expected, strict=True):
+        for suffix, spec, wanted in zip(SUFFIXES, grid, expected, strict=True):
             if spec != wanted:
                 raise PlanError(
-                    f"{part} of the grid is {spec.dtype} {list(spec.shape)}",
+                    f"{suffix} of the grid is {spec.dtype} {list(spec.shape)}",
                     expected=f"{wanted.dtype} {list(wanted.shape)}",
                 )
         return expected[0], TensorSpec("I64", ())

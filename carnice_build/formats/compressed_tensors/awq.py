@@ -19,7 +19,7 @@ from carnice_build.errors import PlanError
 from carnice_build.graph import ArrayOp, BadInput, ProcessOp, TensorData, TensorRef, require_finite
 from carnice_build.tensor_file import TensorFile
 
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """The tensors that a weight becomes, by the end of their names, in the order of outputs."""
 
 _PER_WORD = 8

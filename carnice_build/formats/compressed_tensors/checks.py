@@ -36,7 +36,7 @@ from carnice_build.models.base import Architecture, Role
 _HALF_PLACE = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
 _HALF_SMALLEST = {"BF16": 2.0**-134, "F16": 2.0**-25, "F32": 2.0**-150}
 _SMALLEST_SHARE = {"mse": 0.81, "memoryless_minmax": 1.0}
-_PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point")
 _PERMUTATION = "weight_g_idx"
 _PER_WORD = 8
 _STATED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
@@ -47,7 +47,7 @@ Observer = Literal["mse", "memoryless_minmax"]
 class CompressedReader(FolderReader):
     """Folders in the format pack-quantized; the numbers of asymmetric INT4 can be told."""
 
-    parts = (*_PARTS, "weight_shape", _PERMUTATION)
+    suffixes = (*_SUFFIXES, "weight_shape", _PERMUTATION)
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -125,25 +125,27 @@ class PackedValues:
         if group is None:
             raise Incomparable(f"{module} is not in groups")
         try:
-            self._parts = [tensors[f"{module}.{part}"] for part in _PARTS]
+            self._tensors = [tensors[f"{module}.{suffix}"] for suffix in _SUFFIXES]
         except KeyError:
             raise Incomparable(f"{module} is not in the format pack-quantized") from None
-        rows, words = matrix(self._parts[0].spec)
+        rows, words = matrix(self._tensors[0].spec)
         self.shape = rows, words * _PER_WORD
-        self.dtype = self._parts[1].spec.dtype
+        self.dtype = self._tensors[1].spec.dtype
         grid = (rows, self.shape[1] // group)
-        if self._parts[1].spec.shape != grid:
+        if self._tensors[1].spec.shape != grid:
             raise Incomparable(f"{module} is not of groups of {group}")
-        if self._parts[2].spec != TensorSpec("I32", (-(-rows // _PER_WORD), grid[1])):
+        if self._tensors[2].spec != TensorSpec("I32", (-(-rows // _PER_WORD), grid[1])):
             raise Incomparable(f"{module} has no zero point for each group")
-        whole = read_rows(self._parts[2], self._parts[2].spec, 0, -(-rows // _PER_WORD)).array
+        whole = read_rows(self._tensors[2], self._tensors[2].spec, 0, -(-rows // _PER_WORD)).array
         # Zero points are packed along rows, codes along columns.
         self._zeros = np.ascontiguousarray(_unpacked(whole.T)[:, :rows].T)
         self._group = group
 
     def rows(self, start: int, stop: int) -> Floats:
         """The rows from `start` to `stop`, dequantized."""
-        packed, scales = (read_rows(part, part.spec, start, stop) for part in self._parts[:2])
+        packed, scales = (
+            read_rows(tensor, tensor.spec, start, stop) for tensor in self._tensors[:2]
+        )
         return _dequantized(packed.array, as_float32(scales), self._zeros[start:stop])
 
 

@@ -22,7 +22,7 @@ from carnice_build.formats.base import (
 )
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.compressed_tensors.awq import (
-    PARTS,
+    SUFFIXES,
     GroupQuantize,
     Smoothing,
     SmoothNorm,
@@ -37,7 +37,7 @@ from carnice_build.models.base import Part, Role, SmoothingMapping, TensorFact
 from carnice_build.models.smoothing import mappings_of_layer
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns, Strict
-from carnice_build.serving.profile import Profiles, Serving
+from carnice_build.serving.profile import Serving, ServingProfiles
 from carnice_build.steps.base import PlanContext
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class CompressedFormat(Format):
     @classmethod
     def serving(cls) -> Serving:
         """As vLLM's `--quantization` has it."""
-        return Serving("compressed-tensors", Profiles(__package__))
+        return Serving("compressed-tensors", ServingProfiles(__package__))
 
     def prepare(self, view: View, context: PlanContext) -> View:
         """In the type that the library loads the model in."""
@@ -166,7 +166,7 @@ class CompressedFormat(Format):
         for fact in facts:
             if fact.module in chosen:
                 weights = {name: (*_WEIGHTS, name) for name in ("observer", "group_size")}
-                found[f"{fact.module}.{PARTS[0]}"] = weights
+                found[f"{fact.module}.{SUFFIXES[0]}"] = weights
             elif fact.role is Role.NORM:
                 found[fact.name] = {"exact": ("norms",)}
         return found
@@ -278,6 +278,6 @@ class _Smoothed:
                 f"module {fact.module}: {error.what}", expected=error.expected, at=_WEIGHTS
             ) from None
         return [
-            OutputTensor(f"{fact.module}.{part}", output, fact)
-            for part, output in zip(PARTS, made, strict=True)
+            OutputTensor(f"{fact.module}.{suffix}", output, fact)
+            for suffix, output in zip(SUFFIXES, made, strict=True)
         ]

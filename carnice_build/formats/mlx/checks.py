@@ -38,13 +38,13 @@ _FLOAT32_SLACK = 1.001
 """The quantizer computes in float32, so a weight halfway between steps may go either way."""
 
 
-PARTS = ("weight", "scales", "biases")
+SUFFIXES = ("weight", "scales", "biases")
 
 
 class MlxReader(FolderReader):
     """Folders of mlx-lm, quantized."""
 
-    parts = PARTS
+    suffixes = SUFFIXES
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -113,12 +113,12 @@ class AffineValues:
             raise Incomparable(f"{module} is not in groups")
         self.bits, self.group_size = scheme.bits, scheme.group_size
         try:
-            self._parts = [tensors[f"{module}.{part}"] for part in PARTS]
+            self._tensors = [tensors[f"{module}.{suffix}"] for suffix in SUFFIXES]
         except KeyError:
             raise Incomparable(f"{module} is not in MLX's affine format") from None
-        packed, grid = (matrix(part.spec) for part in self._parts[:2])
+        packed, grid = (matrix(tensor.spec) for tensor in self._tensors[:2])
         self.shape = grid[0], grid[1] * self.group_size
-        self.dtype = self._parts[1].spec.dtype
+        self.dtype = self._tensors[1].spec.dtype
         if packed != (grid[0], self.shape[1] * self.bits // 32):
             raise Incomparable(
                 f"{module} is not of {self.bits} bits in groups of {self.group_size}"
@@ -126,7 +126,9 @@ class AffineValues:
 
     def rows(self, start: int, stop: int) -> Floats:
         """The rows from `start` to `stop`, dequantized."""
-        packed, scales, biases = (read_rows(part, part.spec, start, stop) for part in self._parts)
+        packed, scales, biases = (
+            read_rows(tensor, tensor.spec, start, stop) for tensor in self._tensors
+        )
         out = np.empty((stop - start, self.shape[1]), np.float32)
         try:
             dequantize_rows(
@@ -181,8 +183,8 @@ def _module(folder: ModelFolder, name: str, fact: TensorFact) -> Iterator[str]:
 
 
 def _quantized_module(folder: ModelFolder, module: str, fact: TensorFact) -> Iterator[str]:
-    parts = [folder.tensors.get(f"{module}.{part}") for part in ("weight", "scales", "biases")]
-    shapes = [part.spec.shape if part else () for part in parts]
+    stored = [folder.tensors.get(f"{module}.{suffix}") for suffix in ("weight", "scales", "biases")]
+    shapes = [tensor.spec.shape if tensor else () for tensor in stored]
     if any(len(shape) != 2 for shape in shapes):
         yield f"module {module} lacks a weight, scales or biases of two dimensions"
         return

@@ -43,7 +43,7 @@ _FLOAT32_SLACK = 1.001
 class Nvfp4Reader(FolderReader):
     """Folders of modelopt; the numbers of NVFP4 can be told."""
 
-    parts = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+    suffixes = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -116,10 +116,10 @@ class Nvfp4Values:
     def __init__(self, tensors: Tensors, module: str) -> None:
         """Take `module`'s tensors; Incomparable when they do not fit together."""
         try:
-            self._parts = [tensors[f"{module}.{part}"] for part in ("weight", "weight_scale")]
+            self._tensors = [tensors[f"{module}.{suffix}"] for suffix in ("weight", "weight_scale")]
         except KeyError:
             raise Incomparable(f"{module} is not in NVFP4") from None
-        packed, grid = (matrix(part.spec) for part in self._parts)
+        packed, grid = (matrix(tensor.spec) for tensor in self._tensors)
         self.shape = packed[0], 2 * packed[1]
         if grid != (packed[0], self.shape[1] // BLOCK):
             raise Incomparable(f"{module} has no scale for each block of {BLOCK}")
@@ -127,7 +127,9 @@ class Nvfp4Values:
 
     def rows(self, start: int, stop: int) -> Floats:
         """The rows from `start` to `stop`, dequantized."""
-        packed, scales = (read_rows(part, part.spec, start, stop).array for part in self._parts)
+        packed, scales = (
+            read_rows(tensor, tensor.spec, start, stop).array for tensor in self._tensors
+        )
         out = np.empty((stop - start, self.shape[1]), np.float32)
         nvfp4.dequantize_rows(packed, scales, self._scale_2, out)
         return out

@@ -32,7 +32,7 @@ from carnice_build.models.base import Role, TensorFact
 from carnice_build.models.kept import KEEP_LISTS
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
-from carnice_build.serving.profile import Profiles, Serving
+from carnice_build.serving.profile import Serving, ServingProfiles
 from carnice_build.steps.base import PlanContext, require_match
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Nvfp4Format(Format):
     @classmethod
     def serving(cls) -> Serving:
         """As vLLM's `--quantization` has it."""
-        return Serving("modelopt", Profiles(__package__))
+        return Serving("modelopt", ServingProfiles(__package__))
 
     def extras(self) -> tuple[str, ...]:
         """The calibration runs in torch."""
@@ -172,5 +172,5 @@ def _group(
         }
         yield (
             fact,
-            [OutputTensor(f"{fact.module}.{part}", ref, fact) for part, ref in parts.items()],
+            [OutputTensor(f"{fact.module}.{suffix}", ref, fact) for suffix, ref in parts.items()],
         )
