@@ -136,6 +136,16 @@ def test_one_model_has_one_config(spelling: str) -> None:
     assert tiny_config() == json.loads(found)
 
 
+def test_a_strangers_entry_may_be_nested_deeply() -> None:
+    """What the parser lets through goes out, whatever Python's stack holds."""
+    nested: list[Any] = []
+    for _ in range(900):
+        nested = [nested]
+    config = {**tiny_config(), "strange": nested}
+
+    assert nested == Qwen35(config, "tiny").published_config(set(Part))["strange"]
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_the_published_config_says_what_transformers_reads_in_the_source(spelling: str) -> None:
     """Both give one `Qwen3_5Config`, but for entries that transformers does not read."""

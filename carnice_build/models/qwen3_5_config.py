@@ -7,6 +7,7 @@ model that is spelled in two ways gives one folder.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Mapping
 from functools import cached_property
 from typing import Any
@@ -106,7 +107,7 @@ class Qwen35Config:
         whole = text
         if self.text is not self.root:
             whole = _kept(self.root) | {"tie_word_embeddings": self.tied, "text_config": text}
-        return dict(_sorted(whole))
+        return _sorted(whole)
 
 
 def _pattern(interval: int, layers: int) -> tuple[str, ...]:
@@ -141,8 +142,7 @@ def _kept(section: ConfigReader) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if key not in void}
 
 
-def _sorted(value: Any) -> Any:
-    """`value` with the keys of every object in order, as transformers writes configs."""
-    if isinstance(value, dict):
-        return {key: _sorted(value[key]) for key in sorted(value)}
-    return [_sorted(item) for item in value] if isinstance(value, list) else value
+def _sorted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the keys of every object in order, as transformers writes it."""
+    # By the encoder, which unlike Python's stack holds any nesting that the parser let through.
+    return dict(json.loads(json.dumps(config, sort_keys=True)))
