@@ -252,7 +252,7 @@ def test_a_wrong_recipe_is_refused(small: Project, carnice: Carnice, what: str) 
 OVERRIDES = {
     "a keep that matches nothing": (
         "quantize.keep='*.mlp.dwon_proj.weight'",
-        ("*.mlp.dwon_proj.weight matches no tensor", "did you mean 'mlp.down_proj.weight'?"),
+        ("*.mlp.dwon_proj.weight matches no weight", "did you mean 'mlp.down_proj.weight'?"),
     ),
     "some members of a fused module kept and others not": (
         "quantize.keep='*.layers.0.mlp.up_proj.weight'",

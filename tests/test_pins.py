@@ -10,8 +10,8 @@ from conftest import REPOSITORY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from carnice_build.formats import compressed_config as compressed
 from carnice_build.formats.autoround import files as autoround
-from carnice_build.formats.compressed_tensors import files as compressed
 from carnice_build.formats.nvfp4 import files as modelopt
 
 LINES = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()

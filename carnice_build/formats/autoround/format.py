@@ -23,6 +23,7 @@ from carnice_build.formats.autoround.tune import Tuning
 from carnice_build.formats.base import Conversion, Format, OutputTensor, cast, check_fusions
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
+from carnice_build.formats.keep import kept
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
@@ -178,15 +179,11 @@ class AutoRoundFormat(Format):
     ) -> Iterator[TensorFact]:
         linears = [fact for fact in facts if fact.part is Part.LAYERS and fact.role is Role.LINEAR]
         names = [fact.name for fact in linears]
-        kept: set[str] = set()
         if self.keep is None:
-            kept = set(Patterns(list(architecture.narrow_linears)).select(names))
-        elif self.keep:
-            try:
-                kept = set(require_match(Patterns(self.keep), names, "weight"))
-            except PlanError as error:
-                raise PlanError(error.what, nearest=error.nearest, at=("keep",)) from None
-        return (fact for fact in linears if fact.name not in kept)
+            left = set(Patterns(list(architecture.narrow_linears)).select(names))
+        else:
+            left = kept(self.keep, names)
+        return (fact for fact in linears if fact.name not in left)
 
     def _parts(
         self, chosen: Mapping[str, TensorFact], view: View, context: PlanContext

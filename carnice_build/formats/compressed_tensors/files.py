@@ -5,59 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.json import to_json
+from carnice_build.formats.compressed_config import arguments, compressed_config
 from carnice_build.formats.variant import Variant
 
 if TYPE_CHECKING:
     from carnice_build.formats.compressed_tensors.format import CompressedFormat
 
-VERSION = "0.19.0"
-"""The version of compressed-tensors whose format the files are in."""
-
 
 def compressed_files(knobs: CompressedFormat, variant: Variant) -> dict[str, bytes]:
     """config.json and recipe.yaml."""
     return {
-        "config.json": to_json(_config(knobs, variant)),
+        "config.json": to_json(compressed_config(variant, "pack-quantized", _weights(knobs))),
         "recipe.yaml": _recipe(knobs, variant),
     }
 
 
 def _weights(knobs: CompressedFormat) -> dict[str, Any]:
     """The scheme, with every entry that compressed-tensors writes."""
-    return {
-        **knobs.weights.model_dump(),
-        "actorder": None,
-        "block_structure": None,
-        "observer_kwargs": {},
-        "scale_dtype": None,
-        "zp_dtype": "torch.int8",
-    }
-
-
-def _config(knobs: CompressedFormat, variant: Variant) -> dict[str, Any]:
-    return {
-        **variant.config,
-        "quantization_config": {
-            "config_groups": {
-                "group_0": {
-                    "format": "pack-quantized",
-                    "input_activations": None,
-                    "output_activations": None,
-                    "targets": ["Linear"],
-                    "weights": dict(sorted(_weights(knobs).items())),
-                }
-            },
-            "format": "pack-quantized",
-            "global_compression_ratio": None,
-            "ignore": list(variant.ignored),
-            "kv_cache_scheme": None,
-            "quant_method": "compressed-tensors",
-            "quantization_status": "compressed",
-            "sparsity_config": {},
-            "transform_config": {},
-            "version": VERSION,
-        },
-    }
+    return arguments({**knobs.weights.model_dump(), "zp_dtype": "torch.int8"})
 
 
 def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:

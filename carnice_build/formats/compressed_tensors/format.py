@@ -21,6 +21,7 @@ from carnice_build.formats.base import (
     in_stated_dtype,
 )
 from carnice_build.formats.card import Card, own_template
+from carnice_build.formats.compressed_config import ignored_modules
 from carnice_build.formats.compressed_tensors.awq import (
     SUFFIXES,
     GroupQuantize,
@@ -29,7 +30,6 @@ from carnice_build.formats.compressed_tensors.awq import (
     SmoothWeight,
 )
 from carnice_build.formats.compressed_tensors.files import compressed_files
-from carnice_build.formats.exclusions import plain_modules
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
@@ -147,16 +147,12 @@ class CompressedFormat(Format):
             raise PlanError(error.what, expected=error.expected, at=("ignore",)) from None
         smoothed = _Smoothed(self, chosen, view, context)
         tensors = [tensor for fact in facts for tensor in smoothed.tensors(fact)]
-        plain = plain_modules(architecture, chosen, (Role.LINEAR,))
-        head = [fact for fact in architecture.built.values() if fact.part is Part.MTP]
-        ignored = [module for module in plain if module not in {fact.module for fact in head}]
-        ignored += _copied_heads(head)
         return Conversion(
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
             quantized=dict.fromkeys(chosen, Scheme(4, self.weights.group_size)),
             causes=self._causes(facts, chosen),
-            ignored=ignored,
+            ignored=ignored_modules(architecture, chosen),
         )
 
     def _causes(
@@ -182,12 +178,6 @@ class CompressedFormat(Format):
                         at=("ignore",),
                     )
                 yield fact
-
-
-def _copied_heads(facts: Sequence[TensorFact]) -> list[str]:
-    """How llm-compressor ignores an MTP head that it copies."""
-    roots = {fact.name.partition(".")[0]: None for fact in facts if fact.part is Part.MTP}
-    return [f"re:^{root}.*" for root in roots]
 
 
 class _Smoothed:

@@ -23,6 +23,7 @@ from carnice_build.formats.base import (
 )
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
+from carnice_build.formats.keep import kept
 from carnice_build.formats.nvfp4.files import modelopt_files
 from carnice_build.formats.nvfp4.ops import BLOCK, BlockQuantize, InputScales
 from carnice_build.formats.scheme import Scheme
@@ -33,7 +34,7 @@ from carnice_build.models.kept import KEEP_LISTS
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
 from carnice_build.serving.profile import Serving, ServingProfiles
-from carnice_build.steps.base import PlanContext, require_match
+from carnice_build.steps.base import PlanContext
 
 if TYPE_CHECKING:
     from carnice_build.formats.nvfp4.checks import Nvfp4Checks, Nvfp4Reader
@@ -119,14 +120,10 @@ class Nvfp4Format(Format):
 
     def _quantized(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
         names = [fact.name for fact in facts]
-        kept = set(Patterns(list(KEEP_LISTS[self.defaults])).select(names))
-        if self.keep:
-            try:
-                kept |= set(require_match(Patterns(self.keep), names, "tensor"))
-            except PlanError as error:
-                raise PlanError(error.what, nearest=error.nearest, at=("keep",)) from None
+        left = set(Patterns(list(KEEP_LISTS[self.defaults])).select(names))
+        left |= kept(self.keep, names)
         for fact in facts:
-            if fact.role is Role.LINEAR and fact.name not in kept:
+            if fact.role is Role.LINEAR and fact.name not in left:
                 yield fact
 
 

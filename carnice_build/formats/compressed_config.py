@@ -1,0 +1,72 @@
+"""What the formats of compressed-tensors have in common: their section of config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+from carnice_build.formats.exclusions import plain_modules
+from carnice_build.formats.variant import Variant
+from carnice_build.models.base import Architecture, Part, Role
+
+VERSION = "0.19.0"
+"""The version of compressed-tensors whose format the files are in."""
+
+_ARGUMENTS: Mapping[str, Any] = {
+    "actorder": None,
+    "block_structure": None,
+    "observer_kwargs": {},
+    "scale_dtype": None,
+}
+
+
+def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheme with every entry that compressed-tensors writes."""
+    return {**_ARGUMENTS, **given}
+
+
+def compressed_config(
+    variant: Variant,
+    storage: str,
+    weights: Mapping[str, Any],
+    input_activations: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """config.json of a folder whose quantized linears all have one scheme.
+
+    `storage` is the library's name of the way in which weights are stored.
+    """
+    group = {
+        "format": storage,
+        "input_activations": input_activations and dict(sorted(input_activations.items())),
+        "output_activations": None,
+        "targets": ["Linear"],
+        "weights": dict(sorted(weights.items())),
+    }
+    return {
+        **variant.config,
+        "quantization_config": {
+            "config_groups": {"group_0": group},
+            "format": storage,
+            "global_compression_ratio": None,
+            "ignore": list(variant.ignored),
+            "kv_cache_scheme": None,
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "sparsity_config": {},
+            "transform_config": {},
+            "version": VERSION,
+        },
+    }
+
+
+def ignored_modules(architecture: Architecture, quantized: Container[str]) -> list[str]:
+    """What llm-compressor lists as unquantized: each linear, and an MTP head by one pattern.
+
+    Its engines look for the parts of a fused linear, so no fused name is listed.
+    """
+    head = [fact for fact in architecture.built.values() if fact.part is Part.MTP]
+    plain = plain_modules(architecture, quantized, (Role.LINEAR,))
+    roots = dict.fromkeys(fact.name.partition(".")[0] for fact in head)
+    modules = {fact.module for fact in head}
+    listed = [module for module in plain if module not in modules]
+    return [*listed, *(f"re:^{root}.*" for root in roots)]
