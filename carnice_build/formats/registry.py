@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from carnice_build.formats.autoround.format import AutoRoundFormat
 from carnice_build.formats.base import Format
 from carnice_build.formats.compressed_tensors.format import CompressedFormat
+from carnice_build.formats.fp8_dynamic.format import Fp8DynamicFormat
 from carnice_build.formats.mlx.format import MlxFormat
 from carnice_build.formats.nvfp4.format import Nvfp4Format
 from carnice_build.plugins import Extensible
@@ -24,6 +25,7 @@ FORMATS: Extensible[Format] = Extensible(
         "nvfp4": Nvfp4Format,
         "autoround": AutoRoundFormat,
         "compressed-tensors": CompressedFormat,
+        "fp8-dynamic": Fp8DynamicFormat,
     },
     "carnice_build.formats",
     Format,  # type: ignore[type-abstract]
