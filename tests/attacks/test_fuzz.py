@@ -113,12 +113,20 @@ YAML_VALUES = st.recursive(
 SIGNS = [*"[]{}:,-?&*!|>'\"%@#\n a1~", "&a", "*a", "<<: ", "!!int ", "!!map ", "- ", "\n  ", ".inf"]
 
 
+def check_printable(error: CarniceError) -> None:
+    """One printable line, or a headline and an indented one for each of several problems."""
+    headline, *problems = str(error).split("\n")
+
+    assert headline.isprintable()
+    assert all(line.startswith("  ") and line.isprintable() for line in problems)
+
+
 def load_or_refuse(path: Path) -> None:
-    """Load a recipe; a refusal is one printable line that names the file."""
+    """Load a recipe; a refusal is printable and names the file."""
     try:
         load_recipe(path, vocabulary())
     except RecipeError as error:
-        assert str(error).isprintable()
+        check_printable(error)
         assert str(path) in str(error)
 
 
@@ -180,7 +188,7 @@ def test_random_overrides_are_applied_or_refused(scratch: Path, path: str, value
     try:
         load_recipe(recipe, vocabulary(), [f"{path}={text}"])
     except CarniceError as error:
-        assert str(error).isprintable()
+        check_printable(error)
 
 
 @given(text=st.text(max_size=60))
