@@ -343,7 +343,7 @@ CHECKPOINTS = {
         ("is of shape [256, 128]; expected [256, 64] by its config",),
     ),
     "a config of another number of layers": (
-        change_config(num_hidden_layers=7),
+        change_config(num_hidden_layers=7, layer_types=None),
         ("tensor 'model.language_model.layers.7.", "is not one of qwen3_5"),
     ),
 }
