@@ -111,7 +111,9 @@ class SourceFinder:
     def _open(self, path: Path) -> Checkpoint:
         try:
             resolved = path.resolve()
-        except (OSError, RuntimeError):  # a loop of links
+        except RuntimeError:  # a loop of links; from Python 3.13 on, it resolves to itself
+            raise CheckpointError("is not a folder", where=str(path)) from None
+        except OSError:
             raise CheckpointError("cannot be found", where=str(path)) from None
         if resolved not in self._opened:
             self._opened[resolved] = open_checkpoint(path)

@@ -188,7 +188,7 @@ PROFILES = {
     "an absolute place": ("demo: {kai-os/Carnice-V2-27b: /etc}\n", "is outside the project"),
     "a place up and down": ("demo: {kai-os/Carnice-V2-27b: a/../..}\n", "outside the project"),
     "a place with NUL": ('demo: {kai-os/Carnice-V2-27b: "a\\0"}\n', "a control character"),
-    "a place that is a loop": ("demo: {kai-os/Carnice-V2-27b: loop}\n", "cannot be found"),
+    "a place that is a loop": ("demo: {kai-os/Carnice-V2-27b: loop}\n", "is not a folder"),
     "a place that is a pipe": ("demo: {kai-os/Carnice-V2-27b: pipe}\n", "is not a folder"),
     "a place of 5,000 characters": (f"demo: {{kai-os/Carnice-V2-27b: {'x' * 5000}}}\n", "cannot"),
 }
