@@ -547,3 +547,14 @@ def test_weights_that_are_not_finite_are_named(
     settings = [part for item in QUICK for part in ("--set", item)] if variant == TUNE else []
 
     check_refused(carnice("build", variant, *settings), project, "layers.1.")
+
+
+def test_a_number_that_the_plain_type_cannot_hold_is_refused(
+    project: Project, carnice: Carnice
+) -> None:
+    """What BF16 holds and F16 does not never goes out as infinity."""
+    norm = LAYER(1) + "input_layernorm.weight"
+    poke(project.checkpoint, misprefixed(norm), bf16(np.array([1e30], np.float32)))
+    finished = carnice("build", RTN, "--set", "quantize.plain=float16")
+
+    check_refused(finished, project, f"{norm}' holds a number at element 0 that F16 cannot hold")

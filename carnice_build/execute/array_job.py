@@ -111,6 +111,8 @@ class ArrayJob:
             read = stream(source, rows, passed, digest is None, self._bench.progress)
         except NonFiniteValue as error:
             raise _non_finite(source, error.index) from None
+        except BadInput as error:
+            raise _bad_input(source, error) from None
         digest = digest or read
         assert digest is not None
         self._result.read_bytes += source.spec.nbytes
@@ -264,10 +266,17 @@ def non_finite(action: Action, error: NonFiniteValue) -> CheckpointError:
 def bad_input(action: Action, error: BadInput) -> CheckpointError:
     """The error for an input of `action` that its op refuses."""
     origin = action.inputs[error.operand].origin
-    name, where = action.op.name, None
     if isinstance(origin, SourceTensor):
-        name, where = f"tensor {origin.name!r}", origin.file.name if origin.file else None
-    return CheckpointError(f"{name} {error.what}", where=where, expected=error.expected)
+        return _bad_input(origin, error)
+    return CheckpointError(f"{action.op.name} {error.what}", expected=error.expected)
+
+
+def _bad_input(source: SourceTensor, error: BadInput) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {source.name!r} {error.what}",
+        where=source.file.name if source.file else None,
+        expected=error.expected,
+    )
 
 
 def _non_finite(source: SourceTensor, index: int) -> CheckpointError:

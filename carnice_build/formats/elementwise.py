@@ -7,7 +7,7 @@ from typing import Any
 
 from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.graph import ArrayOp, TensorData, require_finite
+from carnice_build.graph import ArrayOp, BadInput, TensorData, require_finite
 
 
 class Elementwise(ArrayOp):
@@ -38,7 +38,7 @@ class Elementwise(ArrayOp):
         inputs: Sequence[TensorData],
         outputs: Sequence[TensorData],
     ) -> None:
-        """Fill the output; raises NonFiniteValue for NaN or infinity that is refused."""
+        """Fill the output; raises as `cast_finite`, unless NaN and infinity count as 0."""
         import numpy as np
 
         from carnice_build.kernels import elementwise
@@ -53,4 +53,17 @@ class Elementwise(ArrayOp):
                 elementwise.add_scalar(source.array, source.dtype, params["add"], summed)
             )
             source = TensorData(source.dtype, summed)
-        require_finite(elementwise.cast(source.array, source.dtype, out.dtype, out.array))
+        cast_finite(source, out)
+
+
+def cast_finite(source: TensorData, out: TensorData) -> None:
+    """Fill `out` with the floats of `source`, in its own type.
+
+    Raises NonFiniteValue for NaN or infinity, BadInput for a number that the type cannot hold.
+    """
+    from carnice_build.kernels import elementwise
+
+    require_finite(elementwise.cast(source.array, source.dtype, out.dtype, out.array))
+    beyond = elementwise.non_finite_index(out.array, out.dtype)
+    if beyond >= 0:
+        raise BadInput(0, f"holds a number at element {beyond} that {out.dtype} cannot hold")

@@ -4,7 +4,7 @@ Smoothing moves a vector of scales, one for each channel, out of a module's outp
 weights that read it (`models.smoothing`).
 Found scales and stored weights are all that it takes.
 Products and quotients are taken in float64, then rounded to float32 and to the tensor's type,
-as torch does when it assigns one type to another.
+as torch does when it assigns one type to another; what a type cannot hold becomes Inf.
 Source: `AWQModifier._apply_smoothing` and `CalibrationOffsetNorm`.
 """
 
@@ -64,7 +64,8 @@ def smooth_gain(
         gain = _rounded(widen(weight, dtype) + np.float32(1), kept)
         if scales is not None:
             require("scales", scales, np.float64, weight.shape)
-            gain = _rounded((gain / scales).astype(np.float32), kept)
+            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+                gain = _rounded((gain / scales).astype(np.float32), kept)
         out[...] = _narrow(gain - np.float32(1), dtype)
     return bad
 
@@ -82,8 +83,9 @@ def _in_blocks(
     step = max(1, _BLOCK // math.prod(weight.shape[1:]))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        result = operation(widen(weight[rows], dtype), wide_scales[rows], dtype=np.float64)
-        out[rows] = _narrow(result.astype(np.float32), dtype)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            result = operation(widen(weight[rows], dtype), wide_scales[rows], dtype=np.float64)
+            out[rows] = _narrow(result.astype(np.float32), dtype)
     return bad
 
 

@@ -16,7 +16,15 @@ from typing import Any
 from carnice_build.calibration.passes import Calibration, layer_memory, samples
 from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.graph import ArrayOp, BadInput, ProcessOp, TensorData, TensorRef, require_finite
+from carnice_build.graph import (
+    ArrayOp,
+    BadInput,
+    NonFiniteValue,
+    ProcessOp,
+    TensorData,
+    TensorRef,
+    require_finite,
+)
 from carnice_build.tensor_file import TensorFile
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -101,14 +109,15 @@ class SmoothNorm(ArrayOp):
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Raises NonFiniteValue."""
+        """Raises NonFiniteValue, and BadInput for a gain that the type cannot hold."""
         from carnice_build.kernels.smoothing import smooth_gain
 
-        weight = inputs[0]
-        scales = inputs[1].array if len(inputs) > 1 else None
+        weight, *vectors = inputs
+        scales = _finite_scales(vectors[0], 1) if vectors else None
         require_finite(
             smooth_gain(weight.array, weight.dtype, scales, params["exact"], outputs[0].array)
         )
+        _check_range(outputs[0])
 
 
 class GroupQuantize(ArrayOp):
@@ -190,24 +199,45 @@ class SmoothWeight(ArrayOp):
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Raises NonFiniteValue."""
+        """Raises as `_smoothed`."""
         outputs[0].array[...] = _smoothed(params, inputs).array
 
 
 def _smoothed(params: Mapping[str, Any], inputs: Sequence[TensorData]) -> TensorData:
-    """The weight times the column scales, then over the row scales, each rounded to its type."""
+    """The weight times the column scales, then over the row scales, each rounded to its type.
+
+    Raises NonFiniteValue, and BadInput for a product that the type cannot hold.
+    """
     import numpy as np
 
     from carnice_build.kernels.smoothing import divide_rows, multiply_columns
 
     weight, *vectors = inputs
-    scales = iter(vectors)
+    scales = (_finite_scales(vector, operand) for operand, vector in enumerate(vectors, 1))
     for wanted, change in ((params["columns"], multiply_columns), (params["rows"], divide_rows)):
         if wanted:
             out = np.empty_like(weight.array)
-            require_finite(change(weight.array, weight.dtype, next(scales).array, out))
+            require_finite(change(weight.array, weight.dtype, next(scales), out))
             weight = TensorData(weight.dtype, out)
+            _check_range(weight)
     return weight
+
+
+def _finite_scales(scales: TensorData, operand: int) -> Any:
+    """The array of input number `operand`, F64 [channels]."""
+    import numpy as np
+
+    bad = np.flatnonzero(~np.isfinite(scales.array))
+    if bad.size:
+        raise NonFiniteValue(int(bad[0]), operand)
+    return scales.array
+
+
+def _check_range(smoothed: TensorData) -> None:
+    from carnice_build.kernels.elementwise import non_finite_index
+
+    if non_finite_index(smoothed.array, smoothed.dtype) >= 0:
+        raise BadInput(0, f"cannot be smoothed: its values leave the range of {smoothed.dtype}")
 
 
 class Smoothing:

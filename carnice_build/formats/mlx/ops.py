@@ -7,6 +7,7 @@ from typing import Any
 
 from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
+from carnice_build.formats.elementwise import cast_finite
 from carnice_build.graph import ArrayOp, ProcessOp, TensorData, require_finite
 from carnice_build.tensor_file import TensorFile
 
@@ -97,7 +98,10 @@ def _affine_specs(
 
 
 def _prepare(params: Mapping[str, Any], data: TensorData) -> Any:
-    """The weight's array in the type to quantize in, with NaN and infinity as asked."""
+    """The weight's array in the type to quantize in, with NaN and infinity as asked.
+
+    Raises as `cast_finite`.
+    """
     import numpy as np
 
     from carnice_build.kernels import elementwise
@@ -107,6 +111,6 @@ def _prepare(params: Mapping[str, Any], data: TensorData) -> Any:
         array = elementwise.zero_non_finite(array, data.dtype)
     if data.dtype == params["dtype"]:
         return array
-    out = np.empty(array.shape, NUMPY_NAME[params["dtype"]])
-    require_finite(elementwise.cast(array, data.dtype, params["dtype"], out))
-    return out
+    out = TensorData(params["dtype"], np.empty(array.shape, NUMPY_NAME[params["dtype"]]))
+    cast_finite(TensorData(data.dtype, array), out)
+    return out.array

@@ -7,7 +7,7 @@ from typing import Any
 
 from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.graph import ArrayOp, NonFiniteValue, TensorData
+from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, require_finite
 
 BLOCK = 16
 
@@ -80,9 +80,13 @@ class InputScales(ArrayOp):
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Fill the scalars."""
+        """Fill the scalars; raises NonFiniteValue, and BadInput for what is no magnitude."""
+        from carnice_build.kernels.elementwise import non_finite_index
         from carnice_build.kernels.nvfp4 import input_scale
 
         amax = inputs[0].array
+        require_finite(non_finite_index(amax, inputs[0].dtype))
+        if (amax < 0).any():
+            raise BadInput(0, "was given a negative magnitude")
         for group, output in zip(params["groups"], outputs, strict=True):
             output.array[...] = input_scale(float(amax[group].max()))
