@@ -2,77 +2,109 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import OPS, OpSample, each
 
 from carnice_build import keys
 from carnice_build.dtypes import TensorSpec
-from carnice_build.formats.elementwise import Elementwise
-from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
-from carnice_build.graph import Action, ActionGraph, Op, TensorRef
+from carnice_build.formats.mlx.ops import AffineQuantize
+from carnice_build.graph import Action, ActionGraph, ActionOutput, Op, TensorRef
 from carnice_build.keys import DigestSink
 from carnice_build.planning.explain import FactsSink
 from carnice_build.tensors import SourceTensor
 
 AFFINE = {"bits": 4, "group_size": 64, "dtype": "BF16", "nonfinite": "refuse"}
-OPS: list[tuple[Op, dict[str, Any]]] = [
-    (AffineQuantize(), AFFINE),
-    (ReferenceAffineQuantize(), AFFINE),
-    (Elementwise(), {"add": 1.0, "dtype": "BF16", "nonfinite": "refuse"}),
-]
-OTHER_VALUES = {
-    "bits": 8,
-    "group_size": 32,
-    "dtype": "F32",
-    "nonfinite": "zero",
-    "add": None,
-}
 DIGEST = "0" * 64
 
 
-def action(op: Op, params: dict[str, Any], spec: TensorSpec | None = None) -> Action:
-    source = SourceTensor("a", spec or TensorSpec("BF16", (8, 128)), None, 0)
-    (ref, *_) = ActionGraph().add(op, params, TensorRef(source.spec, source))
-    return ref.origin.action  # type: ignore[union-attr]
+def action(op: Op, params: Mapping[str, Any], *specs: TensorSpec) -> Action:
+    """The op on sources of these types and shapes, a weight if none are given."""
+    sources = [
+        SourceTensor(f"tensor {index}", spec, None, index)
+        for index, spec in enumerate(specs or [TensorSpec("BF16", (8, 128))])
+    ]
+    refs = [TensorRef(source.spec, source) for source in sources]
+    (made, *_) = ActionGraph().add(op, params, *refs)
+    assert isinstance(made.origin, ActionOutput)
+    return made.origin.action
 
 
-@pytest.mark.parametrize(("op", "params"), OPS)
-def test_every_parameter_is_in_the_key(op: Op, params: dict[str, Any]) -> None:
-    """Changing any parameter of any op changes the key."""
-    key = action(op, params).key([DIGEST])
-    changed = [action(op, {**params, name: OTHER_VALUES[name]}).key([DIGEST]) for name in params]
-
-    assert len({key, *changed}) == 1 + len(params)
-
-
-@pytest.mark.parametrize(("op", "params"), OPS)
-def test_content_type_and_shape_are_in_the_key(op: Op, params: dict[str, Any]) -> None:
-    """Other bytes, another type or another shape of the same bytes give another key."""
-    found = {
-        action(op, params).key([DIGEST]),
-        action(op, params).key(["1" * 64]),
-        action(op, params, TensorSpec("F16", (8, 128))).key([DIGEST]),
-        action(op, params, TensorSpec("BF16", (4, 256))).key([DIGEST]),
-    }
-
-    assert len(found) == 4
+def others(value: Any) -> Iterator[Any]:
+    """Values that differ from this one in one place, however deep; one for each place."""
+    if isinstance(value, Mapping):
+        yield {**value, "another": 0}
+        for name, item in value.items():
+            yield from ({**value, name: other} for other in others(item))
+    elif isinstance(value, list | tuple):
+        yield [*value, "another"]
+        for index, item in enumerate(value):
+            yield from ([*value[:index], other, *value[index + 1 :]] for other in others(item))
+    elif isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int | float):
+        yield value + 1
+    else:
+        yield f"{value} and more"
 
 
-@pytest.mark.parametrize(("op", "params"), OPS)
-def test_versions_are_in_the_key(
-    op: Op, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another version of the op, or of a library whose code makes the bytes, gives another key."""
-    key = action(op, params).key([DIGEST])
-    monkeypatch.setattr("carnice_build.keys.library_version", lambda name: "another")
-    other_library = action(op, params).key([DIGEST])
+@each(OPS)
+def test_every_parameter_is_in_the_key(sample: OpSample, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changing any parameter of any op, or a value inside it, changes the key and the identity."""
+    specs, digests = sample.specs, [DIGEST] * len(sample.specs)
+    outputs = sample.op.infer(sample.params, specs)
+    # Whether the op can work with the other value does not matter here.
+    monkeypatch.setattr(type(sample.op), "infer", lambda *_: outputs)
+    variants = [sample.params, *others(sample.params)]
+    made = [action(sample.op, params, *specs) for params in variants]
+
+    assert len(variants) > len(sample.params)
+    assert len(variants) == len({item.key(digests) for item in made})
+    assert len(variants) == len({item.identity for item in made})
+
+
+@each(OPS)
+def test_every_input_is_in_the_key(sample: OpSample, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other bytes, another type or another shape of the same bytes of any input: another key."""
+    specs = sample.specs
+    outputs = sample.op.infer(sample.params, specs)
+    monkeypatch.setattr(type(sample.op), "infer", lambda *_: outputs)
+    found = {action(sample.op, sample.params, *specs).key([DIGEST] * len(specs))}
+    for index, spec in enumerate(specs):
+        digests = [DIGEST] * len(specs)
+        for other in (TensorSpec("U16", spec.shape), TensorSpec(spec.dtype, (*spec.shape, 1))):
+            changed = [*specs[:index], other, *specs[index + 1 :]]
+            found.add(action(sample.op, sample.params, *changed).key(digests))
+        digests[index] = "1" * 64
+        found.add(action(sample.op, sample.params, *specs).key(digests))
+
+    assert len(found) == 1 + 3 * len(specs)
+
+
+def updated(library: str) -> Callable[[str], str]:
+    """The versions of all libraries, where this one has another."""
+    real = keys.library_version
+    return lambda name: "another" if name == library else real(name)
+
+
+@each(OPS)
+def test_versions_are_in_the_key(sample: OpSample, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of the op, or of any library whose code makes the bytes: another key."""
+    op, specs = sample.op, sample.specs
+    digests = [DIGEST] * len(specs)
+    found = {action(op, sample.params, *specs).key(digests)}
+    for library in op.libraries:
+        with monkeypatch.context() as patch:
+            patch.setattr(keys, "library_version", updated(library))
+            found.add(action(op, sample.params, *specs).key(digests))
     monkeypatch.setattr(type(op), "version", op.version + 1)
-    other_op = action(op, params).key([DIGEST])
+    found.add(action(op, sample.params, *specs).key(digests))
 
-    assert len({key, other_library, other_op}) == 3
+    assert len(found) == 2 + len(op.libraries)
 
 
 def test_names_and_places_are_not_in_the_key() -> None:

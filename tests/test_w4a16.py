@@ -8,7 +8,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from calibrating import QUICK, build, make_project
@@ -20,18 +19,13 @@ from tiny import contents
 from carnice_build.calibration.tokens import LongestFirst
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
-from carnice_build.dtypes import TensorSpec
 from carnice_build.formats.compressed_tensors.awq import (
-    GroupQuantize,
     Smooth,
-    SmoothNorm,
-    SmoothWeight,
 )
-from carnice_build.graph import Action, ActionGraph, ActionOutput, Op, TensorRef
+from carnice_build.graph import ActionOutput
 from carnice_build.models.base import Role
 from carnice_build.serving.render import serve_all
 from carnice_build.store.records import Records
-from carnice_build.tensors import SourceTensor
 
 pytest_plugins = ["calibrating"]
 
@@ -365,87 +359,6 @@ def test_a_folder_is_served_by_both_engines(calibrated: Project, ran: Ran) -> No
 
 
 # --- keys ----------------------------------------------------------------------------------------
-
-WEIGHT, VECTOR = TensorSpec("BF16", (8, 128)), TensorSpec("F64", (128,))
-HIDDEN, IDS = TensorSpec("BF16", (2, 8, 128)), TensorSpec("I32", (2, 8))
-SCHEME = {"num_bits": 4, "group_size": 128, "symmetric": False}
-SMOOTH_PARAMS = {
-    "names": ["mlp.up_proj.weight"],
-    "kind": "linear",
-    "config": {"hidden_size": 128},
-    "dtype": "bfloat16",
-    "attention": "eager",
-    "threads": 2,
-    "device": "cpu",
-    "processor": "x86_64 avx2",
-    "scheme": SCHEME,
-    "n_grid": 20,
-    "duo_scaling": True,
-    "norms": "library",
-    "mappings": [["mlp.up_proj", ["mlp.down_proj"]]],
-    "quantized": ["mlp.up_proj", "mlp.down_proj"],
-}
-QUANTIZE_PARAMS = {"columns": True, "rows": False, "observer": "mse", "group_size": 128}
-OPS: list[tuple[Op, dict[str, Any], tuple[TensorSpec, ...]]] = [
-    (Smooth(), SMOOTH_PARAMS, (IDS, HIDDEN, WEIGHT)),
-    (SmoothNorm(), {"exact": False}, (TensorSpec("BF16", (128,)), VECTOR)),
-    (GroupQuantize(), QUANTIZE_PARAMS, (WEIGHT, VECTOR)),
-    (SmoothWeight(), {"columns": True, "rows": False}, (WEIGHT, VECTOR)),
-    (LongestFirst(), {"processor": "x86_64 avx2"}, (IDS,)),
-]
-OTHER_VALUES = {
-    "names": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-    "kind": "full",
-    "config": {"hidden_size": 128, "rms_norm_eps": 1e-5},
-    "dtype": "float32",
-    "attention": "sdpa",
-    "threads": 1,
-    "device": "cuda",
-    "processor": "x86_64 avx512f",
-    "scheme": {**SCHEME, "group_size": 64},
-    "n_grid": 10,
-    "duo_scaling": "both",
-    "norms": "exact",
-    "mappings": [],
-    "quantized": ["mlp.down_proj"],
-    "exact": True,
-    "columns": False,
-    "rows": True,
-    "observer": "memoryless_minmax",
-    "group_size": 64,
-}
-IDENTIFIERS = [op.name for op, _, _ in OPS]
-
-
-def _action(op: Op, params: dict[str, Any], specs: tuple[TensorSpec, ...]) -> Action:
-    refs = [
-        TensorRef(spec, SourceTensor(str(index), spec, None, index))
-        for index, spec in enumerate(specs)
-    ]
-    (made, *_) = ActionGraph().add(op, params, *refs)
-    return made.origin.action  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(("op", "params", "specs"), OPS, ids=IDENTIFIERS)
-def test_everything_that_makes_the_bytes_is_in_the_key(
-    op: Op, params: dict[str, Any], specs: tuple[TensorSpec, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another value of any parameter, other bytes, another version: another key."""
-    digests = [str(index) * 64 for index in range(len(specs))]
-    made = _action(op, params, specs)
-    found = {made.key(digests)}
-    for name in params:
-        changed = {**params, name: OTHER_VALUES[name]}
-        inputs = (*specs, WEIGHT) if name == "names" else specs
-        found.add(_action(op, changed, inputs).key([*digests, "e" * 64][: len(inputs)]))
-    for index in range(len(specs)):
-        found.add(made.key([*digests[:index], "f" * 64, *digests[index + 1 :]]))
-    monkeypatch.setattr("carnice_build.keys.library_version", lambda name: "another")
-    found.add(made.key(digests))
-    monkeypatch.setattr(type(op), "version", op.version + 1)
-    found.add(made.key(digests))
-
-    assert len(found) == 3 + len(params) + len(specs)
 
 
 def test_no_key_of_a_search_holds_the_observer(small: Project) -> None:

@@ -1,0 +1,377 @@
+"""One sample of every op, format and step: what the tests that enumerate them are fed.
+
+A new op, format or step needs an entry here and, for what all of its kind must do, no test of
+its own: `test_every_op`, `test_every_format` and `test_every_step` find it by themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from numpy.typing import NDArray
+from tiny import bf16, tiny_config
+
+from carnice_build.calibration.passes import Embed, Forward
+from carnice_build.calibration.tokens import LongestFirst, Tokens
+from carnice_build.dtypes import NUMPY_NAME, TensorSpec
+from carnice_build.formats.autoround.ops import Merge, Nearest, packed_specs
+from carnice_build.formats.autoround.tune import Advance, Tune
+from carnice_build.formats.compressed_tensors.awq import (
+    GroupQuantize,
+    Smooth,
+    SmoothNorm,
+    SmoothWeight,
+)
+from carnice_build.formats.elementwise import Elementwise
+from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
+from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales
+from carnice_build.graph import Op, TensorData
+from carnice_build.models.base import Part, Role
+from carnice_build.models.qwen3_5 import Qwen35
+
+Inputs = Callable[[], Sequence[TensorData]]
+
+# --- ops -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpSample:
+    """An op with parameters and small inputs that it can work on.
+
+    `outside_key` names the fields of the op itself, which no key covers because they change no
+    byte.  `bounded` says that a process op takes the same memory whatever the size of its inputs.
+    """
+
+    op: Op
+    params: Mapping[str, Any]
+    inputs: Inputs
+    outside_key: frozenset[str] = frozenset()
+    bounded: bool = False
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """Types and shapes of the inputs."""
+        return [TensorSpec(item.dtype, item.array.shape) for item in self.inputs()]
+
+
+def drawn(*specs: tuple[str, tuple[int, ...]], around: float = 0.0) -> Inputs:
+    """Random floats of these types and shapes, the same ones at every call."""
+
+    def draw() -> list[TensorData]:
+        random = np.random.default_rng(0)
+        return [
+            data(dtype, random.normal(around, 0.05, shape).astype(np.float32))
+            for dtype, shape in specs
+        ]
+
+    return draw
+
+
+def data(dtype: str, values: NDArray[Any]) -> TensorData:
+    """Float values as a tensor of `dtype`."""
+    if dtype == "BF16":
+        return TensorData(dtype, np.frombuffer(bf16(values), "<u2").reshape(values.shape).copy())
+    return TensorData(dtype, values.astype(NUMPY_NAME[dtype]))
+
+
+def _scaled(*weight: int, axis: int | None = None) -> Inputs:
+    """A weight in BF16, and a positive scale for each index along `axis`."""
+
+    def draw() -> list[TensorData]:
+        (tensor,) = drawn(("BF16", weight))()
+        if axis is None:
+            return [tensor]
+        return [tensor, data("F64", np.linspace(0.5, 2, weight[axis]))]
+
+    return draw
+
+
+def _merged() -> list[TensorData]:
+    """A weight near its base, and the base on its grid."""
+    (base,) = drawn(("BF16", (16, 128)))()
+    changed = base.array.copy()
+    changed[::2] ^= 1
+    grid = [
+        TensorData(spec.dtype, np.empty(spec.shape, NUMPY_NAME[spec.dtype]))
+        for spec in packed_specs(TensorSpec("BF16", (16, 128)), 64)
+    ]
+    Nearest().apply({"group_size": 64}, [base], grid)
+    return [TensorData("BF16", changed), base, *grid]
+
+
+SAMPLES, LENGTH = 2, 8
+_TOKENS = np.array([[3, 4, 5, -1, -1, -1, -1, -1], [6, 7, 8, 9, 3, 4, 5, -1]], np.int32)
+
+
+def _tokens() -> TensorData:
+    return TensorData("I32", _TOKENS.copy())
+
+
+def _file(content: str) -> TensorData:
+    return TensorData("U8", np.frombuffer(content.encode(), np.uint8).copy())
+
+
+def _text() -> list[TensorData]:
+    """A tokenizer and a dataset, as files."""
+    tokenizer = (REPOSITORY / "demo" / "qwen3.6-27b" / "tokenizer.json").read_text()
+    rows = [json.dumps({"text": text}) for text in ("One row of text.", "And a second row.")]
+    return [_file(tokenizer), _file("\n".join(rows))]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Layer 3 of the tiny model, which has full attention: parameters, and inputs of its passes."""
+
+    params: Mapping[str, Any]
+    linears: Sequence[str]
+    hidden: int
+    weights: Sequence[tuple[str, tuple[int, ...]]]
+
+    def inputs(self, states: int) -> Inputs:
+        """Tokens, `states` equal tensors of hidden states, and the layer's tensors."""
+
+        def draw() -> list[TensorData]:
+            hidden = drawn(("BF16", (SAMPLES, LENGTH, self.hidden)))()
+            return [_tokens(), *hidden * states, *drawn(*self.weights)()]
+
+        return draw
+
+    def packed(self, linears: Sequence[str]) -> list[TensorData]:
+        """The linears rounded to nearest, three tensors each."""
+        named = dict(zip(self.params["names"], drawn(*self.weights)(), strict=True))
+        made: list[TensorData] = []
+        for linear in linears:
+            weight = named[f"{linear}.weight"]
+            specs = packed_specs(TensorSpec(weight.dtype, weight.array.shape), 64)
+            outputs = [TensorData(s.dtype, np.empty(s.shape, NUMPY_NAME[s.dtype])) for s in specs]
+            Nearest().apply({"group_size": 64}, [weight], outputs)
+            made += outputs
+        return made
+
+
+@cache
+def _layer() -> _Layer:
+    config = tiny_config(layers=4)
+    architecture = Qwen35(config, "tiny")
+    prefix = architecture.layer_prefix(3)
+    facts = [
+        fact
+        for fact in architecture.tensors.values()
+        if fact.part is Part.LAYERS and fact.layer == 3
+    ]
+    # Which other layers there are is no part of the config that a layer depends on.
+    text = {
+        key: value
+        for key, value in config["text_config"].items()
+        if key not in ("num_hidden_layers", "layer_types", "full_attention_interval")
+    }
+    params = {
+        "names": [fact.name.removeprefix(prefix) for fact in facts],
+        "kind": "full",
+        "config": text,
+        "dtype": "bfloat16",
+        "attention": "eager",
+        "threads": 1,
+        "device": "cpu",
+        "processor": "x86_64 avx2",
+    }
+    linears = [fact.module.removeprefix(prefix) for fact in facts if fact.role is Role.LINEAR]
+    weights = [("BF16", fact.shape) for fact in facts]
+    return _Layer(params, linears, text["hidden_size"], weights)
+
+
+_AFFINE = {"bits": 4, "group_size": 64, "dtype": "BF16", "nonfinite": "refuse"}
+_PLUS_ONE = {"add": 1.0, "dtype": "BF16", "nonfinite": "refuse"}
+_GROUPED = {"observer": "mse", "group_size": 64}
+_TUNED = ["self_attn.o_proj", "mlp.down_proj"]
+_TUNING = {
+    "group_size": 64,
+    "amp": True,
+    "iters": 2,
+    "lr": None,
+    "minmax_lr": None,
+    "enable_minmax_tuning": True,
+    "batch_size": 1,
+    "gradient_accumulate_steps": 1,
+    "not_use_best_mse": False,
+    "seed": 42,
+}
+_PASSING = ("names", "kind", "config", "threads", "processor")
+_WORKSPACE = frozenset({"workspace"})
+
+OPS: Sequence[OpSample] = [
+    OpSample(AffineQuantize(), _AFFINE, drawn(("BF16", (9, 128)))),
+    OpSample(
+        AffineQuantize(),
+        {"bits": 3, "group_size": 32, "dtype": "F16", "nonfinite": "zero"},
+        drawn(("F32", (9, 64))),
+    ),
+    OpSample(ReferenceAffineQuantize(), _AFFINE, drawn(("BF16", (9, 128)))),
+    OpSample(Elementwise(), _PLUS_ONE, drawn(("BF16", (9,)))),
+    OpSample(
+        Elementwise(), {**_PLUS_ONE, "add": None, "nonfinite": "zero"}, drawn(("F32", (9, 4)))
+    ),
+    OpSample(BlockQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 32)))),
+    OpSample(InputScales(), {"groups": [[0, 2], [1]]}, drawn(("F32", (3,)), around=5)),
+    OpSample(Nearest(), {"group_size": 64}, drawn(("BF16", (24, 128)))),
+    OpSample(Merge(), {"group_size": 64, "rounding": "delta"}, _merged),
+    OpSample(Merge(), {"group_size": 64, "rounding": "nearest"}, _merged),
+    OpSample(SmoothNorm(), {"exact": False}, _scaled(128, axis=0)),
+    OpSample(SmoothNorm(), {"exact": True}, _scaled(128)),
+    OpSample(
+        GroupQuantize(), {**_GROUPED, "columns": True, "rows": False}, _scaled(9, 128, axis=1)
+    ),
+    OpSample(
+        GroupQuantize(),
+        {"observer": "memoryless_minmax", "group_size": 32, "columns": False, "rows": False},
+        drawn(("F32", (9, 64))),
+    ),
+    OpSample(SmoothWeight(), {"columns": False, "rows": True}, _scaled(9, 128, axis=0)),
+    OpSample(
+        Tokens(),
+        {
+            "samples": SAMPLES,
+            "length": LENGTH,
+            "joined": False,
+            "roles": {"human": "user"},
+            "template": "{{ messages }}",
+            "special_tokens": {"eos_token": "<eos>"},
+            "rows": "jsonl",
+        },
+        _text,
+        bounded=True,
+    ),
+    OpSample(LongestFirst(), {"processor": "x86_64 avx2"}, lambda: [_tokens()]),
+    OpSample(
+        Embed(),
+        {"dtype": "F32"},
+        lambda: [_tokens(), *drawn(("BF16", (16, 32)))()],
+    ),
+    OpSample(
+        Forward(workspace=1 << 20),
+        {**_layer().params, "linears": list(_layer().linears)},
+        _layer().inputs(1),
+        _WORKSPACE,
+    ),
+    OpSample(
+        Smooth(workspace=1 << 20),
+        {
+            **_layer().params,
+            "mappings": [["mlp.up_proj", ["mlp.down_proj"]]],
+            "quantized": ["mlp.up_proj", "mlp.down_proj"],
+            "scheme": {"num_bits": 4, "group_size": 64, "symmetric": False},
+            "n_grid": 4,
+            "duo_scaling": True,
+            "norms": "library",
+        },
+        _layer().inputs(1),
+        _WORKSPACE,
+    ),
+    OpSample(
+        Tune(),
+        {
+            **{name: _layer().params[name] for name in _PASSING},
+            "linears": _TUNED,
+            "settings": {
+                **_TUNING,
+                "layer_bits": {name: 16 for name in _layer().linears if name not in _TUNED},
+            },
+        },
+        _layer().inputs(2),
+    ),
+    OpSample(
+        Advance(),
+        {
+            **{name: _layer().params[name] for name in _PASSING},
+            "linears": _TUNED,
+            "batch_size": 1,
+            "amp": True,
+        },
+        lambda: [*_layer().inputs(2)(), *_layer().packed(_TUNED)],
+    ),
+]
+"""Every op at least once, and once more for each way of its own through the code."""
+
+
+def identifiers(samples: Sequence[OpSample]) -> list[str]:
+    """Names of tests: the op's, and a number where it has several samples."""
+    names = [sample.op.name for sample in samples]
+    return [
+        f"{name}-{names[:index].count(name)}" if names.count(name) > 1 else name
+        for index, name in enumerate(names)
+    ]
+
+
+def each(samples: Sequence[OpSample]) -> Callable[[Any], Any]:
+    """Run a test for each of the samples."""
+    return pytest.mark.parametrize("sample", samples, ids=identifiers(samples))
+
+
+# --- formats -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FormatSample:
+    """A format as a recipe asks for it.
+
+    `quantize` is the section, but for `format`; the model is the demo's base, cut to two layers,
+    with its vision tower and MTP head, and the recipe has a calibration for formats that need one.
+    `change` sets one knob so that some actions run again and none is added; none when the format
+    has no such knob.
+    `excluded` leads to where config.json lists what is not quantized; empty when nothing there
+    does.
+    """
+
+    quantize: Mapping[str, Any] = field(default_factory=dict)
+    change: str | None = None
+    excluded: tuple[str, ...] = ()
+
+
+FORMATS: Mapping[str, FormatSample] = {
+    "mlx": FormatSample({"bits": 4}, change="quantize.bits=5"),
+    "nvfp4": FormatSample(
+        change='quantize.keep="*.layers.1.mlp.*"', excluded=("quantization_config", "ignore")
+    ),
+    "autoround": FormatSample(
+        {"method": "nearest"},
+        change="quantize.group_size=64",
+        excluded=("quantization_config", "extra_config"),
+    ),
+    "compressed-tensors": FormatSample(
+        {
+            "targets": ["Linear"],
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": {"observer": "memoryless_minmax"}}
+            },
+            "ignore": ["lm_head", "re:model.visual.*", "re:mtp.*", "re:.*linear_attn.*"],
+            "n_grid": 4,
+        },
+        change="quantize.config_groups.group_0.weights.group_size=64",
+        excluded=("quantization_config", "ignore"),
+    ),
+}
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepSample:
+    """A step as recipes ask for it, and which sources it needs beside the body."""
+
+    params: Mapping[str, Any]
+
+
+STEPS: Mapping[str, StepSample] = {
+    "rename": StepSample({"from": "^lm_head", "to": "head", "expect": 1}),
+    "drop": StepSample({"match": ["model.visual.*"]}),
+    "graft": StepSample({"from": "base", "match": "mtp.*", "replace": True}),
+    "chat_template": StepSample({"patch": "hermes"}),
+}
