@@ -59,7 +59,7 @@ def pages(plan: VariantPlan) -> Iterator[tuple[str, str]]:
         )
         for index, layout in enumerate(plan.packs)
     ]
-    rendered = render_files(describe(plan, shards, {}), plan.format.packager())
+    rendered = render_files(describe(plan, shards, {}), plan.format)
     for name, content in rendered.files.items():
         if name.endswith((".md", ".sh")):
             yield name, content.decode()
