@@ -305,13 +305,14 @@ def test_what_is_built_runs(llama: Project, carnice: Carnice, variant: str) -> N
 
 
 def test_variants_are_explained_and_compared(llama: Project, carnice: Carnice) -> None:
-    """`explain` knows the actions, and `diff` compares the modules of two folders."""
+    """`explain` names what would run, and `diff` pairs the modules of two formats."""
     explained = carnice("explain", "nvfp4", "--set", "calibration.length=32")
-    compared = carnice("diff", "build/int4", "build/tuned")
+    compared = carnice("diff", "build/int4", "build/nvfp4", "--json")
 
     assert (0, 0) == (explained.code, compared.code), explained.err + compared.err
     assert "calibration.tokens: length 48 -> 32" in explained.out
-    assert "self_attn.q_proj" in compared.out
+    names = {fact.module for fact in Llama(llama_config(), "llama").tensors.values()}
+    assert names == set(json.loads(compared.out)["modules"])
 
 
 def test_grouped_queries_are_smoothed_as_far_as_they_fit() -> None:
