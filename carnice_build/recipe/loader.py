@@ -21,6 +21,7 @@ from carnice_build.recipe.schema import (
     PackageSpec,
     RecipeBody,
     SourceSpec,
+    Strict,
     Vocabulary,
 )
 from carnice_build.recipe.tree import Node
@@ -201,7 +202,7 @@ def _telling(
     unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
     others = [detail for detail in details if detail["type"] != "extra_forbidden"]
     meant = {
-        (*detail["loc"][:-1], nearest(str(detail["loc"][-1]), _keys(model, detail["loc"])))
+        (*detail["loc"][:-1], nearest(str(detail["loc"][-1]), _keys(_owner(model, detail["loc"]))))
         for detail in unknown[:MOST_LISTED]
     }
     told: dict[tuple[str | int, ...], ErrorDetails] = {}
@@ -231,8 +232,11 @@ def _translate(
     where = tree.find(location).where
     if detail["type"] == "extra_forbidden":
         key = str(location[-1])
+        owner = _owner(model, detail["loc"])
+        if issubclass(owner, Strict) and key in owner.retired:
+            return RecipeError(f"{shown} is gone", where=where, expected=owner.retired[key])
         return RecipeError(
-            f"unknown key {shown!r}", where=where, nearest=nearest(key, _keys(model, detail["loc"]))
+            f"unknown key {shown!r}", where=where, nearest=nearest(key, _keys(owner))
         )
     if detail["type"] == "missing":
         return RecipeError(f"{shown} is missing", where=where)
@@ -245,14 +249,19 @@ def _translate(
     return RecipeError(f"{shown}: {message}{suffix}", where=where, nearest=near)
 
 
-def _keys(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
-    """The keys that the sub-model at `location`'s parent accepts; the model's own as a fallback."""
-    current: Any = model
+def _owner(model: type[BaseModel], location: tuple[str | int, ...]) -> type[BaseModel]:
+    """The sub-model that the entry at `location` stands in; the nearest above it as a fallback."""
+    current = model
     for part in location[:-1]:
-        field = current.model_fields.get(part) if hasattr(current, "model_fields") else None
+        field = current.model_fields.get(str(part))
         if field is not None:
             current = _model_in(field.annotation) or current
-    return [field.alias or name for name, field in current.model_fields.items()]
+    return current
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    """The keys that the model accepts."""
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -25,9 +25,13 @@ from carnice_build.units import parse_size
 
 
 class Strict(BaseModel):
-    """A frozen model that refuses unknown keys and accepts aliases only as written in YAML."""
+    """A frozen model that refuses unknown keys and accepts aliases only as written in YAML.
+
+    `retired` maps keys that it had once to what a recipe says instead, as an error expects it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    retired: ClassVar[Mapping[str, str]] = {}
 
 
 def _check_pattern(text: str) -> str:
