@@ -56,8 +56,8 @@ AWQ40B = replace(
 FACTS = {
     "nvfp4-vllm": NVFP4,
     "int4-autoround-vllm": INT4,
-    "w4a16-awq-v100": AWQ40B,
-    "w4a16-awq-vllm": AWQ40B,
+    "w4a16-v100": AWQ40B,
+    "w4a16-vllm": AWQ40B,
 }
 
 

@@ -93,7 +93,7 @@ PUBLISHED = [
     ),
     *(
         (
-            {"profile": "w4a16-awq-v100", "served_name": "deckard-40b"},
+            {"profile": "w4a16-v100", "served_name": "deckard-40b"},
             launch,
             AWQ40B,
             f"""{V100} --max-model-len {context} --gpu-memory-utilization {share}
@@ -120,7 +120,7 @@ def test_a_published_command_is_reproduced(
 
 def test_the_environment_of_v100_is_that_of_the_card() -> None:
     """All four variables, two of them mandatory."""
-    env = launch_of(spec_of("w4a16-awq-v100"), "ceiling", AWQ40B).env
+    env = launch_of(spec_of("w4a16-v100"), "ceiling", AWQ40B).env
 
     assert {
         "PYTORCH_CUDA_ALLOC_CONF": ("expandable_segments:True", True),
@@ -159,35 +159,35 @@ REFUSED = [
         "disable-custom-all-reduce",
     ),
     (
-        "w4a16-awq-v100",
+        "w4a16-v100",
         "safe",
         {"flags": {"kv-cache-dtype": "fp8_e4m3"}},
         "cannot do fp8_e4m3",
         "kv-cache-dtype",
     ),
     (
-        "w4a16-awq-v100",
+        "w4a16-v100",
         "ceiling",
         {"flags": {"compilation-config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}},
         "full CUDA graphs",
         "compilation-config",
     ),
     (
-        "w4a16-awq-v100",
+        "w4a16-v100",
         "safe",
         {"flags": {"compilation-config": False}},
         "vLLM's default",
         "compilation-config",
     ),
     (
-        "w4a16-awq-v100",
+        "w4a16-v100",
         "safe",
         {"flags": {"compilation-config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}}},
         "more than four",
         "compilation-config",
     ),
     (
-        "w4a16-awq-v100",
+        "w4a16-v100",
         "safe",
         {"flags": {"kv-cache-auto-trim-ratio": 0}},
         "trimming",
@@ -221,7 +221,7 @@ def test_a_mandatory_variable_cannot_be_left_out(
     launch: str, variable: str, weights: int, reason: str
 ) -> None:
     """The allocator's at any share for 40B and above 0.85 for all; NCCL's without NVLink."""
-    section = {"profile": "w4a16-awq-v100", "launches": {launch: {"env": {variable: False}}}}
+    section = {"profile": "w4a16-v100", "launches": {launch: {"env": {variable: False}}}}
     error = refused(ServeSpec.model_validate(section), replace(AWQ40B, weights_bytes=weights))
 
     assert reason in error.what
@@ -230,7 +230,7 @@ def test_a_mandatory_variable_cannot_be_left_out(
 
 def test_what_a_small_model_can_do_without_is_not_asked_for() -> None:
     """A 27B at a share of 0.85 needs no setting of the allocator."""
-    section = spec_of("w4a16-awq-v100", safe={"env": {"PYTORCH_CUDA_ALLOC_CONF": False}})
+    section = spec_of("w4a16-v100", safe={"env": {"PYTORCH_CUDA_ALLOC_CONF": False}})
     launch = launch_of(section, "safe", replace(AWQ40B, weights_bytes=19_000_000_000))
 
     assert "PYTORCH_CUDA_ALLOC_CONF" not in launch.env
@@ -271,7 +271,7 @@ UNKNOWN = [
         ("launches", "production", "flags", "max-num-seq"),
     ),
     (
-        {"profile": "w4a16-awq-v100", "launches": {"safe": {"flags": {"max-model-length": 1}}}},
+        {"profile": "w4a16-v100", "launches": {"safe": {"flags": {"max-model-length": 1}}}},
         "max-model-len",
         ("launches", "safe", "flags", "max-model-length"),
     ),
@@ -329,7 +329,7 @@ def test_parsers_follow_from_the_packaged_template() -> None:
     """The demo's template writes XML calls; each profile names its parser for that form."""
     form = tool_format((REPOSITORY / "demo" / "chat_template.jinja").read_text())
 
-    for profile, parser in (("nvfp4-vllm", "qwen3_xml"), ("w4a16-awq-vllm", "qwen3_coder")):
+    for profile, parser in (("nvfp4-vllm", "qwen3_xml"), ("w4a16-vllm", "qwen3_coder")):
         facts = replace(
             FACTS[profile],
             tool_call_parser=form.tool_call_parser,
@@ -359,7 +359,7 @@ def test_a_profile_for_another_format_is_refused() -> None:
     error = refused(spec_of("nvfp4-vllm"), AWQ40B)
 
     assert "no serving profile 'nvfp4-vllm' for compressed-tensors" in error.what
-    assert "w4a16-awq-v100 or w4a16-awq-vllm" == error.expected
+    assert "w4a16-v100 or w4a16-vllm" == error.expected
 
 
 @pytest.mark.parametrize("repo", ["--help", "", "a b", "a\nb", "$(id)"])
@@ -408,9 +408,9 @@ def test_the_cache_of_the_40b_is_twelve_gib() -> None:
 @pytest.mark.parametrize(("name", "gib"), [("safe", 9.16), ("longer", 10.99), ("ceiling", 12.0)])
 def test_every_rung_of_the_ladder_has_its_estimate(name: str, gib: float) -> None:
     """Each rung fits on two V100 with the weights, and the README shows what it takes."""
-    launch = launch_of(spec_of("w4a16-awq-v100"), name, AWQ40B)
+    launch = launch_of(spec_of("w4a16-v100"), name, AWQ40B)
     memory = estimate(launch, AWQ40B)
-    page = serve_files(spec_of("w4a16-awq-v100"), AWQ40B)["serve/README.md"].decode()
+    page = serve_files(spec_of("w4a16-v100"), AWQ40B)["serve/README.md"].decode()
 
     assert gib == pytest.approx(memory.kv_cache / GIB, abs=0.005)
     assert memory.budget is not None

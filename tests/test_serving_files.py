@@ -168,7 +168,7 @@ def test_compose_serves_the_same_launches(profile: str) -> None:
 def test_the_pinned_image_is_that_of_the_card() -> None:
     """The INT4 card's nightly on port 8070; an engine without an image asks for one."""
     int4 = serve_files(spec_of("int4-autoround-vllm"), INT4)["serve/compose.yaml"]
-    v100 = serve_files(spec_of("w4a16-awq-v100"), AWQ40B)["serve/compose.yaml"]
+    v100 = serve_files(spec_of("w4a16-v100"), AWQ40B)["serve/compose.yaml"]
     service = yaml.safe_load(int4)["services"]["two-cards"]
 
     assert "vllm/vllm-openai:nightly-7a1eb8ac2ec4ea69338c51dc7afd4b15010abfa8" == service["image"]
@@ -196,7 +196,7 @@ def test_a_request_asks_for_three_cities(tmp_path: Path) -> None:
 def test_clients_ask_for_the_served_name() -> None:
     """Hermes and the request use the name and port of the first launch."""
     section = {
-        "profile": "w4a16-awq-v100",
+        "profile": "w4a16-v100",
         "served_name": "deckard-40b",
         "launches": {"safe": {"port": 9000}},
     }
@@ -214,7 +214,7 @@ def test_clients_ask_for_the_served_name() -> None:
 
 def test_the_page_holds_what_the_profile_has() -> None:
     """Flags with reasons, requirements, caveats, ladder, sampling, looping and checklists."""
-    page = serve_files(spec_of("w4a16-awq-v100"), AWQ40B)["serve/README.md"].decode()
+    page = serve_files(spec_of("w4a16-v100"), AWQ40B)["serve/README.md"].decode()
     int4 = serve_files(spec_of("int4-autoround-vllm"), INT4)["serve/README.md"].decode()
 
     for part in (

@@ -13,7 +13,7 @@ from carnice_build.checkpoint.checkpoint import is_plain_path
 from carnice_build.recipe.schema import PackageSpec
 from carnice_build.serving.render import serve_all, serve_files
 
-BOTH = ("w4a16-awq-vllm", "w4a16-awq-v100")
+BOTH = ("w4a16-vllm", "w4a16-v100")
 SPECS = [spec_of(profile) for profile in BOTH]
 
 
@@ -103,8 +103,6 @@ def test_the_page_above_leads_to_each() -> None:
     """serve/README.md lists the folders with what they are for and their launches."""
     page = serve_all(SPECS, AWQ40B)["serve/README.md"].decode()
 
-    assert "[`w4a16-awq-vllm/`](w4a16-awq-vllm/README.md)" in page
-    assert (
-        "| W4A16 (AWQ, compressed-tensors) on two V100 cards with the 1Cat fork of vLLM |" in page
-    )
+    assert "[`w4a16-vllm/`](w4a16-vllm/README.md)" in page
+    assert "| W4A16 (compressed-tensors) on two V100 cards with the 1Cat fork of vLLM |" in page
     assert "| `safe, longer, ceiling` |" in page

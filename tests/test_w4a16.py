@@ -227,7 +227,7 @@ def test_the_page_for_v100_holds_the_card_and_what_was_worked_out(deckard: Optio
     (variant,) = plan_variants(["deckard"], deckard).variants
     assert variant.serving is not None
     files = serve_all(variant.recipe.package.serve, variant.serving)
-    page = files["serve/w4a16-awq-v100/README.md"].decode()
+    page = files["serve/w4a16-v100/README.md"].decode()
 
     for part in (
         "24 layers of full attention, 4 KV heads of 256",
@@ -296,7 +296,7 @@ def test_a_group_that_does_not_divide_is_refused(
 
 # --- serving -------------------------------------------------------------------------------------
 
-E4M3 = "{profile: w4a16-awq-v100, launches: {safe: {flags: {kv-cache-dtype: fp8_e4m3}}}}"
+E4M3 = "{profile: w4a16-v100, launches: {safe: {flags: {kv-cache-dtype: fp8_e4m3}}}}"
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -305,9 +305,9 @@ def test_a_launch_that_cannot_work_stops_the_plan_at_its_line(
 ) -> None:
     """Exit code 2, the reason, and the line and column of the flag that is to blame."""
     flag = "      launches: {safe: {flags: {kv-cache-dtype: fp8_e4m3}}}\n"
-    first = "    - w4a16-awq-vllm\n    - profile: w4a16-awq-v100\n"
+    first = "    - w4a16-vllm\n    - profile: w4a16-v100\n"
     alone = flag.removeprefix("  ")
-    section = first + flag if listed else "    profile: w4a16-awq-v100\n" + alone
+    section = first + flag if listed else "    profile: w4a16-v100\n" + alone
     path = small.recipe(
         "broken",
         f"extends: {MSE}.yaml\nvariant: broken\ndescription: A V100 in E4M3\n"
@@ -327,10 +327,10 @@ def test_a_launch_that_cannot_work_stops_the_plan_at_its_line(
 
 def test_a_profile_is_served_once(small: Project, carnice: Carnice) -> None:
     """Two sections of one profile would be one folder, and are refused."""
-    change = f"package.serve=[{E4M3.replace('e4m3', 'e5m2')}, w4a16-awq-v100]"
+    change = f"package.serve=[{E4M3.replace('e4m3', 'e5m2')}, w4a16-v100]"
 
     check_refused_at_once(
-        carnice("plan", MSE, "--set", change), small, "'w4a16-awq-v100' is listed twice"
+        carnice("plan", MSE, "--set", change), small, "'w4a16-v100' is listed twice"
     )
 
 
@@ -338,19 +338,19 @@ def test_a_folder_is_served_by_both_engines(calibrated: Project, ran: Ran) -> No
     """Stock vLLM and the V100 fork have a folder each below serve/; one profile has serve/."""
     build(calibrated, MSE)
     both = [name for name in calibrated.built(MSE) if name.startswith("serve/")]
-    made = ran(calibrated, MSE, changes=("package.serve=w4a16-awq-v100",))
+    made = ran(calibrated, MSE, changes=("package.serve=w4a16-v100",))
     alone = [name for name in calibrated.built(MSE) if name.startswith("serve/")]
 
     assert {
         "serve/README.md",
-        "serve/w4a16-awq-vllm/hopper.sh",
-        "serve/w4a16-awq-vllm/ampere.sh",
-        "serve/w4a16-awq-v100/safe.sh",
-        "serve/w4a16-awq-v100/longer.sh",
-        "serve/w4a16-awq-v100/ceiling.sh",
+        "serve/w4a16-vllm/hopper.sh",
+        "serve/w4a16-vllm/ampere.sh",
+        "serve/w4a16-v100/safe.sh",
+        "serve/w4a16-v100/longer.sh",
+        "serve/w4a16-v100/ceiling.sh",
         *(
             f"serve/{profile}/{name}"
-            for profile in ("w4a16-awq-vllm", "w4a16-awq-v100")
+            for profile in ("w4a16-vllm", "w4a16-v100")
             for name in ("README.md", "compose.yaml", "hermes-cli-config.yaml", "request.sh")
         ),
     } == set(both)
