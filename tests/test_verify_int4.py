@@ -113,7 +113,7 @@ def test_the_config_must_fit_the_tensors(
 @pytest.fixture(scope="module")
 def smoothed(options: Options) -> Options:
     """Where the AWQ variant with the cheaper observer is built."""
-    overrides = ("calibration.samples=2", "calibration.length=64", "quantize.n_grid=4")
+    overrides = ("calibration.samples=2", "calibration.length=64", "quantize.awq.n_grid=4")
     awq = replace(options, overrides=overrides)
     build_variants([AWQ], awq)
     return awq

@@ -19,9 +19,7 @@ from tiny import contents
 from carnice_build.calibration.tokens import LongestFirst
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
-from carnice_build.formats.compressed_tensors.awq import (
-    Smooth,
-)
+from carnice_build.formats.compressed_tensors.awq import Smooth
 from carnice_build.graph import ActionOutput
 from carnice_build.models.base import Role
 from carnice_build.serving.render import serve_all
@@ -96,7 +94,7 @@ def test_the_format_says_in_which_order_samples_are_seen(
 def test_the_observer_is_what_explain_names(calibrated: Project, carnice: Carnice) -> None:
     """One line: which parameter, from what to what, and the line of the recipe that says so."""
     build(calibrated, MSE)
-    path = calibrated.recipes / f"{MSE}.yaml"
+    path = calibrated.recipes / "_base" / "w4a16.yaml"
     path.write_text(path.read_text().replace("observer: mse", "observer: memoryless_minmax"))
     line = path.read_text().split("observer:")[0].count("\n") + 1
     sets = [part for item in QUICK for part in ("--set", item)]
@@ -105,7 +103,7 @@ def test_the_observer_is_what_explain_names(calibrated: Project, carnice: Carnic
     assert f"{QUANTIZED} run, 0 read" in counts
     assert [
         f'  {QUANTIZED} x {QUANTIZE}: observer "mse" -> "memoryless_minmax" by '
-        f"recipes/{MSE}.yaml:{line}:19"
+        f"recipes/_base/w4a16.yaml:{line}:19"
     ] == reasons
 
 
@@ -168,7 +166,7 @@ def test_exact_norms_that_nothing_smooths_are_the_sources(small: Project) -> Non
 
 def _made_norms(project: Project, norms: str) -> set[str]:
     """The norms that are not published with the bytes of their source."""
-    options = project.options(overrides=(*QUICK, f"quantize.norms={norms}"))
+    options = project.options(overrides=(*QUICK, f"quantize.awq.norms={norms}"))
     (variant,) = plan_variants([MSE], options).variants
     return {
         tensor.name
@@ -264,8 +262,8 @@ REFUSED = [
         'quantize.ignore=["re:.*linear_attn.*", "re:.*lm_head", "re:.*mtp.*"]',
         "model.visual.blocks.0.attn.qkv would be quantized, and is in no decoder layer",
     ),
-    ("quantize.norms=exakt", "did you mean 'exact'?"),
-    ("quantize.n_grid=0", "quantize.n_grid: "),
+    ("quantize.awq.norms=exakt", "did you mean 'exact'?"),
+    ("quantize.awq.n_grid=0", "quantize.awq.n_grid: "),
 ]
 
 

@@ -1,36 +1,24 @@
-"""Ops of AWQ: the search for smoothing scales, and what they make of weights and norms.
+"""AWQ's search for smoothing scales, layer by layer.
 
 tokens -> hidden(0) -> for each layer *i*: smooth(i) -> hidden(i + 1), scales(i)
 
 The search does not depend on the observer that picks the integers, and the next layer reads
-smoothed, unquantized outputs; so one chain serves every observer.  The arithmetic that applies
-the scales is in `kernels.smoothing`, the search in `backends.awq`.
+smoothed, unquantized outputs; so one chain serves every observer.  The arithmetic of the search is
+in `backends.awq`; what its scales make of weights and norms, in `ops`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from carnice_build.calibration.passes import Calibration, layer_memory, samples
-from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
-from carnice_build.errors import PlanError
-from carnice_build.graph import (
-    ArrayOp,
-    BadInput,
-    NonFiniteValue,
-    ProcessOp,
-    TensorData,
-    TensorRef,
-    require_finite,
-)
+from carnice_build.dtypes import TensorSpec
+from carnice_build.graph import ProcessOp, TensorRef
+from carnice_build.models.base import Architecture
+from carnice_build.models.smoothing import mappings_of_layer
 from carnice_build.tensor_file import TensorFile
-
-SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-"""The tensors that a weight becomes, by the end of their names, in the order of outputs."""
-
-_PER_WORD = 8
 
 
 @dataclass(frozen=True)
@@ -89,183 +77,46 @@ class Smooth(ProcessOp):
         smooth(params, samples(inputs[0]), inputs[1], inputs[2:], outputs, progress)
 
 
-class SmoothNorm(ArrayOp):
-    """A norm with gain 1 + w, its gain over the scales, as llm-compressor stores it.
+@dataclass(frozen=True)
+class Scales:
+    """Vectors F64 [channels] by the path of the module that they smooth.
 
-    Inputs: w [channels], and the scales F64 [channels] when something smooths it.
-    Output: the stored weight, of the same type.  Parameter: `exact`, see `smooth_gain`.
+    `columns` are what a weight's columns are multiplied by, `rows` what its rows, or a norm's
+    gain, are divided by.
     """
 
-    name = "awq.norm"
-    version = 1
-    libraries = ("numpy",)
-
-    def infer(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
-    ) -> tuple[TensorSpec, ...]:
-        """As the norm is."""
-        return (inputs[0],)
-
-    def apply(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
-    ) -> None:
-        """Raises NonFiniteValue, and BadInput for a gain that the type cannot hold."""
-        from carnice_build.kernels.smoothing import smooth_gain
-
-        weight, *vectors = inputs
-        scales = _finite_scales(vectors[0], 1) if vectors else None
-        require_finite(
-            smooth_gain(weight.array, weight.dtype, scales, params["exact"], outputs[0].array)
-        )
-        _check_range(outputs[0])
+    columns: Mapping[str, TensorRef] = field(default_factory=dict)
+    rows: Mapping[str, TensorRef] = field(default_factory=dict)
 
 
-class GroupQuantize(ArrayOp):
-    """An INT4 weight in the format pack-quantized, smoothed first if it is to be.
+def search(
+    calibration: Calibration,
+    architecture: Architecture,
+    quantized: Container[str],
+    settings: Mapping[str, Any],
+) -> Scales:
+    """The search in all layers of a model of which the modules `quantized` will be.
 
-    Inputs: a weight [rows, columns]; scales F64 [columns] if `columns`; scales F64 [rows] if
-    `rows`.
-    Outputs: weight_packed I32 [rows, columns / 8]; weight_scale [rows, columns / group];
-    weight_zero_point I32 [rows / 8, columns / group], unless `symmetric`; weight_shape I64 [2].
-    Parameters: `observer`, `group_size`, `columns` and `rows`.
+    `settings` are `scheme`, `n_grid`, `duo_scaling` and `norms`.
     """
-
-    name = "compressed.quantize"
-    version = 1
-    libraries = ("numba", "numpy")
-
-    def infer(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
-    ) -> tuple[TensorSpec, ...]:
-        """The parts of the packed weight."""
-        spec, group = inputs[0], params["group_size"]
-        if spec.dtype not in WIDE_FLOATS:
-            raise PlanError(
-                f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
-            )
-        if params["observer"] == "mse" and spec.dtype == "F32":
-            raise PlanError("the observer mse needs 16-bit weights")
-        rows, columns = spec.shape
-        if columns % group:
-            raise PlanError(f"group_size {group} does not divide the {columns} inputs")
-        grid = (rows, columns // group)
-        return (
-            TensorSpec("I32", (rows, columns // _PER_WORD)),
-            TensorSpec(spec.dtype, grid),
-            TensorSpec("I32", (-(-rows // _PER_WORD), grid[1])),
-            TensorSpec("I64", (2,)),
-        )
-
-    def apply(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
-    ) -> None:
-        """Raises NonFiniteValue, and BadInput for weights whose range has no scale."""
-        import numpy as np
-
-        from carnice_build.kernels import compressed
-
-        weight = _smoothed(params, inputs)
-        dtype, group = weight.dtype, params["group_size"]
-        packed, scales, packed_zeros, shape = (output.array for output in outputs)
-        zeros = np.empty(scales.shape, np.int8)
-        observe = {"mse": compressed.mse_qparams, "memoryless_minmax": compressed.minmax_qparams}
-        require_finite(observe[params["observer"]](weight.array, dtype, group, scales, zeros))
-        try:
-            require_finite(
-                compressed.quantize_affine(weight.array, dtype, group, scales, zeros, packed)
-            )
-        except ValueError as error:
-            raise BadInput(0, f"cannot be quantized: {error}") from None
-        compressed.pack_zero_points(zeros, packed_zeros)
-        shape[...] = weight.array.shape
-
-
-class SmoothWeight(ArrayOp):
-    """A weight that is smoothed and stays unquantized; as `GroupQuantize` begins.
-
-    Inputs and the parameters `columns` and `rows` as there; the output is as the weight.
-    """
-
-    name = "awq.weight"
-    version = 1
-    libraries = ("numpy",)
-
-    def infer(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
-    ) -> tuple[TensorSpec, ...]:
-        """As the weight is."""
-        return (inputs[0],)
-
-    def apply(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
-    ) -> None:
-        """Raises as `_smoothed`."""
-        outputs[0].array[...] = _smoothed(params, inputs).array
-
-
-def _smoothed(params: Mapping[str, Any], inputs: Sequence[TensorData]) -> TensorData:
-    """The weight times the column scales, then over the row scales, each rounded to its type.
-
-    Raises NonFiniteValue, and BadInput for a product that the type cannot hold.
-    """
-    import numpy as np
-
-    from carnice_build.kernels.smoothing import divide_rows, multiply_columns
-
-    weight, *vectors = inputs
-    scales = (_finite_scales(vector, operand) for operand, vector in enumerate(vectors, 1))
-    for wanted, change in ((params["columns"], multiply_columns), (params["rows"], divide_rows)):
-        if wanted:
-            out = np.empty_like(weight.array)
-            require_finite(change(weight.array, weight.dtype, next(scales), out))
-            weight = TensorData(weight.dtype, out)
-            _check_range(weight)
-    return weight
-
-
-def _finite_scales(scales: TensorData, operand: int) -> Any:
-    """The array of input number `operand`, F64 [channels]."""
-    import numpy as np
-
-    bad = np.flatnonzero(~np.isfinite(scales.array))
-    if bad.size:
-        raise NonFiniteValue(int(bad[0]), operand)
-    return scales.array
-
-
-def _check_range(smoothed: TensorData) -> None:
-    from carnice_build.kernels.elementwise import non_finite_index
-
-    if non_finite_index(smoothed.array, smoothed.dtype) >= 0:
-        raise BadInput(0, f"cannot be smoothed: its values leave the range of {smoothed.dtype}")
-
-
-class Smoothing:
-    """Smooths the layers of a model in turn, as far as somebody asks for them."""
-
-    def __init__(self, calibration: Calibration, settings: Mapping[str, Any]) -> None:
-        """`settings` are `scheme`, `n_grid`, `duo_scaling` and `norms`."""
-        self._calibration = calibration
-        self._settings = settings
-        self._hidden = calibration.start
-
-    def layer(
-        self,
-        number: int,
-        mappings: Sequence[tuple[str, Sequence[str]]],
-        quantized: Sequence[str],
-    ) -> tuple[TensorRef, ...]:
-        """The scales of each of `mappings` in layer `number`; to be asked in order."""
-        calibration = self._calibration
+    columns: dict[str, TensorRef] = {}
+    rows: dict[str, TensorRef] = {}
+    hidden = calibration.start
+    for number in range(architecture.num_layers):
         layer = calibration.layer(number)
+        modules = {name.rpartition(".")[0] for name in layer.names}
+        chosen = [name for name in layer.linears if layer.prefix + name in quantized]
+        mappings = list(mappings_of_layer(architecture.smoothing, modules, chosen))
         params = {
             **layer.params,
-            **self._settings,
-            "mappings": [[smooth, list(balance)] for smooth, balance in mappings],
-            "quantized": list(quantized),
+            **settings,
+            "mappings": [[mapping.smooth, list(mapping.balance)] for mapping in mappings],
+            "quantized": chosen,
         }
-        hidden, *scales = calibration.graph.add(
-            Smooth(layer.workspace), params, calibration.tokens, self._hidden, *layer.weights
+        hidden, *found = calibration.graph.add(
+            Smooth(layer.workspace), params, calibration.tokens, hidden, *layer.weights
         )
-        self._hidden = hidden
-        return tuple(scales)
+        for mapping, scales in zip(mappings, found, strict=True):
+            rows[layer.prefix + mapping.smooth] = scales
+            columns |= {layer.prefix + name: scales for name in mapping.balance}
+    return Scales(columns, rows)

@@ -90,7 +90,7 @@ class CompressedChecks(TorchChecks):
         yield from ignore_problems(folder, architecture, ignore, (Role.LINEAR,), fused=False)
 
     def compared(self, tensors: Sequence[OutputTensor]) -> None:
-        """Raise Incomparable for what was smoothed."""
+        """Raise Incomparable for what AWQ smoothed."""
         origin = tensors[0].ref.origin
         if isinstance(origin, ActionOutput) and len(origin.action.inputs) > 1:
             raise Incomparable(f"{tensors[0].name} was smoothed")

@@ -29,28 +29,28 @@ def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:
     """What llm-compressor writes of the modifiers that it ran."""
     import yaml
 
-    modifiers = {
-        "AWQModifier": {
+    modifiers: dict[str, Any] = {}
+    if knobs.smoothing:
+        modifiers["AWQModifier"] = {
             "requires_calibration_data": True,
             "mappings": _mappings(variant),
-            "duo_scaling": knobs.duo_scaling,
-            "n_grid": knobs.n_grid,
+            "duo_scaling": knobs.smoothing.duo_scaling,
+            "n_grid": knobs.smoothing.n_grid,
+        }
+    modifiers["QuantizationModifier"] = {
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": _weights(knobs),
+                "input_activations": None,
+                "output_activations": None,
+                "format": None,
+            }
         },
-        "QuantizationModifier": {
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": _weights(knobs),
-                    "input_activations": None,
-                    "output_activations": None,
-                    "format": None,
-                }
-            },
-            "targets": knobs.targets,
-            "ignore": knobs.ignore,
-            "bypass_divisibility_checks": False,
-            "requires_calibration_data": False,
-        },
+        "targets": knobs.targets,
+        "ignore": knobs.ignore,
+        "bypass_divisibility_checks": False,
+        "requires_calibration_data": False,
     }
     stage = {"default_stage": {"default_modifiers": modifiers}}
     return yaml.safe_dump(stage, sort_keys=False, allow_unicode=True, width=100).encode()

@@ -1,15 +1,15 @@
-"""Format `compressed-tensors`: asymmetric INT4 in groups, as llm-compressor's AWQ writes it.
+"""Format `compressed-tensors`: asymmetric INT4 in groups, as llm-compressor writes it.
 
-The section speaks llm-compressor's language, so that its recipe can be read off it and is written
-beside the weights.
+Weights are rounded to nearest, as they are or after AWQ has smoothed them.  The section speaks
+llm-compressor's language, so that its recipe can be read off it and is written beside the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from carnice_build.calibration.passes import Calibration
 from carnice_build.errors import PlanError
@@ -22,19 +22,18 @@ from carnice_build.formats.base import (
 )
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.compressed_config import ignored_modules
-from carnice_build.formats.compressed_tensors.awq import (
+from carnice_build.formats.compressed_tensors.awq import Scales, search
+from carnice_build.formats.compressed_tensors.files import compressed_files
+from carnice_build.formats.compressed_tensors.ops import (
     SUFFIXES,
     GroupQuantize,
-    Smoothing,
     SmoothNorm,
     SmoothWeight,
 )
-from carnice_build.formats.compressed_tensors.files import compressed_files
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import Part, Role, SmoothingMapping, TensorFact
-from carnice_build.models.smoothing import mappings_of_layer
+from carnice_build.models.base import Part, Role, TensorFact
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns, Strict
 from carnice_build.serving.profile import Serving, ServingProfiles
@@ -75,26 +74,53 @@ class ConfigGroups(Strict):
     group_0: ConfigGroup = Field(description="What is quantized.")
 
 
-class CompressedFormat(Format):
-    """W4A16 in the format pack-quantized, after AWQ's smoothing."""
+class AwqSpec(Strict):
+    """How AWQ searches; names and defaults are the library's, but for `norms`."""
 
-    format: Literal["compressed-tensors"]
-    algorithm: Literal["awq"] = Field("awq", description="What happens before the rounding.")
-    targets: list[Literal["Linear"]] = Field(description="Classes of modules that are quantized.")
-    config_groups: ConfigGroups = Field(description="Groups of modules and their schemes.")
-    ignore: AnyPatterns = Field(description="Modules that stay as they are.")
-    n_grid: Annotated[int, Field(ge=4)] = Field(20, description="Ratios that the search tries.")
+    n_grid: int = Field(20, ge=4, description="Ratios that the search tries.")
     duo_scaling: bool | Literal["both"] = Field(
         True, description="Use the weights' magnitudes beside those of activations."
-    )
-    moe_calibrate_all_experts: bool = Field(
-        True, description="Every expert sees every token; without experts it changes nothing."
     )
     norms: Literal["library", "exact"] = Field(
         "library",
         description="Hold gains 1 + w in the model's type, as llm-compressor does, which alters "
         "norms that nothing smoothed; or in float32, which leaves those alone.",
     )
+
+
+class CompressedFormat(Format):
+    """W4A16 in the format pack-quantized."""
+
+    format: Literal["compressed-tensors"]
+    algorithm: Literal["awq", "nearest"] = Field(
+        "awq",
+        description="What happens before the rounding to nearest: AWQ's smoothing, for which the "
+        "recipe needs a calibration, or nothing.",
+    )
+    targets: list[Literal["Linear"]] = Field(description="Classes of modules that are quantized.")
+    config_groups: ConfigGroups = Field(description="Groups of modules and their schemes.")
+    ignore: AnyPatterns = Field(description="Modules that stay as they are.")
+    awq: AwqSpec | None = Field(None, description="For algorithm `awq`.")
+
+    retired: ClassVar[Mapping[str, str]] = {
+        **{knob: f"`awq: {{{knob}: ...}}`" for knob in AwqSpec.model_fields},
+        "mappings": "nothing in its place: the model's family says what is smoothed",
+        "sequential_targets": "nothing in its place: decoder layers are calibrated one at a time",
+        "moe_calibrate_all_experts": "nothing in its place: no model with experts is known yet",
+    }
+
+    @model_validator(mode="after")
+    def _fits(self) -> CompressedFormat:
+        if self.algorithm != "awq" and self.awq is not None:
+            raise ValueError(f"algorithm {self.algorithm} has no use for `awq`")
+        return self
+
+    @property
+    def smoothing(self) -> AwqSpec | None:
+        """How AWQ searches, with the defaults where the recipe says nothing; None without AWQ."""
+        if self.algorithm != "awq":
+            return None
+        return self.awq or AwqSpec.model_validate({})
 
     @property
     def weights(self) -> Weights:
@@ -107,7 +133,8 @@ class CompressedFormat(Format):
 
     def card(self) -> Card:
         """See `Format.card`."""
-        tags = ("compressed-tensors", "awq", "w4a16", "int4", "vllm")
+        algorithm = ("awq",) if self.smoothing else ()
+        tags = ("compressed-tensors", *algorithm, "w4a16", "int4", "vllm")
         return Card(own_template(__package__), "transformers", tags)
 
     def checks(self) -> CompressedChecks:
@@ -125,7 +152,7 @@ class CompressedFormat(Format):
 
     def extras(self) -> tuple[str, ...]:
         """The search is llm-compressor's."""
-        return ("llmcompressor",)
+        return ("llmcompressor",) if self.smoothing else ()
 
     @classmethod
     def serving(cls) -> Serving:
@@ -137,7 +164,7 @@ class CompressedFormat(Format):
         return in_stated_dtype(view, context)
 
     def convert(self, view: View, context: PlanContext) -> Conversion:
-        """Every tensor of the view, smoothed, and the linears quantized."""
+        """Every tensor of the view, smoothed by AWQ's scales if any, and the linears quantized."""
         architecture = context.architecture
         facts = [fact for name, fact in architecture.tensors.items() if name in view]
         chosen = {fact.module: fact for fact in self._quantized(facts)}
@@ -145,8 +172,8 @@ class CompressedFormat(Format):
             check_fusions(chosen, view, architecture)
         except PlanError as error:
             raise PlanError(error.what, expected=error.expected, at=("ignore",)) from None
-        smoothed = _Smoothed(self, chosen, view, context)
-        tensors = [tensor for fact in facts for tensor in smoothed.tensors(fact)]
+        published = _Published(self, chosen, self._scales(chosen, view, context), context)
+        tensors = [item for fact in facts for item in published.of(fact, view[fact.name])]
         return Conversion(
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
@@ -163,8 +190,8 @@ class CompressedFormat(Format):
             if fact.module in chosen:
                 weights = {name: (*_WEIGHTS, name) for name in ("observer", "group_size")}
                 found[f"{fact.module}.{SUFFIXES[0]}"] = weights
-            elif fact.role is Role.NORM:
-                found[fact.name] = {"exact": ("norms",)}
+            elif fact.role is Role.NORM and self.smoothing:
+                found[fact.name] = {"exact": ("awq", "norms")}
         return found
 
     def _quantized(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
@@ -179,74 +206,52 @@ class CompressedFormat(Format):
                     )
                 yield fact
 
+    def _scales(self, quantized: Container[str], view: View, context: PlanContext) -> Scales:
+        """What AWQ finds; nothing without it."""
+        if self.smoothing is None:
+            return Scales()
+        scheme = {"num_bits": 4, "group_size": self.weights.group_size, "symmetric": False}
+        settings = {"scheme": scheme, **self.smoothing.model_dump()}
+        calibration = Calibration(view, context.calibrated(), "longest")
+        return search(calibration, context.architecture, quantized, settings)
 
-class _Smoothed:
-    """The tensors of a model after the search, layer by layer."""
+
+class _Published:
+    """What is published of each tensor of a model."""
 
     def __init__(
         self,
         knobs: CompressedFormat,
-        chosen: Mapping[str, TensorFact],
-        view: View,
+        quantized: Container[str],
+        scales: Scales,
         context: PlanContext,
     ) -> None:
         self._knobs = knobs
-        self._chosen = chosen
-        self._view = view
+        self._quantized = quantized
+        self._scales = scales
         self._graph = context.graph
         self._architecture = context.architecture
-        self._columns: dict[str, TensorRef] = {}
-        self._rows: dict[str, TensorRef] = {}
-        scheme = {"num_bits": 4, "group_size": knobs.weights.group_size, "symmetric": False}
-        settings = {
-            "scheme": scheme,
-            "n_grid": knobs.n_grid,
-            "duo_scaling": knobs.duo_scaling,
-            "norms": knobs.norms,
-        }
-        calibration = Calibration(view, context.calibrated(), "longest")
-        smoothing = Smoothing(calibration, settings)
-        for layer in range(self._architecture.num_layers):
-            self._search(layer, smoothing)
 
-    def _search(self, layer: int, smoothing: Smoothing) -> None:
-        """Note by which vectors the modules of a layer are multiplied and divided."""
-        prefix = self._architecture.layer_prefix(layer)
-        names = [
-            fact.module.removeprefix(prefix)
-            for fact in self._architecture.tensors.values()
-            if fact.layer == layer and fact.part is Part.LAYERS
-        ]
-        quantized = [name for name in names if prefix + name in self._chosen]
-        mappings = list(mappings_of_layer(self._architecture.smoothing, names, quantized))
-        found = smoothing.layer(
-            layer, [(item.smooth, item.balance) for item in mappings], quantized
-        )
-        for mapping, scales in zip(mappings, found, strict=True):
-            self._note(prefix, mapping, scales)
-
-    def _note(self, prefix: str, mapping: SmoothingMapping, scales: TensorRef) -> None:
-        self._rows[prefix + mapping.smooth] = scales
-        for name in mapping.balance:
-            self._columns[prefix + name] = scales
-
-    def tensors(self, fact: TensorFact) -> list[OutputTensor]:
+    def of(self, fact: TensorFact, ref: TensorRef) -> list[OutputTensor]:
         """What is published of a source tensor."""
-        ref, module = self._view[fact.name], fact.module
-        columns, rows = self._columns.get(module), self._rows.get(module)
+        module = fact.module
+        columns, rows = self._scales.columns.get(module), self._scales.rows.get(module)
         if fact.role is Role.NORM and self._architecture.offset_norm(fact.name):
             return [OutputTensor(fact.name, self._norm(fact, ref, rows), fact)]
         vectors = [scales for scales in (columns, rows) if scales is not None]
         used = {"columns": columns is not None, "rows": rows is not None}
-        if module in self._chosen:
+        if module in self._quantized:
             return self._packed(fact, ref, vectors, used)
         if vectors and fact.name == f"{module}.weight":
             (ref,) = self._graph.add(SmoothWeight(), used, ref, *vectors)
         return [OutputTensor(fact.name, ref, fact)]
 
     def _norm(self, fact: TensorFact, ref: TensorRef, scales: TensorRef | None) -> TensorRef:
-        exact = self._knobs.norms == "exact"
-        if fact.part is Part.MTP or (exact and scales is None):
+        smoothing = self._knobs.smoothing
+        if smoothing is None or fact.part is Part.MTP:
+            return ref
+        exact = smoothing.norms == "exact"
+        if exact and scales is None:
             return ref
         vectors = () if scales is None else (scales,)
         (norm,) = self._graph.add(SmoothNorm(), {"exact": exact}, ref, *vectors)

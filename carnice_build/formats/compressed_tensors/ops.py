@@ -1,0 +1,169 @@
+"""Ops on one weight or norm: what smoothing scales and rounding make of it.
+
+The arithmetic is in `kernels.smoothing` and `kernels.compressed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.errors import PlanError
+from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, require_finite
+
+SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+"""The tensors that a weight becomes, by the end of their names, in the order of outputs."""
+
+_PER_WORD = 8
+
+
+class GroupQuantize(ArrayOp):
+    """An INT4 weight in the format pack-quantized, smoothed first if it is to be.
+
+    Inputs: a weight [rows, columns]; scales F64 [columns] if `columns`; scales F64 [rows] if
+    `rows`.
+    Outputs: weight_packed I32 [rows, columns / 8]; weight_scale [rows, columns / group];
+    weight_zero_point I32 [rows / 8, columns / group], unless `symmetric`; weight_shape I64 [2].
+    Parameters: `observer`, `group_size`, `columns` and `rows`.
+    """
+
+    name = "compressed.quantize"
+    version = 1
+    libraries = ("numba", "numpy")
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """The parts of the packed weight."""
+        spec, group = inputs[0], params["group_size"]
+        if spec.dtype not in WIDE_FLOATS:
+            raise PlanError(
+                f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
+            )
+        if params["observer"] == "mse" and spec.dtype == "F32":
+            raise PlanError("the observer mse needs 16-bit weights")
+        rows, columns = spec.shape
+        if columns % group:
+            raise PlanError(f"group_size {group} does not divide the {columns} inputs")
+        grid = (rows, columns // group)
+        return (
+            TensorSpec("I32", (rows, columns // _PER_WORD)),
+            TensorSpec(spec.dtype, grid),
+            TensorSpec("I32", (-(-rows // _PER_WORD), grid[1])),
+            TensorSpec("I64", (2,)),
+        )
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Raises NonFiniteValue, and BadInput for weights whose range has no scale."""
+        import numpy as np
+
+        from carnice_build.kernels import compressed
+
+        weight = _smoothed(params, inputs)
+        dtype, group = weight.dtype, params["group_size"]
+        packed, scales, packed_zeros, shape = (output.array for output in outputs)
+        zeros = np.empty(scales.shape, np.int8)
+        observe = {"mse": compressed.mse_qparams, "memoryless_minmax": compressed.minmax_qparams}
+        require_finite(observe[params["observer"]](weight.array, dtype, group, scales, zeros))
+        try:
+            require_finite(
+                compressed.quantize_affine(weight.array, dtype, group, scales, zeros, packed)
+            )
+        except ValueError as error:
+            raise BadInput(0, f"cannot be quantized: {error}") from None
+        compressed.pack_zero_points(zeros, packed_zeros)
+        shape[...] = weight.array.shape
+
+
+class SmoothWeight(ArrayOp):
+    """A weight that is smoothed and stays unquantized; as `GroupQuantize` begins.
+
+    Inputs and the parameters `columns` and `rows` as there; the output is as the weight.
+    """
+
+    name = "awq.weight"
+    version = 1
+    libraries = ("numpy",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """As the weight is."""
+        return (inputs[0],)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Raises as `_smoothed`."""
+        outputs[0].array[...] = _smoothed(params, inputs).array
+
+
+class SmoothNorm(ArrayOp):
+    """A norm with gain 1 + w, its gain over the scales, as llm-compressor stores it.
+
+    Inputs: w [channels], and the scales F64 [channels] when something smooths it.
+    Output: the stored weight, of the same type.  Parameter: `exact`, see `smooth_gain`.
+    """
+
+    name = "awq.norm"
+    version = 1
+    libraries = ("numpy",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """As the norm is."""
+        return (inputs[0],)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Raises NonFiniteValue, and BadInput for a gain that the type cannot hold."""
+        from carnice_build.kernels.smoothing import smooth_gain
+
+        weight, *vectors = inputs
+        scales = _finite_scales(vectors[0], 1) if vectors else None
+        require_finite(
+            smooth_gain(weight.array, weight.dtype, scales, params["exact"], outputs[0].array)
+        )
+        _check_range(outputs[0])
+
+
+def _smoothed(params: Mapping[str, Any], inputs: Sequence[TensorData]) -> TensorData:
+    """The weight times the column scales, then over the row scales, each rounded to its type.
+
+    Raises NonFiniteValue, and BadInput for a product that the type cannot hold.
+    """
+    import numpy as np
+
+    from carnice_build.kernels.smoothing import divide_rows, multiply_columns
+
+    weight, *vectors = inputs
+    scales = (_finite_scales(vector, operand) for operand, vector in enumerate(vectors, 1))
+    for wanted, change in ((params["columns"], multiply_columns), (params["rows"], divide_rows)):
+        if wanted:
+            out = np.empty_like(weight.array)
+            require_finite(change(weight.array, weight.dtype, next(scales), out))
+            weight = TensorData(weight.dtype, out)
+            _check_range(weight)
+    return weight
+
+
+def _finite_scales(scales: TensorData, operand: int) -> Any:
+    """The array of input number `operand`, F64 [channels]."""
+    import numpy as np
+
+    bad = np.flatnonzero(~np.isfinite(scales.array))
+    if bad.size:
+        raise NonFiniteValue(int(bad[0]), operand)
+    return scales.array
+
+
+def _check_range(smoothed: TensorData) -> None:
+    from carnice_build.kernels.elementwise import non_finite_index
+
+    if non_finite_index(smoothed.array, smoothed.dtype) >= 0:
+        raise BadInput(0, f"cannot be smoothed: its values leave the range of {smoothed.dtype}")
