@@ -70,16 +70,28 @@ def _reference() -> Iterator[str]:
         yield from _model(model)
     yield "\n## Steps\n\nEach item of `steps` has one key, the kind of step.\n"
     for kind, step in STEPS.items():
-        yield f"\n### Step {kind}\n\n"
-        yield from _model(step)
+        yield from _part(f"Step {kind}", step)
     yield "\n## Formats\n\n`quantize.format` names one; the other keys are the format's own.\n"
     for kind, number_format in FORMATS.items():
-        yield f"\n### Format {kind}\n\n"
-        yield from _model(number_format)
-        for key, field in number_format.model_fields.items():
-            for nested in _models_in(field.annotation):
-                yield f"\n#### Format {kind}: {key}\n\n"
-                yield from _model(nested)
+        yield from _part(f"Format {kind}", number_format)
+
+
+def _part(title: str, model: type[BaseModel]) -> Iterator[str]:
+    """A step or format, and the sections below it."""
+    yield f"\n### {title}\n\n"
+    yield from _model(model)
+    for path, nested in _sections(model):
+        yield f"\n#### {title}: {path}\n\n"
+        yield from _model(nested)
+
+
+def _sections(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """The models below a model, however deep, by the path of their keys."""
+    for name, field in model.model_fields.items():
+        path = above + (field.alias or name)
+        for nested in _models_in(field.annotation):
+            yield path, nested
+            yield from _sections(nested, f"{path}.")
 
 
 def _model(model: type[BaseModel]) -> Iterator[str]:
@@ -101,9 +113,9 @@ def _value(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(_value(item) for item in schema["anyOf"] if item.get("type") != "null")
     if "const" in schema:
-        return f"`{schema['const']}`"
+        return _code(schema["const"])
     if "enum" in schema:
-        return ", ".join(f"`{item}`" for item in schema["enum"])
+        return ", ".join(map(_code, schema["enum"]))
     kinds = schema.get("type", "object")
     return " or ".join(_NAMES[kind] for kind in ([kinds] if isinstance(kinds, str) else kinds))
 
@@ -114,6 +126,11 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None or value in ([], {}) or isinstance(value, BaseModel):
         return ""
+    return _code(value)
+
+
+def _code(value: Any) -> str:
+    """A value as a recipe spells it."""
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 

@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY, Finished, Project
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from tiny import Tensor, read_all_tensors, read_json
 
+from carnice_build.formats.registry import FORMATS
 from carnice_build.planning.vocabulary import vocabulary
 from carnice_build.recipe.schema import json_schema
+from carnice_build.steps.registry import STEPS
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")])
@@ -74,6 +78,44 @@ def test_reference_is_current() -> None:
     page = shown("recipes.md")
 
     assert render(page) == page
+
+
+PARTS: dict[str, type[BaseModel]] = {
+    **{f"Step {kind}": step for kind, step in STEPS.items()},
+    **{f"Format {kind}": number_format for kind, number_format in FORMATS.items()},
+}
+
+
+def knobs(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """The keys of a step or format, and of the sections below it, with what is known of each."""
+    for name, field in model.model_fields.items():
+        yield field.alias or name, field
+        for nested in models_in(field.annotation):
+            yield from knobs(nested)
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a key may hold, alone or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from models_in(part)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_knob_is_described(part: str) -> None:
+    """Each key has a description, which is in the part's own chapter of docs/recipes.md.
+
+    The key `format` is what the chapter is called by.
+    """
+    (chapter,) = re.findall(rf"^### {part}\n(.*?)(?=^###? |\Z)", shown("recipes.md"), re.M | re.S)
+    rows = chapter.splitlines()
+    found = [(key, field.description) for key, field in knobs(PARTS[part]) if key != "format"]
+    expected = [(key, text) for key, text in found if text]
+
+    assert expected == found
+    for key, text in found:
+        assert any(row.startswith(f"| `{key}` |") and f"| {text} |" in row for row in rows), key
 
 
 def test_schema_accepts_shipped_recipes() -> None:
