@@ -186,7 +186,10 @@ NAMED: dict[str, tuple[Damage, str]] = {
         config(num_attention_heads=2**31 - 1, head_dim=2**31 - 1),
         "by its config",
     ),
-    "every 0th layer": (config(full_attention_interval=0), "full_attention_interval is 0"),
+    "every 0th layer": (
+        config(full_attention_interval=0, layer_types=None),
+        "full_attention_interval is 0",
+    ),
     "too few kinds of layers": (config(layer_types=["full_attention"]), "expected 8 entries"),
     "kinds of layers that are numbers": (config(layer_types=[1] * 8), "a list of strings"),
     "tied embeddings by text": (config(tie_word_embeddings="yes"), "expected true or false"),
