@@ -11,6 +11,7 @@ import pytest
 from conftest import REPOSITORY, Finished, Project
 
 from carnice_build import errors
+from carnice_build.cli.ending import TERMINATED
 from carnice_build.store.store import Store
 
 Carnice = Callable[..., Finished]
@@ -88,6 +89,11 @@ def _broken_off(project: Project, carnice: Carnice, patch: Patch) -> int:
     return carnice("build", FOUR).code
 
 
+def _terminated(project: Project, carnice: Carnice, patch: Patch) -> int:
+    # `test_endings` sends the signal, to a process of its own.
+    return TERMINATED
+
+
 Situation = Callable[[Project, Carnice, Patch], int]
 PROMISES: list[tuple[str, str, int, list[Situation]]] = [
     ("docs/cache.md", "another layout version is refused with exit code 2", 2, [_another_layout]),
@@ -112,7 +118,8 @@ PROMISES: list[tuple[str, str, int, list[Situation]]] = [
     ("README.md", "| 0 | done |", 0, [_success]),
     ("README.md", "| 1 | a build could not be finished,", 1, [_disk_fills_up, _failed_check]),
     ("README.md", "| 2 | bad input:", 2, [_unknown_key, _too_little_disk, _cache_in_use]),
-    ("README.md", "| 130 | interrupted;", 130, [_broken_off]),
+    ("README.md", "| 130, 143 | interrupted or terminated;", 130, [_broken_off]),
+    ("README.md", "| 130, 143 | interrupted or terminated;", 143, [_terminated]),
 ]
 CASES = [
     pytest.param(situation, code, id=f"{page} {code} {situation.__name__}")
@@ -131,7 +138,9 @@ def test_a_promised_exit_code_is_kept(
 
 def test_every_promise_is_tested() -> None:
     """A line of any page that speaks of an exit code is one of those above."""
-    speaks = re.compile(r"exit code \d|exits \d|^\| \d+ \|.*(done|build|bad input|interrupted)")
+    speaks = re.compile(
+        r"exit code \d|exits \d|^\| \d+(, \d+)* \|.*(done|build|bad input|interrupted)"
+    )
     for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
         name = page.relative_to(REPOSITORY).as_posix()
         known = [text for where, text, _, _ in PROMISES if where == name]
