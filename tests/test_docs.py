@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import pkgutil
 import re
 import runpy
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,21 @@ import yaml
 from conftest import REPOSITORY, Finished, Project
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from test_house import LAYERS, PACKAGE
 from tiny import Tensor, read_all_tensors, read_json
 
 from carnice_build.formats.registry import FORMATS
+from carnice_build.models import GROUP as FAMILIES
 from carnice_build.planning.vocabulary import vocabulary
 from carnice_build.recipe.schema import json_schema
 from carnice_build.steps.registry import STEPS
 
 DOCS = REPOSITORY / "docs"
-PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")])
+FOLDERS = (".", "docs", "demo", "cache", "tests/attacks")
+PAGES = sorted(page for folder in FOLDERS for page in (REPOSITORY / folder).glob("*.md"))
+each_page = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix()
+)
 
 Carnice = Callable[..., Finished]
 
@@ -202,13 +211,122 @@ def largest_scale(tensor: Tensor) -> float:
     return float(np.abs(bits.view("<f4")).max())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page
 def test_links_lead_somewhere(page: Path) -> None:
     """Every relative link of a page names a file that is there."""
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [target for target in targets if not (page.parent / target).exists()]
 
     assert missing == []
+
+
+@each_page
+def test_paths_of_a_page_exist(page: Path) -> None:
+    """What a page calls a path of the repository is one, or a file that the page itself makes.
+
+    In the package, paths may begin with one of its folders: `formats/base.py`.
+    """
+    text = page.read_text(encoding="utf-8")
+    whole = re.findall(r"(?<![\w/.-])((?:carnice_build|tests|recipes)/[\w./-]*\w)", text)
+    folders = "|".join(layer for layer in LAYERS if (PACKAGE / layer).is_dir())
+    inner = re.findall(rf"`((?:{folders})/[\w./-]*)`", text)
+    made = {name for language in ("yaml", "python") for name, _ in code_blocks(page, language)}
+    missing = [path for path in whole if path not in made and not (REPOSITORY / path).exists()]
+    missing += [path for path in inner if not (PACKAGE / path).exists()]
+
+    assert [] == missing
+
+
+@each_page
+def test_names_of_a_page_exist(page: Path) -> None:
+    """What a page calls a module, class or function of the package is one, or an entry point."""
+    names = set(re.findall(r"\bcarnice_build(?:\.\w+)+", page.read_text(encoding="utf-8")))
+    missing = [name for name in sorted(names - {FAMILIES}) if not is_a_name(name)]
+
+    assert [] == missing
+
+
+def is_a_name(dotted: str) -> bool:
+    """True when it can be imported, or is in a module that can."""
+    try:
+        pkgutil.resolve_name(dotted)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@each_page
+def test_members_of_a_page_exist(page: Path) -> None:
+    """What a page calls something of a class of ours, as `Format.files`, the class has."""
+    pairs = re.findall(r"`([A-Z]\w+)\.(\w+)", page.read_text(encoding="utf-8"))
+    ours = members()
+    missing = [f"{name}.{part}" for name, part in pairs if part not in ours.get(name, {part})]
+
+    assert [] == missing
+
+
+@cache
+def members() -> dict[str, set[str]]:
+    """The classes of the package, and what is defined in each."""
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                parts = found.setdefault(node.name, set())
+                parts |= {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+                parts |= {
+                    item.target.id
+                    for item in node.body
+                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+                }
+    return found
+
+
+def table(page: str, heading: str) -> list[str]:
+    """The first cells of the table below a heading, without its own two rows."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    (chapter,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    return re.findall(r"^\| ([^|]+?) \|", chapter, re.M)[1:]
+
+
+def test_layers_are_told_in_their_order() -> None:
+    """CONTRIBUTING.md lists the layers that `test_house` holds, from the top down."""
+    assert [f"`{layer}`" for layer in LAYERS] == table("CONTRIBUTING.md", "Layout")
+
+
+def test_every_variant_is_in_the_readme() -> None:
+    """README.md lists each recipe that ships, and no other."""
+    shipped = {path.stem for path in (REPOSITORY / "recipes").glob("[!_]*.yaml")}
+
+    assert shipped == set(re.findall(r"`([^`]+)`", " ".join(table("README.md", "Variants"))))
+
+
+def test_every_profile_is_told() -> None:
+    """serving.md lists the launches of each format that an engine serves."""
+    served = {name: kind.serving() for name, kind in FORMATS.items()}
+    rows = dict(re.findall(r"^\| `([^`]+)` \| (.+) \|$", shown("serving.md"), re.M))
+    listed = {name: set(re.findall(r"`([^`]+)`", cell)) for name, cell in rows.items()}
+
+    assert {name: set(serving.profiles) for name, serving in served.items() if serving} == listed
+
+
+def test_every_fact_of_a_family_is_told() -> None:
+    """adding-a-family.md names all that an `Architecture` must say."""
+    page = shown("adding-a-family.md")
+    facts = {name for name in members()["Architecture"] if not name.startswith("_")}
+
+    assert set() == {name for name in facts if f"`{name}`" not in page}
+
+
+def test_changes_are_told_once() -> None:
+    """Each version in CHANGELOG.md has each section at most once, in the order of the format."""
+    order = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
+    for version in (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        sections = re.findall(r"^### (.*)$", version, re.M)
+        entries = re.findall(r"^- .*$", version, re.M)
+
+        assert [name for name in order if name in sections] == sections
+        assert sorted(set(entries)) == sorted(entries)
 
 
 def test_api_example_runs(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
