@@ -52,7 +52,7 @@ class Conversion:
     tensors: Sequence[OutputTensor]
     parameters: int
     quantized: Mapping[str, Scheme]
-    causes: Mapping[str, Mapping[str, tuple[str | int, ...]]]
+    causes: Mapping[str, Mapping[str, tuple[str | int, ...]]] = field(default_factory=dict)
     ignored: Sequence[str] = ()
     dtype: str | None = None
     figures: Mapping[str, TensorRef] = field(default_factory=dict)
@@ -73,9 +73,9 @@ class Format(Strict):
     def files(self, variant: Variant) -> Mapping[str, bytes]:
         """The files beside the weights that are this format's, by name: config.json at least."""
 
-    @abstractmethod
     def card(self) -> Card:
-        """What the model card says of the format."""
+        """What the model card says of the format: what it says of all, unless there is more."""
+        return Card()
 
     @abstractmethod
     def checks(self) -> FormatChecks:

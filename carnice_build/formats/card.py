@@ -28,9 +28,9 @@ class Card:
     sees the format's knobs as `knobs`; `library` and `tags` are the hub's metadata.
     """
 
-    template: str
-    library: str
-    tags: tuple[str, ...]
+    template: str = '{% extends "_torch.md.j2" %}'
+    library: str = "transformers"
+    tags: tuple[str, ...] = ()
 
 
 def own_template(package: str) -> str:

@@ -168,7 +168,6 @@ class AutoRoundFormat(Format):
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
             quantized=dict.fromkeys(chosen, Scheme(4, self.group_size)),
-            causes={},
             ignored=unquantized_modules(context.architecture, chosen, (Role.LINEAR,)),
             dtype=plain,
             figures=figures,

@@ -114,7 +114,6 @@ class Nvfp4Format(Format):
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
             quantized=dict.fromkeys(chosen, SCHEME),
-            causes={},
             ignored=unquantized_modules(context.architecture, chosen, _PLAIN_ROLES),
         )
 
