@@ -62,8 +62,8 @@ class Extensible(Mapping[str, type[K]], Generic[K]):
         return found
 
 
-_ORIGINS: dict[type, str] = {}
-"""The package of each loaded class."""
+_ORIGINS: dict[str, str] = {}
+"""The distribution of each loaded class, by the name of the package that holds it."""
 
 
 def _load(entry: EntryPoint, kind: type[K], named_by: str | None) -> type[K]:
@@ -75,7 +75,9 @@ def _load(entry: EntryPoint, kind: type[K], named_by: str | None) -> type[K]:
         raise PluginError(f"{what} cannot be loaded: {_told(error)}", where=origin) from error
     if problem := _problem(entry.name, model, kind, named_by):
         raise PluginError(f"{what} {problem}", where=origin)
-    _ORIGINS[model] = origin
+    # A package may give one of our steps another name, and is not to blame for it.
+    if _package(model) != _package(kind):
+        _ORIGINS[_package(model)] = origin
     loaded: type[K] = model
     return loaded
 
@@ -108,18 +110,28 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _origin(part: object) -> str | None:
+    return _ORIGINS.get(_package(part if isinstance(part, type) else type(part)))
+
+
 @contextmanager
-def failures_blamed(part: BaseModel) -> Iterator[None]:
+def failures_blamed(*parts: object) -> Iterator[None]:
     """Turn what code of another package raises inside the block into one sentence with its name.
 
-    `part` is the step or format that runs; errors of our own, and of our own parts, pass.
+    `parts` are what runs there: steps and formats, and what these bring, such as ops and readers.
+    Errors of our own, and of our own parts, pass, and so does what the system refuses.
     """
-    origin = _ORIGINS.get(type(part))
     try:
         yield
-    except CarniceError:
+    except (CarniceError, MemoryError, OSError):
         raise
     except Exception as error:  # a fault of the package's
-        if origin is None:
+        part = next(filter(_origin, parts), None)
+        if part is None:
             raise
-        raise PluginError(f"{type(part).__name__} failed: {_told(error)}", where=origin) from error
+        name = (part if isinstance(part, type) else type(part)).__name__
+        raise PluginError(f"{name} failed: {_told(error)}", where=_origin(part)) from error

@@ -7,19 +7,21 @@ although the layers' outputs do not change by that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from carnice_build.errors import CheckpointError, StoreError
 from carnice_build.formats.folder import ModelFolder, open_folder
-from carnice_build.formats.registry import packed_suffixes, readers
+from carnice_build.formats.registry import packed_suffixes, readers_of
 from carnice_build.graph import NonFiniteValue
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Architecture
+from carnice_build.plugins import failures_blamed
 from carnice_build.store.packs import digest_range
 from carnice_build.tensors import SourceTensor
 
@@ -104,26 +106,30 @@ def diff_folders(a: Path, b: Path, jobs: int, values: bool = True) -> FolderDiff
     """
     first, second = _open(a), _open(b)
     names = list(dict.fromkeys([*first.modules, *second.modules]))
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, failures_blamed(*first.readers, *second.readers):
         modules = list(pool.map(lambda name: _diff(name, first, second, values), names))
     return FolderDiff(a, b, modules)
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A folder, its architecture, what reads it, and each module's tensors by canonical path."""
+    """A folder, its architecture, what reads it, and each module's tensors by canonical path.
+
+    Of several `readers`, the first that can tell of a module is believed.
+    """
 
     folder: ModelFolder
     architecture: Architecture
-    reader: FolderReader | None
+    readers: Sequence[FolderReader]
     modules: dict[str, list[str]] = field(default_factory=dict)
 
     def storage(self, names: Sequence[str]) -> str:
         """The scheme of a packed module, the type of any other."""
-        if len(names) > 1 and self.reader:
-            scheme = self.reader.scheme(self.module(names[0]))
-            if scheme is not None:
-                return str(scheme)
+        if len(names) > 1:
+            for reader in self.readers:
+                scheme = reader.scheme(self.module(names[0]))
+                if scheme is not None:
+                    return str(scheme)
         return ", ".join(sorted({self.folder.tensors[name].spec.dtype for name in names}))
 
     def module(self, name: str) -> str:
@@ -137,9 +143,10 @@ class _Opened:
 
         if len(names) == 1:
             return PlainValues(self.folder.tensors[names[0]])
-        if self.reader is None:
-            raise Incomparable(f"{names[0]} is stored in a way not known")
-        return self.reader.values(self.folder.tensors, self.module(names[0]))
+        for reader in self.readers:
+            with suppress(Incomparable):
+                return reader.values(self.folder.tensors, self.module(names[0]))
+        raise Incomparable(f"{names[0]} is stored in a way not known")
 
     def stores_gain(self, module: str) -> bool:
         """True for a norm of which this folder has 1 + w, because it is one of mlx-lm."""
@@ -157,17 +164,12 @@ def _open(path: Path) -> _Opened:
     folder = open_folder(path)
     if folder.problems:
         raise StoreError(folder.problems[0], where=str(path))
-    opened = _Opened(folder, architecture_of(folder.config, str(path)), _reader(folder.config))
+    opened = _Opened(folder, architecture_of(folder.config, str(path)), readers_of(folder.config))
     for name in folder.tensors:
         opened.modules.setdefault(_canonical(opened, name), []).append(name)
     in_order = {_bare(name): index for index, name in enumerate(opened.architecture.tensors)}
     ordered = sorted(opened.modules, key=lambda name: (in_order.get(name, len(in_order)), name))
     return replace(opened, modules={module: opened.modules[module] for module in ordered})
-
-
-def _reader(config: Mapping[str, Any]) -> FolderReader | None:
-    """What reads a folder with this config.json; None where nobody here does."""
-    return next((reader(config) for reader in readers() if reader.reads(config)), None)
 
 
 def _bare(name: str) -> str:

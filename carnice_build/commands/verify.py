@@ -119,15 +119,16 @@ def _check(
     folder = open_folder(path)
     with failures_blamed(variant.format):
         checks = variant.format.checks()
-    yield check_digests(folder, jobs)
-    yield check_structure(variant, folder, checks)
-    yield check_chat(path)
-    if variant.body.buildable:
-        yield roundtrip.check_roundtrip(variant, folder, checks, jobs)
-    else:
-        yield skipped(roundtrip.NAME, f"{variant.body.where} has shapes but no weights")
-    runner = RUNNERS[checks.library]
-    if how is None:
-        yield from (skipped(name, "--no-run") for name in runner.names)
-    else:
-        yield from runner.run(checks, variant, path, how, tables)
+        yield check_digests(folder, jobs)
+        yield check_structure(variant, folder, checks)
+        yield check_chat(path)
+        if variant.body.buildable:
+            yield roundtrip.check_roundtrip(variant, folder, checks, jobs)
+        else:
+            why_not = f"{variant.body.where} has shapes but no weights"
+            yield skipped(roundtrip.NAME, why_not)
+        runner = RUNNERS[checks.library]
+        if how is None:
+            yield from (skipped(name, "--no-run") for name in runner.names)
+        else:
+            yield from runner.run(checks, variant, path, how, tables)

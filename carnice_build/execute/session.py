@@ -21,6 +21,7 @@ from carnice_build.graph import Action
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, survey
+from carnice_build.plugins import failures_blamed
 from carnice_build.store.files import io_errors_named
 from carnice_build.store.packs import PartialPack
 from carnice_build.store.store import Store
@@ -193,7 +194,8 @@ class _Run:
     def _timed(self, bench: Workbench, job: Job) -> JobResult:
         start = time.perf_counter()
         kind = ProcessJob if job.process is not None else ArrayJob
-        result = kind(bench, job).run()
+        with failures_blamed(*(action.op for action in job.actions)):
+            result = kind(bench, job).run()
         end = time.perf_counter()
         result.seconds = end - start
         self._listen(Span(job.title, "job", get_ident(), start, end, result.read_bytes))

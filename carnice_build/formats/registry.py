@@ -5,16 +5,19 @@ Packages add their own through the entry point `carnice_build.formats`, a subcla
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from carnice_build.errors import PluginError
 from carnice_build.formats.autoround.format import AutoRoundFormat
 from carnice_build.formats.base import Format
 from carnice_build.formats.compressed_tensors.format import CompressedFormat
 from carnice_build.formats.fp8_dynamic.format import Fp8DynamicFormat
 from carnice_build.formats.mlx.format import MlxFormat
 from carnice_build.formats.nvfp4.format import Nvfp4Format
-from carnice_build.plugins import Extensible
+from carnice_build.plugins import Extensible, failures_blamed
 
 if TYPE_CHECKING:
     from carnice_build.formats.checks import FolderReader
@@ -34,11 +37,32 @@ FORMATS: Extensible[Format] = Extensible(
 
 
 def readers() -> list[type[FolderReader]]:
-    """What reads the folders of each format; formats that cannot be used read nothing."""
-    return [number_format.reader() for number_format in FORMATS.usable([]).values()]
+    """What reads the folders of each format, ours first; what cannot be used reads nothing."""
+    found = []
+    for number_format in FORMATS.usable([]).values():
+        with suppress(PluginError), failures_blamed(number_format):
+            found.append(number_format.reader())
+    return found
+
+
+def readers_of(config: Mapping[str, Any]) -> list[FolderReader]:
+    """What reads a folder with this config.json: none where no format here does.
+
+    Formats may share a way to state what they are, and each tell the numbers of some folders.
+    """
+    found = []
+    for reader in readers():
+        with suppress(PluginError), failures_blamed(reader):
+            if reader.reads(config):
+                found.append(reader(config))
+    return found
 
 
 @cache
 def packed_suffixes() -> frozenset[str]:
     """The ends of the names of a quantized module's tensors, in whatever format."""
-    return frozenset(suffix for reader in readers() for suffix in reader.suffixes)
+    found: set[str] = set()
+    for reader in readers():
+        with suppress(PluginError), failures_blamed(reader):
+            found.update(reader.suffixes)
+    return frozenset(found)

@@ -128,7 +128,8 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     context = PlanContext(architecture, graph, body.profile, recipe.layers, sources)
     view = source_view(body.checkpoint)
     assert isinstance(recipe.quantize, Format)
-    assets = Assets(body.checkpoint, recipe.quantize.engine_reads())
+    with failures_blamed(recipe.quantize):
+        assets = Assets(body.checkpoint, recipe.quantize.engine_reads())
     assets.check_places()
     files: Mapping[str, bytes] = assets
     for step in recipe.steps:
