@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY, Finished, Project
+from pages import DOCS, shown, write_files
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from test_house import LAYERS, PACKAGE
@@ -28,7 +29,6 @@ from carnice_build.planning.vocabulary import vocabulary
 from carnice_build.recipe.schema import json_schema
 from carnice_build.steps.registry import STEPS
 
-DOCS = REPOSITORY / "docs"
 FOLDERS = (".", "docs", "demo", "cache", "tests/attacks")
 PAGES = sorted(page for folder in FOLDERS for page in (REPOSITORY / folder).glob("*.md"))
 each_page = pytest.mark.parametrize(
@@ -36,27 +36,6 @@ each_page = pytest.mark.parametrize(
 )
 
 Carnice = Callable[..., Finished]
-
-
-def code_blocks(page: Path, language: str) -> Iterator[tuple[str, str]]:
-    """The blocks of a language whose first line is a comment with a file's path, and that path."""
-    text = page.read_text(encoding="utf-8")
-    for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        if named := re.match(r"# (\S+\.\w+)\n", block):
-            yield named[1], block
-
-
-def write_blocks(page: str, language: str, folder: Path) -> None:
-    """Write the named blocks of `docs/<page>` below `folder`."""
-    for name, block in code_blocks(DOCS / page, language):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(block, encoding="utf-8")
-
-
-def shown(page: str) -> str:
-    """The text of `docs/<page>`."""
-    return (DOCS / page).read_text(encoding="utf-8")
 
 
 def test_first_five_minutes(tmp_path: Path, carnice: Carnice) -> None:
@@ -141,7 +120,7 @@ def test_schema_accepts_shipped_recipes() -> None:
 
 def test_new_quant_plans_to_the_stated_size(project: Project, carnice: Carnice) -> None:
     """The recipe of adding-a-quant.md plans at full size to the figures that the page gives."""
-    write_blocks("adding-a-quant.md", "yaml", project.root)
+    write_files("adding-a-quant.md", "yaml", project.root)
     shutil.copy(REPOSITORY / "recipes" / "_profiles.yaml", project.recipes)
     (project.root / "benchmarks").symlink_to(REPOSITORY / "benchmarks")
     finished = carnice("plan", "mlx-mixed_4_8", "--profile", "shapes", "--json")
@@ -158,8 +137,8 @@ def test_new_quant_plans_to_the_stated_size(project: Project, carnice: Carnice) 
 def clip_project(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     """The project with the package and the recipe of adding-a-transform.md installed."""
     site = project.root / "site"
-    write_blocks("adding-a-transform.md", "python", site)
-    write_blocks("adding-a-transform.md", "yaml", project.root)
+    write_files("adding-a-transform.md", "python", site)
+    write_files("adding-a-transform.md", "yaml", project.root)
     info = site / "clip_weights-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: clip-weights\nVersion: 1.0\n")
