@@ -11,17 +11,17 @@ from conftest import REPOSITORY
 DOCS = REPOSITORY / "docs"
 
 
-def shown(page: str) -> str:
-    """The text of `docs/<page>`."""
+def shown(page: str | Path) -> str:
+    """The text of `docs/<page>`, or of a page that lies elsewhere by its path."""
     return (DOCS / page).read_text(encoding="utf-8")
 
 
-def code_blocks(page: str) -> Iterator[tuple[str, str]]:
+def code_blocks(page: str | Path) -> Iterator[tuple[str, str]]:
     """The language of each code block of `docs/<page>`, and what is in it, in their order."""
     yield from re.findall(r"^```(\w*)\n(.*?)^```$", shown(page), re.MULTILINE | re.DOTALL)
 
 
-def files_of(page: str, language: str) -> dict[str, str]:
+def files_of(page: str | Path, language: str) -> dict[str, str]:
     """The files that blocks of a language make, by the path in the comment on their first line.
 
     Several blocks of one path are one file.
@@ -35,7 +35,7 @@ def files_of(page: str, language: str) -> dict[str, str]:
     return files
 
 
-def write_files(page: str, language: str, folder: Path) -> None:
+def write_files(page: str | Path, language: str, folder: Path) -> None:
     """Write the files of a page below `folder`."""
     for name, text in files_of(page, language).items():
         path = folder / name

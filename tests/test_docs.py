@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY, Finished, Project
-from pages import DOCS, shown, write_files
+from pages import DOCS, files_of, shown, write_files
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from test_house import LAYERS, PACKAGE
@@ -209,7 +209,7 @@ def test_paths_of_a_page_exist(page: Path) -> None:
     whole = re.findall(r"(?<![\w/.-])((?:carnice_build|tests|recipes)/[\w./-]*\w)", text)
     folders = "|".join(layer for layer in LAYERS if (PACKAGE / layer).is_dir())
     inner = re.findall(rf"`((?:{folders})/[\w./-]*)`", text)
-    made = {name for language in ("yaml", "python") for name, _ in code_blocks(page, language)}
+    made = {name for language in ("yaml", "python") for name in files_of(page, language)}
     missing = [path for path in whole if path not in made and not (REPOSITORY / path).exists()]
     missing += [path for path in inner if not (PACKAGE / path).exists()]
 

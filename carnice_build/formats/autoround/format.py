@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 GroupSize = Literal[32, 64, 128]
 
+_CAUSES = {"group_size": ("group_size",), "rounding": ("grid", "rounding")}
+"""Which knobs the parameters of a module's action are."""
+
 _PLAIN = {"bfloat16": "BF16", "float16": "F16"}
 
 
@@ -168,6 +171,7 @@ class AutoRoundFormat(Format):
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
             quantized=dict.fromkeys(chosen, Scheme(4, self.group_size)),
+            causes={f"{module}.{SUFFIXES[0]}": _CAUSES for module in chosen},
             ignored=unquantized_modules(context.architecture, chosen, (Role.LINEAR,)),
             dtype=plain,
             figures=figures,
