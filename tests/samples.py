@@ -323,21 +323,24 @@ class FormatSample:
 
     `quantize` is the section, but for `format`; the model is the demo's base, cut to two layers,
     with its vision tower and MTP head, and the recipe has a calibration for formats that need one.
-    `change` sets one knob so that some actions run again and none is added; none when the format
-    has no such knob.
-    `excluded` leads to where config.json lists what is not quantized; empty when nothing there
-    does.
+    `change` sets another value of one knob, for `--set`; None when no knob changes what an action
+    does.  `blamed` says that it alone decides a parameter of the actions that then run.
+    `excluded` leads to what config.json lists as not quantized; empty when it lists no such thing.
     """
 
     quantize: Mapping[str, Any] = field(default_factory=dict)
     change: str | None = None
+    blamed: bool = True
     excluded: tuple[str, ...] = ()
 
 
 FORMATS: Mapping[str, FormatSample] = {
     "mlx": FormatSample({"bits": 4}, change="quantize.bits=5"),
     "nvfp4": FormatSample(
-        change='quantize.keep="*.layers.1.mlp.*"', excluded=("quantization_config", "ignore")
+        # Which linears share a scale follows from `defaults` and `keep` together.
+        change='quantize.keep="*.layers.1.mlp.*"',
+        blamed=False,
+        excluded=("quantization_config", "ignore"),
     ),
     "autoround": FormatSample(
         {"method": "nearest"},
@@ -353,7 +356,7 @@ FORMATS: Mapping[str, FormatSample] = {
             "ignore": ["lm_head", "re:model.visual.*", "re:mtp.*", "re:.*linear_attn.*"],
             "n_grid": 4,
         },
-        change="quantize.config_groups.group_0.weights.group_size=64",
+        change="quantize.config_groups.group_0.weights.observer=mse",
         excluded=("quantization_config", "ignore"),
     ),
 }
@@ -361,17 +364,13 @@ FORMATS: Mapping[str, FormatSample] = {
 
 # --- steps ---------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class StepSample:
-    """A step as recipes ask for it, and which sources it needs beside the body."""
-
-    params: Mapping[str, Any]
-
-
-STEPS: Mapping[str, StepSample] = {
-    "rename": StepSample({"from": "^lm_head", "to": "head", "expect": 1}),
-    "drop": StepSample({"match": ["model.visual.*"]}),
-    "graft": StepSample({"from": "base", "match": "mtp.*", "replace": True}),
-    "chat_template": StepSample({"patch": "hermes"}),
+STEPS: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "rename": [
+        {"rename": {"from": "^lm_head", "to": "head", "expect": 1}},
+        {"rename": {"from": "^head", "to": "lm_head", "optional": True}},
+    ],
+    "drop": [{"drop": {"match": ["model.visual.*"], "optional": False}}],
+    "graft": [{"graft": {"from": "base", "match": "mtp.*", "replace": True, "expect": 15}}],
+    "chat_template": [{"chat_template": {"patch": "hermes"}}],
 }
+"""The `steps` of a recipe that uses a step, of whose sources `base` alone has an MTP head."""

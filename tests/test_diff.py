@@ -37,14 +37,6 @@ def modules(run: Finished) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_a_folder_is_the_same_as_itself(built: Project, carnice: Callable[..., Finished]) -> None:
-    """Nothing differs between a variant and itself, given by name and by path."""
-    run = carnice("diff", "mlx-4bit", built.out / "mlx-4bit", "--json")
-
-    assert {item["state"] for item in modules(run).values()} == {"same"}
-    assert json.loads(run.out)["same"] is True
-
-
 def test_quantized_modules_differ_and_others_are_the_same(
     built: Project, carnice: Callable[..., Finished]
 ) -> None:

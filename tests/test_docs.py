@@ -258,6 +258,13 @@ def members() -> dict[str, set[str]]:
                     for item in node.body
                     if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
                 }
+                parts |= {
+                    target.id
+                    for item in node.body
+                    if isinstance(item, ast.Assign)
+                    for target in item.targets
+                    if isinstance(target, ast.Name)
+                }
     return found
 
 

@@ -91,22 +91,6 @@ def test_the_format_says_in_which_order_samples_are_seen(
     assert sorts == any(isinstance(item.op, LongestFirst) for item in graph)
 
 
-def test_the_observer_is_what_explain_names(calibrated: Project, carnice: Carnice) -> None:
-    """One line: which parameter, from what to what, and the line of the recipe that says so."""
-    build(calibrated, MSE)
-    path = calibrated.recipes / "_base" / "w4a16.yaml"
-    path.write_text(path.read_text().replace("observer: mse", "observer: memoryless_minmax"))
-    line = path.read_text().split("observer:")[0].count("\n") + 1
-    sets = [part for item in QUICK for part in ("--set", item)]
-    counts, *reasons = carnice("explain", MSE, *sets).out.splitlines()
-
-    assert f"{QUANTIZED} run, 0 read" in counts
-    assert [
-        f'  {QUANTIZED} x {QUANTIZE}: observer "mse" -> "memoryless_minmax" by '
-        f"recipes/_base/w4a16.yaml:{line}:19"
-    ] == reasons
-
-
 def test_a_killed_search_goes_on_in_its_layer(
     calibrated: Project, shared: Project, ran: Ran
 ) -> None:
