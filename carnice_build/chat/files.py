@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from carnice_build.checkpoint.assets import is_named_template
-from carnice_build.checkpoint.json import parse_json, to_json
+from carnice_build.checkpoint.json import json_object, to_json
 from carnice_build.errors import CheckpointError
 
 TEMPLATE_NAME = "chat_template.jinja"
@@ -55,14 +54,3 @@ def with_template(name: str, content: bytes, template: str) -> bytes:
     if name not in _JSON_NAMES:
         return template.encode()
     return to_json({**json_object(name, content), "chat_template": template})
-
-
-def json_object(name: str, content: bytes) -> dict[str, Any]:
-    """What a small file says; CheckpointError naming it when that is no JSON object."""
-    try:
-        value = parse_json(content)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise CheckpointError("is not a JSON object", where=name)
-    return value

@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from carnice_build.chat.files import json_object
+from carnice_build.checkpoint.json import json_object
 from carnice_build.errors import CheckpointError
+from carnice_build.models.tokenizers import SPECIAL_TOKENS
 
 NAMES = (
     "bos_token",
@@ -34,14 +35,6 @@ NAMES = (
 
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"
 _EXTRA = "extra_special_tokens"
-
-_QWEN = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
-_DEFAULTS: Mapping[str, Mapping[str, str]] = {
-    "Qwen2Tokenizer": _QWEN,
-    "Qwen3_5Tokenizer": _QWEN,
-    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-}
-"""By `tokenizer_class`; most classes that files name have none."""
 
 
 def special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
@@ -64,7 +57,7 @@ def _read(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def _class_defaults(config: Mapping[str, Any]) -> Mapping[str, str]:
-    return _DEFAULTS.get(str(config.get("tokenizer_class")).removesuffix("Fast"), {})
+    return SPECIAL_TOKENS.get(str(config.get("tokenizer_class")).removesuffix("Fast"), {})
 
 
 def _own_tokens(config: Mapping[str, Any]) -> dict[str, Any]:

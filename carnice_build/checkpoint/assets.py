@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
+from carnice_build.checkpoint import generation
 from carnice_build.checkpoint.checkpoint import TEMPLATE_FOLDER, Checkpoint, is_plain_path
+from carnice_build.checkpoint.json import object_or_none
 from carnice_build.checkpoint.source import LocalFile, LostFile, read_all, refuse_pointer
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import Readable
@@ -41,7 +42,6 @@ _FILES: Mapping[Reads, tuple[str, ...]] = {
 """Taken over as they are: a library that saves them again may change what they mean."""
 
 _OLD_FORMS = ("tokenizer.model", "merges.txt")
-_GENERATION = "generation_config.json"
 _MAX_COPIED_BYTES = 200_000_000
 
 
@@ -90,7 +90,7 @@ def taken_over(names: Collection[str], reads: Collection[Reads]) -> list[str]:
     """Those of the files `names` that a folder for an engine that reads these takes over."""
     wanted = [name for kind in Reads if kind in reads for name in _FILES[kind]]
     named = sorted(filter(is_named_template, names)) if Reads.TOKENIZER in reads else []
-    return [name for name in (*wanted, _GENERATION) if name in names] + named
+    return [name for name in (*wanted, generation.NAME) if name in names] + named
 
 
 def is_named_template(name: str) -> bool:
@@ -119,7 +119,7 @@ def damaged(files: Mapping[str, bytes]) -> Iterator[tuple[str, str]]:
     """The names of copied files that are not what they are called, each with what is wrong."""
     for name in files:
         if name.endswith(".json"):
-            value = _object(files[name])
+            value = object_or_none(files[name])
             if value is None:
                 yield name, "is not a JSON object"
             elif name == "tokenizer.json" and not _has_vocabulary(value):
@@ -134,14 +134,6 @@ def _tokenizer(names: Collection[str]) -> bool:
     """True when these files hold a complete tokenizer, in one of the forms that are loaded."""
     pair = {"vocab.json", "merges.txt"}
     return "tokenizer.json" in names or "tokenizer.model" in names or pair <= set(names)
-
-
-def _object(content: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _has_vocabulary(tokenizer: Mapping[str, Any]) -> bool:

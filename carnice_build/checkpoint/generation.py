@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from carnice_build.checkpoint.json import parse_json, to_json
-from carnice_build.errors import CheckpointError
+from carnice_build.checkpoint.json import json_object, to_json
 
 NAME = "generation_config.json"
 _ENDS = "eos_token_id"
@@ -17,16 +16,9 @@ def generation_entries(files: Mapping[str, bytes], where: str = "") -> dict[str,
 
     CheckpointError, which names the folder `where`, when it is not a JSON object.
     """
-    content = files.get(NAME)
-    if content is None:
+    if NAME not in files:
         return {}
-    try:
-        value = parse_json(content)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise CheckpointError("is not a JSON object", where=f"{where}/{NAME}" if where else NAME)
-    return value
+    return json_object(f"{where}/{NAME}" if where else NAME, files[NAME])
 
 
 def with_generation(files: Mapping[str, bytes], where: str) -> Mapping[str, bytes]:

@@ -10,6 +10,8 @@ import json
 import math
 from typing import Any, NoReturn
 
+from carnice_build.errors import CheckpointError
+
 
 class DuplicateKey(ValueError):
     """An object has `key` twice."""
@@ -27,6 +29,26 @@ def parse_json(content: bytes) -> Any:
         # Half a surrogate pair is no character; a UnicodeEncodeError is a ValueError.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
+
+
+def json_object(where: str, content: bytes) -> dict[str, Any]:
+    """The object that a small file holds; CheckpointError naming `where` when it holds none."""
+    try:
+        value = parse_json(content)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError("is not a JSON object", where=where)
+    return value
+
+
+def object_or_none(content: bytes) -> dict[str, Any] | None:
+    """The object that Python's own parser, as most libraries use it, finds in a file, if any."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from carnice_build.checkpoint.header import read_header
+from carnice_build.checkpoint.json import object_or_none
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CheckpointError, StoreError
 from carnice_build.tensors import SourceTensor
@@ -18,11 +18,7 @@ BUILD_NAME = "build.json"
 
 def read_build(folder: Path) -> dict[str, Any]:
     """The build.json of a folder, {} when there is none or it is damaged."""
-    try:
-        value = json.loads((folder / BUILD_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_object(folder / BUILD_NAME)
 
 
 SUFFIX = ".safetensors"
@@ -90,7 +86,6 @@ def open_folder(path: Path) -> ModelFolder:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file, {} when the file is missing or holds something else."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return object_or_none(path.read_bytes()) or {}
+    except OSError:
         return {}
-    return value if isinstance(value, dict) else {}
