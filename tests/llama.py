@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,16 @@ class Llama:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorFact]:
+        return {name: fact for name, fact in self.built.items() if name not in self.ties}
+
+    @cached_property
+    def built(self) -> Mapping[str, TensorFact]:
         return {fact.name: fact for fact in self._facts()}
+
+    @cached_property
+    def ties(self) -> Mapping[str, str]:
+        tied = self._config.flag("tie_word_embeddings", False)
+        return {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
 
     def _facts(self) -> Iterator[TensorFact]:
         table, size = (self._vocabulary, self._hidden), (self._hidden,)
@@ -59,8 +68,7 @@ class Llama:
             for name in ("input_layernorm", "post_attention_layernorm"):
                 yield TensorFact(f"{prefix}{name}.weight", size, Part.LAYERS, Role.NORM, layer)
         yield TensorFact("model.norm.weight", size, Part.BODY, Role.NORM)
-        if not self._config.flag("tie_word_embeddings", False):
-            yield TensorFact("lm_head.weight", table, Part.HEAD, Role.LINEAR)
+        yield TensorFact("lm_head.weight", table, Part.HEAD, Role.LINEAR)
 
     def _linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
         queries, keys = self._heads * self._head, self._kv_heads * self._head
@@ -74,6 +82,9 @@ class Llama:
     @property
     def text_config(self) -> Mapping[str, Any]:
         return self._config.entries
+
+    def published_config(self, parts: Container[Part]) -> dict[str, Any]:
+        return dict(self._config.entries)
 
     @property
     def kv_geometry(self) -> KvGeometry:
@@ -113,6 +124,9 @@ class Llama:
         return ".".join(name.split(".")[-3:-1])
 
     def canonical_name(self, name: str) -> str | None:
+        return None
+
+    def mlx_refusal(self) -> str | None:
         return None
 
     def mlx_name(self, name: str) -> str | None:

@@ -61,7 +61,7 @@ def test_another_family_is_not_to_be_relabelled(
     finished = carnice("plan", VARIANT)
 
     check_refused_at_once(
-        finished, one, f"unknown model_type '{model_type}'", "(qwen3_5)", "CONTRIBUTING.md"
+        finished, one, f"unknown model_type '{model_type}'", "(qwen3_5)", "docs/adding-a-family.md"
     )
     assert "did you mean" not in finished.err
 
