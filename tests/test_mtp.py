@@ -20,13 +20,13 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 from carnice_build.calibration.driver import Arithmetic
 from carnice_build.calibration.text_model import Continuation, ModelSource, OpenModel, ResidentModel
 from carnice_build.verification.drafting import (
-    Acceptance,
     DraftHead,
+    acceptance,
     accepted_drafts,
     draft,
-    measure_acceptance,
     walk,
 )
+from carnice_build.verification.running import Drafts
 
 FLOAT32 = Arithmetic("float32", "sdpa", threads=1)
 NEW_TOKENS = 30
@@ -225,7 +225,15 @@ def test_a_walk_leaps_over_what_was_accepted() -> None:
 
 def test_the_mean_length_counts_the_token_of_the_target() -> None:
     """A step yields one token and as many more as drafts are accepted."""
-    assert 1 + 0.75 + 0.5 + 0.25 == Acceptance(4, (0.75, 0.5, 0.25)).mean_length
+    assert 1 + 0.75 + 0.5 + 0.25 == Drafts(4, (0.75, 0.5, 0.25)).mean_length
+
+
+def measure(
+    drafter: DraftHead, target: ResidentModel, prompts: Sequence[Tensor], tokens: int
+) -> dict[int, Drafts]:
+    """What is accepted, by the number of drafts in a step, of texts that the target writes."""
+    texts = [target.continue_greedily(prompt, tokens) for prompt in prompts]
+    return {count: acceptance(drafter, target, texts, count) for count in (1, 3)}
 
 
 def shuffled_head() -> ModelSource:
@@ -244,10 +252,9 @@ def test_a_trained_head_is_accepted_and_a_shuffled_one_is_not(
     """Most first drafts of the demo's own head are accepted, hardly any of a shuffled one."""
     shuffled = OpenModel(shuffled_head(), FLOAT32).draft_head()
 
-    own = measure_acceptance(drafter, target, prompts, tokens=NEW_TOKENS)
-    other = measure_acceptance(shuffled, target, prompts, tokens=NEW_TOKENS)
+    own = measure(drafter, target, prompts, NEW_TOKENS)
+    other = measure(shuffled, target, prompts, NEW_TOKENS)
 
-    assert [1, 3] == list(own)
     assert own[1].rates[0] > 0.7
     assert other[1].rates[0] < 0.1
     for found in (own, other):
@@ -262,4 +269,4 @@ def test_texts_that_end_before_a_step_are_refused(
 ) -> None:
     """Acceptance without a single whole step is an error, not a figure."""
     with pytest.raises(ValueError, match="3 drafts"):
-        measure_acceptance(drafter, target, prompts, tokens=3)
+        measure(drafter, target, prompts, tokens=3)

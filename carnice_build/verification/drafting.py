@@ -9,14 +9,14 @@ Needs the `torch` extra; to be imported in worker processes alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from carnice_build.calibration.text_model import Continuation, ResidentModel
+from carnice_build.verification.running import Drafts
 
 
 class DraftHead(Protocol):
@@ -68,22 +68,6 @@ def draft(
     return torch.stack(drafts, dim=1)
 
 
-@dataclass(frozen=True)
-class Acceptance:
-    """What became of the drafts of `steps` steps of decoding.
-
-    `rates[k]` is the share of steps whose first k + 1 drafts were all accepted.
-    """
-
-    steps: int
-    rates: tuple[float, ...]
-
-    @property
-    def mean_length(self) -> float:
-        """Tokens that a step yields: its accepted drafts and the one that the model adds."""
-        return 1 + sum(self.rates)
-
-
 def accepted_drafts(
     drafter: DraftHead, target: ResidentModel, continuation: Continuation, count: int
 ) -> list[int]:
@@ -112,31 +96,13 @@ def walk(accepted: Sequence[int]) -> list[int]:
     return steps
 
 
-def measure_acceptance(
-    drafter: DraftHead,
-    target: ResidentModel,
-    prompts: Sequence[Tensor],
-    *,
-    tokens: int,
-    counts: Collection[int] = (1, 3),
-    ends: Collection[int] = (),
-) -> dict[int, Acceptance]:
-    """For each number of drafts in `counts`, the acceptance of greedy speculative decoding.
-
-    The target first continues every prompt, int64 [length], by `tokens` tokens or up to one of
-    `ends`, alone.
-    Greedy verification lets through what the target says and nothing else, so speculative decoding
-    writes the same text, and its steps are a walk over it.
-    See `acceptance`.
-    """
-    texts = [target.continue_greedily(prompt, tokens, ends) for prompt in prompts]
-    return {count: acceptance(drafter, target, texts, count) for count in counts}
-
-
 def acceptance(
     drafter: DraftHead, target: ResidentModel, texts: Sequence[Continuation], count: int
-) -> Acceptance:
-    """The acceptance of `count` drafts a step over texts that `target` wrote.
+) -> Drafts:
+    """What becomes of `count` drafts a step when decoding writes the texts of `target` anew.
+
+    Greedy verification lets through what the target says and nothing else, so speculative decoding
+    writes the same text, and its steps are a walk over it.
 
     Steps that would draft beyond a text's end are left out.
     ValueError when no text is long enough for one step.
@@ -149,4 +115,4 @@ def acceptance(
     if not steps:
         raise ValueError(f"no text has room for {count} drafts")
     rates = (sum(step > k for step in steps) / len(steps) for k in range(count))
-    return Acceptance(len(steps), tuple(rates))
+    return Drafts(len(steps), tuple(rates))

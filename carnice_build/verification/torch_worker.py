@@ -156,8 +156,7 @@ def measure_acceptance(
 
     def accepted(head: Any) -> dict[int, Drafts]:
         drafter = OpenModel(head, arithmetic).draft_head()
-        found = {number: acceptance(drafter, target, texts, number) for number in DRAFTS}
-        return {number: Drafts(item.steps, item.rates) for number, item in found.items()}
+        return {number: acceptance(drafter, target, texts, number) for number in DRAFTS}
 
     return accepted(model.source()), accepted(model.source(_rounded_head(model)))
 
