@@ -175,13 +175,9 @@ def _errors(folder: Path, findings: Findings | None) -> Iterator[ModuleError]:
     if not modules:
         return
     architecture = architecture_of(read_object(folder / "config.json"), str(folder))
-    facts = {
-        name.rpartition(".")[0]: fact
-        for fact in architecture.tensors.values()
-        for name in (fact.name, architecture.mlx_name(fact.name) or fact.name)
-    }
     for module, error in modules.items():
-        if fact := facts.get(module):
+        name = f"{module}.weight"
+        if fact := architecture.tensors.get(architecture.canonical_name(name) or name):
             yield ModuleError(
                 module, architecture.module_kind(fact.name), fact.layer, _number(error)
             )
