@@ -65,11 +65,6 @@ class Checkpoint:
         """False for a shape file: it can be planned, but has no bytes to build from."""
         return all(tensor.file is not None for tensor in self.tensors.values())
 
-    def asset(self, name: str) -> bytes | None:
-        """Content of the small file `name`, or None when the checkpoint has no such file."""
-        source = self.assets.get(name)
-        return read_all(source) if source else None
-
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a folder of safetensors shards, or a shape file; reads headers and JSON only."""

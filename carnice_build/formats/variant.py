@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.profiles import Source
 from carnice_build.dtypes import TensorSpec
@@ -55,11 +54,6 @@ class Variant:
     figures: Mapping[str, Sequence[float]]
     calibration: CalibrationSpec | None
     dataset: Dataset | None
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The checkpoint that the variant is made from."""
-        return self.sources[self.body].checkpoint
 
     @property
     def tensor_bytes(self) -> int:
