@@ -29,6 +29,9 @@ ITEM_SIZE: dict[str, int] = {
 WIDE_FLOATS = ("F32", "F16", "BF16")
 """The types in which weights are trained and published."""
 
+FLOAT_NAMES: dict[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""The same types by the names that configs, recipes and libraries give them."""
+
 NUMPY_NAME: dict[str, str] = {
     "BOOL": "bool",
     "U8": "uint8",

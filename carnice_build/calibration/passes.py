@@ -19,7 +19,7 @@ from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import whole_file
-from carnice_build.dtypes import NUMPY_NAME, TensorSpec
+from carnice_build.dtypes import FLOAT_NAMES, ITEM_SIZE, NUMPY_NAME, TensorSpec
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.graph import ProcessOp, TensorRef, View
 from carnice_build.models.base import Part, Role
@@ -27,9 +27,6 @@ from carnice_build.processor import vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import SourceTensor
-
-_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
-_WIDTHS = {"bfloat16": 2, "float32": 4}
 
 
 class Embed(ProcessOp):
@@ -146,9 +143,9 @@ def layer_memory(params: Mapping[str, Any], inputs: Sequence[TensorSpec], worksp
     Fitted to `python -m benchmarks.calibration` on a CPU with torch 2.13 and transformers 5.17:
     1.05 to 1.25 times what was taken.
     """
-    width = _WIDTHS[params["dtype"]]
+    dtype = FLOAT_NAMES[params["dtype"]]
     weights = sum(spec.nbytes for spec in inputs[2:])
-    placed = sum(spec.size * width for spec in inputs[2:] if spec.dtype != _DTYPES[params["dtype"]])
+    placed = sum(spec.size * ITEM_SIZE[dtype] for spec in inputs[2:] if spec.dtype != dtype)
     return (128 << 20) + weights + placed + workspace
 
 
@@ -222,7 +219,7 @@ class Calibration:
 
     def _workspace(self, kind: str) -> int:
         length, spec = self.start.spec.shape[1], self._spec
-        token = self._architecture.token_bytes(kind, _WIDTHS[spec.dtype])
+        token = self._architecture.token_bytes(kind, ITEM_SIZE[FLOAT_NAMES[spec.dtype]])
         if kind != "linear" and spec.attention == "eager":
             # The scores, their softmax in float32, and both once more on the way.
             heads = int(self._architecture.text_config["num_attention_heads"])
@@ -232,7 +229,7 @@ class Calibration:
     def _embed(self) -> TensorRef:
         facts = self._architecture.tensors.values()
         table = next(fact for fact in facts if fact.part is Part.EMBED)
-        params = {"dtype": _DTYPES[self._spec.dtype]}
+        params = {"dtype": FLOAT_NAMES[self._spec.dtype]}
         (hidden,) = self.graph.add(Embed(), params, self.tokens, self._view[table.name])
         return hidden
 

@@ -85,7 +85,7 @@ class LongestFirst(ProcessOp):
         params: Mapping[str, Any],
         inputs: Sequence[TensorFile],
         outputs: Sequence[TensorFile],
-        report: Callable[[], None],
+        progress: Callable[[], None],
     ) -> None:
         """Move whole rows."""
         from carnice_build.calibration.tokenizing import longest_first

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+from carnice_build.dtypes import FLOAT_NAMES
+
 _KEYS = ("dtype", "torch_dtype")
 
 
@@ -18,7 +19,7 @@ def stated_dtype(config: Mapping[str, Any]) -> str | None:
     for section in (config, text if isinstance(text, dict) else {}):
         for key in _KEYS:
             if isinstance(section.get(key), str):
-                return _NAMES.get(section[key].removeprefix("torch."))
+                return FLOAT_NAMES.get(section[key].removeprefix("torch."))
     return None
 
 
@@ -27,7 +28,7 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
     `dtype` is BF16, F16 or F32.
     """
-    name = next(name for name, spelling in _NAMES.items() if spelling == dtype)
+    name = next(name for name, spelling in FLOAT_NAMES.items() if spelling == dtype)
     changed = {
         key: {**value, **dict.fromkeys(_stating(value), name)} if isinstance(value, dict) else value
         for key, value in config.items()
