@@ -1,4 +1,4 @@
-"""What the formats of compressed-tensors have in common: their section of config.json."""
+"""What the formats of compressed-tensors have in common: the files beside the weights."""
 
 from __future__ import annotations
 
@@ -57,6 +57,14 @@ def compressed_config(
             "version": VERSION,
         },
     }
+
+
+def recipe_file(modifiers: Mapping[str, Any]) -> bytes:
+    """recipe.yaml: what llm-compressor writes of the modifiers that would give a folder."""
+    import yaml
+
+    stage = {"default_stage": {"default_modifiers": dict(modifiers)}}
+    return yaml.safe_dump(stage, sort_keys=False, allow_unicode=True, width=100).encode()
 
 
 def ignored_modules(architecture: Architecture, quantized: Container[str]) -> list[str]:

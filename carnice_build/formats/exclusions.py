@@ -1,4 +1,4 @@
-"""Which modules a variant leaves unquantized, under every name that a serving engine asks for.
+"""Which modules stay unquantized: what a config is to list, and what is wrong with what one lists.
 
 An engine builds the modules of the model that config.json describes, and quantizes each that it
 does not find listed: a head that is tied to the embedding and a vision tower without tensors too.
@@ -7,9 +7,14 @@ So what is listed follows from the config's architecture, and not from the tenso
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Iterator
 
+from carnice_build.dtypes import WIDE_FLOATS
+from carnice_build.formats.folder import ModelFolder
 from carnice_build.models.base import Architecture, Role
+from carnice_build.recipe.patterns import compile_pattern
+
+_PATTERN = "re:"
 
 
 def unquantized_modules(
@@ -38,3 +43,57 @@ def plain_modules(
         for fact in architecture.built.values()
         if fact.role in roles and fact.module not in quantized
     }
+
+
+def ignore_problems(
+    folder: ModelFolder,
+    architecture: Architecture,
+    listed: Collection[str],
+    roles: Collection[Role],
+    *,
+    fused: bool = True,
+) -> Iterator[str]:
+    """Modules of `roles` that are plain and not listed, and entries for modules that are not.
+
+    A module is quantized when the folder holds it as something else than a float; one without
+    tensors, such as a tied head, is built plain.
+    Where engines look a `fused` module up under its own name alone, it must be listed exactly when
+    its parts are plain.
+    An entry is a name, or `re:` and a pattern for the beginning of names.
+    """
+    owners = {name.rpartition(".")[0] for name in folder.tensors}
+    facts = [fact for fact in architecture.built.values() if fact.role in roles]
+    floats = {fact.module for fact in facts if _is_plain(folder, fact.name)}
+    quantized = {fact.module for fact in facts if fact.module in owners} - floats
+    expected = unquantized_modules if fused else plain_modules
+    plain = set(expected(architecture, quantized, roles))
+    for fusion in architecture.fusions:
+        if quantized.issuperset(fusion.parts):
+            quantized.add(fusion.module)
+        elif not quantized.isdisjoint(fusion.parts):
+            yield f"only some of {', '.join(fusion.parts)} are quantized, which engines fuse"
+    covered: set[str] = set()
+    for entry in sorted(set(listed)):
+        found = _matching(entry, plain | quantized)
+        covered |= found
+        for module in sorted(found & quantized):
+            by = "" if entry == module else f" by {entry}"
+            yield f"config.json lists {module}{by}, which is quantized"
+        if not found:
+            yield f"config.json lists {entry}, which is no module of the model"
+    for module in sorted(plain - covered):
+        yield f"config.json does not list {module}, which is not quantized"
+
+
+def _matching(entry: str, modules: Collection[str]) -> set[str]:
+    if not entry.startswith(_PATTERN):
+        return {entry}.intersection(modules)
+    try:
+        pattern = compile_pattern(entry)
+    except ValueError:
+        return set()
+    return {module for module in modules if pattern.match(module)}
+
+
+def _is_plain(folder: ModelFolder, name: str) -> bool:
+    return name in folder.tensors and folder.tensors[name].spec.dtype in WIDE_FLOATS

@@ -21,6 +21,11 @@ def statements(where: str, stated: Mapping[str, Any], wanted: Mapping[str, Any])
             yield f"{where} states {key} {stated.get(key)!r} instead of {value!r}"
 
 
+def states(stated: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """True when all that is wanted is stated."""
+    return not any(statements("", stated, wanted))
+
+
 def only_group(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The weights' scheme in `quantization_config`, empty when there is not one for all modules."""
     groups = section(section(config, "quantization_config"), "config_groups")

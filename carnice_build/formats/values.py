@@ -22,6 +22,12 @@ _BLOCK_ELEMENTS = 1 << 18
 
 Floats = NDArray[np.float32]
 
+HALF_PLACE = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
+"""By the type of a float, the most that rounding to it moves a number, as a share of the number."""
+
+HALF_SMALLEST = {"BF16": 2.0**-134, "F16": 2.0**-25, "F32": 2.0**-150}
+"""The same for numbers too small for that: half of the smallest that the type holds."""
+
 
 class Incomparable(Exception):
     """The bytes cannot be had row by row, or are no floats."""

@@ -22,8 +22,8 @@ import numpy as np
 from carnice_build.dtypes import TensorSpec
 from carnice_build.formats.autoround.ops import SUFFIXES
 from carnice_build.formats.checks import FolderReader, Tensors, TorchChecks
+from carnice_build.formats.exclusions import ignore_problems
 from carnice_build.formats.folder import ModelFolder, section
-from carnice_build.formats.listed import ignore_problems
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme, statements
 from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows

@@ -24,21 +24,26 @@ from numpy.typing import NDArray
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.checks import FolderReader, Tensors, TorchChecks
+from carnice_build.formats.compressed_tensors.ops import PER_WORD, SUFFIXES
+from carnice_build.formats.exclusions import ignore_problems
 from carnice_build.formats.folder import ModelFolder, section
-from carnice_build.formats.listed import ignore_problems
 from carnice_build.formats.scheme import Scheme
-from carnice_build.formats.statements import as_scheme, names, only_group, statements
-from carnice_build.formats.values import Floats, Incomparable, as_float32, matrix, read_rows
+from carnice_build.formats.statements import as_scheme, names, only_group, statements, states
+from carnice_build.formats.values import (
+    HALF_PLACE,
+    HALF_SMALLEST,
+    Floats,
+    Incomparable,
+    as_float32,
+    matrix,
+    read_rows,
+)
 from carnice_build.graph import ActionOutput, TensorData
 from carnice_build.kernels import compressed, elementwise
 from carnice_build.models.base import Architecture, Role
 
-_HALF_PLACE = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
-_HALF_SMALLEST = {"BF16": 2.0**-134, "F16": 2.0**-25, "F32": 2.0**-150}
 _SMALLEST_SHARE = {"mse": 0.81, "memoryless_minmax": 1.0}
-_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point")
 _PERMUTATION = "weight_g_idx"
-_PER_WORD = 8
 _STATED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 
 Observer = Literal["mse", "memoryless_minmax"]
@@ -47,12 +52,12 @@ Observer = Literal["mse", "memoryless_minmax"]
 class CompressedReader(FolderReader):
     """Folders in the format pack-quantized; the numbers of asymmetric INT4 can be told."""
 
-    suffixes = (*_SUFFIXES, "weight_shape", _PERMUTATION)
+    suffixes = (*SUFFIXES, _PERMUTATION)
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """Folders of compressed-tensors whose integers are packed."""
-        return not any(statements("", section(config, "quantization_config"), _STATED))
+        return states(section(config, "quantization_config"), _STATED)
 
     def scheme(self, module: str) -> Scheme | None:
         """That of the only config group."""
@@ -109,7 +114,7 @@ class CompressedChecks(TorchChecks):
         elementwise.cast(weight, "F32", "BF16", raw)
         scales = np.empty((rows, columns // self._group), raw.dtype)
         zeros = np.empty(scales.shape, np.int8)
-        packed = np.empty((rows, columns // _PER_WORD), np.int32)
+        packed = np.empty((rows, columns // PER_WORD), np.int32)
         observe = {"mse": compressed.mse_qparams, "memoryless_minmax": compressed.minmax_qparams}
         observe[self._observer](raw, "BF16", self._group, scales, zeros)
         compressed.quantize_affine(raw, "BF16", self._group, scales, zeros, packed)
@@ -125,18 +130,18 @@ class PackedValues:
         if group is None:
             raise Incomparable(f"{module} is not in groups")
         try:
-            self._tensors = [tensors[f"{module}.{suffix}"] for suffix in _SUFFIXES]
+            self._tensors = [tensors[f"{module}.{suffix}"] for suffix in SUFFIXES[:3]]
         except KeyError:
             raise Incomparable(f"{module} is not in the format pack-quantized") from None
         rows, words = matrix(self._tensors[0].spec)
-        self.shape = rows, words * _PER_WORD
+        self.shape = rows, words * PER_WORD
         self.dtype = self._tensors[1].spec.dtype
         grid = (rows, self.shape[1] // group)
         if self._tensors[1].spec.shape != grid:
             raise Incomparable(f"{module} is not of groups of {group}")
-        if self._tensors[2].spec != TensorSpec("I32", (-(-rows // _PER_WORD), grid[1])):
+        if self._tensors[2].spec != TensorSpec("I32", (-(-rows // PER_WORD), grid[1])):
             raise Incomparable(f"{module} has no zero point for each group")
-        whole = read_rows(self._tensors[2], self._tensors[2].spec, 0, -(-rows // _PER_WORD)).array
+        whole = read_rows(self._tensors[2], self._tensors[2].spec, 0, -(-rows // PER_WORD)).array
         # Zero points are packed along rows, codes along columns.
         self._zeros = np.ascontiguousarray(_unpacked(whole.T)[:, :rows].T)
         self._group = group
@@ -167,14 +172,14 @@ class BoundedValues(PackedValues):
 
 def allowance(groups: Floats, observer: str, dtype: str) -> Floats:
     """The most that each weight of `groups` [n, group size] may be off; see the module's text."""
-    place, share = _HALF_PLACE[dtype], _SMALLEST_SHARE[observer]
+    place, share = HALF_PLACE[dtype], _SMALLEST_SHARE[observer]
     low = np.minimum(groups.min(axis=1), 0)[:, None]
     high = np.maximum(groups.max(axis=1), 0)[:, None]
     step = (high - low) / 15
     rounding = 3 * 16 * place * step
     cut = np.maximum(groups - share * high, share * low - groups)
     # The ends of the codes lie up to half a step inside those of the range.
-    allowed: Floats = np.maximum(cut, 0) + step / 2 + rounding + 32 * _HALF_SMALLEST[dtype]
+    allowed: Floats = np.maximum(cut, 0) + step / 2 + rounding + 32 * HALF_SMALLEST[dtype]
     return allowed.astype(np.float32)
 
 

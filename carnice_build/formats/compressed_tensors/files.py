@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.formats.compressed_config import arguments, compressed_config
+from carnice_build.formats.compressed_config import arguments, compressed_config, recipe_file
 from carnice_build.formats.variant import Variant
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ def _weights(knobs: CompressedFormat) -> dict[str, Any]:
 
 
 def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:
-    """What llm-compressor writes of the modifiers that it ran."""
-    import yaml
-
     modifiers: dict[str, Any] = {}
     if knobs.smoothing:
         modifiers["AWQModifier"] = {
@@ -52,8 +49,7 @@ def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:
         "bypass_divisibility_checks": False,
         "requires_calibration_data": False,
     }
-    stage = {"default_stage": {"default_modifiers": modifiers}}
-    return yaml.safe_dump(stage, sort_keys=False, allow_unicode=True, width=100).encode()
+    return recipe_file(modifiers)
 
 
 def _mappings(variant: Variant) -> list[dict[str, Any]]:

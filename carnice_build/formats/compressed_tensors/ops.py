@@ -15,7 +15,8 @@ from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, r
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """The tensors that a weight becomes, by the end of their names, in the order of outputs."""
 
-_PER_WORD = 8
+PER_WORD = 8
+"""Codes in a word of 32 bits."""
 
 
 class GroupQuantize(ArrayOp):
@@ -48,9 +49,9 @@ class GroupQuantize(ArrayOp):
             raise PlanError(f"group_size {group} does not divide the {columns} inputs")
         grid = (rows, columns // group)
         return (
-            TensorSpec("I32", (rows, columns // _PER_WORD)),
+            TensorSpec("I32", (rows, columns // PER_WORD)),
             TensorSpec(spec.dtype, grid),
-            TensorSpec("I32", (-(-rows // _PER_WORD), grid[1])),
+            TensorSpec("I32", (-(-rows // PER_WORD), grid[1])),
             TensorSpec("I64", (2,)),
         )
 

@@ -19,20 +19,26 @@ from typing import Any
 import numpy as np
 
 from carnice_build.formats.checks import FolderReader, Rounding, Tensors, TorchChecks
+from carnice_build.formats.exclusions import ignore_problems
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.fp8_dynamic.files import INPUTS, STORAGE, WEIGHTS
 from carnice_build.formats.fp8_dynamic.ops import SUFFIXES
-from carnice_build.formats.listed import ignore_problems
 from carnice_build.formats.scheme import Scheme
-from carnice_build.formats.statements import as_scheme, names, only_group, statements
-from carnice_build.formats.values import Floats, Incomparable, as_float32, matrix, read_rows
+from carnice_build.formats.statements import as_scheme, names, only_group, statements, states
+from carnice_build.formats.values import (
+    HALF_PLACE,
+    HALF_SMALLEST,
+    Floats,
+    Incomparable,
+    as_float32,
+    matrix,
+    read_rows,
+)
 from carnice_build.kernels import fp8
 from carnice_build.models.base import Architecture, Role
 
 _STATED = {"quant_method": "compressed-tensors", "format": STORAGE}
 
-_HALF_PLACE = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
-_HALF_SMALLEST = {"BF16": 2.0**-134, "F16": 2.0**-25, "F32": 2.0**-150}
 _LARGEST_CODE = 448.0
 
 _FLOAT32_SLACK = 1.001
@@ -47,7 +53,7 @@ class Fp8Reader(FolderReader):
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """Folders of compressed-tensors whose floats are stored as such."""
-        return not any(statements("", section(config, "quantization_config"), _STATED))
+        return states(section(config, "quantization_config"), _STATED)
 
     def scheme(self, module: str) -> Scheme | None:
         """That of the only config group."""
@@ -55,7 +61,7 @@ class Fp8Reader(FolderReader):
 
     def values(self, tensors: Tensors, module: str) -> RowValues:
         """See `FolderReader.values`."""
-        if any(statements("", only_group(self.config), WEIGHTS)):
+        if not states(only_group(self.config), WEIGHTS):
             raise Incomparable(f"{module} is stored in a way not known")
         return RowValues(tensors, module)
 
@@ -122,7 +128,7 @@ class BoundedValues(RowValues):
 
 def allowance(rows: Floats, dtype: str) -> Floats:
     """The most that each weight of `rows` [n, columns] may be off; see the module's text."""
-    place, smallest = _HALF_PLACE[dtype], _HALF_SMALLEST[dtype]
+    place, smallest = HALF_PLACE[dtype], HALF_SMALLEST[dtype]
     magnitude = np.abs(rows).astype(np.float64)
     exact = magnitude.max(axis=1, keepdims=True) / _LARGEST_CODE
     off = np.maximum(exact * place, smallest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.formats.compressed_config import arguments, compressed_config
+from carnice_build.formats.compressed_config import arguments, compressed_config, recipe_file
 from carnice_build.formats.variant import Variant
 
 STORAGE = "float-quantized"
@@ -22,9 +22,6 @@ def fp8_files(variant: Variant) -> dict[str, bytes]:
 
 
 def _recipe(variant: Variant) -> bytes:
-    """What llm-compressor writes of the modifier that would give this folder."""
-    import yaml
-
     modifier = {
         "targets": ["Linear"],
         "ignore": list(variant.ignored),
@@ -32,5 +29,4 @@ def _recipe(variant: Variant) -> bytes:
         "bypass_divisibility_checks": False,
         "requires_calibration_data": False,
     }
-    stage = {"default_stage": {"default_modifiers": {"QuantizationModifier": modifier}}}
-    return yaml.safe_dump(stage, sort_keys=False, allow_unicode=True, width=100).encode()
+    return recipe_file({"QuantizationModifier": modifier})

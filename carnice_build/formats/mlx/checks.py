@@ -21,24 +21,27 @@ import numpy as np
 from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.formats.checks import FolderReader, FormatChecks, Library, Tensors
 from carnice_build.formats.folder import ModelFolder, section
+from carnice_build.formats.mlx.ops import SUFFIXES
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme
-from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows
+from carnice_build.formats.values import (
+    HALF_PLACE,
+    HALF_SMALLEST,
+    Floats,
+    Incomparable,
+    matrix,
+    read_rows,
+)
 from carnice_build.graph import TensorData
 from carnice_build.kernels.affine import dequantize_rows
 from carnice_build.kernels.elementwise import zero_non_finite
 from carnice_build.models.base import Architecture, TensorFact
 
-_HALF_PLACE = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
-_HALF_SMALLEST = {"BF16": 2.0**-134, "F16": 2.0**-25, "F32": 2.0**-150}
 _SMALLEST_STEP = 1.5e-7
 """mlx takes no step below 1e-7; moving zero onto one makes it at most half as long again."""
 
 _FLOAT32_SLACK = 1.001
 """The quantizer computes in float32, so a weight halfway between steps may go either way."""
-
-
-SUFFIXES = ("weight", "scales", "biases")
 
 
 class MlxReader(FolderReader):
@@ -164,7 +167,7 @@ def allowance(groups: Floats, bits: int, dtype: str) -> Floats:
     far = np.where(low_is_edge, high, low)
     largest = np.where(low_is_edge, -low, np.abs(high))
     step = np.maximum((high - low) / (top - 1), _SMALLEST_STEP) * _FLOAT32_SLACK
-    rounding = 4 * _HALF_PLACE[dtype] * largest + (top + 1) * _HALF_SMALLEST[dtype]
+    rounding = 4 * HALF_PLACE[dtype] * largest + (top + 1) * HALF_SMALLEST[dtype]
     allowed: Floats = np.abs(groups - far[:, None])
     np.subtract(step[:, None], allowed, out=allowed)
     np.maximum(allowed, step[:, None] / 2, out=allowed)
@@ -183,7 +186,7 @@ def _module(folder: ModelFolder, name: str, fact: TensorFact) -> Iterator[str]:
 
 
 def _quantized_module(folder: ModelFolder, module: str, fact: TensorFact) -> Iterator[str]:
-    stored = [folder.tensors.get(f"{module}.{suffix}") for suffix in ("weight", "scales", "biases")]
+    stored = [folder.tensors.get(f"{module}.{suffix}") for suffix in SUFFIXES]
     shapes = [tensor.spec.shape if tensor else () for tensor in stored]
     if any(len(shape) != 2 for shape in shapes):
         yield f"module {module} lacks a weight, scales or biases of two dimensions"

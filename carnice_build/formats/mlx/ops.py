@@ -11,6 +11,9 @@ from carnice_build.formats.elementwise import cast_finite
 from carnice_build.graph import ArrayOp, ProcessOp, TensorData, require_finite
 from carnice_build.tensor_file import TensorFile
 
+SUFFIXES = ("weight", "scales", "biases")
+"""The tensors that a weight becomes, by the end of their names, in the order of outputs."""
+
 
 class AffineQuantize(ArrayOp):
     """Affine group quantization by the fused kernel, bit for bit that of `mlx.core.quantize`.

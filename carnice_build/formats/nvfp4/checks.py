@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from carnice_build.formats.checks import FolderReader, Rounding, Tensors, TorchChecks
+from carnice_build.formats.exclusions import ignore_problems
 from carnice_build.formats.folder import ModelFolder, read_object, section
-from carnice_build.formats.listed import ignore_problems
 from carnice_build.formats.nvfp4.ops import BLOCK
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme, names, only_group, statements
