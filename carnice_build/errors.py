@@ -103,6 +103,23 @@ class PlanError(CarniceError):
         self.at = at
         super().__init__(what, where=where, expected=expected, nearest=nearest, problems=problems)
 
+    def revised(
+        self,
+        *,
+        what: str | None = None,
+        where: str | None = None,
+        at: tuple[str | int, ...] | None = None,
+    ) -> PlanError:
+        """The same error, with what is given in place of its own: whoever raised it knew less."""
+        return PlanError(
+            what or self.what,
+            where=where or self.where,
+            expected=self.expected,
+            nearest=self.nearest,
+            problems=self.problems,
+            at=self.at if at is None else at,
+        )
+
 
 class StoreError(CarniceError):
     """The cache or the output folder cannot be used."""

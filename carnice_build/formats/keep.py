@@ -16,4 +16,4 @@ def kept(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
     try:
         return set(require_match(Patterns(list(patterns)), names, "weight"))
     except PlanError as error:
-        raise PlanError(error.what, nearest=error.nearest, at=("keep",)) from None
+        raise error.revised(at=("keep",)) from None

@@ -42,9 +42,7 @@ def rules_by_module(
             layers = context.layers(rule.layers) if rule.layers is not None else None
             modules = require_match(Patterns(rule.match), [*chosen, *tied], "module")
         except PlanError as error:
-            raise PlanError(
-                error.what, expected=error.expected, nearest=error.nearest, at=("rules", index)
-            ) from None
+            raise error.revised(at=("rules", index)) from None
         for module in chosen.keys() & modules:
             if layers is None or layer_of[module] in layers:
                 chosen[module].append((index, rule))

@@ -205,13 +205,7 @@ def _located(recipe: Recipe, *path: str | int) -> Iterator[None]:
     except PlanError as error:
         if error.where is not None:
             raise
-        raise PlanError(
-            error.what,
-            where=recipe.where(*path, *error.at),
-            expected=error.expected,
-            nearest=error.nearest,
-            problems=error.problems,
-        ) from None
+        raise error.revised(where=recipe.where(*path, *error.at)) from None
 
 
 def _without_ties(

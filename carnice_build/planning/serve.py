@@ -64,9 +64,4 @@ def _check_sections(recipe: Recipe, facts: ServingFacts) -> None:
             seen.add(spec.profile)
             plan_launches(spec, facts)
         except PlanError as error:
-            raise PlanError(
-                error.what,
-                expected=error.expected,
-                nearest=error.nearest,
-                at=(index, *error.at) if listed else error.at,
-            ) from None
+            raise error.revised(at=(index, *error.at) if listed else error.at) from None

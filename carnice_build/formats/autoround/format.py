@@ -8,7 +8,6 @@ from.  What is published looks the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -16,11 +15,13 @@ from pydantic import Field, model_validator
 from carnice_build.calibration.passes import Calibration
 from carnice_build.checkpoint.checkpoint import Checkpoint, source_view
 from carnice_build.checkpoint.model_dtype import stated_dtype
+from carnice_build.dtypes import FLOAT_NAMES
 from carnice_build.errors import PlanError, nearest
 from carnice_build.formats.autoround.files import autoround_files
 from carnice_build.formats.autoround.ops import SUFFIXES, Merge, Nearest, packed_specs
 from carnice_build.formats.autoround.tune import Tuning
 from carnice_build.formats.base import Conversion, Format, OutputTensor, cast, check_fusions
+from carnice_build.formats.blame import about_module
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
 from carnice_build.formats.keep import kept
@@ -47,7 +48,8 @@ GroupSize = Literal[32, 64, 128]
 _CAUSES = {"group_size": ("group_size",), "rounding": ("grid", "rounding")}
 """Which knobs the parameters of a module's action are."""
 
-_PLAIN = {"bfloat16": "BF16", "float16": "F16"}
+_PLAIN = ("BF16", "F16")
+"""What is not quantized may be of these types."""
 
 
 class TuneSpec(Strict):
@@ -154,7 +156,7 @@ class AutoRoundFormat(Format):
         chosen = {fact.module: fact for fact in self._quantized(facts, context.architecture)}
         check_fusions(chosen, view, context.architecture)
         for module, fact in chosen.items():
-            with _located(module):
+            with about_module(module):
                 packed_specs(view[fact.name].spec, self.group_size)
         parts, figures = self._parts(chosen, view, context)
         plain = self._plain_dtype(context)
@@ -243,7 +245,7 @@ class AutoRoundFormat(Format):
             weight = _tensor(base, fact.name, spec.base)
             stored = [_tensor(tensors, name, spec.source) for name in names]
             operands = (view[fact.name], weight, *stored)
-            with _located(module):
+            with about_module(module):
                 qweight, clipped = context.graph.add(Merge(), params, *operands)
             parts[module] = (qweight, *stored[1:])
             figures[f"clipped codes of {module}"] = clipped
@@ -251,18 +253,9 @@ class AutoRoundFormat(Format):
 
     def _plain_dtype(self, context: PlanContext) -> str:
         if self.plain is not None:
-            return _PLAIN[self.plain]
+            return FLOAT_NAMES[self.plain]
         stated = stated_dtype(context.body.config)
-        return stated if stated and stated in _PLAIN.values() else _PLAIN["bfloat16"]
-
-
-@contextmanager
-def _located(module: str) -> Iterator[None]:
-    """Give errors of the block the module that they are about."""
-    try:
-        yield
-    except PlanError as error:
-        raise PlanError(f"module {module}: {error.what}", expected=error.expected) from None
+        return stated if stated in _PLAIN else "BF16"
 
 
 def _check_arithmetic(spec: CalibrationSpec) -> None:

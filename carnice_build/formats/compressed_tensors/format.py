@@ -20,6 +20,7 @@ from carnice_build.formats.base import (
     check_fusions,
     in_stated_dtype,
 )
+from carnice_build.formats.blame import about_module
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.compressed_config import ignored_modules
 from carnice_build.formats.compressed_tensors.awq import Scales, search
@@ -171,7 +172,7 @@ class CompressedFormat(Format):
         try:
             check_fusions(chosen, view, architecture)
         except PlanError as error:
-            raise PlanError(error.what, expected=error.expected, at=("ignore",)) from None
+            raise error.revised(at=("ignore",)) from None
         published = _Published(self, chosen, self._scales(chosen, view, context), context)
         tensors = [item for fact in facts for item in published.of(fact, view[fact.name])]
         return Conversion(
@@ -266,12 +267,8 @@ class _Published:
     ) -> list[OutputTensor]:
         weights = self._knobs.weights
         params = {**used, "observer": weights.observer, "group_size": weights.group_size}
-        try:
+        with about_module(fact.module, _WEIGHTS):
             made = self._graph.add(GroupQuantize(), params, ref, *vectors)
-        except PlanError as error:
-            raise PlanError(
-                f"module {fact.module}: {error.what}", expected=error.expected, at=_WEIGHTS
-            ) from None
         return [
             OutputTensor(f"{fact.module}.{suffix}", output, fact)
             for suffix, output in zip(SUFFIXES, made, strict=True)

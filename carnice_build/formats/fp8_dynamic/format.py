@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from carnice_build.errors import PlanError
 from carnice_build.formats.base import (
     Conversion,
     Format,
@@ -18,6 +17,7 @@ from carnice_build.formats.base import (
     check_fusions,
     in_stated_dtype,
 )
+from carnice_build.formats.blame import about_module
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.compressed_config import ignored_modules
 from carnice_build.formats.fp8_dynamic.files import fp8_files
@@ -101,10 +101,8 @@ class Fp8DynamicFormat(Format):
 
 
 def _quantized(fact: TensorFact, view: View, context: PlanContext) -> list[OutputTensor]:
-    try:
+    with about_module(fact.module):
         made = context.graph.add(RowQuantize(), {}, view[fact.name])
-    except PlanError as error:
-        raise PlanError(f"module {fact.module}: {error.what}", expected=error.expected) from None
     return [
         OutputTensor(f"{fact.module}.{suffix}", ref, fact)
         for suffix, ref in zip(SUFFIXES, made, strict=True)

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from carnice_build.checkpoint.assets import Reads
-from carnice_build.dtypes import WIDE_FLOATS
+from carnice_build.dtypes import FLOAT_NAMES, WIDE_FLOATS
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import Conversion, Format, OutputTensor
+from carnice_build.formats.blame import about_module
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.mlx.files import mlx_files
-from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
+from carnice_build.formats.mlx.ops import SUFFIXES, AffineQuantize, ReferenceAffineQuantize
 from carnice_build.formats.rules import Rule, Settings, choose, rules_by_module
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 GroupSize = Literal[32, 64, 128]
-
-_MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 class MlxRule(Rule):
@@ -141,15 +140,13 @@ class MlxFormat(Format):
             "dtype": _dtype(fact, ref, context),
             "nonfinite": self.nonfinite,
         }
-        try:
+        with about_module(fact.module):
             outputs = context.graph.add(self._op(), params, ref)
-        except PlanError as error:
-            raise PlanError(
-                f"module {fact.module}: {error.what}", expected=error.expected
-            ) from None
         path = _mlx_path(fact, context)
-        names = (f"{path}.weight", f"{path}.scales", f"{path}.biases")
-        return [OutputTensor(name, out, fact) for name, out in zip(names, outputs, strict=True)]
+        return [
+            OutputTensor(f"{path}.{suffix}", out, fact)
+            for suffix, out in zip(SUFFIXES, outputs, strict=True)
+        ]
 
     def _op(self) -> Op:
         return AffineQuantize() if self.backend == "fused" else ReferenceAffineQuantize()
@@ -181,4 +178,4 @@ def _dtype(fact: TensorFact, ref: TensorRef, context: PlanContext) -> str:
     """The type that mlx-lm casts the tensor to: the config's, unless the tensor is exempt."""
     if ref.spec.dtype not in WIDE_FLOATS or context.architecture.mlx_keeps_dtype(fact.name):
         return ref.spec.dtype
-    return _MODEL_DTYPES.get(context.architecture.dtype or "", ref.spec.dtype)
+    return FLOAT_NAMES.get(context.architecture.dtype or "", ref.spec.dtype)

@@ -21,6 +21,7 @@ from carnice_build.formats.base import (
     check_fusions,
     in_stated_dtype,
 )
+from carnice_build.formats.blame import about_module
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
 from carnice_build.formats.keep import kept
@@ -154,11 +155,8 @@ def _layer(
 def _group(
     group: Sequence[TensorFact], input_scale: TensorRef, view: View, context: PlanContext
 ) -> Iterator[tuple[TensorFact, list[OutputTensor]]]:
-    try:
+    with about_module(", ".join(fact.module for fact in group)):
         made = context.graph.add(BlockQuantize(), {}, *(view[fact.name] for fact in group))
-    except PlanError as error:
-        modules = ", ".join(fact.module for fact in group)
-        raise PlanError(f"module {modules}: {error.what}", expected=error.expected) from None
     for number, fact in enumerate(group):
         parts = {
             "input_scale": input_scale,
