@@ -4,5 +4,5 @@
 the plan, `roundtrip` the numbers with the source's; `chat` plays conversations through the
 template.  `generate`, `perplexity` and `acceptance` need the running model, in a process of its
 own: in mlx-lm (`run_mlx`), or dequantized in torch (`run_torch`).
-What is particular to a number format is in `formats`, one file each.
+What is particular to a number format is in its folder below `formats`.
 """

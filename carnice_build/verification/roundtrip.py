@@ -3,7 +3,7 @@
 A tensor that is not quantized must have the very bytes that the plan's own small ops (a cast,
 norm + 1) give.
 A quantized one is dequantized, and every weight is held against the most that its bits allow,
-as the format's file in `formats` derives it: a weight further off cannot come from the quantizer.
+as the format's `checks` derive it: a weight further off cannot come from the quantizer.
 The relative error of a module is ||dequantized - source|| / ||source||; the bound on it is that of
 its weights in root mean square.
 """

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from carnice_build.chat.files import TEMPLATE_NAME
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CarniceError
 from carnice_build.formats.checks import FormatChecks, Library, TorchChecks
@@ -126,7 +127,7 @@ class _Run:
         served = list(models)[-1]
         compared = {name: models[name] for name in (SOURCE, served) if name in models}
         why_not = too_large(self._whole_bytes())
-        if why_not or "chat_template.jinja" not in self.variant.files:
+        if why_not or TEMPLATE_NAME not in self.variant.files:
             return skipped(fidelity.NAME, why_not or "there is no chat template")
         found = self.worker.call(
             torch_worker.measure_fidelity,
