@@ -24,8 +24,9 @@ HEAD = """
 from typing import Any, Callable, Literal
 from pydantic import BaseModel, Field
 from carnice_build.recipe.schema import Strict
-from carnice_build.formats.base import Conversion, Format, Step
+from carnice_build.formats.base import Conversion, Format
 from carnice_build.formats.mlx.format import MlxFormat
+from carnice_build.steps.base import Step
 """
 STEP = HEAD + "class Part(Step):\n    def apply(self, view, context):\n        return view\n"
 OURS = [path.stem for path in list_recipes(REPOSITORY / "recipes")]
@@ -55,18 +56,20 @@ BROKEN_STEPS = {
     "an exit on import": (STEP + "raise SystemExit(0)\n", "cannot be loaded: SystemExit"),
     "no syntax": ("class Part(", "cannot be loaded: SyntaxError"),
     "no such class": (HEAD, "AttributeError: module 'broken' has no attribute 'Part'"),
-    "a function": ("def Part(): ...\n", "is no subclass of carnice_build.formats.base.Step"),
+    "a function": ("def Part(): ...\n", "is no subclass of carnice_build.steps.base.Step"),
     "any model": (HEAD + "class Part(BaseModel): ...\n", "is no subclass of"),
     "a format": (HEAD + "class Part(Format): ...\n", "is no subclass of"),
     "no method": (HEAD + "class Part(Step):\n    limit: int = 1\n", "does not define apply"),
     "a setting without a type": (STEP + "    limit = 3\n", "PydanticUserError: A non-annotated"),
     "a setting that is code": (STEP + "    key: Callable[[int], int]\n", "no schema describes"),
 }
-FORMAT_STEPS = "    def convert(self, view, context): ...\n    def packager(self): ...\n"
+FORMAT_STEPS = "".join(
+    f"    def {name}(self, *given): ...\n" for name in ("convert", "files", "checks", "reader")
+)
 BROKEN_FORMATS = {
     "no methods": (
         HEAD + "class Part(Format):\n    format: Literal['part']\n",
-        "does not define convert and packager",
+        "does not define checks and convert and files and reader",
     ),
     "no setting that names it": (
         HEAD + "class Part(Format):\n" + FORMAT_STEPS,
@@ -147,7 +150,7 @@ FAILING = {
         "broken 1.5: Part failed: TypeError: Conversion.__init__() missing",
     ),
     "an error in what engines call it": (
-        CONVERTS + "    def engine_name(self):\n        raise LookupError('engine')\n",
+        CONVERTS + "    def serving(self):\n        raise LookupError('engine')\n",
         "broken 1.5: Part failed: LookupError: engine",
     ),
     "settings without bits": (
@@ -156,10 +159,10 @@ FAILING = {
         + "        from dataclasses import replace\n"
         + "        made = super().convert(view, context)\n"
         + "        return replace(made, quantized=dict.fromkeys(made.quantized, {}))\n",
-        "broken 1.5: Part failed: KeyError: 'bits'",
+        "broken 1.5: Part failed: AttributeError: 'dict' object has no attribute",
     ),
     "an error in its files": (
-        CONVERTS + "    def packager(self):\n" + "        raise RuntimeError('no files')\n",
+        CONVERTS + "    def files(self, variant):\n" + "        raise RuntimeError('no files')\n",
         "broken 1.5: Part failed: RuntimeError: no files",
     ),
 }
