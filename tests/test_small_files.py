@@ -172,7 +172,7 @@ def test_a_damaged_file_is_refused_before_any_work(
 
 def test_all_damaged_files_are_told(recipes: Project, carnice: Carnice) -> None:
     """One line for each."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         (recipes.checkpoint / name).write_bytes(b"[]")
 
     check_refused_at_once(
@@ -181,7 +181,7 @@ def test_all_damaged_files_are_told(recipes: Project, carnice: Carnice) -> None:
         "holds files that are not what they are called",
         "/tokenizer.json: is not a JSON object",
         "/tokenizer_config.json: is not a JSON object",
-        "/generation_config.json: is not a JSON object",
+        "/preprocessor_config.json: is not a JSON object",
     )
 
 
