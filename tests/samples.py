@@ -23,12 +23,8 @@ from carnice_build.calibration.tokens import LongestFirst, Tokens
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.formats.autoround.ops import Merge, Nearest, packed_specs
 from carnice_build.formats.autoround.tune import Advance, Tune
-from carnice_build.formats.compressed_tensors.awq import (
-    GroupQuantize,
-    Smooth,
-    SmoothNorm,
-    SmoothWeight,
-)
+from carnice_build.formats.compressed_tensors.awq import Smooth
+from carnice_build.formats.compressed_tensors.ops import GroupQuantize, SmoothNorm, SmoothWeight
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
 from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales

@@ -13,7 +13,7 @@ from conftest import Project
 from tiny import read_json, write_json
 
 import carnice_build
-from carnice_build.commands.build import VariantReport, build_variants
+from carnice_build.commands.build import BuiltVariant, build_variants
 from carnice_build.formats import card
 from carnice_build.formats.autoround import files as autoround
 from carnice_build.package import files as base
@@ -37,7 +37,7 @@ def rounded(project: Project) -> Project:
     return project
 
 
-def build(project: Project) -> VariantReport:
+def build(project: Project) -> BuiltVariant:
     """Build the variant."""
     (report,) = build_variants(["rounded"], project.options()).variants
     return report
