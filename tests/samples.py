@@ -26,6 +26,7 @@ from carnice_build.formats.autoround.tune import Advance, Tune
 from carnice_build.formats.compressed_tensors.awq import Smooth
 from carnice_build.formats.compressed_tensors.ops import GroupQuantize, SmoothNorm, SmoothWeight
 from carnice_build.formats.elementwise import Elementwise
+from carnice_build.formats.fp8_dynamic.ops import RowQuantize
 from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
 from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales
 from carnice_build.graph import Op, TensorData
@@ -215,6 +216,7 @@ OPS: Sequence[OpSample] = [
         Elementwise(), {**_PLUS_ONE, "add": None, "nonfinite": "zero"}, drawn(("F32", (9, 4)))
     ),
     OpSample(BlockQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 32)))),
+    OpSample(RowQuantize(), {}, drawn(("BF16", (9, 128)))),
     OpSample(InputScales(), {"groups": [[0, 2], [1]]}, drawn(("F32", (3,)), around=5)),
     OpSample(Nearest(), {"group_size": 64}, drawn(("BF16", (24, 128)))),
     OpSample(Merge(), {"group_size": 64, "rounding": "delta"}, _merged),
@@ -263,7 +265,7 @@ OPS: Sequence[OpSample] = [
             "mappings": [["mlp.up_proj", ["mlp.down_proj"]]],
             "quantized": ["mlp.up_proj", "mlp.down_proj"],
             "scheme": {"num_bits": 4, "group_size": 64, "symmetric": False},
-            "n_grid": 4,
+            "awq": {"n_grid": 4},
             "duo_scaling": True,
             "norms": "library",
         },
@@ -338,6 +340,7 @@ FORMATS: Mapping[str, FormatSample] = {
         blamed=False,
         excluded=("quantization_config", "ignore"),
     ),
+    "fp8-dynamic": FormatSample(excluded=("quantization_config", "ignore")),
     "autoround": FormatSample(
         {"method": "nearest"},
         change="quantize.group_size=64",
@@ -350,7 +353,7 @@ FORMATS: Mapping[str, FormatSample] = {
                 "group_0": {"targets": ["Linear"], "weights": {"observer": "memoryless_minmax"}}
             },
             "ignore": ["lm_head", "re:model.visual.*", "re:mtp.*", "re:.*linear_attn.*"],
-            "n_grid": 4,
+            "awq": {"n_grid": 4},
         },
         change="quantize.config_groups.group_0.weights.observer=mse",
         excluded=("quantization_config", "ignore"),

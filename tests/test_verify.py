@@ -322,14 +322,18 @@ GROUPS: dict[str, Callable[[np.random.Generator], np.ndarray[Any, Any]]] = {
     "tiny": lambda random: random.standard_normal((64, 512)) * 1e-7,
     "constant": lambda random: np.full((64, 512), 0.02),
     "outliers": lambda random: random.standard_t(1, (64, 512)).clip(-1e3, 1e3),
+    "near ties": lambda random: (
+        random.uniform(-1, 1, (64, 512)).round(1) + random.standard_normal((64, 512)) * 1e-5
+    ),
 }
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("wide", [False, True], ids=["same type", "float32 source"])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_the_bound_holds_for_every_weight(bits: int, kind: str, dtype: str) -> None:
-    """No weight that the quantizer made is outside, whatever its group looks like."""
+def test_the_bound_holds_for_every_weight(bits: int, kind: str, dtype: str, wide: bool) -> None:
+    """No weight that the quantizer made is outside, whatever its group looks like, or its type."""
     from carnice_build.formats.mlx.checks import allowance
     from carnice_build.kernels import elementwise
 
@@ -337,7 +341,8 @@ def test_the_bound_holds_for_every_weight(bits: int, kind: str, dtype: str) -> N
     storage = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[dtype]
     raw = np.empty(values.shape, storage)
     elementwise.cast(values, "F32", dtype, raw)
-    elementwise.cast(raw, dtype, "F32", values)
+    if not wide:
+        elementwise.cast(raw, dtype, "F32", values)
     packed = np.empty((64, 512 * bits // 32), np.uint32)
     scales, biases = np.empty((64, 8), storage), np.empty((64, 8), storage)
     quantize_rows(raw, dtype, bits, 64, packed, scales, biases)

@@ -5,9 +5,10 @@
   long, at most top / (top - 1).  Rounding to a step leaves at most half of one.
 - Where that made steps shorter, the grid ends up to one step before the end of smaller magnitude:
   a weight at distance d from that end may be off by one step less d.
-- Scale and bias are stored in 16 bits, and a weight of another type is cast first: for r, half a
-  unit in the last place, that is at most 4 r max|w| (2 r max|w| for code times scale, r max|w|
-  each for bias and cast).
+- A weight of another type than scale and bias is cast to theirs first, which may make the other end
+  the larger one, so the above is said of what was cast.
+- For r, half a unit in the last place of that type, cast and storage are at most 4 r max|w|
+  (2 r max|w| for code times scale, r max|w| each for bias and cast).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from carnice_build.dtypes import WIDE_FLOATS
+from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS
 from carnice_build.formats.checks import FolderReader, FormatChecks, Library, Tensors
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.mlx.ops import SUFFIXES
@@ -29,12 +30,13 @@ from carnice_build.formats.values import (
     HALF_SMALLEST,
     Floats,
     Incomparable,
+    as_float32,
     matrix,
     read_rows,
 )
 from carnice_build.graph import TensorData
 from carnice_build.kernels.affine import dequantize_rows
-from carnice_build.kernels.elementwise import zero_non_finite
+from carnice_build.kernels.elementwise import cast, zero_non_finite
 from carnice_build.models.base import Architecture, TensorFact
 
 _SMALLEST_STEP = 1.5e-7
@@ -160,8 +162,12 @@ class MlxValues(AffineValues):
 
 
 def allowance(groups: Floats, bits: int, dtype: str) -> Floats:
-    """The most that each weight of `groups` [n, group size] may be off; see the module's text."""
+    """The most that each weight of `groups` [n, group size] may be off; see the module's text.
+
+    Raises NonFiniteValue for a weight that `dtype` cannot hold.
+    """
     top = float(2**bits - 1)
+    groups = _rounded(groups, dtype)
     low, high = groups.min(axis=1), groups.max(axis=1)
     low_is_edge = np.abs(low) > np.abs(high)
     far = np.where(low_is_edge, high, low)
@@ -173,6 +179,13 @@ def allowance(groups: Floats, bits: int, dtype: str) -> Floats:
     np.maximum(allowed, step[:, None] / 2, out=allowed)
     allowed += rounding[:, None]
     return allowed
+
+
+def _rounded(values: Floats, dtype: str) -> Floats:
+    """The values that are left after a cast to `dtype`, in float32."""
+    narrow = np.empty(values.shape, NUMPY_NAME[dtype])
+    cast(values, "F32", dtype, narrow)
+    return as_float32(TensorData(dtype, narrow))
 
 
 def _module(folder: ModelFolder, name: str, fact: TensorFact) -> Iterator[str]:
