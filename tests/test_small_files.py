@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -65,6 +66,22 @@ def test_what_the_class_reads_is_taken_over(recipes: Project) -> None:
     assert f"{TEMPLATES}/rag.jinja" in mlx
     # mlx-lm's class reads no processor, and its config announces no tower.
     assert set() == set(PROCESSORS) & set(mlx)
+
+
+NO_NAMES = (b"\xff.jinja", b"\x1b[31m.jinja", b"two\nlines.jinja", b".hidden.jinja", b"a\\b.jinja")
+
+
+def test_a_template_whose_name_is_no_text_stays_where_it_is(recipes: Project) -> None:
+    """Names go into JSON and to terminals: only those that can be read there are taken over."""
+    folder = recipes.checkpoint / TEMPLATES
+    folder.mkdir()
+    for name in NO_NAMES:
+        (folder / os.fsdecode(name)).write_text("{{ messages }}")
+    (folder / "caf\u00e9.jinja").write_text("{{ messages }}")
+    build_variants(["torch"], recipes.options())
+
+    taken = [name for name in recipes.built("torch") if name.startswith(TEMPLATES)]
+    assert [f"{TEMPLATES}/caf\u00e9.jinja"] == taken
 
 
 def test_a_tower_needs_its_processor(recipes: Project, carnice: Carnice) -> None:
@@ -151,6 +168,9 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "a model that is a list": ("tokenizer.json", b'{"model": [1]}', "has no model with a voc"),
     "settings that are a list": ("tokenizer_config.json", b"[]", "is not a JSON object"),
     "a processor that is none": ("preprocessor_config.json", b"null", "is not a JSON object"),
+    "a mark before UTF-8": ("tokenizer_config.json", b"\xef\xbb\xbf{}", "is not a JSON object"),
+    "UTF-16": ("tokenizer_config.json", "{}".encode("utf-16"), "is not a JSON object"),
+    "a template that is no text": ("chat_template.jinja", b"\xff{{ messages }}", "is not UTF-8"),
     "an empty vocabulary": ("vocab.json", b"{}", "has no entry"),
     "empty merges": ("merges.txt", b"\n", "is empty"),
     "an empty SentencePiece model": ("tokenizer.model", b"", "is empty"),

@@ -126,6 +126,8 @@ def damaged(files: Mapping[str, bytes]) -> Iterator[tuple[str, str]]:
                 yield name, "has no model with a vocabulary"
             elif name == "vocab.json" and not value:
                 yield name, "has no entry"
+        elif name.endswith(".jinja") and not _is_text(files[name]):
+            yield name, "is not UTF-8"
         elif name in _OLD_FORMS and not files[name].strip():
             yield name, "is empty"
 
@@ -134,6 +136,14 @@ def _tokenizer(names: Collection[str]) -> bool:
     """True when these files hold a complete tokenizer, in one of the forms that are loaded."""
     pair = {"vocab.json", "merges.txt"}
     return "tokenizer.json" in names or "tokenizer.model" in names or pair <= set(names)
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _has_vocabulary(tokenizer: Mapping[str, Any]) -> bool:

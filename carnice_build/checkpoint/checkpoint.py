@@ -166,9 +166,13 @@ def is_plain_name(name: str) -> bool:
 
 
 def is_plain_path(path: str) -> bool:
-    """True for plain names joined by `/`, at most two folders deep and none of them hidden."""
+    """True for plain names joined by `/`, at most two folders deep and none of them hidden.
+
+    They are text: bytes that are not UTF-8 and control characters are in no name of ours.
+    """
     names = path.split("/")
-    return len(names) <= 3 and all(is_plain_name(name) and name[0] != "." for name in names)
+    plain = all(is_plain_name(name) and name[0] != "." for name in names)
+    return len(names) <= 3 and plain and path.isprintable()
 
 
 def _load_json(file: ByteSource) -> dict[str, Any]:
