@@ -283,5 +283,5 @@ def _non_finite(source: SourceTensor, index: int) -> CheckpointError:
     return CheckpointError(
         f"tensor {source.name!r} holds NaN or infinity at element {index}",
         where=source.file.name if source.file else None,
-        expected="finite weights, or `nonfinite: zero` under `quantize`",
+        expected="finite weights, or, where the format has it, `nonfinite: zero` under `quantize`",
     )
