@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
@@ -12,6 +13,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from carnice_build.errors import CarniceError, PluginError
 
 K = TypeVar("K", bound=BaseModel)
+T = TypeVar("T")
+
+_TERMINATED = 128 + signal.SIGTERM
+"""With this the command line exits on SIGTERM, wherever it is."""
 
 
 class Extensible(Mapping[str, type[K]], Generic[K]):
@@ -129,9 +134,19 @@ def failures_blamed(*parts: object) -> Iterator[None]:
         yield
     except (CarniceError, MemoryError, OSError):
         raise
-    except Exception as error:  # a fault of the package's
+    except (Exception, SystemExit) as error:  # a fault of the package's
         part = next(filter(_origin, parts), None)
-        if part is None:
+        if part is None or (isinstance(error, SystemExit) and error.code == _TERMINATED):
             raise
         name = (part if isinstance(part, type) else type(part)).__name__
         raise PluginError(f"{name} failed: {_told(error)}", where=_origin(part)) from error
+
+
+def returned(value: T, kind: type[Any] | tuple[type[Any], ...], method: str) -> T:
+    """`value`, which `method` of a step or format gave; TypeError when it is no `kind`.
+
+    To be called where `failures_blamed` holds.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{method} gave {type(value).__name__}")
+    return value

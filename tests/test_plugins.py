@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Finished, Project
 
+from carnice_build.formats.registry import readers
 from carnice_build.planning.vocabulary import usable_vocabulary
 from carnice_build.recipe.loader import list_recipes
 from carnice_build.recipe.schema import json_schema
@@ -165,6 +166,26 @@ FAILING = {
         CONVERTS + "    def files(self, variant):\n" + "        raise RuntimeError('no files')\n",
         "broken 1.5: Part failed: RuntimeError: no files",
     ),
+    "a file of everybody's": (
+        CONVERTS + "    def files(self, variant):\n        return {'README.md': b''}\n",
+        "broken 1.5: Part failed: ValueError: files gave 'README.md', which is no file",
+    ),
+    "a shard of its own": (
+        CONVERTS + "    def files(self, variant):\n        return {variant.shards[0].name: b''}\n",
+        "broken 1.5: Part failed: ValueError: files gave 'model-00001-of-",
+    ),
+    "nothing from convert": (
+        CONVERTS + "    def convert(self, view, context):\n        return None\n",
+        "broken 1.5: Part failed: TypeError: convert gave NoneType",
+    ),
+    "a number for metadata": (
+        CONVERTS + "    def metadata(self):\n        return 5\n",
+        "broken 1.5: Part failed: TypeError: metadata gave int",
+    ),
+    "an exit": (
+        CONVERTS + "    def prepare(self, view, context):\n        raise SystemExit(0)\n",
+        "broken 1.5: Part failed: SystemExit: 0",
+    ),
 }
 
 
@@ -183,6 +204,15 @@ def test_a_failing_plugin_is_named(
     assert sentence in finished.err.splitlines()[-1]
     assert "Traceback" not in finished.err
     assert not (project.out / "uses").exists()
+
+
+def test_a_reader_that_is_none_keeps_no_other_folder_from_being_read(install: Install) -> None:
+    """The readers of all other formats are there."""
+    ours = readers()
+    module = CONVERTS + "    @classmethod\n    def reader(cls):\n        return None\n"
+    install("broken", module, "[carnice_build.formats]\npart = broken:Part\n")
+
+    assert ours == readers()
 
 
 NESTED = """

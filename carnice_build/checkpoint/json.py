@@ -45,7 +45,8 @@ def json_object(where: str, content: bytes) -> dict[str, Any]:
 def object_or_none(content: bytes) -> dict[str, Any] | None:
     """The object that Python's own parser, as most libraries use it, finds in a file, if any."""
     try:
-        value = json.loads(content)
+        # Libraries open such files as UTF-8, without a mark in front.
+        value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

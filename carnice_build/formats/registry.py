@@ -17,7 +17,7 @@ from carnice_build.formats.compressed_tensors.format import CompressedFormat
 from carnice_build.formats.fp8_dynamic.format import Fp8DynamicFormat
 from carnice_build.formats.mlx.format import MlxFormat
 from carnice_build.formats.nvfp4.format import Nvfp4Format
-from carnice_build.plugins import Extensible, failures_blamed
+from carnice_build.plugins import Extensible, failures_blamed, returned
 
 if TYPE_CHECKING:
     from carnice_build.formats.checks import FolderReader
@@ -41,7 +41,7 @@ def readers() -> list[type[FolderReader]]:
     found = []
     for number_format in FORMATS.usable([]).values():
         with suppress(PluginError), failures_blamed(number_format):
-            found.append(number_format.reader())
+            found.append(returned(number_format.reader(), type, "reader"))
     return found
 
 

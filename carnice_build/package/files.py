@@ -40,12 +40,19 @@ class Rendered:
 
 
 def render_files(variant: Variant, number_format: Format) -> Rendered:
-    """Every file of the folder but the shards; deterministic."""
+    """Every file of the folder but the shards; deterministic.
+
+    ValueError for a format that names a file as a shard is, or one that is made for all of them.
+    """
+    own = number_format.files(variant)
+    common = {INDEX_NAME, CARD_NAME, BUILD_NAME, *(shard.name for shard in variant.shards)}
+    if taken := sorted(common.intersection(own)):
+        raise ValueError(f"files gave {taken[0]!r}, which is no file of a format's")
     others = {
         **variant.copied,
         **variant.serve,
         INDEX_NAME: _index(variant),
-        **number_format.files(variant),
+        **own,
         CARD_NAME: render_card(number_format.card(), number_format, variant),
     }
     return Rendered(others, _provenance(variant, others))

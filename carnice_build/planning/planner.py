@@ -24,7 +24,7 @@ from carnice_build.models.base import QUANTIZATION, Architecture, Part, TensorFa
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.planning.serve import plan_serving
 from carnice_build.planning.unknown import unknown_tensors
-from carnice_build.plugins import failures_blamed
+from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.steps.base import PlanContext, Step
@@ -135,8 +135,8 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     for step in recipe.steps:
         with _located(recipe, "steps", step.index, step.kind), failures_blamed(step.params):
             assert isinstance(step.params, Step)
-            view = step.params.apply(view, context)
-            files = step.params.edit(files, context)
+            view = returned(step.params.apply(view, context), dict, "apply")
+            files = returned(step.params.edit(files, context), Mapping, "edit")
     view, notices = _without_ties(view, architecture, body.checkpoint.where)
     check_structure(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
@@ -158,9 +158,9 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
         )
         context = replace(context, calibration=source)
     with _located(recipe, "quantize"), failures_blamed(recipe.quantize):
-        view = recipe.quantize.prepare(view, context)
-        conversion = recipe.quantize.convert(view, context)
-        metadata = recipe.quantize.metadata()
+        view = returned(recipe.quantize.prepare(view, context), dict, "prepare")
+        conversion = returned(recipe.quantize.convert(view, context), Conversion, "convert")
+        metadata = returned(recipe.quantize.metadata(), Mapping, "metadata")
     _check_names(conversion)
     with failures_blamed(recipe.quantize):
         _check_files(body.checkpoint, files, recipe.quantize, conversion)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import NoneType
 
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
@@ -10,9 +11,10 @@ from carnice_build.chat.tool_format import tool_format
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import Conversion, Format
 from carnice_build.models.base import Architecture, Part
-from carnice_build.plugins import failures_blamed
+from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
+from carnice_build.serving.profile import Serving
 from carnice_build.serving.rules import plan_launches
 
 
@@ -31,7 +33,7 @@ def plan_serving(
         return None
     assert isinstance(recipe.quantize, Format)
     with failures_blamed(recipe.quantize):
-        serving = recipe.quantize.serving()
+        serving = returned(recipe.quantize.serving(), (Serving, NoneType), "serving")
     if serving is None:
         raise PlanError("no serving engine that we know loads this format")
     parts = {tensor.fact.part for tensor in conversion.tensors}
