@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from carnice_build.commands.findings import Findings
 from carnice_build.commands.report import ModuleError, Report, Sharing, VariantSummary
-from carnice_build.formats.checks import Library
+from carnice_build.formats.library import Library
 from carnice_build.store.history import BuildRecord
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.result import Check, Outcome

@@ -19,7 +19,7 @@ from carnice_build.commands.findings import folder_stamp, keep_findings, load_fi
 from carnice_build.commands.plan import plan_variants
 from carnice_build.commands.report import Report, built_variants, collect_report, unverified
 from carnice_build.commands.verify import VerifySettings, verify_variants
-from carnice_build.formats.checks import Library
+from carnice_build.formats.library import Library
 from carnice_build.store.history import BuildRecord, read_build_record
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.result import Check, Outcome

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from enum import StrEnum
 from typing import Any, ClassVar, Protocol
 
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.folder import ModelFolder
+from carnice_build.formats.library import Library
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.values import Floats, Values
 from carnice_build.graph import TensorData
 from carnice_build.models.base import Architecture
 from carnice_build.tensors import SourceTensor
-
-
-class Library(StrEnum):
-    """What computes a model's forward pass."""
-
-    MLX_LM = "mlx-lm"
-    TRANSFORMERS = "transformers"
-
 
 Tensors = Mapping[str, SourceTensor]
 

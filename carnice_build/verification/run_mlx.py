@@ -8,7 +8,8 @@ from pathlib import Path
 
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import BackendError
-from carnice_build.formats.checks import FormatChecks, Library
+from carnice_build.formats.checks import FormatChecks
+from carnice_build.formats.library import Library
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification import generate, mlx_worker, perplexity
 from carnice_build.verification.process import Worker, installed

@@ -12,8 +12,9 @@ from pathlib import Path
 from carnice_build.chat.files import TEMPLATE_NAME
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CarniceError
-from carnice_build.formats.checks import FormatChecks, Library, TorchChecks
+from carnice_build.formats.checks import FormatChecks, TorchChecks
 from carnice_build.formats.folder import open_folder
+from carnice_build.formats.library import Library
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Part
 from carnice_build.planning.planner import VariantPlan

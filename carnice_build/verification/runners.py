@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from carnice_build.formats.checks import FormatChecks, Library
+from carnice_build.formats.checks import FormatChecks
+from carnice_build.formats.library import Library
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification import run_mlx, run_torch
 from carnice_build.verification.result import Check

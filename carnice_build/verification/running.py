@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from carnice_build.formats.checks import Library
+from carnice_build.formats.library import Library
 from carnice_build.units import format_size
 from carnice_build.verification.perplexity import Perplexity
 

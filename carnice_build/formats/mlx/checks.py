@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS
-from carnice_build.formats.checks import FolderReader, FormatChecks, Library, Tensors
+from carnice_build.formats.checks import FolderReader, FormatChecks, Tensors
 from carnice_build.formats.folder import ModelFolder, section
+from carnice_build.formats.library import Library
 from carnice_build.formats.mlx.ops import SUFFIXES
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme

@@ -1,0 +1,12 @@
+"""The libraries that run folders."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Library(StrEnum):
+    """What computes a model's forward pass."""
+
+    MLX_LM = "mlx-lm"
+    TRANSFORMERS = "transformers"
