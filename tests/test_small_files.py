@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY, Finished, Project
 from test_bad_input import check_refused_at_once
 from test_sources import write_pointer
-from tiny import tiny_tokenizer, write_json
+from tiny import read_json, tiny_tokenizer, write_json
 from verifying import Copy
 
 from carnice_build.chat.hermes import to_hermes
@@ -270,6 +270,9 @@ def test_a_folder_of_templates_that_is_gone_is_named(recipes: Project, carnice: 
 @pytest.mark.parametrize("problem", LOST)
 def test_what_the_engine_does_not_read_may_be_lost(recipes: Project, problem: str) -> None:
     """A processor is nothing to mlx-lm, a tokenizer nothing to who only gives tensors."""
+    config = read_json(recipes.checkpoint / "config.json")
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    write_json(recipes.checkpoint / "config.json", config)
     for name in ("preprocessor_config.json", "vocab.txt"):
         (recipes.checkpoint / name).unlink(missing_ok=True)
         LOST[problem](recipes.checkpoint / name)
