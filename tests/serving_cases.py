@@ -10,6 +10,7 @@ import pytest
 from carnice_build.errors import PlanError
 from carnice_build.formats.autoround.format import AutoRoundFormat
 from carnice_build.formats.compressed_tensors.format import CompressedFormat
+from carnice_build.formats.fp8_dynamic.format import Fp8DynamicFormat
 from carnice_build.formats.nvfp4.format import Nvfp4Format
 from carnice_build.formats.registry import FORMATS
 from carnice_build.models.base import KvGeometry
@@ -53,8 +54,17 @@ AWQ40B = replace(
     weights_bytes=38_200_000_000,
     kv=KvGeometry(24, 4, 256),
 )
+FP8 = replace(
+    NVFP4,
+    repo="owner/Carnice-V2-27b-FP8-Dynamic",
+    variant="fp8-dynamic",
+    quantization="compressed-tensors",
+    profiles=Fp8DynamicFormat.serving().profiles,
+    weights_bytes=30_300_000_000,
+)
 FACTS = {
     "nvfp4-vllm": NVFP4,
+    "fp8-vllm": FP8,
     "int4-autoround-vllm": INT4,
     "w4a16-v100": AWQ40B,
     "w4a16-vllm": AWQ40B,

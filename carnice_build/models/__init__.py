@@ -55,8 +55,11 @@ def _from_package(entry: EntryPoint, config: Mapping[str, Any], where: str) -> A
         raise CheckpointError(f"{announced} cannot be loaded: {words}", where=where) from None
     try:
         table = family(config, where)
-    except TypeError as error:
-        raise CheckpointError(f"{announced} is no family: {error}", where=where) from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # as above
+        words = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{announced} is no family: {words}", where=where) from None
     wanted = (*Architecture.__annotations__, *vars(Architecture))
     lacking = [name for name in wanted if not (name.startswith("_") or _has(table, name))]
     if lacking:
