@@ -1,7 +1,9 @@
 """Format `compressed-tensors`: asymmetric INT4 in groups, as llm-compressor writes it.
 
-Weights are rounded to nearest, as they are or after AWQ has smoothed them.  The section speaks
-llm-compressor's language, so that its recipe can be read off it and is written beside the weights.
+Weights are rounded to nearest, as they are or after AWQ has smoothed them.  Where nothing is
+smoothed norms stay as they are, as `model_free_ptq` leaves them; `oneshot` rounds their gains.
+The section speaks llm-compressor's language, so that its recipe can be read off it and is written
+beside the weights.
 """
 
 from __future__ import annotations
@@ -104,7 +106,9 @@ class CompressedFormat(Format):
     awq: AwqSpec | None = Field(None, description="For algorithm `awq`.")
 
     retired: ClassVar[Mapping[str, str]] = {
-        **{knob: f"`awq: {{{knob}: ...}}`" for knob in AwqSpec.model_fields},
+        "n_grid": "`awq: {n_grid: ...}`",
+        "duo_scaling": "`awq: {duo_scaling: ...}`",
+        "norms": "`awq: {norms: ...}`",
         "mappings": "nothing in its place: the model's family says what is smoothed",
         "sequential_targets": "nothing in its place: decoder layers are calibrated one at a time",
         "moe_calibrate_all_experts": "nothing in its place: no model with experts is known yet",
