@@ -265,7 +265,7 @@ OPS: Sequence[OpSample] = [
             "mappings": [["mlp.up_proj", ["mlp.down_proj"]]],
             "quantized": ["mlp.up_proj", "mlp.down_proj"],
             "scheme": {"num_bits": 4, "group_size": 64, "symmetric": False},
-            "awq": {"n_grid": 4},
+            "n_grid": 4,
             "duo_scaling": True,
             "norms": "library",
         },

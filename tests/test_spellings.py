@@ -18,6 +18,7 @@ from tiny import (
     read_json,
     tiny_config,
     tiny_tensors,
+    tiny_tokenizer,
     write_json,
     write_safetensors,
 )
@@ -435,6 +436,8 @@ def write_odd(folder: Path, config: Config) -> Path:
     """A checkpoint of random weights with this config."""
     folder.mkdir()
     write_json(folder / "config.json", config)
+    write_json(folder / "tokenizer.json", tiny_tokenizer())
+    write_json(folder / "preprocessor_config.json", {})
     write_safetensors(folder / "model.safetensors", tiny_tensors(config))
     return folder
 

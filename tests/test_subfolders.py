@@ -15,7 +15,7 @@ from tiny import contents
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, is_plain_path
 from carnice_build.errors import StoreError
 from carnice_build.formats.folder import BUILD_NAME, ModelFolder
-from carnice_build.package.folder import assemble, is_current
+from carnice_build.package.folder import LOCK_NAME, assemble, is_current
 from carnice_build.store.digests import digest_bytes
 from carnice_build.verification.digests import check_digests
 from carnice_build.verification.result import Outcome
@@ -79,7 +79,7 @@ def test_a_folder_is_replaced_whole(folder: Path) -> None:
     assemble(folder, [], {"config.json": b"{}"})
 
     assert ["config.json"] == [path.name for path in folder.rglob("*")]
-    assert [folder.name] == [path.name for path in folder.parent.iterdir()]
+    assert {folder.name, LOCK_NAME} == {path.name for path in folder.parent.iterdir()}
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -245,7 +245,7 @@ FUSED = "mtp.layers.0.self_attn.qkv_proj"
         (f"{BODY}layers.0.linear_attn.conv1d", None, "layers.0.linear_attn.conv1d"),
         (None, UP, f"lists {UP}, which is quantized"),
         (None, UP.replace("up_proj", "gate_up_proj"), "gate_up_proj, which is quantized"),
-        (None, "mtp.layers.1.mlp.up_proj", "which is no module of the folder"),
+        (None, "mtp.layers.1.mlp.up_proj", "which is no module of the model"),
     ],
 )
 def test_the_ignore_list_must_be_exact(

@@ -63,6 +63,7 @@ def open_hub(model: str, revision: str, *, stream: bool) -> tuple[Checkpoint, st
             f"{error.what} from the Hugging Face cache{why}",
             where=error.where,
             expected="the rest of the repository there, or a network",
+            problems=error.problems,
         ) from None
     return checkpoint, listing.commit
 
