@@ -27,13 +27,14 @@ class Extensible(Mapping[str, type[K]], Generic[K]):
 
     def __init__(
         self,
-        builtin: Mapping[str, type[K]],
+        builtin: Mapping[str, str],
         group: str,
         kind: type[K],
         named_by: str | None = None,
     ) -> None:
         """Add the entry points of `group` to `builtin`; each must name a subclass of `kind`.
 
+        Ours are written as entry points are, `module:Class`, and imported when asked for.
         The setting `named_by` of each, if given, must accept its name.
         """
         self._builtin = builtin
@@ -43,7 +44,8 @@ class Extensible(Mapping[str, type[K]], Generic[K]):
 
     def __getitem__(self, name: str) -> type[K]:
         if name in self._builtin:
-            return self._builtin[name]
+            loaded: type[K] = EntryPoint(name, self._builtin[name], self._group).load()
+            return loaded
         for entry in entry_points(group=self._group, name=name):
             return _load(entry, self._kind, self._named_by)
         raise KeyError(name)

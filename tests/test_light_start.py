@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 from conftest import Project
@@ -13,11 +14,15 @@ from carnice_build.commands.build import build_variants
 HEAVY = ("torch", "transformers", "mlx", "numba", "numpy", "networkx", "huggingface_hub")
 
 
-def loaded(project: Project, *arguments: str) -> list[str]:
-    """The heavy modules that a run of the command line imports."""
+UNUSED = ("carnice_build.formats.nvfp4", "carnice_build.formats.autoround", "carnice_build.serving")
+"""What a recipe for MLX, which has no launches, needs nothing of."""
+
+
+def loaded(project: Project, *arguments: str, among: Sequence[str] = HEAVY) -> list[str]:
+    """The modules of `among` that a run of the command line imports."""
     code = (
         "import sys, atexit\n"
-        f"atexit.register(lambda: print('HEAVY', *[m for m in {HEAVY} if m in sys.modules]))\n"
+        f"atexit.register(lambda: print('LOADED', *[m for m in {among} if m in sys.modules]))\n"
         "from carnice_build.cli.main import run\n"
         "run()\n"
     )
@@ -60,3 +65,9 @@ def test_a_build_with_nothing_to_do_loads_nothing_heavy(project: Project) -> Non
 def test_a_plan_loads_no_library_that_computes(project: Project) -> None:
     """A plan of unbuilt variants loads neither numpy nor anything above it."""
     assert loaded(project, "plan", "mlx-4bit", "--json") == []
+
+
+def test_a_plan_loads_the_formats_that_it_names_and_no_other(project: Project) -> None:
+    """The registries name modules, and launches are loaded for recipes that have some."""
+    assert loaded(project, "plan", "mlx-4bit", "--json", among=UNUSED) == []
+    assert loaded(project, "schema", among=UNUSED[:2]) == list(UNUSED[:2])

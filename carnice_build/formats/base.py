@@ -18,12 +18,12 @@ from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, TensorFact
 from carnice_build.recipe.schema import Strict
-from carnice_build.serving.profile import Serving
 from carnice_build.steps.base import PlanContext
 
 if TYPE_CHECKING:
-    # These two bring numpy.
+    # These bring numpy, or models of launches.
     from carnice_build.formats.checks import FolderReader, FormatChecks
+    from carnice_build.serving.profile import Serving
 
 
 @dataclass(frozen=True, slots=True)

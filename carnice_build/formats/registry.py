@@ -11,12 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.errors import PluginError
-from carnice_build.formats.autoround.format import AutoRoundFormat
 from carnice_build.formats.base import Format
-from carnice_build.formats.compressed_tensors.format import CompressedFormat
-from carnice_build.formats.fp8_dynamic.format import Fp8DynamicFormat
-from carnice_build.formats.mlx.format import MlxFormat
-from carnice_build.formats.nvfp4.format import Nvfp4Format
 from carnice_build.plugins import Extensible, failures_blamed, returned
 
 if TYPE_CHECKING:
@@ -24,11 +19,11 @@ if TYPE_CHECKING:
 
 FORMATS: Extensible[Format] = Extensible(
     {
-        "mlx": MlxFormat,
-        "nvfp4": Nvfp4Format,
-        "autoround": AutoRoundFormat,
-        "compressed-tensors": CompressedFormat,
-        "fp8-dynamic": Fp8DynamicFormat,
+        "mlx": "carnice_build.formats.mlx.format:MlxFormat",
+        "nvfp4": "carnice_build.formats.nvfp4.format:Nvfp4Format",
+        "autoround": "carnice_build.formats.autoround.format:AutoRoundFormat",
+        "compressed-tensors": "carnice_build.formats.compressed_tensors.format:CompressedFormat",
+        "fp8-dynamic": "carnice_build.formats.fp8_dynamic.format:Fp8DynamicFormat",
     },
     "carnice_build.formats",
     Format,  # type: ignore[type-abstract]

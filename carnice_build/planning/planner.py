@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carnice_build.calibration.source import CalibrationSource
 from carnice_build.checkpoint.assets import Assets, absent, damaged
@@ -22,13 +22,14 @@ from carnice_build.graph import Action, ActionGraph, ActionOutput, View
 from carnice_build.models import architecture_of
 from carnice_build.models.base import QUANTIZATION, Architecture, Part, TensorFact
 from carnice_build.planning.layout import PackLayout, pack_layouts
-from carnice_build.planning.serve import plan_serving
 from carnice_build.planning.unknown import unknown_tensors
 from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
-from carnice_build.serving.facts import ServingFacts
 from carnice_build.steps.base import PlanContext, Step
 from carnice_build.tensors import SourceTensor
+
+if TYPE_CHECKING:
+    from carnice_build.serving.facts import ServingFacts
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,14 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     with failures_blamed(recipe.quantize):
         _check_files(body.checkpoint, files, recipe.quantize, conversion)
     packs = pack_layouts(conversion.tensors, recipe.package.shard, metadata)
-    with _located(recipe, "package", "serve"):
-        size = sum(pack.size for pack in packs)
-        serving = plan_serving(recipe, architecture, conversion, files, size)
+    serving = None
+    if recipe.package.serve:
+        # What launches are made of takes as long to import as a small plan takes.
+        from carnice_build.planning.serve import plan_serving
+
+        with _located(recipe, "package", "serve"):
+            size = sum(pack.size for pack in packs)
+            serving = plan_serving(recipe, architecture, conversion, files, size)
     return VariantPlan(
         recipe=recipe,
         sources=sources,

@@ -24,13 +24,8 @@ def plan_serving(
     conversion: Conversion,
     files: Mapping[str, bytes],
     weights_bytes: int,
-) -> ServingFacts | None:
-    """What the launches of `package.serve` follow from, None when the recipe has none.
-
-    Raises PlanError for a launch that cannot work.
-    """
-    if not recipe.package.serve:
-        return None
+) -> ServingFacts:
+    """What the launches of `package.serve` follow from; PlanError for one that cannot work."""
     assert isinstance(recipe.quantize, Format)
     with failures_blamed(recipe.quantize):
         serving = returned(recipe.quantize.serving(), (Serving, NoneType), "serving")
