@@ -1,11 +1,13 @@
-"""What the formats of compressed-tensors have in common: the files beside the weights."""
+"""What the formats of compressed-tensors have in common: files beside the weights, and checks."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
-from carnice_build.formats.exclusions import plain_modules
+from carnice_build.formats.exclusions import ignore_problems, plain_modules
+from carnice_build.formats.folder import ModelFolder, section
+from carnice_build.formats.statements import names, statements, states
 from carnice_build.formats.variant import Variant
 from carnice_build.models.base import Architecture, Part, Role
 
@@ -59,6 +61,33 @@ def compressed_config(
     }
 
 
+def stored_as(config: Mapping[str, Any], storage: str) -> bool:
+    """True when config.json is that of a folder whose weights are stored as `storage`."""
+    return states(section(config, "quantization_config"), _stated(storage))
+
+
+def config_problems(
+    folder: ModelFolder,
+    architecture: Architecture,
+    storage: str,
+    weights: Mapping[str, Any],
+    input_activations: Mapping[str, Any] | None = None,
+) -> Iterator[str]:
+    """What config.json states otherwise: the one scheme, and that each plain linear is ignored.
+
+    This format's engines look for the parts of a fused linear, so none is listed.
+    """
+    stated = section(folder.config, "quantization_config")
+    yield from statements("config.json", stated, _stated(storage))
+    group = section(section(stated, "config_groups"), "group_0")
+    yield from statements("config.json", section(group, "weights"), weights)
+    yield from statements(
+        "config.json", section(group, "input_activations"), input_activations or {}
+    )
+    ignore = names(stated.get("ignore"))
+    yield from ignore_problems(folder, architecture, ignore, (Role.LINEAR,), fused=False)
+
+
 def recipe_file(modifiers: Mapping[str, Any]) -> bytes:
     """recipe.yaml: what llm-compressor writes of the modifiers that would give a folder."""
     import yaml
@@ -78,3 +107,7 @@ def ignored_modules(architecture: Architecture, quantized: Container[str]) -> li
     modules = {fact.module for fact in head}
     listed = [module for module in plain if module not in modules]
     return [*listed, *(f"re:^{root}.*" for root in roots)]
+
+
+def _stated(storage: str) -> dict[str, str]:
+    return {"quant_method": "compressed-tensors", "format": storage}

@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.checks import FolderReader, Tensors, TorchChecks
+from carnice_build.formats.compressed_config import config_problems, stored_as
+from carnice_build.formats.compressed_tensors.files import STORAGE
 from carnice_build.formats.compressed_tensors.ops import PER_WORD, SUFFIXES
-from carnice_build.formats.exclusions import ignore_problems
-from carnice_build.formats.folder import ModelFolder, section
+from carnice_build.formats.folder import ModelFolder
 from carnice_build.formats.scheme import Scheme
-from carnice_build.formats.statements import as_scheme, names, only_group, statements, states
+from carnice_build.formats.statements import as_scheme, only_group
 from carnice_build.formats.values import (
     HALF_PLACE,
     HALF_SMALLEST,
@@ -40,11 +41,10 @@ from carnice_build.formats.values import (
 )
 from carnice_build.graph import ActionOutput, TensorData
 from carnice_build.kernels import compressed, elementwise
-from carnice_build.models.base import Architecture, Role
+from carnice_build.models.base import Architecture
 
 _SMALLEST_SHARE = {"mse": 0.81, "memoryless_minmax": 1.0}
 _PERMUTATION = "weight_g_idx"
-_STATED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 
 Observer = Literal["mse", "memoryless_minmax"]
 
@@ -57,7 +57,7 @@ class CompressedReader(FolderReader):
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """Folders of compressed-tensors whose integers are packed."""
-        return states(section(config, "quantization_config"), _STATED)
+        return stored_as(config, STORAGE)
 
     def scheme(self, module: str) -> Scheme | None:
         """That of the only config group."""
@@ -82,17 +82,9 @@ class CompressedChecks(TorchChecks):
         self._group = group_size
 
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
-        """The scheme is that of the tensors, and every plain linear is ignored.
-
-        This format's engines look for the parts of a fused linear, so none is listed.
-        """
-        stated = section(folder.config, "quantization_config")
-        yield from statements("config.json", stated, _STATED)
-        group = section(section(stated, "config_groups"), "group_0")
+        """The scheme is that of the tensors, and every plain linear is ignored."""
         scheme = {"num_bits": 4, "type": "int", "symmetric": False, "group_size": self._group}
-        yield from statements("config.json", section(group, "weights"), scheme)
-        ignore = names(stated.get("ignore"))
-        yield from ignore_problems(folder, architecture, ignore, (Role.LINEAR,), fused=False)
+        return config_problems(folder, architecture, STORAGE, scheme)
 
     def compared(self, tensors: Sequence[OutputTensor]) -> None:
         """Raise Incomparable for what AWQ smoothed."""

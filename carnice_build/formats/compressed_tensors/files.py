@@ -11,11 +11,14 @@ from carnice_build.formats.variant import Variant
 if TYPE_CHECKING:
     from carnice_build.formats.compressed_tensors.format import CompressedFormat
 
+STORAGE = "pack-quantized"
+"""compressed-tensors' name of weights whose codes share words."""
+
 
 def compressed_files(knobs: CompressedFormat, variant: Variant) -> dict[str, bytes]:
     """config.json and recipe.yaml."""
     return {
-        "config.json": to_json(compressed_config(variant, "pack-quantized", _weights(knobs))),
+        "config.json": to_json(compressed_config(variant, STORAGE, _weights(knobs))),
         "recipe.yaml": _recipe(knobs, variant),
     }
 

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from carnice_build.formats.checks import FolderReader, Rounding, Tensors, TorchChecks
-from carnice_build.formats.exclusions import ignore_problems
-from carnice_build.formats.folder import ModelFolder, section
+from carnice_build.formats.compressed_config import config_problems, stored_as
+from carnice_build.formats.folder import ModelFolder
 from carnice_build.formats.fp8_dynamic.files import INPUTS, STORAGE, WEIGHTS
 from carnice_build.formats.fp8_dynamic.ops import SUFFIXES
 from carnice_build.formats.scheme import Scheme
-from carnice_build.formats.statements import as_scheme, names, only_group, statements, states
+from carnice_build.formats.statements import as_scheme, only_group, states
 from carnice_build.formats.values import (
     HALF_PLACE,
     HALF_SMALLEST,
@@ -35,9 +35,7 @@ from carnice_build.formats.values import (
     read_rows,
 )
 from carnice_build.kernels import fp8
-from carnice_build.models.base import Architecture, Role
-
-_STATED = {"quant_method": "compressed-tensors", "format": STORAGE}
+from carnice_build.models.base import Architecture
 
 _LARGEST_CODE = 448.0
 
@@ -53,7 +51,7 @@ class Fp8Reader(FolderReader):
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """Folders of compressed-tensors whose floats are stored as such."""
-        return states(section(config, "quantization_config"), _STATED)
+        return stored_as(config, STORAGE)
 
     def scheme(self, module: str) -> Scheme | None:
         """That of the only config group."""
@@ -73,13 +71,7 @@ class Fp8Checks(TorchChecks):
 
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
         """The scheme is that of the tensors, and every plain linear is ignored."""
-        stated = section(folder.config, "quantization_config")
-        yield from statements("config.json", stated, _STATED)
-        group = section(section(stated, "config_groups"), "group_0")
-        yield from statements("config.json", section(group, "weights"), WEIGHTS)
-        yield from statements("config.json", section(group, "input_activations"), INPUTS)
-        ignore = names(stated.get("ignore"))
-        yield from ignore_problems(folder, architecture, ignore, (Role.LINEAR,), fused=False)
+        return config_problems(folder, architecture, STORAGE, WEIGHTS, INPUTS)
 
     def values(self, tensors: Tensors, module: str, scheme: Scheme) -> BoundedValues:
         """See `FormatChecks.values`."""
