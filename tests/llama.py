@@ -132,10 +132,7 @@ class Llama:
     def mlx_name(self, name: str) -> str | None:
         return name
 
-    def mlx_shifted(self, name: str) -> bool:
-        return False
-
-    def mlx_keeps_dtype(self, name: str) -> bool:
+    def keeps_dtype(self, name: str) -> bool:
         return False
 
     def torch_name(self, name: str) -> str:

@@ -30,8 +30,8 @@ from carnice_build.formats.fp8_dynamic.ops import RowQuantize
 from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
 from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales
 from carnice_build.graph import Op, TensorData
+from carnice_build.models import architecture_of
 from carnice_build.models.base import Part, Role
-from carnice_build.models.qwen3_5 import Qwen35
 
 Inputs = Callable[[], Sequence[TensorData]]
 
@@ -156,7 +156,7 @@ class _Layer:
 @cache
 def _layer() -> _Layer:
     config = tiny_config(layers=4)
-    architecture = Qwen35(config, "tiny")
+    architecture = architecture_of(config, "tiny")
     prefix = architecture.layer_prefix(3)
     facts = [
         fact

@@ -18,7 +18,7 @@ from carnice_build.recipe.layers import LayerSpan, layers_in
 from carnice_build.recipe.loader import Recipe, list_recipes, load_recipe
 from carnice_build.recipe.merge import override, read_with_parents
 from carnice_build.recipe.patterns import Patterns, compile_pattern
-from carnice_build.recipe.tree import parse_tree
+from carnice_build.yaml_tree import parse_tree
 
 MINIMAL = """\
 variant: child

@@ -15,7 +15,7 @@ from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.source import LocalFile, refuse_pointer
 from carnice_build.errors import CheckpointError, RecipeError, nearest
 from carnice_build.recipe.schema import DATASET_FILES, CalibrationSpec, SourceSpec
-from carnice_build.recipe.tree import Node, read_tree
+from carnice_build.yaml_tree import Node, read_tree
 
 PROFILES_NAME = "_profiles.yaml"
 HUB = "hub"

@@ -152,7 +152,7 @@ class _Opened:
         """True for a norm of which this folder has 1 + w, because it is one of mlx-lm."""
         name = f"{module}.weight"
         mlx_name = self.architecture.mlx_name(name)
-        return self.architecture.mlx_shifted(name) and mlx_name in self.folder.tensors
+        return self.architecture.offset_norm(name) and mlx_name in self.folder.tensors
 
     def side(self, names: Sequence[str]) -> Side:
         """What the table says of the module with these tensors."""

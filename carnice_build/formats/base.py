@@ -110,7 +110,7 @@ def in_stated_dtype(view: View, context: PlanContext) -> View:
     What mlx-lm does not cast either stays: engines hold these states in float32.
     """
     dtype = stated_dtype(context.body.config)
-    keeps = context.architecture.mlx_keeps_dtype
+    keeps = context.architecture.keeps_dtype
     if dtype is None:
         return view
     return {name: ref if keeps(name) else cast(ref, dtype, context) for name, ref in view.items()}

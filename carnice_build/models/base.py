@@ -37,18 +37,30 @@ QUANTIZABLE = (Role.EMBEDDING, Role.LINEAR)
 
 @dataclass(frozen=True, slots=True)
 class TensorFact:
-    """One tensor that an architecture calls for: canonical name, shape, part, role and layer."""
+    """One tensor that an architecture calls for: canonical name, shape, part, role and layer.
+
+    A `*` in the name stands for the number of an expert: such a fact is of a *stack*, which holds
+    the weights of all experts of a layer, [experts, rows, columns].
+    `fused` is how else checkpoints hold a stack: the name of a tensor [experts, of * rows,
+    columns], which part of each expert's rows it is, and of how many.
+    """
 
     name: str
     shape: tuple[int, ...]
     part: Part
     role: Role
     layer: int | None = None
+    fused: tuple[str, int, int] | None = None
 
     @property
     def module(self) -> str:
         """The path of the module that owns the tensor."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether this is a stack of experts."""
+        return "*" in self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +96,7 @@ class SmoothingMapping:
 
 
 class Architecture(Protocol):
-    """A model family's table, evaluated for one config; see `qwen3_5` for the reference.
+    """A model family's table, evaluated for one config; see `table` for those in YAML.
 
     Can be pickled, for worker processes read it too.
     """
@@ -166,11 +178,8 @@ class Architecture(Protocol):
     def mlx_name(self, name: str) -> str | None:
         """The tensor's name in an MLX checkpoint, None when mlx-lm drops it."""
 
-    def mlx_shifted(self, name: str) -> bool:
-        """True for norms whose stored weight mlx-lm raises by 1."""
-
-    def mlx_keeps_dtype(self, name: str) -> bool:
-        """True for tensors that mlx-lm does not cast."""
+    def keeps_dtype(self, name: str) -> bool:
+        """True for tensors whose type libraries leave alone when they cast a model."""
 
     def torch_name(self, name: str) -> str:
         """The name of a tensor of the text model in transformers' model of `text_config`."""

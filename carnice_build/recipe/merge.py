@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from carnice_build.errors import RecipeError, nearest
-from carnice_build.recipe.tree import MAX_DEPTH, Node, parse_tree, read_tree
+from carnice_build.yaml_tree import MAX_DEPTH, Node, parse_tree, read_tree
 
 MAX_PARENTS = 16
 

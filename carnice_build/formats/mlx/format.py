@@ -156,7 +156,7 @@ class MlxFormat(Format):
         if fact.role is Role.CONV:
             channels, middle, kernel = ref.spec.shape
             ref = ref.reshaped(channels, kernel, middle)
-        add = 1.0 if architecture.mlx_shifted(fact.name) else None
+        add = 1.0 if architecture.offset_norm(fact.name) else None
         dtype = _dtype(fact, ref, context)
         # What passes as it is has its NaN refused while it is copied; zeroing takes an action.
         zeroed = self.nonfinite == "zero" and dtype in WIDE_FLOATS
@@ -176,6 +176,6 @@ def _mlx_path(fact: TensorFact, context: PlanContext) -> str:
 
 def _dtype(fact: TensorFact, ref: TensorRef, context: PlanContext) -> str:
     """The type that mlx-lm casts the tensor to: the config's, unless the tensor is exempt."""
-    if ref.spec.dtype not in WIDE_FLOATS or context.architecture.mlx_keeps_dtype(fact.name):
+    if ref.spec.dtype not in WIDE_FLOATS or context.architecture.keeps_dtype(fact.name):
         return ref.spec.dtype
     return FLOAT_NAMES.get(context.architecture.dtype or "", ref.spec.dtype)

@@ -1,4 +1,4 @@
-"""YAML as a tree that remembers where everything stands, within limits a recipe never needs.
+"""YAML as a tree that remembers where everything stands, within limits that nobody needs.
 
 PyYAML's composer gives nodes with marks but expands nothing; values are made here, so that
 size, depth, aliases and duplicate keys are checked before anything grows.
