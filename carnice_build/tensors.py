@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +26,18 @@ class SourceTensor:
         """Names these bytes on this machine while the file stays as it is."""
         origin = self.file.identity if self.file else f"shape|{self.name}"
         return f"{origin}|{self.offset}|{self.spec.nbytes}"
+
+
+def members(name: str, spec: TensorSpec) -> Sequence[tuple[str, TensorSpec]]:
+    """The tensors that a name stands for, in the order of their bytes.
+
+    A `*` in it stands for the indices of the first axis: the tensors of a stack, end to end.
+    """
+    if "*" not in name:
+        return [(name, spec)]
+    start, _, end = name.partition("*")
+    one = TensorSpec(spec.dtype, spec.shape[1:])
+    return [(f"{start}{index}{end}", one) for index in range(spec.shape[0])]
 
 
 Reader = Callable[[memoryview], None]
