@@ -301,6 +301,10 @@ View = dict[str, TensorRef]
 """An ordered map from names to tensors; steps turn views into views."""
 
 
+_MATRIX = 2
+"""Axes of a weight; that of a stack of experts has one more."""
+
+
 class ActionGraph:
     """All actions of one plan; adding an equal action twice gives the one that is there."""
 
@@ -327,6 +331,13 @@ class ActionGraph:
         return tuple(
             TensorRef(spec, ActionOutput(action, index)) for index, spec in enumerate(outputs)
         )
+
+    def add_each(
+        self, op: ArrayOp, params: Mapping[str, Any], *inputs: TensorRef
+    ) -> tuple[TensorRef, ...]:
+        """Refs to the outputs of `op` applied to weights, or to each expert's of stacks of them."""
+        stacked = len(inputs[0].spec.shape) > _MATRIX
+        return self.add(Stacked(op) if stacked else op, params, *inputs)
 
     def network(self) -> networkx.DiGraph:
         """The graph for networkx: nodes are source tensors and actions, edges carry bytes."""

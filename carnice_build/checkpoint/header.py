@@ -198,5 +198,4 @@ def encode_header(tensors: Iterable[tuple[str, TensorSpec]], metadata: Mapping[s
         position += spec.nbytes
     raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    header = len(raw).to_bytes(8, "little") + raw
-    return header
+    return len(raw).to_bytes(8, "little") + raw

@@ -39,7 +39,7 @@ def check_structure(variant: VariantPlan, folder: ModelFolder, checks: FormatChe
 
 
 def _tensors(variant: VariantPlan, folder: ModelFolder) -> Iterator[str]:
-    expected = {tensor.name: tensor.ref.spec for tensor in variant.conversion.tensors}
+    expected = dict(pair for tensor in variant.conversion.tensors for pair in tensor.members)
     for name, spec in expected.items():
         if name not in folder.tensors:
             yield f"tensor {name} is missing"

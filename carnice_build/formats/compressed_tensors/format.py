@@ -272,7 +272,7 @@ class _Published:
         weights = self._knobs.weights
         params = {**used, "observer": weights.observer, "group_size": weights.group_size}
         with about_module(fact.module, _WEIGHTS):
-            made = self._graph.add(GroupQuantize(), params, ref, *vectors)
+            made = self._graph.add_each(GroupQuantize(), params, ref, *vectors)
         return [
             OutputTensor(f"{fact.module}.{suffix}", output, fact)
             for suffix, output in zip(SUFFIXES, made, strict=True)

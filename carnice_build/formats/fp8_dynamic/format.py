@@ -102,7 +102,7 @@ class Fp8DynamicFormat(Format):
 
 def _quantized(fact: TensorFact, view: View, context: PlanContext) -> list[OutputTensor]:
     with about_module(fact.module):
-        made = context.graph.add(RowQuantize(), {}, view[fact.name])
+        made = context.graph.add_each(RowQuantize(), {}, view[fact.name])
     return [
         OutputTensor(f"{fact.module}.{suffix}", ref, fact)
         for suffix, ref in zip(SUFFIXES, made, strict=True)

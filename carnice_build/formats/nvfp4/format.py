@@ -156,7 +156,7 @@ def _group(
     group: Sequence[TensorFact], input_scale: TensorRef, view: View, context: PlanContext
 ) -> Iterator[tuple[TensorFact, list[OutputTensor]]]:
     with about_module(", ".join(fact.module for fact in group)):
-        made = context.graph.add(BlockQuantize(), {}, *(view[fact.name] for fact in group))
+        made = context.graph.add_each(BlockQuantize(), {}, *(view[fact.name] for fact in group))
     for number, fact in enumerate(group):
         parts = {
             "input_scale": input_scale,
