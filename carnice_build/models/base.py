@@ -26,6 +26,12 @@ class Role(StrEnum):
 
     EMBEDDING = "embedding"
     LINEAR = "linear"
+    """A matrix [rows, columns] that inputs are multiplied with, or a stack of such."""
+    ROUTER = "router"
+    """A matrix that says which experts a token goes to, or how much of a shared one it gets."""
+    EXPERTS = "experts"
+    """All experts of a layer as [experts, inputs, outputs], which no format takes as a stack."""
+    BIAS = "bias"
     NORM = "norm"
     CONV = "conv"
     STATE = "state"
