@@ -95,10 +95,12 @@ class SmoothingMapping:
     """The output of module `smooth` is divided, and what the modules `balance` read multiplied.
 
     Names are relative to the decoder layer, as in `mlp.up_proj`.
+    Those in `follow` read the same and must be multiplied too, but have no say in the factors.
     """
 
     smooth: str
     balance: tuple[str, ...]
+    follow: tuple[str, ...] = ()
 
 
 class Architecture(Protocol):
