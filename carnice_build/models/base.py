@@ -40,6 +40,9 @@ class Role(StrEnum):
 
 QUANTIZABLE = (Role.EMBEDDING, Role.LINEAR)
 
+LINEARS = (Role.LINEAR, Role.ROUTER)
+"""What engines build as linears, and take for quantized unless a config says otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorFact:
