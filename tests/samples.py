@@ -29,7 +29,7 @@ from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.fp8_dynamic.ops import RowQuantize
 from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
 from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales
-from carnice_build.graph import Op, TensorData
+from carnice_build.graph import Op, Stacked, TensorData
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Part, Role
 
@@ -202,6 +202,7 @@ _TUNING = {
 }
 _PASSING = ("names", "kind", "config", "threads", "processor")
 _WORKSPACE = frozenset({"workspace"})
+_STACKED = frozenset({"op", "name", "version", "libraries", "figures"})
 
 OPS: Sequence[OpSample] = [
     OpSample(AffineQuantize(), _AFFINE, drawn(("BF16", (9, 128)))),
@@ -217,6 +218,10 @@ OPS: Sequence[OpSample] = [
     ),
     OpSample(BlockQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 32)))),
     OpSample(RowQuantize(), {}, drawn(("BF16", (9, 128)))),
+    OpSample(Stacked(RowQuantize()), {}, drawn(("BF16", (9, 4, 128))), _STACKED),
+    OpSample(
+        Stacked(BlockQuantize()), {}, drawn(("BF16", (9, 4, 32)), ("BF16", (9, 2, 32))), _STACKED
+    ),
     OpSample(InputScales(), {"groups": [[0, 2], [1]]}, drawn(("F32", (3,)), around=5)),
     OpSample(Nearest(), {"group_size": 64}, drawn(("BF16", (24, 128)))),
     OpSample(Merge(), {"group_size": 64, "rounding": "delta"}, _merged),

@@ -204,7 +204,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], shards: int) -> No
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A shard of `tensors`, in their order."""
     specs = [(name, TensorSpec(item.dtype, item.shape)) for name, item in tensors.items()]
-    header, _ = encode_header(specs, {"format": "pt"})
+    header = encode_header(specs, {"format": "pt"})
     path.write_bytes(header + b"".join(item.data for item in tensors.values()))
 
 

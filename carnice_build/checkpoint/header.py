@@ -182,26 +182,20 @@ def _check_coverage(source: Readable, entries: list[Entry], data_start: int) -> 
         )
 
 
-def encode_header(
-    tensors: Iterable[tuple[str, TensorSpec]], metadata: Mapping[str, str]
-) -> tuple[bytes, list[int]]:
+def encode_header(tensors: Iterable[tuple[str, TensorSpec]], metadata: Mapping[str, str]) -> bytes:
     """Header bytes, length field included, for tensors laid out in the given order.
 
-    Returns the bytes and each tensor's offset from the start of the file.
     The header is padded with spaces to a multiple of eight bytes, as the safetensors library does.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
-    starts: list[int] = []
     for name, spec in tensors:
         table[name] = {
             "dtype": spec.dtype,
             "shape": list(spec.shape),
             "data_offsets": [position, position + spec.nbytes],
         }
-        starts.append(position)
         position += spec.nbytes
     raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    header = len(raw).to_bytes(8, "little") + raw
-    return header, [len(header) + start for start in starts]
+    return len(raw).to_bytes(8, "little") + raw

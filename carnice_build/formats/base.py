@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from carnice_build.checkpoint.assets import Reads
 from carnice_build.checkpoint.model_dtype import stated_dtype
-from carnice_build.dtypes import WIDE_FLOATS
+from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.card import Card
 from carnice_build.formats.elementwise import Elementwise
@@ -19,6 +19,7 @@ from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, TensorFact
 from carnice_build.recipe.schema import Strict
 from carnice_build.steps.base import PlanContext
+from carnice_build.tensors import members
 
 if TYPE_CHECKING:
     # These bring numpy, or models of launches.
@@ -28,11 +29,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor of a variant: its published name, its bytes, and the source tensor it stands for."""
+    """A tensor of a variant: its published name, its bytes, and the source tensor it stands for.
+
+    A `*` in the name publishes a stack as one tensor an expert.
+    """
 
     name: str
     ref: TensorRef
     fact: TensorFact
+
+    @property
+    def members(self) -> Sequence[tuple[str, TensorSpec]]:
+        """The tensors as the folder names them, in the order of their bytes."""
+        return members(self.name, self.ref.spec)
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,11 @@ class Conversion:
 
 class Format(Strict):
     """A number format: its knobs, and how it turns a canonical view into published tensors."""
+
+    @property
+    def needs_table(self) -> bool:
+        """Whether it needs more of a model than the names and shapes of its tensors."""
+        return True
 
     def prepare(self, view: View, context: PlanContext) -> View:
         """The view as `convert` is to get it, and as checks compare what is published with it."""

@@ -17,7 +17,10 @@ from carnice_build.recipe.schema import CalibrationSpec, CardSpec
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of weights: its name in the folder, the pack it is, and what it holds in order."""
+    """A file of weights: its name in the folder, the pack it is, and what it holds in order.
+
+    `tensors` are name, spec and digest; a `*` in a name is as in `tensors.members`.
+    """
 
     name: str
     pack: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from carnice_build.errors import PlanError, nearest, together
@@ -65,5 +66,16 @@ def _hint(kind: str, names: Sequence[str], architecture: Architecture) -> str | 
         return f"a step that leaves them out: `- drop: {{match: '*{dot}{kind}'}}`"
     if kind == _ADAPTER:
         return "the weights with the adapter merged into them, by peft's `merge_and_unload`"
+    if stack := _stack(kind, architecture):
+        return f"experts 0 to {stack - 1} by its config"
     canonical = architecture.canonical_name(kind)
     return f"rename it to {canonical!r} in a `rename` step" if canonical else None
+
+
+def _stack(name: str, architecture: Architecture) -> int | None:
+    """How many experts there are of the stack that `name` would be one of."""
+    for match in re.finditer(r"\d+", name):
+        stack = f"{name[: match.start()]}*{name[match.end() :]}"
+        if stack in architecture.tensors:
+            return architecture.tensors[stack].shape[0]
+    return None

@@ -108,7 +108,11 @@ class Nvfp4Format(Format):
         tensors = [
             tensor
             for fact in facts
-            for tensor in made.get(fact.module, [OutputTensor(fact.name, view[fact.name], fact)])
+            for tensor in (
+                made[fact.module]
+                if chosen.get(fact.module) is fact
+                else [OutputTensor(fact.name, view[fact.name], fact)]
+            )
         ]
         check_fusions(chosen, view, context.architecture)
         return Conversion(
@@ -156,7 +160,7 @@ def _group(
     group: Sequence[TensorFact], input_scale: TensorRef, view: View, context: PlanContext
 ) -> Iterator[tuple[TensorFact, list[OutputTensor]]]:
     with about_module(", ".join(fact.module for fact in group)):
-        made = context.graph.add(BlockQuantize(), {}, *(view[fact.name] for fact in group))
+        made = context.graph.add_each(BlockQuantize(), {}, *(view[fact.name] for fact in group))
     for number, fact in enumerate(group):
         parts = {
             "input_scale": input_scale,
