@@ -100,12 +100,11 @@ def test_the_last_blocks_may_be_cut_off(seed: int, rows: int, columns: int, dtyp
 
 
 def test_ragged_blocks_are_mlx_lm_of_deepseek() -> None:
-    """mlx-lm multiplies in float32 as well; of the codes of NaN it makes numbers."""
+    """mlx-lm multiplies in float32 as well."""
     mx = pytest.importorskip("mlx.core")
     model = pytest.importorskip("mlx_lm.models.deepseek_v3").Model
     random = np.random.default_rng(0)
     given_codes = codes(random, 200, 150)
-    given_codes[(given_codes & 0x7F) == 0x7F] = 0
     grid = random.random((2, 2), dtype=np.float32)
     stub = SimpleNamespace(args=SimpleNamespace(num_hidden_layers=0))
     made = model.sanitize(
