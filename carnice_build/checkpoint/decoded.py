@@ -18,6 +18,7 @@ from carnice_build.checkpoint.decodings import (
     Packed,
     unfit,
 )
+from carnice_build.checkpoint.rows import FillRows, RowReader
 from carnice_build.dtypes import ITEM_SIZE, NUMPY_NAME, TensorSpec
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import Reader, SourceTensor
@@ -79,52 +80,24 @@ class DecodedFile:
         first, skipped = divmod(offset, self._row_bytes)
         stop = -(-(offset + count) // self._row_bytes)
         with self._decoding.open(first, stop) as fill:
-            rows = _Rows(fill, self._decoding, self._row_bytes)
-            rows.skip(skipped)
-            yield rows.read
+            reader = RowReader(self._row_bytes, self._into_bytes(fill))
+            reader.skip(skipped)
+            yield reader.read
 
-
-class _Rows:
-    """Rows as bytes, of which any number may be asked for."""
-
-    def __init__(self, fill: Fill, decoding: Decoding, row_bytes: int) -> None:
-        self._fill = fill
-        self._decoding = decoding
-        self._row_bytes = row_bytes
-        self._rest = memoryview(b"")
-
-    def skip(self, count: int) -> None:
-        """Leave out some bytes of the first row."""
-        if count:
-            self._rest = self._row()[count:]
-
-    def read(self, buffer: memoryview) -> None:
-        """Fill `buffer` with what follows."""
+    def _into_bytes(self, fill: Fill) -> FillRows:
         import numpy as np
 
-        done = min(len(self._rest), len(buffer))
-        buffer[:done], self._rest = self._rest[:done], self._rest[done:]
-        whole = (len(buffer) - done) // self._row_bytes
-        if whole:
-            end = done + whole * self._row_bytes
-            array = np.frombuffer(buffer[done:end], NUMPY_NAME[self._decoding.dtype])
+        how = self._decoding
+
+        def fill_bytes(buffer: memoryview) -> None:
+            array = np.frombuffer(buffer, NUMPY_NAME[how.dtype])
             # A kernel cannot write where a float does not lie as the processor wants it.
             room = array if array.flags.aligned else array.copy()
-            self._fill(room.reshape(whole, self._decoding.columns))
+            fill(room.reshape(-1, how.columns))
             if room is not array:
-                buffer[done:end] = room.view(np.uint8).data
-            done = end
-        if done < len(buffer):
-            row = self._row()
-            left = len(buffer) - done
-            buffer[done:], self._rest = row[:left], row[left:]
+                buffer[:] = room.view(np.uint8).data
 
-    def _row(self) -> memoryview:
-        import numpy as np
-
-        row = np.empty((1, self._decoding.columns), NUMPY_NAME[self._decoding.dtype])
-        self._fill(row)
-        return row.reshape(-1).view(np.uint8).data
+        return fill_bytes
 
 
 def decoded_fp8(
