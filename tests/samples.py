@@ -369,6 +369,7 @@ FORMATS: Mapping[str, FormatSample] = {
 # --- steps ---------------------------------------------------------------------------------------
 
 STEPS: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "decode": [{"decode": {"match": "*.down_proj.weight", "dtype": "bfloat16", "expect": 9}}],
     "rename": [
         {"rename": {"from": "^lm_head", "to": "head", "expect": 1}},
         {"rename": {"from": "^head", "to": "lm_head", "optional": True}},
@@ -377,4 +378,5 @@ STEPS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "graft": [{"graft": {"from": "base", "match": "mtp.*", "replace": True, "expect": 15}}],
     "chat_template": [{"chat_template": {"patch": "hermes"}}],
 }
-"""The `steps` of a recipe that uses a step, of whose sources `base` alone has an MTP head."""
+"""The `steps` of a recipe that uses a step, of whose sources `base` alone has an MTP head; that of
+`decode` has a quantized body."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.calibration.source import CalibrationSource
@@ -16,11 +15,12 @@ from carnice_build.checkpoint.checkpoint import Checkpoint, read_samples, source
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.generation import with_generation
 from carnice_build.checkpoint.profiles import Source, SourceFinder
+from carnice_build.checkpoint.quantized import METHODS, plain_config, stated_quantization
 from carnice_build.errors import PlanError, together
 from carnice_build.formats.base import Conversion, Format
 from carnice_build.graph import Action, ActionGraph, ActionOutput, View
 from carnice_build.models import UnknownFamily, architecture_of
-from carnice_build.models.base import QUANTIZATION, Architecture, Part
+from carnice_build.models.base import Architecture, Part
 from carnice_build.models.untabled import Untabled
 from carnice_build.planning.gather import gathered
 from carnice_build.planning.layout import PackLayout, pack_layouts
@@ -125,7 +125,8 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     """
     sources = {name: _find(finder, recipe, name) for name in recipe.sources}
     body = sources[recipe.body]
-    _refuse_quantized(body.checkpoint)
+    if not any(isinstance(step.params, Step) and step.params.decodes for step in recipe.steps):
+        _refuse_quantized(body.checkpoint)
     view = source_view(body.checkpoint)
     assert isinstance(recipe.quantize, Format)
     architecture = _architecture(body.checkpoint, view, recipe.quantize)
@@ -197,7 +198,7 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
 
 def _architecture(checkpoint: Checkpoint, view: View, number_format: Format) -> Architecture:
     try:
-        return architecture_of(checkpoint.config, checkpoint.where)
+        return architecture_of(plain_config(checkpoint.config), checkpoint.where)
     except UnknownFamily as error:
         if not number_format.needs_table:
             return _untabled(checkpoint, view)
@@ -221,7 +222,7 @@ def _way_out(error: UnknownFamily, model_type: object) -> str:
 
 def _untabled(checkpoint: Checkpoint, view: View) -> Untabled:
     shapes = {name: ref.spec.shape for name, ref in view.items()}
-    return Untabled(checkpoint.config, checkpoint.where, shapes)
+    return Untabled(plain_config(checkpoint.config), checkpoint.where, shapes)
 
 
 def _unchecked(architecture: Untabled) -> str:
@@ -236,14 +237,16 @@ def _find(finder: SourceFinder, recipe: Recipe, name: str) -> Source:
 
 
 def _refuse_quantized(body: Checkpoint) -> None:
-    for section, key in product((body.config, body.config.get("text_config")), QUANTIZATION):
-        if table := section.get(key) if isinstance(section, dict) else None:
-            method = table.get("quant_method", "") if isinstance(table, dict) else ""
-            raise PlanError(
-                f"is quantized already ({method or key})",
-                where=body.where,
-                expected="the weights that it was quantized from",
-            )
+    stated = stated_quantization(body.config)
+    if stated is None:
+        return
+    method = stated.get("quant_method") or "quantization_config"
+    step = "a step `- decode: {}` to say that a quantized model is meant to be quantized again"
+    raise PlanError(
+        f"is quantized already ({method})",
+        where=body.where,
+        expected=step if method in METHODS else "the weights that it was quantized from",
+    )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from carnice_build.calibration.source import CalibrationSource
 from carnice_build.checkpoint.checkpoint import Checkpoint
@@ -71,7 +72,12 @@ class PlanContext:
 
 
 class Step(Strict):
-    """A step of a recipe: its parameters, and how it rewires a view."""
+    """A step of a recipe: its parameters, and how it rewires a view.
+
+    One that `decodes` gives quantized weights as floats: it lets a recipe begin with them.
+    """
+
+    decodes: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, view: View, context: PlanContext) -> View:
