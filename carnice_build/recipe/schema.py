@@ -234,7 +234,8 @@ def json_schema(vocabulary: Vocabulary) -> dict[str, Any]:
     properties["extends"] = {
         "type": ["string", "array"],
         "items": {"type": "string"},
-        "description": "A recipe that this one changes, or several.",
+        "description": "A recipe that this one changes, or several; `preset:NAME` ships with the "
+        "package.",
     }
     steps = [
         {
