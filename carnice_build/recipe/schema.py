@@ -80,13 +80,24 @@ def _check_model(model: str) -> str:
     return model
 
 
+def _check_folder(text: str) -> str:
+    if not text or "\0" in text or ".." in PurePosixPath(text).parts:
+        raise ValueError(f"{text!r} is neither a folder below the project nor an absolute path")
+    return text
+
+
 class SourceSpec(Strict):
     """A checkpoint by its name on the hub; a profile says where to find it."""
 
     model: Annotated[str, AfterValidator(_check_model)] = Field(
-        description="Repository on the hub, as owner/name."
+        description="Repository on the hub, as owner/name; `local/name` for what is not there."
     )
     revision: str = Field("main", description="Branch, tag or commit of the repository.")
+    folder: Annotated[str, AfterValidator(_check_folder)] | None = Field(
+        None,
+        description="Folder of the checkpoint on this machine, below the project or as an absolute "
+        "path, whatever a profile says.",
+    )
 
 
 ByProfile = int | dict[str, int]
