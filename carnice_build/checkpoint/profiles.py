@@ -70,6 +70,18 @@ class Profiles:
         )
         return next(fitting, next(iter(self._tables), ""))
 
+    def on_hub(self, model: str) -> str:
+        """The first profile by which a model is on the hub; RecipeError when there is none."""
+        for name, table in self._tables.items():
+            entries = table.value if isinstance(table.value, dict) else {}
+            if table.value == HUB or (model in entries and entries[model].value == HUB):
+                return name
+        raise RecipeError(
+            f"no profile takes {model} from the hub",
+            where=self._tree.where,
+            expected=f"`{FULL}: {HUB}` there",
+        )
+
     def table(self, profile: str) -> Node:
         """What `profile` says; RecipeError when there is none of that name."""
         if profile not in self._tables:

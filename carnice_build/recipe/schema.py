@@ -64,19 +64,20 @@ Expectation = int | dict[str, int] | None
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def _check_name(name: str) -> str:
+def check_name(name: str) -> str:
+    """The name of a variant or of a part of a repository's; ValueError for what is none."""
     if not _NAME.fullmatch(name) or len(name) > 100:
         raise ValueError(f"{name!r} is not a plain name of letters, digits, '.', '_' and '-'")
     return name
 
 
-PlainName = Annotated[str, AfterValidator(_check_name)]
+PlainName = Annotated[str, AfterValidator(check_name)]
 
 
 def _check_model(model: str) -> str:
     owner, _, name = model.partition("/")
-    _check_name(owner)
-    _check_name(name)
+    check_name(owner)
+    check_name(name)
     return model
 
 
