@@ -63,7 +63,7 @@ def new(
         print_json({**facts, "size": size, "bits_per_weight": bits, "next": commands})
         return
     typer.echo(f"{written.path}: {model} as {preset}")
-    for sentence in (*written.found, *written.plan.notices):
+    for sentence in written.found:
         typer.echo(f"  {sentence}")
     shards = plural(len(written.plan.packs), "shard")
     typer.echo(f"  it will have {format_size(size)} in {shards}, {bits:.2f} bits per weight")

@@ -70,9 +70,10 @@ def _section(section: Section) -> Iterator[str]:
 
 def _comment(sentence: str, indent: str = "") -> Iterator[str]:
     start = f"{indent}# "
-    text = sentence[:1].upper() + sentence[1:]
+    first = sentence.partition(" ")[0]
+    text = sentence[:1].upper() + sentence[1:] if first.isalpha() else sentence
     yield from wrap(
-        text,
+        f"{text}." if text else "",
         _WIDTH,
         initial_indent=start,
         subsequent_indent=start,

@@ -24,9 +24,10 @@ from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.errors import CarniceError, CheckpointError, PlanError, RecipeError, nearest
 from carnice_build.graph import ActionGraph, View
-from carnice_build.models import architecture_of, has_table
+from carnice_build.models import UnknownFamily, architecture_of
 from carnice_build.models.base import QUANTIZATION, Architecture, Part, Role
-from carnice_build.planning.planner import VariantPlan
+from carnice_build.models.untabled import Untabled
+from carnice_build.planning.planner import VariantPlan, unchecked
 from carnice_build.planning.repair import Repair, globs, leftovers, owners, renames, without
 from carnice_build.recipe.merge import read_with_parents
 from carnice_build.recipe.patterns import Patterns
@@ -159,7 +160,8 @@ def _profile(spec: Mapping[str, str], recipes: Path) -> str | None:
     """The profile that takes the model from the hub, None where it is taken from there anyway."""
     profiles = Profiles(recipes)
     wanted = profiles.on_hub(spec["model"])
-    return None if wanted == profiles.default([SourceSpec(**spec)]) else wanted
+    default = profiles.default([SourceSpec.model_validate(spec)])
+    return None if wanted == default else wanted
 
 
 class _written:
@@ -195,28 +197,22 @@ def _draft(
 ) -> tuple[Draft, list[str]]:
     """The recipe, and sentences about what was found."""
     readme = read_readme(checkpoint)
-    architecture = _architecture(checkpoint, preset, knobs)
     view = source_view(checkpoint)
+    architecture = _architecture(checkpoint, view)
     found = [_size(checkpoint, architecture, view)]
     sources: dict[str, Any] = {_BODY: spec}
     why: dict[str, str] = {}
-    steps: list[Repair] = []
-    others: list[Section] = []
-    if architecture is None:
-        found.append(
-            f"{checkpoint.config.get('model_type')!r} is of no family that has a table here: which "
-            "tensors there must be, and what engines make of them, is not checked"
-        )
-    else:
-        steps, view = _repairs(checkpoint, architecture, view, knobs)
-        head = _head(architecture, view, readme, knobs)
-        found += head.said
-        if head.source is not None:
-            sources[_BASE] = head.source
-            why[_BASE] = "what the model was made from, which still has the MTP head"
-            steps += head.steps
-        others += _ignored(architecture, view, knobs)
+    if isinstance(architecture, Untabled):
+        found.append(unchecked(architecture))
+    steps, view = _repairs(checkpoint, architecture, view, knobs)
+    head = _head(architecture, view, readme, knobs)
+    if head.source is not None:
+        sources[_BASE] = head.source
+        why[_BASE] = "what the model was made from, which still has the MTP head"
+        steps += head.steps
+    others = list(_ignored(architecture, view, knobs))
     found += [step.why for step in steps if step.why]
+    found += head.said
     template, sentence, unreadable = _tools(checkpoint)
     found += sentence
     if unreadable and "package" in knobs:
@@ -229,44 +225,38 @@ def _draft(
         )
     others.append(_card(spec, readme))
     label = spec["model"] if "folder" not in spec else spec["folder"]
-    about = [f"{label} as {preset}, written by `carnice new`.", *(f"{item}." for item in found[:1])]
-    about += [f"{item}." for item in found[1:] if item not in {step.why for step in steps}]
-    if "revision" in spec and "folder" not in spec:
-        why[_BODY] = f"The commit that `{_MAIN}` was at."
+    told = {step.why for step in steps}
+    about = [f"{label} as {preset}, written by `carnice new`"]
+    about += [sentence for sentence in found if sentence not in told]
+    if "folder" not in spec:
+        why[_BODY] = f"the commit that `{_MAIN}` was at"
     return Draft(name, preset, about, Section("sources", sources, why), steps, others), found
 
 
-def _architecture(
-    checkpoint: Checkpoint, preset: str, knobs: Mapping[str, Any]
-) -> Architecture | None:
-    """The table of the model's family; None where there is none, and the preset needs none."""
-    model_type = checkpoint.config.get("model_type")
-    if "model_type" not in checkpoint.config or has_table(model_type):
+def _architecture(checkpoint: Checkpoint, view: View) -> Architecture:
+    """The table of the model's family, or what names and shapes say of one without."""
+    try:
         return architecture_of(checkpoint.config, checkpoint.where)
-    if knobs["quantize"]["format"] == "mlx" or "calibration" in knobs:
-        raise PlanError(
-            f"is of the family {model_type!r}, which has no table here, and {preset} needs one",
-            where=checkpoint.where,
-            expected="a preset that rounds to nearest, or a table "
-            "(docs/adding-a-family.md says how to add one)",
-        )
-    return None
+    except UnknownFamily:
+        shapes = {name: ref.spec.shape for name, ref in view.items()}
+        return Untabled(checkpoint.config, checkpoint.where, shapes)
 
 
-def _size(checkpoint: Checkpoint, architecture: Architecture | None, view: View) -> str:
-    family = architecture.name if architecture else checkpoint.config.get("model_type")
+def _size(checkpoint: Checkpoint, architecture: Architecture, view: View) -> str:
+    start = f"{architecture.name}: {plural(architecture.num_layers, 'layer')}"
+    dtypes = ", ".join(sorted({ref.spec.dtype for ref in view.values()}))
+    if _is_quantized(checkpoint.config):
+        return f"{start}, quantized, in {dtypes}"
     count = sum(ref.spec.size for ref in view.values())
     shown = f"{count / 1e9:.1f} billion" if count >= 10**8 else f"{count:,}"
-    layers = f"{plural(architecture.num_layers, 'layer')}, " if architecture else ""
-    dtypes = sorted({ref.spec.dtype for ref in view.values()})
-    return f"{family}: {layers}{shown} elements in {', '.join(dtypes)}"
+    return f"{start}, {shown} parameters in {dtypes}"
 
 
 def _repairs(
     checkpoint: Checkpoint, architecture: Architecture, view: View, knobs: Mapping[str, Any]
 ) -> tuple[list[Repair], View]:
     """The steps that the model's own tensors need, and the view after them."""
-    source = Source(_BODY, SourceSpec(model="local/body"), None, checkpoint)
+    source = Source(_BODY, SourceSpec.model_validate({"model": "local/body"}), None, checkpoint)
     context = PlanContext(architecture, ActionGraph(), None, {}, {_BODY: source})
     steps: list[Repair] = []
 
@@ -330,8 +320,8 @@ def _head(
             why = f"config.json announces an MTP head, which the files lack: that of {model}"
             graft = Repair("graft", {**params, "expect": len(names)}, why)
             return _Head((), {"model": model, "revision": commit}, [graft])
-    tried = tried or ["its README.md names no model that it was made from"]
-    return _Head([f"the MTP head that config.json announces is left out: {'; '.join(tried)}"])
+    why = "; ".join(tried) or "README.md names no model that it was made from"
+    return _Head([f"there will be no MTP head, which config.json announces: {why}"])
 
 
 def _ignored(architecture: Architecture, view: View, knobs: Mapping[str, Any]) -> Iterator[Section]:
@@ -350,7 +340,7 @@ def _ignored(architecture: Architecture, view: View, knobs: Mapping[str, Any]) -
     ]
     if outside:
         found = [_regular(glob) for glob in globs(outside, modules)]
-        yield Section("quantize", {"ignore+": found}, {"ignore+": "Outside of the decoder layers."})
+        yield Section("quantize", {"ignore+": found}, {"ignore+": "outside of the decoder layers"})
 
 
 def _regular(glob: str) -> str:
@@ -373,7 +363,7 @@ def _tools(checkpoint: Checkpoint) -> tuple[bool, list[str], str]:
         where, template = next(iter(templates.items()))
         return True, [_spoken(tool_format(template, where, special_tokens(files)))], ""
     except CheckpointError as error:
-        return True, [], f"No launches, for they follow from the chat template: {error.sentence()}"
+        return True, [], f"no launches, for they follow from the chat template: {error.sentence()}"
 
 
 def _spoken(found: ToolFormat) -> str:
@@ -387,10 +377,10 @@ def _spoken(found: ToolFormat) -> str:
 
 def _card(spec: Mapping[str, str], readme: Readme) -> Section:
     entries: dict[str, Any] = {"license": readme.license or "unknown"}
-    why = {"license": "" if readme.license else "The source does not say; the hub wants a word."}
+    why = {"license": "" if readme.license else "the source does not say"}
     if readme.languages:
         entries["language"] = list(readme.languages)
     if spec["model"].startswith("local/") and readme.base_models:
         entries["base_model"] = readme.base_models[0]
-        why["base_model"] = "What the folder's own README.md says it was made from."
+        why["base_model"] = "what the folder's own README.md says it was made from"
     return Section("card", entries, why)

@@ -57,13 +57,6 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     )
 
 
-def has_table(model_type: object) -> bool:
-    """True for a type of models that there is a table for, here or in a package."""
-    if not isinstance(model_type, str):
-        return False
-    return bool(table_of(model_type) or entry_points(group=GROUP, name=model_type))
-
-
 def table_of(model_type: str) -> Path | None:
     """The file of the table for checkpoints of this type; None when there is none."""
     if not re.fullmatch(r"\w{1,100}", model_type):

@@ -89,7 +89,8 @@ def _telling(
             if name != proper and _prefixes(name, proper) == (old, new)
         }
         ahead = "|".join(map(re.escape, sorted(nexts)))
-        found.append((rf"^{re.escape(old)}(?=(?:{ahead})\.)", new))
+        ahead = f"(?:{ahead})" if len(nexts) > 1 else ahead
+        found.append((rf"^{re.escape(old)}(?={ahead}\.)", new))
     return found
 
 
@@ -111,12 +112,11 @@ def leftovers(view: View, architecture: Architecture) -> Iterator[Repair]:
     for end in sorted(BUFFERS & ends.keys()):
         # A glob covers the whole name, so that of a bare one has no dot.
         match = f"*{end}" if end in view else f"*.{end}"
-        yield Repair(
-            "drop", {"match": match, "expect": ends[end]}, "no weights: a model computes it"
-        )
+        params = {"match": match, "expect": ends[end]}
+        yield Repair("drop", params, f"{end} is no weight: a model computes it")
     for name, other in architecture.ties.items():
         if name in view:
-            why = f"config.json ties it to {other}"
+            why = f"config.json ties {name} to {other}, so it is left out"
             yield Repair("drop", {"match": name, "expect": 1}, why)
 
 
