@@ -76,7 +76,7 @@ def source_records(variant: Variant) -> dict[str, Any]:
         records[name] = {
             "model": source.spec.model,
             "revision": source.spec.revision,
-            "profile": source.profile or "given on the command line",
+            "profile": source.origin,
         }
         if source.revision is not None:
             records[name]["commit"] = source.revision

@@ -144,7 +144,7 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     if isinstance(architecture, Untabled):
         # Steps may have changed names, which are all that is known of it.
         architecture = _untabled(body.checkpoint, view)
-        notices = (*notices, _unchecked(architecture))
+        notices = (*notices, unchecked(architecture))
     view = gathered(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
     # From here on the model is the one that will be published.
@@ -225,7 +225,8 @@ def _untabled(checkpoint: Checkpoint, view: View) -> Untabled:
     return Untabled(plain_config(checkpoint.config), checkpoint.where, shapes)
 
 
-def _unchecked(architecture: Untabled) -> str:
+def unchecked(architecture: Untabled) -> str:
+    """What a plan does not know of a model whose family has no table."""
     return (
         f"{architecture.name} has no table here: whether all of its tensors are there, and which "
         "linears engines run as one, is not checked"
