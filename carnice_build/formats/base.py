@@ -75,6 +75,11 @@ class Conversion:
 class Format(Strict):
     """A number format: its knobs, and how it turns a canonical view into published tensors."""
 
+    @property
+    def needs_table(self) -> bool:
+        """Whether it needs more of a model than the names and shapes of its tensors."""
+        return True
+
     def prepare(self, view: View, context: PlanContext) -> View:
         """The view as `convert` is to get it, and as checks compare what is published with it."""
         return view

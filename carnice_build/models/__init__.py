@@ -18,6 +18,11 @@ from carnice_build.models.table import SHIPPED, FamilyTable
 
 GROUP = "carnice_build.families"
 
+
+class UnknownFamily(CheckpointError):
+    """A checkpoint is of a family without a table."""
+
+
 Family = Callable[[Mapping[str, Any], str], Architecture]
 
 _TABLES: list[Path] = [SHIPPED]
@@ -44,7 +49,7 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
             return _from_package(entry, config, where)
     known = {*known_types(), *(entry.name for entry in entry_points(group=GROUP))}
     unknown = f"is of the unknown model_type {str(model_type)!r}"
-    raise CheckpointError(
+    raise UnknownFamily(
         unknown if "model_type" in config else "has no model_type",
         where=where,
         expected=f"one of a family that has a table here ({', '.join(sorted(known))}); "

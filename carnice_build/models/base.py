@@ -26,6 +26,12 @@ class Role(StrEnum):
 
     EMBEDDING = "embedding"
     LINEAR = "linear"
+    """A matrix [rows, columns] that inputs are multiplied with, or a stack of such."""
+    ROUTER = "router"
+    """A matrix that says which experts a token goes to, or how much of a shared one it gets."""
+    EXPERTS = "experts"
+    """All experts of a layer as [experts, inputs, outputs], which no format takes as a stack."""
+    BIAS = "bias"
     NORM = "norm"
     CONV = "conv"
     STATE = "state"
@@ -89,10 +95,12 @@ class SmoothingMapping:
     """The output of module `smooth` is divided, and what the modules `balance` read multiplied.
 
     Names are relative to the decoder layer, as in `mlp.up_proj`.
+    Those in `follow` read the same and must be multiplied too, but have no say in the factors.
     """
 
     smooth: str
     balance: tuple[str, ...]
+    follow: tuple[str, ...] = ()
 
 
 class Architecture(Protocol):

@@ -63,8 +63,9 @@ class PlainReader:
     def published(self, parts: Container[Part]) -> dict[str, Any]:
         """As it is, without an MTP head that the folder does not hold, and not quantized."""
         text = without_quantization(self.text)
-        if self._table.mtp_entry in text and Part.MTP not in parts:
-            text[str(self._table.mtp_entry)] = 0
+        entry = self._table.mtp_entry
+        if entry and Part.MTP not in parts and (entry in text or entry in self._table.defaults):
+            text[entry] = 0
         if self.text is self.root:
             return text
         return {**without_quantization(self.root), str(self._table.text.section): text}

@@ -7,9 +7,10 @@ that they name: how a config is read (`readers`), and what an MTP head computes.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from carnice_build.models.readers import reader_of
 from carnice_build.models.table_schema import Group, Row, Table
 from carnice_build.yaml_tree import Node, read_tree
 
+_MERGED = {"blocks", "defaults", "values"}
 _MOST_SIZE = 2**31 - 1
 _WRONG_PREFIX = re.compile(r"^(?:model\.|language_model\.)+")
 _NUMBERED = re.compile(r"^.*?\.?(?:layers|blocks)\.\d+\.")
@@ -48,22 +50,45 @@ class TableFile:
         """The error for the entry at `path`."""
         return RecipeError(what, where=self.tree.find(path).where, expected=expected)
 
+    @cached_property
+    def layered(self) -> frozenset[str]:
+        """The values that differ from layer to layer."""
+        found = {"layer", "kind"}
+        # Values may come in any order, so that one pass does not find all.
+        for _ in self.table.values:
+            found |= {name for name, text in self.table.values.items() if names_in(text) & found}
+        return frozenset(found - {"layer", "kind"})
+
+    def check(self) -> None:
+        """Raise RecipeError for values and defaults that follow from themselves."""
+        formulas = {**self.table.defaults, **self.table.values}
+        asked = {name: names_in(str(text)) & formulas.keys() for name, text in formulas.items()}
+        try:
+            TopologicalSorter(asked).prepare()
+        except CycleError as error:
+            name = error.args[1][0]
+            path = ("values" if name in self.table.values else "defaults", name)
+            raise self.error(path, f"what {name!r} is follows from itself", "an end") from None
+
 
 @cache
 def load_table(path: Path) -> TableFile:
     """The table in the file `path`; RecipeError with file:line:column when it is none.
 
     With `extends: OTHER`, what stands at the top of the table OTHER.yaml beside it, or among
-    those that ship, is taken where this one says nothing.
+    those that ship, is taken where this one says nothing, and so is each of its `blocks`,
+    `defaults` and `values`.
     """
     tree = _whole(path, read_tree(path))
     try:
-        return TableFile(path.stem, Table.model_validate(tree.plain()), tree)
+        found = TableFile(path.stem, Table.model_validate(tree.plain()), tree)
     except ValidationError as error:
         detail = error.errors()[0]
         shown = ".".join(map(str, detail["loc"]))
         message = detail["msg"].removeprefix("Value error, ")
         raise RecipeError(f"{shown}: {message}", where=tree.find(detail["loc"]).where) from None
+    found.check()
+    return found
 
 
 def _whole(path: Path, tree: Node) -> Node:
@@ -78,10 +103,22 @@ def _whole(path: Path, tree: Node) -> Node:
     inherited = _whole(parent, read_tree(parent)).value
     assert isinstance(inherited, dict)
     own = {key: node for key, node in tree.value.items() if key != "extends"}
+    for key in _MERGED & inherited.keys() & own.keys():
+        old, new = inherited[key].value, own[key].value
+        if isinstance(old, dict) and isinstance(new, dict):
+            own[key] = Node({**old, **new}, own[key].where)
     return Node({**inherited, **own}, tree.where)
 
 
 SHIPPED = Path(__file__).parent / "tables"
+
+
+def _respelled(name: str, beginnings: Iterable[tuple[str, str]]) -> str | None:
+    """`name` with what stands for the first beginning that fits, None when none does."""
+    for start, instead in beginnings:
+        if name.startswith(start):
+            return instead + name.removeprefix(start)
+    return None
 
 
 def _load(path: Path, config: Mapping[str, Any], where: str) -> FamilyTable:
@@ -98,7 +135,7 @@ class _Scope:
     def value(self, name: str) -> Any:
         if name in self.given:
             return self.given[name]
-        return self.family.named(name)
+        return self.family.named(name, self.given)
 
 
 class FamilyTable:
@@ -119,6 +156,7 @@ class FamilyTable:
         self.dtype = self._reader.dtype
         self._layers = self._layer_group()
         self.num_layers = self._count(self._layers.repeat, ("model",), least=1)
+        self._check_lists()
         self._kinds = [self._kind(layer) for layer in range(self.num_layers)]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -126,8 +164,10 @@ class FamilyTable:
 
     # --- names and formulas -------------------------------------------------------------------
 
-    def named(self, name: str) -> Any:
-        """What a name means everywhere in the table; CheckpointError when the config lacks it."""
+    def named(self, name: str, given: Mapping[str, Any]) -> Any:
+        """What a name means where some are `given`; CheckpointError when the config lacks it."""
+        if name in self._file.layered:
+            return self._evaluate(self._table.values[name], ("values", name), given)
         if name not in self._named:
             self._named[name] = self._find(name)
         return self._named[name]
@@ -176,7 +216,7 @@ class FamilyTable:
                 continue
             if name in self._table.values:
                 self._blame_config(str(self._table.values[name]), given, least)
-            elif not isinstance(self.named(name), list):
+            elif not isinstance(self.named(name, {}), list):
                 self._check_size(name, least)
 
     def _count(
@@ -211,7 +251,7 @@ class FamilyTable:
         return reader.error(entry, expected)
 
     def _check_size(self, name: str, least: int) -> None:
-        value = self.named(name)
+        value = self.named(name, {})
         if type(value) is not int or not least <= value <= _MOST_SIZE:
             raise self._entry_error(name, f"a count from {least} to {_MOST_SIZE}")
 
@@ -232,7 +272,7 @@ class FamilyTable:
                 f"the formula {text!r} gives {found!r} for {self._reader.root.where}",
                 "a size of 1 or more",
             )
-        if not names.intersection(given):
+        if not names & (given.keys() | self._file.layered):
             self._sizes[text] = found
         return found
 
@@ -243,6 +283,13 @@ class FamilyTable:
             if isinstance(item, Group) and item.part is Part.LAYERS:
                 return item
         raise self._file.error(("model",), "has no decoder layers", "a group of part `layers`")
+
+    def _check_lists(self) -> None:
+        """Raise CheckpointError for a list of what each layer is that has another length."""
+        for name in names_in(str(self._table.kind)) - {"layer"} - self._file.layered:
+            value = self.named(name, {})
+            if isinstance(value, list) and value and len(value) != self.num_layers:
+                raise self._entry_error(name, f"{self.num_layers} entries")
 
     def _kind(self, layer: int) -> str:
         kind = self._evaluate(self._table.kind, ("kind",), {"layer": layer})
@@ -342,9 +389,10 @@ class FamilyTable:
     @property
     def text_config(self) -> Mapping[str, Any]:
         """See `Architecture.text_config`."""
-        own = self._table.text.type
-        entries = self._reader.text_entries
-        return {**entries, "model_type": own} if own else entries
+        own, reader = self._table.text.type, self._reader
+        if own is None or (reader.text is not reader.root and reader.text.states("model_type")):
+            return reader.text_entries
+        return {**reader.text_entries, "model_type": own}
 
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         """See `Architecture.published_config`."""
@@ -410,7 +458,7 @@ class FamilyTable:
         """The modules that serving engines fuse, of the MTP head too."""
         return tuple(
             Fusion(prefix + fused, tuple(prefix + part for part in parts))
-            for prefix in self._layer_prefixes()
+            for prefix in dict.fromkeys(self._layer_prefixes())
             for fused, parts in self._table.fusions.items()
             if all(f"{prefix}{part}.weight" in self.built for part in parts)
         )
@@ -427,7 +475,7 @@ class FamilyTable:
     def smoothing(self) -> Sequence[SmoothingMapping]:
         """What AWQ may smooth."""
         return tuple(
-            SmoothingMapping(item.smooth, tuple(item.balance))
+            SmoothingMapping(item.smooth, tuple(item.balance), tuple(item.follow))
             for index, item in enumerate(self._table.smoothing)
             if item.when is None or self._evaluate(item.when, ("smoothing", index, "when"))
         )
@@ -463,14 +511,13 @@ class FamilyTable:
 
     def canonical_name(self, name: str) -> str | None:
         """The name that a misprefixed `name` should have, or None when nothing fits."""
+        if (known := _respelled(name, self._table.spellings)) in self.built:
+            return known
         return self._by_bare_name.get(_WRONG_PREFIX.sub("", name))
 
     def torch_name(self, name: str) -> str:
         """Without a wrapper around text model and towers."""
-        torch = self._table.torch
-        if torch is None or not name.startswith(torch.prefix):
-            return name
-        return torch.instead + name.removeprefix(torch.prefix)
+        return _respelled(name, self._table.torch) or name
 
     def offset_norm(self, name: str) -> bool:
         """True for the norms that store w with a gain of 1 + w."""
@@ -491,10 +538,7 @@ class FamilyTable:
         mlx = self._table.mlx
         if mlx is None or name.startswith(tuple(mlx.drop)):
             return None
-        for start, instead in mlx.rename:
-            if name.startswith(start):
-                return instead + name.removeprefix(start)
-        return name
+        return _respelled(name, mlx.rename) or name
 
     def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
         """See `Architecture.draft_head`."""

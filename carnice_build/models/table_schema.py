@@ -68,7 +68,9 @@ class Text(_Strict):
     """Where the text model's config is, and what transformers calls it."""
 
     section: str | None = Field(None, description="Section of config.json; a flat one will do.")
-    type: str | None = Field(None, description="Its model type in transformers, if another.")
+    type: str | None = Field(
+        None, description="Its model type in transformers, where its section states none."
+    )
 
 
 class Smoothing(_Strict):
@@ -76,6 +78,9 @@ class Smoothing(_Strict):
 
     smooth: str
     balance: list[str]
+    follow: list[str] = Field(
+        default_factory=list, description="What reads the same, but the library forgets."
+    )
     when: Formula | None = None
 
 
@@ -86,13 +91,6 @@ class Kv(_Strict):
     head_dim: Formula = Field(description="Size of a head.")
     kinds: list[str] | None = Field(None, description="Kinds of layers that have one; all if none.")
     draft_layers: Formula = Field(0, description="Layers of the MTP head that have one.")
-
-
-class Torch(_Strict):
-    """How transformers' model of the text config names tensors: another prefix."""
-
-    prefix: str
-    instead: str
 
 
 class Mlx(_Strict):
@@ -124,7 +122,8 @@ class Table(_Strict):
         default_factory=dict, description="What transformers takes where a config is silent."
     )
     values: dict[str, Formula] = Field(
-        default_factory=dict, description="Names for formulas; each may use those before it."
+        default_factory=dict,
+        description="Names for formulas, which may use each other, and `layer` and `kind` in rows.",
     )
     kind: Formula = Field("'full'", description="The kind of decoder layer number `layer`.")
     blocks: dict[str, list[Row]] = Field(default_factory=dict)
@@ -149,6 +148,13 @@ class Table(_Strict):
         default_factory=dict,
         description="Most bytes of a token in a layer, by kind, at `width` bytes an activation.",
     )
-    torch: Torch | None = None
+    torch: list[tuple[str, str]] = Field(
+        default_factory=list,
+        description="Beginnings of names, and what transformers' text model has there.",
+    )
+    spellings: list[tuple[str, str]] = Field(
+        default_factory=list,
+        description="Beginnings of names in other checkpoints, and what they are called here.",
+    )
     mlx: Mlx | None = None
     drafter: str | None = Field(None, description="Code of the MTP head, as `module:Class`.")

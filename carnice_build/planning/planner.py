@@ -19,8 +19,9 @@ from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.errors import PlanError, together
 from carnice_build.formats.base import Conversion, Format
 from carnice_build.graph import Action, ActionGraph, ActionOutput, View
-from carnice_build.models import architecture_of
+from carnice_build.models import UnknownFamily, architecture_of
 from carnice_build.models.base import QUANTIZATION, Architecture, Part
+from carnice_build.models.untabled import Untabled
 from carnice_build.planning.gather import gathered
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.plugins import failures_blamed, returned
@@ -125,10 +126,10 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     sources = {name: _find(finder, recipe, name) for name in recipe.sources}
     body = sources[recipe.body]
     _refuse_quantized(body.checkpoint)
-    architecture = architecture_of(body.checkpoint.config, body.checkpoint.where)
-    context = PlanContext(architecture, graph, body.profile, recipe.layers, sources)
     view = source_view(body.checkpoint)
     assert isinstance(recipe.quantize, Format)
+    architecture = _architecture(body.checkpoint, view, recipe.quantize)
+    context = PlanContext(architecture, graph, body.profile, recipe.layers, sources)
     with failures_blamed(recipe.quantize):
         assets = Assets(body.checkpoint, recipe.quantize.engine_reads())
     assets.check_places()
@@ -139,11 +140,17 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
             view = returned(step.params.apply(view, context), dict, "apply")
             files = returned(step.params.edit(files, context), Mapping, "edit")
     view, notices = _without_ties(view, architecture, body.checkpoint.where)
+    if isinstance(architecture, Untabled):
+        # Steps may have changed names, which are all that is known of it.
+        architecture = _untabled(body.checkpoint, view)
+        notices = (*notices, _unchecked(architecture))
     view = gathered(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
     # From here on the model is the one that will be published.
-    parts = {architecture.tensors[name].part for name in view}
-    architecture = architecture_of(architecture.published_config(parts), body.checkpoint.where)
+    if not isinstance(architecture, Untabled):
+        parts = {architecture.tensors[name].part for name in view}
+        published = architecture.published_config(parts)
+        architecture = architecture_of(published, body.checkpoint.where)
     context = replace(context, architecture=architecture)
     dataset = None
     if recipe.calibration is not None:
@@ -185,6 +192,42 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
         serving=serving,
         dataset=dataset,
         notices=notices,
+    )
+
+
+def _architecture(checkpoint: Checkpoint, view: View, number_format: Format) -> Architecture:
+    try:
+        return architecture_of(checkpoint.config, checkpoint.where)
+    except UnknownFamily as error:
+        if not number_format.needs_table:
+            return _untabled(checkpoint, view)
+        model_type = checkpoint.config.get("model_type")
+        remote = ", whose code is not transformers' own" if "auto_map" in checkpoint.config else ""
+        raise UnknownFamily(
+            error.what + remote, where=error.where, expected=_way_out(error, model_type)
+        ) from None
+
+
+def _way_out(error: UnknownFamily, model_type: object) -> str:
+    known = (error.expected or "").partition(";")[0]
+    if not isinstance(model_type, str):
+        return known
+    return (
+        f"{known}; `carnice family {model_type[:100]}` writes a table to begin with "
+        "(docs/adding-a-family.md), and formats without calibration that rename nothing, such as "
+        "fp8-dynamic, build without one"
+    )
+
+
+def _untabled(checkpoint: Checkpoint, view: View) -> Untabled:
+    shapes = {name: ref.spec.shape for name, ref in view.items()}
+    return Untabled(checkpoint.config, checkpoint.where, shapes)
+
+
+def _unchecked(architecture: Untabled) -> str:
+    return (
+        f"{architecture.name} has no table here: whether all of its tensors are there, and which "
+        "linears engines run as one, is not checked"
     )
 
 

@@ -123,6 +123,11 @@ class AutoRoundFormat(Format):
         """As auto-round writes them and vLLM loads them."""
         return autoround_files(self, variant)
 
+    @property
+    def needs_table(self) -> bool:
+        """See `Format.needs_table`."""
+        return self.method != "nearest"
+
     def card(self) -> Card:
         """See `Format.card`."""
         tags = ("autoround", "int4", "w4a16", "vllm")
@@ -162,7 +167,7 @@ class AutoRoundFormat(Format):
         plain = self._plain_dtype(context)
         tensors: list[OutputTensor] = []
         for fact in facts:
-            if fact.module in parts:
+            if chosen.get(fact.module) is fact:
                 made = zip(SUFFIXES, parts[fact.module], strict=True)
                 tensors += [
                     OutputTensor(f"{fact.module}.{suffix}", ref, fact) for suffix, ref in made

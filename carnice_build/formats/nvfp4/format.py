@@ -108,7 +108,11 @@ class Nvfp4Format(Format):
         tensors = [
             tensor
             for fact in facts
-            for tensor in made.get(fact.module, [OutputTensor(fact.name, view[fact.name], fact)])
+            for tensor in (
+                made[fact.module]
+                if chosen.get(fact.module) is fact
+                else [OutputTensor(fact.name, view[fact.name], fact)]
+            )
         ]
         check_fusions(chosen, view, context.architecture)
         return Conversion(
