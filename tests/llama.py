@@ -52,6 +52,10 @@ class Llama:
     def built(self) -> Mapping[str, TensorFact]:
         return {fact.name: fact for fact in self._facts()}
 
+    @property
+    def unread(self) -> Mapping[str, TensorFact]:
+        return {}
+
     @cached_property
     def ties(self) -> Mapping[str, str]:
         tied = self._config.flag("tie_word_embeddings", False)

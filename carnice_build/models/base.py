@@ -122,6 +122,10 @@ class Architecture(Protocol):
         """`tensors`, and among them those of `ties`: a weight for every module of the model."""
 
     @property
+    def unread(self) -> Mapping[str, TensorFact]:
+        """Tensors that checkpoints may hold, too, though no model reads them."""
+
+    @property
     def ties(self) -> Mapping[str, str]:
         """What no file needs to hold, because it is another tensor of the model: a tied head."""
 

@@ -66,6 +66,8 @@ class PlainReader:
         entry = self._table.mtp_entry
         if entry and Part.MTP not in parts and (entry in text or entry in self._table.defaults):
             text[entry] = 0
+            # Another name for it, as transformers 5 has one, would contradict.
+            text.pop(str(self._table.defaults.get(entry)), None)
         if self.text is self.root:
             return text
         return {**without_quantization(self.root), str(self._table.text.section): text}
@@ -91,6 +93,7 @@ def reader_of(config: Mapping[str, Any], where: str, table: Table) -> Reader:
 
 
 def _readers() -> Mapping[str | None, Callable[[Mapping[str, Any], str, Table], Reader]]:
+    from carnice_build.models.gemma4_config import Gemma4Config
     from carnice_build.models.qwen3_5_config import Qwen35Config
 
-    return {None: PlainReader, "qwen3_5": Qwen35Config}
+    return {None: PlainReader, "gemma4": Gemma4Config, "qwen3_5": Qwen35Config}

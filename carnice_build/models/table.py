@@ -308,7 +308,12 @@ class FamilyTable:
     @cached_property
     def built(self) -> Mapping[str, TensorFact]:
         """See `Architecture.built`."""
-        return {name: fact for name, (fact, _) in self._rows.items()}
+        return {name: fact for name, (fact, row) in self._rows.items() if not row.unread}
+
+    @cached_property
+    def unread(self) -> Mapping[str, TensorFact]:
+        """See `Architecture.unread`."""
+        return {name: fact for name, (fact, row) in self._rows.items() if row.unread}
 
     @cached_property
     def _rows(self) -> Mapping[str, tuple[TensorFact, Row]]:
@@ -341,9 +346,11 @@ class FamilyTable:
             )
         for number, prefix in self._members(group, path):
             layer = number if group.part is Part.LAYERS else None
-            given = {"layer": number, **group.given}
+            given: dict[str, Any] = {"layer": number}
             if layer is not None:
                 given["kind"] = self._kinds[layer]
+            for name, formula in group.given.items():
+                given[name] = self._evaluate(formula, (*path, "given", name), given)
             for place, row in enumerate(rows):
                 where = ("blocks", group.rows, place)
                 if fact := self._fact(row, where, prefix, group.part, layer, given):
@@ -456,12 +463,14 @@ class FamilyTable:
     @cached_property
     def fusions(self) -> Sequence[Fusion]:
         """The modules that serving engines fuse, of the MTP head too."""
-        return tuple(
-            Fusion(prefix + fused, tuple(prefix + part for part in parts))
+        fused = (
+            (prefix + fused, [prefix + part for part in parts])
             for prefix in dict.fromkeys(self._layer_prefixes())
             for fused, parts in self._table.fusions.items()
-            if all(f"{prefix}{part}.weight" in self.built for part in parts)
         )
+        # Where keys are values, the module is made of fewer.
+        there = ((name, [p for p in parts if f"{p}.weight" in self.built]) for name, parts in fused)
+        return tuple(Fusion(name, tuple(parts)) for name, parts in there if len(parts) > 1)
 
     def _layer_prefixes(self) -> Iterator[str]:
         """Of the decoder layers, and of those of an MTP head."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -46,6 +45,7 @@ class Row(_Strict):
     when: Formula | None = Field(None, description="Whether the model has it.")
     part: Part | None = Field(None, description="The part it belongs to, outside of groups.")
     offset: bool = Field(False, description="A norm that stores w for a gain of 1 + w.")
+    unread: bool = Field(False, description="Checkpoints may hold it, but no model reads it.")
     wide: bool = Field(False, description="Libraries leave its type alone when they cast a model.")
     fused: Fused | None = Field(None, description="For a stack: how else checkpoints hold it.")
 
@@ -59,8 +59,8 @@ class Group(_Strict):
     rows: str = Field(description="Which of `blocks`.")
     part: Part = Field(description="The part they belong to; the decoder's layers are `layers`.")
     when: Formula | None = Field(None, description="Whether the model has them.")
-    given: Mapping[str, str] = Field(
-        default_factory=dict, description="What names mean in these rows, such as `kind: full`."
+    given: dict[str, Formula] = Field(
+        default_factory=dict, description="What names mean in these rows, such as `kind`."
     )
 
 
