@@ -43,6 +43,11 @@ class OutputTensor:
         """The tensors as the folder names them, in the order of their bytes."""
         return members(self.name, self.ref.spec)
 
+    @property
+    def count(self) -> int:
+        """How many `members` there are."""
+        return self.ref.spec.shape[0] if "*" in self.name else 1
+
 
 @dataclass(frozen=True)
 class Conversion:
