@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from carnice_build.checkpoint.profiles import SourceFinder
+from carnice_build.commands.asking import Asking
 from carnice_build.commands.options import Options
 from carnice_build.errors import PlanError, PluginError, nearest
 from carnice_build.graph import ActionGraph
@@ -32,7 +33,8 @@ def plan_variants(names: Sequence[str], options: Options) -> Plan:
     finder = SourceFinder(options.recipes, options.profile, options.sources, stream=options.stream)
     recipes = [_load(name, options) for name in dict.fromkeys(names)]
     _check_sources(recipes, options)
-    return Plan(tuple(plan_variant(recipe, finder, graph) for recipe in recipes), graph)
+    ask = Asking(options.cache)
+    return Plan(tuple(plan_variant(recipe, finder, graph, ask) for recipe in recipes), graph)
 
 
 def _check_sources(recipes: Sequence[Recipe], options: Options) -> None:
