@@ -27,7 +27,12 @@ from carnice_build.formats.compressed_tensors.awq import Smooth
 from carnice_build.formats.compressed_tensors.ops import GroupQuantize, SmoothNorm, SmoothWeight
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.fp8_dynamic.ops import RowQuantize
-from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
+from carnice_build.formats.mlx.ops import (
+    AffineQuantize,
+    ReferenceAffineQuantize,
+    Transform,
+    TransformQuantize,
+)
 from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales
 from carnice_build.graph import Op, Stacked, TensorData
 from carnice_build.models import architecture_of
@@ -204,6 +209,12 @@ _PASSING = ("names", "kind", "config", "threads", "processor")
 _WORKSPACE = frozenset({"workspace"})
 _STACKED = frozenset({"op", "name", "version", "libraries", "figures"})
 
+_TURNED = {
+    "steps": [["transpose", [0], [0, 2, 1]], ["add_number", [1], 1.0]],
+    "dtype": "BF16",
+    "nonfinite": "refuse",
+}
+
 OPS: Sequence[OpSample] = [
     OpSample(AffineQuantize(), _AFFINE, drawn(("BF16", (9, 128)))),
     OpSample(
@@ -212,6 +223,11 @@ OPS: Sequence[OpSample] = [
         drawn(("F32", (9, 64))),
     ),
     OpSample(ReferenceAffineQuantize(), _AFFINE, drawn(("BF16", (9, 128)))),
+    OpSample(Transform(), _TURNED, drawn(("BF16", (3, 128, 4)))),
+    OpSample(
+        Transform(), {**_TURNED, "dtype": "F32", "nonfinite": "zero"}, drawn(("BF16", (2, 32, 4)))
+    ),
+    OpSample(TransformQuantize(), {**_AFFINE, **_TURNED}, drawn(("BF16", (3, 128, 4)))),
     OpSample(Elementwise(), _PLUS_ONE, drawn(("BF16", (9,)))),
     OpSample(
         Elementwise(), {**_PLUS_ONE, "add": None, "nonfinite": "zero"}, drawn(("F32", (9, 4)))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from carnice_build.checkpoint.profiles import Profiles, SourceFinder
+from carnice_build.commands.asking import Asking
 from carnice_build.commands.options import Options
 from carnice_build.errors import PlanError, PluginError, nearest
 from carnice_build.graph import ActionGraph
@@ -33,6 +34,7 @@ def plan_variants(names: Sequence[str], options: Options) -> Plan:
     _check_sources(recipes, options)
     profiles = Profiles(options.recipes)
     finders: dict[str, SourceFinder] = {}
+    ask = Asking(options.cache)
     variants = []
     for recipe in recipes:
         profile = options.profile or _default(profiles, recipe, options)
@@ -40,7 +42,7 @@ def plan_variants(names: Sequence[str], options: Options) -> Plan:
             finders[profile] = SourceFinder(
                 profiles, profile, options.sources, stream=options.stream
             )
-        variants.append(plan_variant(recipe, finders[profile], graph))
+        variants.append(plan_variant(recipe, finders[profile], graph, ask))
     return Plan(tuple(variants), graph)
 
 

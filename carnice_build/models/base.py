@@ -187,12 +187,6 @@ class Architecture(Protocol):
     def canonical_name(self, name: str) -> str | None:
         """The name that a misprefixed `name` should have, or None."""
 
-    def mlx_refusal(self) -> str | None:
-        """Why mlx-lm cannot run the model, None when it can."""
-
-    def mlx_name(self, name: str) -> str | None:
-        """The tensor's name in an MLX checkpoint, None when mlx-lm drops it."""
-
     def keeps_dtype(self, name: str) -> bool:
         """True for tensors whose type libraries leave alone when they cast a model."""
 

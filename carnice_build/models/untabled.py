@@ -128,14 +128,6 @@ class Untabled:
         """No name is known to be better than another."""
         return None
 
-    def mlx_refusal(self) -> str | None:
-        """mlx-lm renames, by rules that a table knows."""
-        return f"{self.name} has no table"
-
-    def mlx_name(self, name: str) -> str | None:
-        """See `mlx_refusal`."""
-        return None
-
     def keeps_dtype(self, name: str) -> bool:
         """Only what libraries of quantization cast is cast: weights."""
         return not name.endswith("weight")

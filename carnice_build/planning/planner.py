@@ -26,7 +26,7 @@ from carnice_build.planning.gather import gathered
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
-from carnice_build.steps.base import PlanContext, Step
+from carnice_build.steps.base import Ask, PlanContext, Step, unanswered
 from carnice_build.tensors import SourceTensor
 
 if TYPE_CHECKING:
@@ -118,10 +118,13 @@ class VariantPlan:
         return f"model-{index + 1:05}-of-{len(self.packs):05}.safetensors"
 
 
-def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> VariantPlan:
+def plan_variant(
+    recipe: Recipe, finder: SourceFinder, graph: ActionGraph, ask: Ask = unanswered
+) -> VariantPlan:
     """Run the recipe on headers; raises a CarniceError that says where the recipe is wrong.
 
     New actions go into `graph`, where other variants' equal actions may already be.
+    `ask` answers what a format wants to know of a library.
     """
     sources = {name: _find(finder, recipe, name) for name in recipe.sources}
     body = sources[recipe.body]
@@ -130,7 +133,7 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     view = source_view(body.checkpoint)
     assert isinstance(recipe.quantize, Format)
     architecture = _architecture(body.checkpoint, view, recipe.quantize)
-    context = PlanContext(architecture, graph, body.profile, recipe.layers, sources)
+    context = PlanContext(architecture, graph, body.profile, recipe.layers, sources, ask=ask)
     with failures_blamed(recipe.quantize):
         assets = Assets(body.checkpoint, recipe.quantize.engine_reads())
     assets.check_places()
