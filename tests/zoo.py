@@ -221,6 +221,12 @@ def _numbered(tensors: Tensors, prefix: str, suffix: str) -> Iterator[str]:
         number += 1
 
 
+def _qwen3_moe_hub(tensors: Tensors, config: dict[str, Any]) -> None:
+    """The config as it was before transformers 5."""
+    _old_rope(tensors, config)
+    config["num_experts"] = config.pop("num_local_experts")
+
+
 def _qwen3_next_hub(tensors: Tensors, config: dict[str, Any]) -> None:
     """An MTP head like a decoder layer of full attention."""
     _old_rope(tensors, config)
@@ -234,7 +240,7 @@ def _qwen3_next_hub(tensors: Tensors, config: dict[str, Any]) -> None:
 
 
 def _next_layer(tensors: Tensors, config: dict[str, Any]) -> None:
-    """The MTP head of DeepSeek and GLM: one decoder layer more, with `eh_proj` and norms."""
+    """The MTP head of GLM: one decoder layer more, with `eh_proj` and norms."""
     _old_rope(tensors, config)
     config["num_nextn_predict_layers"] = 1
     last, extra = f"model.layers.{LAYERS - 1}.", f"model.layers.{LAYERS}."
@@ -246,22 +252,31 @@ def _next_layer(tensors: Tensors, config: dict[str, Any]) -> None:
     tensors[f"{extra}eh_proj.weight"] = _random("eh_proj", norm.new_empty(HIDDEN, 2 * HIDDEN))
     tensors[f"{extra}embed_tokens.weight"] = table.clone()
     tensors[f"{extra}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    _wide_biases(tensors)
+
+
+def _wide_biases(tensors: Tensors) -> None:
+    """The correction of the router's scores in float32."""
     for name in [name for name in tensors if name.endswith("e_score_correction_bias")]:
         tensors[name] = tensors[name].float()
 
 
 def _deepseek_hub(tensors: Tensors, config: dict[str, Any]) -> None:
-    """FP8 in blocks of 128 by 128 for the linears of decoder layers."""
-    _next_layer(tensors, config)
-    _fp8_blocks(tensors, config, keep=("lm_head", "embed_tokens", "mlp.gate.", "eh_proj", ".head."))
+    """FP8 in blocks of 128 by 128 for the linears of decoder layers.
+
+    Without the MTP head, which mlx-lm knows by the number 61 of its layer alone.
+    """
+    _old_rope(tensors, config)
+    _fp8_blocks(tensors, config, keep=("lm_head", "embed_tokens", "mlp.gate."))
+    _wide_biases(tensors)
 
 
 def _minimax_m2_hub(tensors: Tensors, config: dict[str, Any]) -> None:
     """FP8 in blocks of 128 by 128 for the linears of decoder layers."""
     _old_rope(tensors, config)
+    config["shared_intermediate_size"] = 0
     _fp8_blocks(tensors, config, keep=("lm_head", "embed_tokens", "block_sparse_moe.gate."))
-    for name in [name for name in tensors if name.endswith("e_score_correction_bias")]:
-        tensors[name] = tensors[name].float()
+    _wide_biases(tensors)
 
 
 def _fp8_blocks(tensors: Tensors, config: dict[str, Any], keep: tuple[str, ...]) -> None:
@@ -347,6 +362,12 @@ def _gemma3_hub(tensors: Tensors, config: dict[str, Any]) -> None:
     """As `_gemma3_text_hub`, in its section."""
     _gemma3_text_hub(tensors, config["text_config"])
     config["torch_dtype"] = config.pop("dtype")
+    _stated_vocabulary(tensors, config)
+
+
+def _stated_vocabulary(_: Tensors, config: dict[str, Any]) -> None:
+    """The size of the vocabulary at the top, where mlx-lm looks: it takes Gemma's for granted."""
+    config["vocab_size"] = config["text_config"]["vocab_size"]
 
 
 def _mistral3_hub(tensors: Tensors, config: dict[str, Any]) -> None:
@@ -398,7 +419,7 @@ FAMILIES: dict[str, Family] = {
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         {**_TEXT, **_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
-        _old_rope,
+        _qwen3_moe_hub,
     ),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", {**_TEXT, "tie_word_embeddings": True}, _old_rope),
     "qwen2_moe": Family(
@@ -457,11 +478,13 @@ FAMILIES: dict[str, Family] = {
             "text_config": {
                 **_GEMMA4,
                 "hidden_size_per_layer_input": 64,
-                "num_kv_shared_layers": 2,
+                "num_kv_shared_layers": 3,
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
             },
             "vision_config": None,
             "audio_config": None,
         },
+        _stated_vocabulary,
     ),
     "gemma4_moe": Family(
         "gemma4",
@@ -481,6 +504,7 @@ FAMILIES: dict[str, Family] = {
             "vision_config": None,
             "audio_config": None,
         },
+        _stated_vocabulary,
     ),
     "glm4": Family("glm4", "Glm4ForCausalLM", {**_TEXT, "partial_rotary_factor": 0.5}, _old_rope),
     "glm4_moe": Family(
