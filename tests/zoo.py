@@ -365,6 +365,15 @@ def _gemma3_hub(tensors: Tensors, config: dict[str, Any]) -> None:
     _stated_vocabulary(tensors, config)
 
 
+def _gemma4_hub(tensors: Tensors, config: dict[str, Any]) -> None:
+    """What differs in layers of full attention, in entries of their own."""
+    text = config["text_config"]
+    full = next(iter(text.pop("per_layer_config").values()))
+    text["global_head_dim"] = full["head_dim"]
+    text["num_global_key_value_heads"] = full.get("num_key_value_heads")
+    _stated_vocabulary(tensors, config)
+
+
 def _stated_vocabulary(_: Tensors, config: dict[str, Any]) -> None:
     """The size of the vocabulary at the top, where mlx-lm looks: it takes Gemma's for granted."""
     config["vocab_size"] = config["text_config"]["vocab_size"]
@@ -484,7 +493,7 @@ FAMILIES: dict[str, Family] = {
             "vision_config": None,
             "audio_config": None,
         },
-        _stated_vocabulary,
+        _gemma4_hub,
     ),
     "gemma4_moe": Family(
         "gemma4",
@@ -504,7 +513,7 @@ FAMILIES: dict[str, Family] = {
             "vision_config": None,
             "audio_config": None,
         },
-        _stated_vocabulary,
+        _gemma4_hub,
     ),
     "glm4": Family("glm4", "Glm4ForCausalLM", {**_TEXT, "partial_rotary_factor": 0.5}, _old_rope),
     "glm4_moe": Family(
