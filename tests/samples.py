@@ -163,15 +163,10 @@ def _layer() -> _Layer:
         for fact in architecture.tensors.values()
         if fact.part is Part.LAYERS and fact.layer == 3
     ]
-    # Which other layers there are is no part of the config that a layer depends on.
-    text = {
-        key: value
-        for key, value in config["text_config"].items()
-        if key not in ("num_hidden_layers", "layer_types", "full_attention_interval")
-    }
+    text = config["text_config"]
     params = {
         "names": [fact.name.removeprefix(prefix) for fact in facts],
-        "kind": "full",
+        "layer": 3,
         "config": text,
         "dtype": "bfloat16",
         "attention": "eager",

@@ -30,11 +30,11 @@ class Smooth(ProcessOp):
     Parameters: `mappings`, each the name of a smoothed module and those it is balanced by, within
     the layer; `quantized`, the linears that will be; `scheme` (`num_bits`, `group_size`,
     `symmetric`), `n_grid`, `duo_scaling` and `norms` as in `backends.awq.AwqSettings`; `names`,
-    `kind`, `config`, `dtype`, `attention`, `threads`, `device` and `processor`.
+    `layer`, `config`, `dtype`, `attention`, `threads`, `device` and `processor`.
     """
 
     name = "awq.smooth"
-    version = 1
+    version = 2
     libraries = (
         "llmcompressor",
         "compressed-tensors",
