@@ -195,7 +195,7 @@ _TUNING = {
     "not_use_best_mse": False,
     "seed": 42,
 }
-_PASSING = ("names", "kind", "config", "threads", "processor")
+_PASSING = ("names", "layer", "config", "threads", "processor")
 _WORKSPACE = frozenset({"workspace"})
 
 OPS: Sequence[OpSample] = [

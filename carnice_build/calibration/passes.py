@@ -22,14 +22,11 @@ from carnice_build.checkpoint.datasets import whole_file
 from carnice_build.dtypes import FLOAT_NAMES, ITEM_SIZE, NUMPY_NAME, TensorSpec
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.graph import ProcessOp, TensorRef, View
-from carnice_build.models.base import Part, Role
+from carnice_build.models.base import STACK, Part, Role
 from carnice_build.processor import vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import SourceTensor
-
-STACK = "*"
-"""In the place of an expert's number: the name of what all experts have, as one tensor [E, ...]."""
 
 
 class Embed(ProcessOp):

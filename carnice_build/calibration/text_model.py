@@ -24,11 +24,10 @@ from carnice_build.calibration.driver import (
     decoder_layers,
     skeleton,
 )
-from carnice_build.calibration.passes import STACK
 from carnice_build.calibration.watch import Watch, WeightPlaces
 from carnice_build.calibration.weights import Owners, Placing
 from carnice_build.errors import BackendError, nearest
-from carnice_build.models.base import Architecture, Part, Role, TensorFact
+from carnice_build.models.base import STACK, Architecture, Part, Role, TensorFact
 
 InputTransform = Callable[[Tensor], Tensor]
 """From the input of a linear to what the linear shall see, of the same shape and type."""
