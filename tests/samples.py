@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 from numpy.typing import NDArray
 from tiny import bf16, tiny_config
 
-from carnice_build.calibration.passes import Embed, Forward
+from carnice_build.calibration.passes import Embed, Forward, ForwardExperts
 from carnice_build.calibration.tokens import LongestFirst, Tokens
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.formats.autoround.ops import Merge, Nearest, packed_specs
@@ -179,6 +179,53 @@ def _layer() -> _Layer:
     return _Layer(params, linears, text["hidden_size"], weights)
 
 
+@cache
+def _experts_layer() -> _Layer:
+    """The only layer of a tiny Qwen3-MoE, whose experts are stacks."""
+    hidden, width, experts = 128, 64, 3
+    attention = {
+        f"self_attn.{name}_proj": (rows, columns)
+        for name, rows, columns in (
+            ("q", 64, hidden),
+            ("k", 32, hidden),
+            ("v", 32, hidden),
+            ("o", hidden, 64),
+        )
+    }
+    stacks = {
+        f"mlp.experts.*.{name}_proj": (experts, *shape)
+        for name, shape in (
+            ("gate", (width, hidden)),
+            ("up", (width, hidden)),
+            ("down", (hidden, width)),
+        )
+    }
+    norms = {f"self_attn.{name}_norm": (32,) for name in "qk"}
+    norms |= {f"{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
+    modules = {**attention, **stacks, "mlp.gate": (experts, hidden), **norms}
+    config = {
+        "model_type": "qwen3_moe",
+        "hidden_size": hidden,
+        "moe_intermediate_size": width,
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    params = {
+        **_layer().params,
+        "names": [f"{name}.weight" for name in modules],
+        "layer": 0,
+        "config": config,
+    }
+    weights = [("BF16", shape) for shape in modules.values()]
+    return _Layer(params, [*attention, *stacks], hidden, weights)
+
+
 _AFFINE = {"bits": 4, "group_size": 64, "dtype": "BF16", "nonfinite": "refuse"}
 _PLUS_ONE = {"add": 1.0, "dtype": "BF16", "nonfinite": "refuse"}
 _GROUPED = {"observer": "mse", "group_size": 64}
@@ -251,6 +298,26 @@ OPS: Sequence[OpSample] = [
         Forward(workspace=1 << 20),
         {**_layer().params, "linears": list(_layer().linears)},
         _layer().inputs(1),
+        _WORKSPACE,
+    ),
+    OpSample(
+        ForwardExperts(workspace=1 << 20),
+        {**_experts_layer().params, "linears": list(_experts_layer().linears)},
+        _experts_layer().inputs(1),
+        _WORKSPACE,
+    ),
+    OpSample(
+        Smooth(workspace=1 << 20),
+        {
+            **_experts_layer().params,
+            "mappings": [["mlp.experts.*.up_proj", ["mlp.experts.*.down_proj"]]],
+            "quantized": ["mlp.experts.*.up_proj", "mlp.experts.*.down_proj"],
+            "scheme": {"num_bits": 4, "group_size": 64, "symmetric": False},
+            "n_grid": 4,
+            "duo_scaling": True,
+            "norms": "library",
+        },
+        _experts_layer().inputs(1),
         _WORKSPACE,
     ),
     OpSample(

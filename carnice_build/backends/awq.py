@@ -158,7 +158,7 @@ def _stacked(
     """`scales` by the modules that `mappings` smooth, those of a stack [E, channels]."""
     result = {}
     for mapping in mappings:
-        found = [scales[name] for name in _each([mapping.smooth], scales)]
+        found = [scales[name] for name in _each([mapping.smooth], scales) if name in scales]
         if found:
             result[mapping.smooth] = torch.stack(found) if STACK in mapping.smooth else found[0]
     return result
