@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 from numpy.typing import NDArray
 from tiny import bf16, tiny_config
 
-from carnice_build.calibration.passes import Embed, Forward
+from carnice_build.calibration.passes import Embed, Forward, ForwardExperts
 from carnice_build.calibration.tokens import LongestFirst, Tokens
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.formats.autoround.ops import Merge, Nearest, packed_specs
@@ -168,15 +168,10 @@ def _layer() -> _Layer:
         for fact in architecture.tensors.values()
         if fact.part is Part.LAYERS and fact.layer == 3
     ]
-    # Which other layers there are is no part of the config that a layer depends on.
-    text = {
-        key: value
-        for key, value in config["text_config"].items()
-        if key not in ("num_hidden_layers", "layer_types", "full_attention_interval")
-    }
+    text = config["text_config"]
     params = {
         "names": [fact.name.removeprefix(prefix) for fact in facts],
-        "kind": "full",
+        "layer": 3,
         "config": text,
         "dtype": "bfloat16",
         "attention": "eager",
@@ -187,6 +182,53 @@ def _layer() -> _Layer:
     linears = [fact.module.removeprefix(prefix) for fact in facts if fact.role is Role.LINEAR]
     weights = [("BF16", fact.shape) for fact in facts]
     return _Layer(params, linears, text["hidden_size"], weights)
+
+
+@cache
+def _experts_layer() -> _Layer:
+    """The only layer of a tiny Qwen3-MoE, whose experts are stacks."""
+    hidden, width, experts = 128, 64, 3
+    attention = {
+        f"self_attn.{name}_proj": (rows, columns)
+        for name, rows, columns in (
+            ("q", 64, hidden),
+            ("k", 32, hidden),
+            ("v", 32, hidden),
+            ("o", hidden, 64),
+        )
+    }
+    stacks = {
+        f"mlp.experts.*.{name}_proj": (experts, *shape)
+        for name, shape in (
+            ("gate", (width, hidden)),
+            ("up", (width, hidden)),
+            ("down", (hidden, width)),
+        )
+    }
+    norms = {f"self_attn.{name}_norm": (32,) for name in "qk"}
+    norms |= {f"{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
+    modules = {**attention, **stacks, "mlp.gate": (experts, hidden), **norms}
+    config = {
+        "model_type": "qwen3_moe",
+        "hidden_size": hidden,
+        "moe_intermediate_size": width,
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    params = {
+        **_layer().params,
+        "names": [f"{name}.weight" for name in modules],
+        "layer": 0,
+        "config": config,
+    }
+    weights = [("BF16", shape) for shape in modules.values()]
+    return _Layer(params, [*attention, *stacks], hidden, weights)
 
 
 _AFFINE = {"bits": 4, "group_size": 64, "dtype": "BF16", "nonfinite": "refuse"}
@@ -205,7 +247,7 @@ _TUNING = {
     "not_use_best_mse": False,
     "seed": 42,
 }
-_PASSING = ("names", "kind", "config", "threads", "processor")
+_PASSING = ("names", "layer", "config", "threads", "processor")
 _WORKSPACE = frozenset({"workspace"})
 _STACKED = frozenset({"op", "name", "version", "libraries", "figures"})
 
@@ -277,6 +319,26 @@ OPS: Sequence[OpSample] = [
         Forward(workspace=1 << 20),
         {**_layer().params, "linears": list(_layer().linears)},
         _layer().inputs(1),
+        _WORKSPACE,
+    ),
+    OpSample(
+        ForwardExperts(workspace=1 << 20),
+        {**_experts_layer().params, "linears": list(_experts_layer().linears)},
+        _experts_layer().inputs(1),
+        _WORKSPACE,
+    ),
+    OpSample(
+        Smooth(workspace=1 << 20),
+        {
+            **_experts_layer().params,
+            "mappings": [["mlp.experts.*.up_proj", ["mlp.experts.*.down_proj"]]],
+            "quantized": ["mlp.experts.*.up_proj", "mlp.experts.*.down_proj"],
+            "scheme": {"num_bits": 4, "group_size": 64, "symmetric": False},
+            "n_grid": 4,
+            "duo_scaling": True,
+            "norms": "library",
+        },
+        _experts_layer().inputs(1),
         _WORKSPACE,
     ),
     OpSample(

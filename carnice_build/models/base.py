@@ -38,6 +38,9 @@ class Role(StrEnum):
     VISION = "vision"
 
 
+STACK = "*"
+"""In the place of an expert's number: what all experts have, as one tensor [E, ...]."""
+
 QUANTIZABLE = (Role.EMBEDDING, Role.LINEAR)
 
 LINEARS = (Role.LINEAR, Role.ROUTER)

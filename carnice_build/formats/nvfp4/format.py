@@ -147,7 +147,10 @@ def _layer(
     if not groups:
         return {}
     amax, linears = activations.amax(layer)
-    indices = [[linears.index(fact.module) for fact in group] for group in groups]
+    indices = [
+        [index for fact in group for index, linear in enumerate(linears) if linear == fact.module]
+        for group in groups
+    ]
     scales = context.graph.add(InputScales(), {"groups": indices}, amax)
     return {
         fact.module: tensors
