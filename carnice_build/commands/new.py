@@ -15,7 +15,7 @@ from typing import Any
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import ToolFormat, tool_format
-from carnice_build.checkpoint.assets import Assets, Reads
+from carnice_build.checkpoint.assets import Assets, Reads, absent
 from carnice_build.checkpoint.checkpoint import Checkpoint, open_checkpoint, source_view
 from carnice_build.checkpoint.profiles import Profiles, Source
 from carnice_build.checkpoint.readme import Readme, read_readme
@@ -212,6 +212,7 @@ def _draft(
         steps += head.steps
     others = list(_ignored(architecture, view, knobs))
     found += [step.why for step in steps if step.why]
+    found += _vision(architecture, view)
     found += head.said
     template, sentence, unreadable = _tools(checkpoint)
     found += sentence
@@ -226,11 +227,11 @@ def _draft(
     others.append(_card(spec, readme))
     label = spec["model"] if "folder" not in spec else spec["folder"]
     told = {step.why for step in steps}
-    about = [f"{label} as {preset}, written by `carnice new`"]
-    about += [sentence for sentence in found if sentence not in told]
+    title = f"{label} as {preset}"
+    about = [sentence for sentence in found if sentence not in told]
     if "folder" not in spec:
         why[_BODY] = f"the commit that `{_MAIN}` was at"
-    return Draft(name, preset, about, Section("sources", sources, why), steps, others), found
+    return Draft(title, name, preset, about, Section("sources", sources, why), steps, others), found
 
 
 def _architecture(checkpoint: Checkpoint, view: View) -> Architecture:
@@ -267,14 +268,34 @@ def _repairs(
             view = step.apply(view, context)
             steps.append(repair)
 
-    if _is_quantized(checkpoint.config):
+    if _is_quantized(checkpoint.config) and "decode" in STEPS:
         why = "the source is quantized already: its weights are read as the floats they stand for"
         add([Repair("decode", {}, why)])
     add(renames(view, architecture))
     add(list(leftovers(view, architecture)))
-    if knobs["quantize"]["format"] == "mlx":
-        add(without(Part.VISION, view, architecture, "mlx-lm runs the text model alone"))
+    add(without(Part.VISION, view, architecture, _no_vision(checkpoint, knobs)))
     return steps, view
+
+
+def _no_vision(checkpoint: Checkpoint, knobs: Mapping[str, Any]) -> str:
+    """Why a vision tower is left out, empty when it stays."""
+    if knobs["quantize"]["format"] == "mlx":
+        return "mlx-lm runs the text model alone"
+    lacking = absent(checkpoint.assets, (Reads.PROCESSOR,), vision=True)
+    return f"{lacking[0]}, so it is left out" if lacking else ""
+
+
+def _vision(architecture: Architecture, view: View) -> list[str]:
+    """What may be done about a vision tower that is there."""
+    return [
+        f"the vision tower stays; the step `- drop: {{match: {_shown(step.params['match'])}}}` "
+        "makes a model for text alone"
+        for step in without(Part.VISION, view, architecture, "not wanted")
+    ]
+
+
+def _shown(match: str | list[str]) -> str:
+    return f"'{match}'" if isinstance(match, str) else str(match)
 
 
 def _is_quantized(config: Mapping[str, Any]) -> bool:

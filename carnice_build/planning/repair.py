@@ -121,7 +121,9 @@ def leftovers(view: View, architecture: Architecture) -> Iterator[Repair]:
 
 
 def without(part: Part, view: View, architecture: Architecture, why: str) -> list[Repair]:
-    """A step that leaves out a part of the model, if the view has it."""
+    """A step that leaves out a part of the model, if the view has it and there is a reason."""
+    if not why:
+        return []
     known = owners(architecture, view)
     names = [name for name in view if name in known and known[name].part is part]
     return [dropped(names, view, why)] if names else []
