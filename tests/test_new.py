@@ -564,6 +564,16 @@ def test_an_installed_package_needs_no_clone(empty: Path, model: Path, tmp_path:
     assert run("list").startswith("mine ")
 
 
+def test_the_page_shows_what_is_written(empty: Path, carnice: Carnice) -> None:
+    """The output and the recipe of docs/new.md."""
+    (empty / "demo").symlink_to(REPOSITORY / "demo")
+    page = (REPOSITORY / "docs" / "new.md").read_text(encoding="utf-8")
+    finished = carnice("new", "mine", "--from", "demo/carnice-v2-27b", "--as", "mlx-4bit")
+
+    assert f"--as mlx-4bit\n{finished.out}```" in page
+    assert f"```yaml\n# recipes/mine.yaml\n{Path('recipes/mine.yaml').read_text()}```" in page
+
+
 def test_options_need_no_profile() -> None:
     """Scripts that build what was written name no profile either."""
     assert Options().profile is None
