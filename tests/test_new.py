@@ -17,6 +17,7 @@ import yaml
 from chats import XML, hermes
 from conftest import REPOSITORY, Finished, Project, TinyCheckpoint
 from tiny import Tensor, bf16, read_json, read_safetensors, write_json, write_safetensors
+from zoo import write_zoo
 
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.new import NewRecipe, new_recipe
@@ -284,6 +285,22 @@ def test_linears_outside_of_the_layers_are_ignored(empty: Path, model: Path) -> 
     assert ["model.layers.0.mlp.up_proj"] == list(new.plan.conversion.quantized)
 
 
+def test_a_quantized_source_is_decoded(empty: Path, tmp_path: Path) -> None:
+    """FP8 in blocks, as DeepSeek's: the recipe says that this is meant, and builds."""
+    new = new_recipe("mine", str(write_zoo(tmp_path / "fp8", "deepseek_v3", "hub")), "int4-rtn")
+    build_variants(["mine"])
+
+    assert {"decode": {}} == written(new)["steps"][0]
+    assert "deepseek_v3: 4 layers, quantized, in BF16, F32, F8_E4M3" == new.found[0]
+
+
+def test_draft_layers_are_ignored(empty: Path, tmp_path: Path) -> None:
+    """GLM's MTP head is a layer beyond the last, which the preset cannot know."""
+    new = new_recipe("mine", str(write_zoo(tmp_path / "glm", "glm4_moe", "hub")), "w4a16-rtn")
+
+    assert [r"re:model\.layers\.4\..*"] == written(new)["quantize"]["ignore+"]
+
+
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
@@ -477,8 +494,8 @@ def test_a_recipe_that_is_there_stays(empty: Path, model: Path, carnice: Carnice
     assert 2 == carnice("new", "lost", *arguments).code
 
 
-def test_a_quantized_source_is_decoded_or_refused(empty: Path, model: Path) -> None:
-    """To quantize a quantized model is a decision: without a step for it, nothing is written."""
+def test_a_source_that_cannot_be_decoded_is_refused(empty: Path, model: Path) -> None:
+    """One that says it is quantized and holds floats, and nothing is written."""
     reconfigure(model, quantization_config={"quant_method": "fp8"})
 
     with pytest.raises(CarniceError):
