@@ -63,6 +63,11 @@ class Untabled:
         return self.tensors
 
     @property
+    def unread(self) -> Mapping[str, TensorFact]:
+        """Nothing is known of how a model reads."""
+        return {}
+
+    @property
     def ties(self) -> Mapping[str, str]:
         """Nothing is known to be another."""
         return {}
