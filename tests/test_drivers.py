@@ -198,6 +198,25 @@ def test_an_expert_without_tokens_is_told_and_changes_nothing(zoo: Any) -> None:
     assert not [linear for linear in seen.amax if ".experts.2." in linear]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "uses weights before its layers"),
+        ({"hidden_size_per_layer_input": 0}, r"gives layer 3 'sliding_attention' of other layers"),
+    ],
+)
+def test_what_layers_get_from_elsewhere_is_refused(
+    zoo: Any, changes: dict[str, Any], said: str
+) -> None:
+    """Gemma 4's embeddings for each layer, and keys and values that its last layers share."""
+    config = {**zoo("gemma4").config, **changes}
+    driver = LayerDriver(config, 3, Arithmetic("bfloat16", "sdpa", threads=1))
+    layer = driver._blank.to_empty(device="cpu")
+
+    with pytest.raises(BackendError, match=rf"Gemma4ForCausalLM of transformers {said}"):
+        driver.run(layer, torch.zeros(1, 8, 256, dtype=torch.bfloat16))
+
+
 def test_an_attention_that_a_family_lacks_is_refused(zoo: Any) -> None:
     """GPT-OSS's sinks are in eager attention alone; with another they would be left out."""
     how = Arithmetic("bfloat16", "sdpa", threads=1)
