@@ -90,7 +90,7 @@ def sparse_checkpoint(folder: Path) -> Path:
     for index in range(count):
         name = f"model-{index + 1:05}-of-{count:05}.safetensors"
         part = tensors[index::count]
-        header, _ = encode_header(part, {"format": "pt"})
+        header = encode_header(part, {"format": "pt"})
         with (folder / name).open("wb") as file:
             file.write(header)
             file.truncate(len(header) + sum(spec.nbytes for _, spec in part))

@@ -76,7 +76,7 @@ def _rebuild(
 
 
 class RecipeError(CarniceError):
-    """A recipe, profile or override is not valid."""
+    """A recipe, profile, override or family table is not valid."""
 
 
 class CheckpointError(CarniceError):

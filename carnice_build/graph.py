@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from carnice_build.dtypes import TensorSpec
+from carnice_build.errors import PlanError
 from carnice_build.keys import DigestSink, KeySink, write_key
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import SourceTensor
@@ -42,13 +44,23 @@ def require_finite(bad_index: int) -> None:
 
 
 class BadInput(Exception):
-    """An op cannot work on what its input number `operand` holds."""
+    """An op cannot work on what its input number `operand` holds.
 
-    def __init__(self, operand: int, what: str, expected: str | None = None) -> None:
-        super().__init__(operand, what, expected)
+    `index` is that of an element of the part to blame, where the input is a stack.
+    """
+
+    def __init__(
+        self, operand: int, what: str, expected: str | None = None, index: int = 0
+    ) -> None:
+        super().__init__(operand, what, expected, index)
         self.operand = operand
         self.what = what
         self.expected = expected
+        self.index = index
+
+    def at(self, index: int) -> BadInput:
+        """The same of an input in which this one begins at element `index`."""
+        return BadInput(self.operand, self.what, self.expected, self.index + index)
 
 
 class Op(ABC):
@@ -60,10 +72,10 @@ class Op(ABC):
     to see; the cache remembers their values.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    libraries: ClassVar[tuple[str, ...]] = ()
-    figures: ClassVar[frozenset[int]] = frozenset()
+    name: str
+    version: int
+    libraries: tuple[str, ...] = ()
+    figures: frozenset[int] = frozenset()
 
     @abstractmethod
     def infer(
@@ -75,8 +87,8 @@ class Op(ABC):
 class ArrayOp(Op):
     """An op that computes on arrays, in a thread of the build.
 
-    A `rowwise` op makes row *i* of every output from row *i* of its first input alone, so it may
-    be applied to any range of rows.
+    A `rowwise` op makes row *i* of every output from row *i* of each input alone, so it may be
+    applied to any range of rows.
     A `transposed` op fills whole outputs from one range of rows of its only input after another,
     by `apply_rows`: for outputs in which a row of the input is a column, say.
     """
@@ -121,6 +133,79 @@ class ArrayOp(Op):
 
         Must release the GIL in any long loop.  Raises NonFiniteValue for NaN or infinity.
         """
+
+
+class Stacked(ArrayOp):
+    """An op applied to each index of the first axis of all its inputs, which are stacks.
+
+    What it makes of each lies in one tensor, in the same order.
+    """
+
+    name = "stack"
+    version = 1
+    rowwise = True
+
+    def __init__(self, op: ArrayOp) -> None:
+        """Its name, and what else identifies an op, follow from those of `op`."""
+        self.op = op
+        self.name = f"{op.name}.stack"
+        self.version = op.version
+        self.libraries = op.libraries
+        self.figures = op.figures
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """What the op infers of one index, with the first axis before it."""
+        counts = {spec.shape[:1] for spec in inputs}
+        if len(counts) != 1 or () in counts:
+            shapes = " and ".join(str(list(spec.shape)) for spec in inputs)
+            raise PlanError(f"{self.name} cannot take {shapes}", expected="stacks of one length")
+        (count,) = counts
+        each = self.op.infer(params, [TensorSpec(spec.dtype, spec.shape[1:]) for spec in inputs])
+        return tuple(TensorSpec(spec.dtype, (*count, *spec.shape)) for spec in each)
+
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorData],
+        outputs: Sequence[TensorData],
+    ) -> None:
+        """Apply the op to one index after another; what it raises says which it was."""
+        for index in range(len(inputs[0].array)):
+            with _placed(inputs, index):
+                self.op.apply(
+                    params,
+                    [_slab(item, index) for item in inputs],
+                    [_slab(item, index) for item in outputs],
+                )
+
+    def check(self, params: Mapping[str, Any], inputs: Sequence[TensorData]) -> None:
+        """Check one index after another."""
+        for index in range(len(inputs[0].array)):
+            with _placed(inputs, index):
+                self.op.check(params, [_slab(item, index) for item in inputs])
+
+
+def _slab(stack: TensorData, index: int) -> TensorData:
+    """A view of one index of the first axis; of no axis where the stack has one."""
+    array = stack.array
+    return TensorData(stack.dtype, array[index : index + 1].reshape(array.shape[1:]))
+
+
+@contextmanager
+def _placed(inputs: Sequence[TensorData], index: int) -> Iterator[None]:
+    """Tell what an op raises about index `index` of stacks as a thing of the stacks."""
+
+    def start(operand: int) -> int:
+        return index * (inputs[operand].array.size // len(inputs[operand].array))
+
+    try:
+        yield
+    except NonFiniteValue as error:
+        raise NonFiniteValue(start(error.operand) + error.index, error.operand) from None
+    except BadInput as error:
+        raise error.at(start(error.operand)) from None
 
 
 class ProcessOp(Op):
@@ -216,6 +301,10 @@ View = dict[str, TensorRef]
 """An ordered map from names to tensors; steps turn views into views."""
 
 
+_MATRIX = 2
+"""Axes of a weight; that of a stack of experts has one more."""
+
+
 class ActionGraph:
     """All actions of one plan; adding an equal action twice gives the one that is there."""
 
@@ -242,6 +331,13 @@ class ActionGraph:
         return tuple(
             TensorRef(spec, ActionOutput(action, index)) for index, spec in enumerate(outputs)
         )
+
+    def add_each(
+        self, op: ArrayOp, params: Mapping[str, Any], *inputs: TensorRef
+    ) -> tuple[TensorRef, ...]:
+        """Refs to the outputs of `op` applied to weights, or to each expert's of stacks of them."""
+        stacked = len(inputs[0].spec.shape) > _MATRIX
+        return self.add(Stacked(op) if stacked else op, params, *inputs)
 
     def network(self) -> networkx.DiGraph:
         """The graph for networkx: nodes are source tensors and actions, edges carry bytes."""

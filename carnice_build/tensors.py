@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from carnice_build.dtypes import TensorSpec
+from carnice_build.dtypes import ITEM_SIZE, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,26 @@ class SourceTensor:
         """Names these bytes on this machine while the file stays as it is."""
         origin = self.file.identity if self.file else f"shape|{self.name}"
         return f"{origin}|{self.offset}|{self.spec.nbytes}"
+
+    def located(self, index: int) -> tuple[SourceTensor, int]:
+        """The checkpoint's own tensor that flat element `index` lies in, and its index there."""
+        if not isinstance(self.file, Composite):
+            return self, index
+        item = ITEM_SIZE[self.spec.dtype]
+        piece, offset = self.file.locate(self.offset + index * item)
+        return piece.located(offset // item)
+
+
+def members(name: str, spec: TensorSpec) -> Sequence[tuple[str, TensorSpec]]:
+    """The tensors that a name stands for, in the order of their bytes.
+
+    A `*` in it stands for the indices of the first axis: the tensors of a stack, end to end.
+    """
+    if "*" not in name:
+        return [(name, spec)]
+    start, _, end = name.partition("*")
+    one = TensorSpec(spec.dtype, spec.shape[1:])
+    return [(f"{start}{index}{end}", one) for index in range(spec.shape[0])]
 
 
 Reader = Callable[[memoryview], None]
@@ -63,3 +83,11 @@ class ByteSource(Readable, Protocol):
 
     def open_range(self, offset: int, count: int) -> AbstractContextManager[Reader]:
         """Read `count` bytes from `offset` on in order, by one thread, in pieces of any size."""
+
+
+@runtime_checkable
+class Composite(Protocol):
+    """A `ByteSource` that is put together of several tensors of a checkpoint."""
+
+    def locate(self, offset: int) -> tuple[SourceTensor, int]:
+        """The tensor that byte `offset` lies in, and how many of its bytes lie before."""

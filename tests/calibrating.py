@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, Project
+from qwen import HEAD
 from tiny import (
     Tensor,
     read_all_tensors,
@@ -26,7 +27,6 @@ from tiny import (
 
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.execute import session
-from carnice_build.models.qwen3_5 import HEAD
 
 DEMO = REPOSITORY / "demo"
 LAYERS = (0, 1, 2, 7)

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from qwen import BODY
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from carnice_build.calibration.text_model import ModelSource
-from carnice_build.models.qwen3_5 import BODY, Qwen35
+from carnice_build.models import architecture_of
 
 BASE = Path(__file__).parent.parent / "demo" / "qwen3.6-27b"
 WHOLE_CONFIG: dict[str, Any] = json.loads((BASE / "config.json").read_text())
 CONFIG: dict[str, Any] = WHOLE_CONFIG["text_config"]
-ARCHITECTURE = Qwen35(WHOLE_CONFIG, "demo")
+ARCHITECTURE = architecture_of(WHOLE_CONFIG, "demo")
 KINDS = ["full" if kind == "full_attention" else "linear" for kind in CONFIG["layer_types"]]
 
 

@@ -52,6 +52,10 @@ class Llama:
     def built(self) -> Mapping[str, TensorFact]:
         return {fact.name: fact for fact in self._facts()}
 
+    @property
+    def unread(self) -> Mapping[str, TensorFact]:
+        return {}
+
     @cached_property
     def ties(self) -> Mapping[str, str]:
         tied = self._config.flag("tie_word_embeddings", False)
@@ -126,16 +130,7 @@ class Llama:
     def canonical_name(self, name: str) -> str | None:
         return None
 
-    def mlx_refusal(self) -> str | None:
-        return None
-
-    def mlx_name(self, name: str) -> str | None:
-        return name
-
-    def mlx_shifted(self, name: str) -> bool:
-        return False
-
-    def mlx_keeps_dtype(self, name: str) -> bool:
+    def keeps_dtype(self, name: str) -> bool:
         return False
 
     def torch_name(self, name: str) -> str:

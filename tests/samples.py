@@ -27,11 +27,16 @@ from carnice_build.formats.compressed_tensors.awq import Smooth
 from carnice_build.formats.compressed_tensors.ops import GroupQuantize, SmoothNorm, SmoothWeight
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.fp8_dynamic.ops import RowQuantize
-from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
+from carnice_build.formats.mlx.ops import (
+    AffineQuantize,
+    ReferenceAffineQuantize,
+    Transform,
+    TransformQuantize,
+)
 from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales
-from carnice_build.graph import Op, TensorData
+from carnice_build.graph import Op, Stacked, TensorData
+from carnice_build.models import architecture_of
 from carnice_build.models.base import Part, Role
-from carnice_build.models.qwen3_5 import Qwen35
 
 Inputs = Callable[[], Sequence[TensorData]]
 
@@ -156,7 +161,7 @@ class _Layer:
 @cache
 def _layer() -> _Layer:
     config = tiny_config(layers=4)
-    architecture = Qwen35(config, "tiny")
+    architecture = architecture_of(config, "tiny")
     prefix = architecture.layer_prefix(3)
     facts = [
         fact
@@ -244,6 +249,13 @@ _TUNING = {
 }
 _PASSING = ("names", "layer", "config", "threads", "processor")
 _WORKSPACE = frozenset({"workspace"})
+_STACKED = frozenset({"op", "name", "version", "libraries", "figures"})
+
+_TURNED = {
+    "steps": [["transpose", [0], [0, 2, 1]], ["add_number", [1], 1.0]],
+    "dtype": "BF16",
+    "nonfinite": "refuse",
+}
 
 OPS: Sequence[OpSample] = [
     OpSample(AffineQuantize(), _AFFINE, drawn(("BF16", (9, 128)))),
@@ -253,12 +265,21 @@ OPS: Sequence[OpSample] = [
         drawn(("F32", (9, 64))),
     ),
     OpSample(ReferenceAffineQuantize(), _AFFINE, drawn(("BF16", (9, 128)))),
+    OpSample(Transform(), _TURNED, drawn(("BF16", (3, 128, 4)))),
+    OpSample(
+        Transform(), {**_TURNED, "dtype": "F32", "nonfinite": "zero"}, drawn(("BF16", (2, 32, 4)))
+    ),
+    OpSample(TransformQuantize(), {**_AFFINE, **_TURNED}, drawn(("BF16", (3, 128, 4)))),
     OpSample(Elementwise(), _PLUS_ONE, drawn(("BF16", (9,)))),
     OpSample(
         Elementwise(), {**_PLUS_ONE, "add": None, "nonfinite": "zero"}, drawn(("F32", (9, 4)))
     ),
     OpSample(BlockQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 32)))),
     OpSample(RowQuantize(), {}, drawn(("BF16", (9, 128)))),
+    OpSample(Stacked(RowQuantize()), {}, drawn(("BF16", (9, 4, 128))), _STACKED),
+    OpSample(
+        Stacked(BlockQuantize()), {}, drawn(("BF16", (9, 4, 32)), ("BF16", (9, 2, 32))), _STACKED
+    ),
     OpSample(InputScales(), {"groups": [[0, 2], [1]]}, drawn(("F32", (3,)), around=5)),
     OpSample(Nearest(), {"group_size": 64}, drawn(("BF16", (24, 128)))),
     OpSample(Merge(), {"group_size": 64, "rounding": "delta"}, _merged),
@@ -426,6 +447,7 @@ FORMATS: Mapping[str, FormatSample] = {
 # --- steps ---------------------------------------------------------------------------------------
 
 STEPS: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "decode": [{"decode": {"match": "*.down_proj.weight", "dtype": "bfloat16", "expect": 9}}],
     "rename": [
         {"rename": {"from": "^lm_head", "to": "head", "expect": 1}},
         {"rename": {"from": "^head", "to": "lm_head", "optional": True}},
@@ -434,4 +456,5 @@ STEPS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "graft": [{"graft": {"from": "base", "match": "mtp.*", "replace": True, "expect": 15}}],
     "chat_template": [{"chat_template": {"patch": "hermes"}}],
 }
-"""The `steps` of a recipe that uses a step, of whose sources `base` alone has an MTP head."""
+"""The `steps` of a recipe that uses a step, of whose sources `base` alone has an MTP head; that of
+`decode` has a quantized body."""

@@ -19,13 +19,13 @@ import torch
 from auto_round import AutoRound, SignRoundConfig
 from auto_round.algorithms.composer import AlgorithmComposer
 from demo_model import BASE, CONFIG, layer_tensors, weights
+from qwen import BODY
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3_5ForCausalLM, Qwen3_5TextConfig, set_seed
 
 from carnice_build.backends.autoround import AutoRoundSettings, TunedLayer, tune_layer
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
-from carnice_build.models.qwen3_5 import BODY
 
 # The two layers' places in the demo.
 LAYERS: Mapping[str, int] = {"linear": 0, "full": 3}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from demo_model import ARCHITECTURE, CONFIG, KINDS, layer_tensors, weights, whole_model
 from oneshot import Reference, run_oneshot, samples
+from qwen import BODY
 from torch import Tensor
 
 from carnice_build.backends.awq import AwqSettings, apply_smoothing, offset_norms, smooth_layer
@@ -19,7 +20,6 @@ from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
 from carnice_build.kernels.smoothing import smooth_gain
-from carnice_build.models.qwen3_5 import BODY
 from carnice_build.models.smoothing import mappings_of_layer
 
 LIBRARY = AwqSettings(ARCHITECTURE.smoothing)

@@ -113,28 +113,30 @@ def test_any_split_by_rows_gives_the_same_bytes(sample: OpSample) -> None:
 def in_blocks(sample: OpSample, edges: Sequence[int]) -> list[bytes]:
     """The bytes of the outputs, of rows that come in blocks, as `execute.streaming` gives them."""
     assert isinstance(sample.op, ArrayOp)
-    (whole,) = sample.inputs()
+    inputs = sample.inputs()
     room = Room(sample.op.infer(sample.params, sample.specs), 0xA5)
     for first, end in pairwise(edges):
-        block = TensorData(whole.dtype, whole.array[first:end].copy())
+        blocks = [TensorData(whole.dtype, whole.array[first:end].copy()) for whole in inputs]
         if sample.op.transposed:
-            sample.op.apply_rows(sample.params, first, block, room.outputs)
+            sample.op.apply_rows(sample.params, first, *blocks, room.outputs)
         else:
             rows = [TensorData(out.dtype, out.array[first:end]) for out in room.outputs]
-            sample.op.apply(sample.params, [block], rows)
+            sample.op.apply(sample.params, blocks, rows)
     return room.content()
 
 
 @each(IN_ROWS)
 def test_ops_on_rows_have_outputs_that_fit(sample: OpSample) -> None:
-    """One input; as many rows in every output when rows stand for themselves; never both ways."""
+    """As many rows everywhere when rows stand for themselves, else one input; never both ways."""
     assert isinstance(sample.op, ArrayOp)
-    (spec,) = sample.specs
-    outputs = sample.op.infer(sample.params, [spec])
+    specs = sample.specs
+    outputs = sample.op.infer(sample.params, specs)
 
     assert not (sample.op.rowwise and sample.op.transposed)
     if sample.op.rowwise:
-        assert {spec.shape[0]} == {output.shape[0] for output in outputs}
+        assert {specs[0].shape[0]} == {spec.shape[0] for spec in (*specs, *outputs)}
+    else:
+        assert 1 == len(specs)
 
 
 # --- values that nobody expects ------------------------------------------------------------------

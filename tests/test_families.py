@@ -1,9 +1,10 @@
-"""A second family, plain Llama, brought by a package: all that is ours works for it as well."""
+"""A second family, plain Llama, by its table or by a package: all that is ours works for it."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from conftest import REPOSITORY, Finished, Project
 from llama import Llama, announce, llama_config, write_llama
 from oneshot import run_oneshot
-from tiny import read_all_tensors, read_json
+from tiny import read_all_tensors, read_json, write_json
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -74,7 +75,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         text += "sources: {body: {model: tiny/llama}}\n"
         project.recipe(name, text + (CALIBRATION + MORE[name] if name in MORE else ""))
     with pytest.MonkeyPatch.context() as patch:
-        announce(project.root / "site", "llama:Llama", patch)
         patch.chdir(project.root)
         build_variants(list(QUANTIZE), project.options(jobs=1))
         yield project
@@ -325,10 +325,26 @@ def test_a_packages_family_is_among_those_that_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error for an unknown model type names the types of packages, too."""
-    announce(tmp_path, "llama:Llama", monkeypatch)
+    announce(tmp_path, "llama:Llama", monkeypatch, name="plain_llama")
 
-    with pytest.raises(CheckpointError, match=r"\(llama, qwen3_5\)"):
+    with pytest.raises(CheckpointError, match=r"\(.*, plain_llama, qwen2, .*\)"):
         architecture_of({"model_type": "lama"}, "here")
+
+
+def test_a_packages_family_builds_as_ours(
+    llama: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of a type that only a package knows gives the tensors that our table gives."""
+    announce(tmp_path / "site", "llama:Llama", monkeypatch, name="plain_llama")
+    project = Project(tmp_path / "project")
+    shutil.copytree(llama.root / "source", project.root / "source")
+    config = {**llama_config(), "model_type": "plain_llama"}
+    write_json(project.root / "source" / "config.json", config)
+    shutil.copytree(llama.recipes, project.recipes)
+    monkeypatch.chdir(project.root)
+    build_variants(["int4"], project.options(jobs=1))
+
+    assert read_all_tensors(llama.out / "int4") == read_all_tensors(project.out / "int4")
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,9 @@ def test_we_read_the_librarys_files(tmp_path: Path) -> None:
 def test_data_begins_at_a_multiple_of_eight() -> None:
     """Headers are padded, so that tensors can be mapped in place."""
     for size in range(1, 20):
-        header, offsets = encode_header([("x" * size, TensorSpec("U8", (1,)))], {})
+        header = encode_header([("x" * size, TensorSpec("U8", (1,)))], {})
 
-        assert (0, [len(header)]) == (len(header) % 8, offsets)
+        assert 0 == len(header) % 8
 
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30)

@@ -35,6 +35,7 @@ LAYERS = (
     "tensor_file",
     "tensors",
     "plugins",
+    "yaml_tree",
     "dtypes",
     "processor",
     "system",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from demo_model import CONFIG, KINDS, layer_tensors, sample, source, weights, whole_model
+from qwen import BODY
 from torch import Tensor
 
 from carnice_build.backends.tensors import as_data, as_tensor
@@ -16,7 +17,6 @@ from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.text_model import OpenModel
 from carnice_build.calibration.watch import NonFiniteInput, seen_inputs
 from carnice_build.graph import TensorData
-from carnice_build.models.qwen3_5 import BODY
 
 SAMPLES = [sample(length, seed=length) for length in (64, 67)]
 """One is a whole chunk of the delta rule, one is not."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from demo_model import ARCHITECTURE, BASE, CONFIG, below, heldout, source, weights, whole_model
+from qwen import BODY
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.text_model import ModelSource
 from carnice_build.errors import BackendError
-from carnice_build.models.qwen3_5 import BODY
 from carnice_build.verification import quality
 from carnice_build.verification.generate import PROMPT, TOKENS
 from carnice_build.verification.quality import Quality, generate, measure

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from calibrating import BASE, QUICK
 from conftest import Finished, Project, TinyCheckpoint
+from qwen import EMBEDDING, HEAD
 from test_bad_input import check_refused_at_once, rewrite
 from tiny import (
     Tensor,
@@ -28,8 +29,8 @@ from carnice_build.commands.build import build_variants
 from carnice_build.commands.plan import plan_variants
 from carnice_build.errors import CheckpointError
 from carnice_build.execute.events import Event, Notice
+from carnice_build.models import architecture_of
 from carnice_build.models.base import Part
-from carnice_build.models.qwen3_5 import EMBEDDING, HEAD, Qwen35
 
 pytest_plugins = ["calibrating"]
 
@@ -125,7 +126,7 @@ def spelled(change: Change, **options: Any) -> Config:
 
 def published(config: Config) -> bytes:
     """The bytes of the config.json of a folder that holds every part of the model."""
-    return to_json(Qwen35(config, "tiny").published_config(set(Part)))
+    return to_json(architecture_of(config, "tiny").published_config(set(Part)))
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -144,7 +145,7 @@ def test_a_strangers_entry_may_be_nested_deeply() -> None:
         nested = [nested]
     config = {**tiny_config(), "strange": nested}
 
-    assert nested == Qwen35(config, "tiny").published_config(set(Part))["strange"]
+    assert nested == architecture_of(config, "tiny").published_config(set(Part))["strange"]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -366,7 +367,7 @@ def test_the_root_decides_whether_the_head_is_tied(
     config = spelled(change)
     found = json.loads(published(config))
 
-    assert tied is (HEAD not in Qwen35(config, "tiny").tensors)
+    assert tied is (HEAD not in architecture_of(config, "tiny").tensors)
     assert tied is found["tie_word_embeddings"] is found["text_config"]["tie_word_embeddings"]
 
 
@@ -399,7 +400,7 @@ def test_an_unknown_kind_of_layer_is_an_error(name: str) -> None:
         text["layer_types"][2] = name
 
     with pytest.raises(CheckpointError) as caught:
-        Qwen35(spelled(change), "tiny")
+        architecture_of(spelled(change), "tiny")
 
     assert f"layer_types[2] is {name!r}" in str(caught.value)
     assert "expected full_attention or linear_attention; did you mean" in str(caught.value)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from qwen import BODY
 from tiny import read_json, write_json
 from verifying import Copy
 
@@ -19,7 +20,6 @@ from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.formats.autoround.checks import nearest_allowance
 from carnice_build.formats.compressed_tensors.checks import allowance
 from carnice_build.kernels import autoround, compressed, elementwise
-from carnice_build.models.qwen3_5 import BODY
 from carnice_build.verification.result import Outcome
 
 NEAREST, MERGED, AWQ = "int4-rtn", "int4-bf16-mtp", "w4a16-awq-minmax"

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from demo_model import heldout, whole_model
+from qwen import BODY
 from safetensors.torch import load_file
 from tiny import read_json, write_json
 from verifying import Copy
@@ -27,7 +28,6 @@ from carnice_build.commands.verify import VariantResult, VerifyResult, VerifySet
 from carnice_build.commands.verify import verify_variants as verify
 from carnice_build.formats.nvfp4.checks import allowance
 from carnice_build.kernels import nvfp4
-from carnice_build.models.qwen3_5 import BODY
 from carnice_build.report.verify_table import verify_json
 from carnice_build.verification import run_torch
 from carnice_build.verification.result import Check, Outcome

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qwen import BODY, VISION
 
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
 from carnice_build.checkpoint.header import encode_header
 from carnice_build.dtypes import TensorSpec
+from carnice_build.models import architecture_of
 from carnice_build.models.base import Part, Role
-from carnice_build.models.qwen3_5 import BODY, VISION, Qwen35
 
 THRICE = "language_model." * 3
 
@@ -137,7 +138,7 @@ def tiny_tensors(
     """
     random = np.random.default_rng(seed)
     tensors = {}
-    for fact in Qwen35(config, "tiny").tensors.values():
+    for fact in architecture_of(config, "tiny").tensors.values():
         if fact.part is Part.MTP and not mtp:
             continue
         values = random.standard_normal(fact.shape, dtype=np.float32) * np.float32(0.05)
@@ -203,7 +204,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], shards: int) -> No
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A shard of `tensors`, in their order."""
     specs = [(name, TensorSpec(item.dtype, item.shape)) for name, item in tensors.items()]
-    header, _ = encode_header(specs, {"format": "pt"})
+    header = encode_header(specs, {"format": "pt"})
     path.write_bytes(header + b"".join(item.data for item in tensors.values()))
 
 
@@ -233,7 +234,7 @@ def read_all_tensors(folder: Path) -> dict[str, Tensor]:
 
 def linears(config: Mapping[str, Any]) -> Iterable[str]:
     """Canonical names of the weights that are quantized, the embedding included."""
-    for fact in Qwen35(config, "tiny").tensors.values():
+    for fact in architecture_of(config, "tiny").tensors.values():
         if fact.role in (Role.LINEAR, Role.EMBEDDING) and fact.part is not Part.MTP:
             yield fact.name
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from carnice_build.commands.findings import folder_stamp, keep_findings
 from carnice_build.commands.options import Options
-from carnice_build.commands.plan import plan_variants
+from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import PlanError
 from carnice_build.formats.folder import open_folder
+from carnice_build.models.untabled import Untabled
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.plugins import failures_blamed
 from carnice_build.verification.chat import check_chat
@@ -20,7 +21,8 @@ from carnice_build.verification.result import Check, Outcome, skipped
 from carnice_build.verification.running import AcceptanceRow, PerplexityRow, RunSettings, Tables
 from carnice_build.verification.structure import check_structure
 
-HELDOUT = Path("demo") / "heldout.txt"
+DEMO = "demo"
+HELDOUT = Path(DEMO) / "heldout.txt"
 """The text that goes with the demo checkpoints, from the project's folder."""
 
 
@@ -81,9 +83,9 @@ def verify_variants(
     """
     options = options or Options()
     settings = settings or VerifySettings()
-    text = _text(options, settings) if settings.run else None
-    how = RunSettings(text, settings.lengths, settings.samples, options.jobs)
     plan = plan_variants(names, options)
+    text = _text(plan, options, settings) if settings.run else None
+    how = RunSettings(text, settings.lengths, settings.samples, options.jobs)
     results: list[VariantResult] = []
     tables = Tables()
     for variant in plan.variants:
@@ -99,13 +101,18 @@ def verify_variants(
     return VerifyResult(results, tables.ordered(), tables.acceptances)
 
 
-def _text(options: Options, settings: VerifySettings) -> Path | None:
+def _text(plan: Plan, options: Options, settings: VerifySettings) -> Path | None:
     if settings.text is not None:
         if not settings.text.is_file():
             raise PlanError("is not a file", where=str(settings.text))
         return settings.text
     default = options.recipes.parent / HELDOUT
-    return default if options.profile == "demo" and default.is_file() else None
+    bodies = [variant.sources[variant.recipe.body] for variant in plan.variants]
+    # A checkpoint that the command line gives stands in for that of the profile.
+    demo = options.profile in (None, DEMO) and all(
+        body.profile in (None, DEMO) and not body.local for body in bodies
+    )
+    return default if demo and default.is_file() else None
 
 
 def _check(
@@ -128,7 +135,9 @@ def _check(
             why_not = f"{variant.body.where} has shapes but no weights"
             yield skipped(roundtrip.NAME, why_not)
         runner = RUNNERS[checks.library]
-        if how is None:
-            yield from (skipped(name, "--no-run") for name in runner.names)
+        untabled = isinstance(variant.architecture, Untabled)
+        if how is None or untabled:
+            why_not = "its family has no table" if untabled else "--no-run"
+            yield from (skipped(name, why_not) for name in runner.names)
         else:
             yield from runner.run(checks, variant, path, how, tables)

@@ -10,20 +10,22 @@ they are made in a second pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
-from carnice_build.errors import CheckpointError
-from carnice_build.execute.jobs import Job
+from carnice_build.execute.blame import bad_input, non_finite
+from carnice_build.execute.jobs import Job, Sink
 from carnice_build.execute.streaming import (
+    Flow,
     RowAction,
     RowOutput,
     StreamAction,
     TransposedAction,
     as_bytes,
-    block_rows,
     refuse_non_finite,
     sample_digest,
     stream,
@@ -53,82 +55,109 @@ class ArrayJob:
                 self._run_whole()
         return self._result
 
-    # --- one source, rows flow ---------------------------------------------------------------
+    # --- rows flow ----------------------------------------------------------------------------
 
     def _run_streaming(self) -> None:
-        source = self._job.sources[0]
-        known = self._bench.digests.get(source.identity)
-        # Another build may have read it since this one was planned.
-        known = known or self._records.source_digest(source.identity)
-        if known is not None:
-            self._bench.digests[source.identity] = known
-            self._stream_known(source, known)
-            return
-        sample = sample_digest(source)
-        with self._bench.lock(sample):
-            self._stream_unread(source, sample)
+        samples: dict[str, str] = {}
+        for source in self._job.sources:
+            known = self._bench.digests.get(source.identity)
+            # Another build may have read it since this one was planned.
+            known = known or self._records.source_digest(source.identity)
+            if known is not None:
+                self._bench.digests[source.identity] = known
+            else:
+                samples[source.identity] = sample_digest(source)
+        with ExitStack() as locks:
+            # In one order, or jobs on tensors that look alike would wait for each other.
+            for sample in sorted(set(samples.values())):
+                locks.enter_context(self._bench.lock(sample))
+            self._stream(samples)
 
-    def _stream_known(self, source: SourceTensor, digest: str) -> None:
-        found = self._lookup(self._job.actions, digest)
+    def _stream(self, samples: Mapping[str, str]) -> None:
+        """Do the work; `samples` are those of the sources that were never read, by identity."""
+        foretold = {
+            identity: expected
+            for identity, sample in samples.items()
+            if (expected := self._records.sampled_digest(sample))
+        }
+        found = self._lookup(self._job.actions, {**foretold, **self._known(samples)})
         missing = [action for action in self._job.actions if action.identity not in found]
-        self._stream_through(source, missing, digest)
+        self._stream_through(missing, samples)
+        deceived = {name for name in foretold if self._bench.digests[name] != foretold[name]}
+        # A sample deceived us: the actions that looked found have other keys.
+        unmade = [
+            action
+            for action, _ in found.values()
+            if any(ref.identity in deceived for ref in action.inputs)
+        ]
+        if unmade:
+            again = self._lookup(unmade, self._bench.digests)
+            found = {name: item for name, item in found.items() if item[0] not in unmade} | again
+            rest = [action for action in unmade if action.identity not in again]
+            self._stream_through(rest, {}, copy=False)
         self._take_found(found)
 
-    def _stream_unread(self, source: SourceTensor, sample: str) -> None:
-        actions = self._job.actions
-        expected = self._records.sampled_digest(sample)
-        found = self._lookup(actions, expected) if expected else {}
-        missing = [action for action in actions if action.identity not in found]
-        digest = self._stream_through(source, missing, None, sample)
-        if digest != expected and found:
-            # The sample deceived us: the actions that looked found have other keys.
-            unmade = [action for action in actions if action.identity in found]
-            found = self._lookup(unmade, digest)
-            rest = [action for action in unmade if action.identity not in found]
-            self._stream_through(source, rest, digest, copy=False)
-        self._take_found(found)
+    def _known(self, samples: Container[str]) -> dict[str, str]:
+        """Digests of the sources that were read before."""
+        names = (source.identity for source in self._job.sources)
+        return {name: self._bench.digests[name] for name in names if name not in samples}
 
     def _stream_through(
-        self,
-        source: SourceTensor,
-        actions: Sequence[Action],
-        digest: str | None,
-        sample: str | None = None,
-        copy: bool = True,
-    ) -> str:
-        """Read `source` once for `actions` and for the places that want it as it is.
+        self, actions: Sequence[Action], samples: Mapping[str, str], *, copy: bool = True
+    ) -> None:
+        """Read sources once, for `actions`, for their digests where these are not known, and for
+        the places that want them as they are.
 
         What is learnt is remembered in one transaction: an action's outputs without the
-        source's digest would not be found again.
+        sources' digests would not be found again.
         """
-        sinks = self._job.sinks.get(source.identity, ()) if copy else ()
-        if digest is not None and not actions and not sinks:
-            return digest
-        passed = RowOutput(source.spec, sinks, self._bench.packs) if sinks else None
-        block = block_rows(source.spec)
-        rows = [self._stream_action(action, block) for action in actions]
-        try:
-            read = stream(source, rows, passed, digest is None, self._bench.progress)
-        except NonFiniteValue as error:
-            raise _non_finite(source, error.index) from None
-        except BadInput as error:
-            raise _bad_input(source, error) from None
-        digest = digest or read
-        assert digest is not None
-        self._result.read_bytes += source.spec.nbytes
-        self._bench.digests[source.identity] = digest
+        job, bench = self._job, self._bench
+        sinks = {s.identity: job.sinks.get(s.identity, ()) if copy else () for s in job.sources}
+        read = {ref.identity for action in actions for ref in action.inputs}
+        read |= {name for name, places in sinks.items() if places} | set(samples)
+        rows, block = job.rows, job.block_rows
+        assert rows is not None
+        flows = {
+            name: Flow(
+                source,
+                rows,
+                block,
+                RowOutput(source.spec, sinks[name], bench.packs) if sinks[name] else None,
+                name in samples,
+            )
+            for source in job.sources
+            if (name := source.identity) in read
+        }
+        if not flows:
+            return
+        flowing = [self._stream_action(action, flows, rows, block) for action in actions]
+        stream(list(flows.values()), flowing, rows, block, bench.progress)
         with self._records.together():
-            if sample is not None:
-                self._records.set_source_digest(source.identity, digest)
-                self._records.set_sampled_digest(sample, digest)
-            self._bench.fill(sinks, source.spec, digest, self._result)
-            for row in rows:
-                self._bench.remember(
-                    self._job, row.action, [output.digest() for output in row.outputs], self._result
-                )
-        return digest
+            for name, flow in flows.items():
+                self._note_read(flow, sinks[name], samples.get(name))
+            for item in flowing:
+                self._note_made(item)
 
-    # --- several sources, or ops that need whole tensors --------------------------------------
+    def _note_read(self, flow: Flow, sinks: Sequence[Sink], sample: str | None) -> None:
+        source, digest = flow.source, flow.digest()
+        self._result.read_bytes += source.spec.nbytes
+        if sample is not None:
+            assert digest is not None
+            self._bench.digests[source.identity] = digest
+            self._records.set_source_digest(source.identity, digest)
+            self._records.set_sampled_digest(sample, digest)
+        self._bench.fill(sinks, source.spec, self._bench.digests[source.identity], self._result)
+
+    def _note_made(self, item: StreamAction) -> None:
+        digests = [output.digest() for output in item.outputs]
+        for output, digest in zip(item.outputs, digests, strict=True):
+            if output.own is not None:
+                self._bench.store.adopt_blob(output.own, digest, durable=True)
+        for index, values in item.figures().items():
+            self._records.set_figure(digests[index], values)
+        self._bench.remember(self._job, item.action, digests, self._result)
+
+    # --- ops that need whole tensors ----------------------------------------------------------
 
     def _run_whole(self) -> None:
         arrays = {source.identity: self._load_source(source) for source in self._job.sources}
@@ -159,7 +188,7 @@ class ArrayJob:
         self._bench.digests[source.identity] = digest
         sinks = self._job.sinks.get(source.identity, ())
         if sinks:
-            _refuse(source, data)
+            refuse_non_finite(source, data)
         for sink in sinks:
             self._bench.packs[sink.layout].write(sink.offset, view)
         with self._records.together():
@@ -213,11 +242,15 @@ class ArrayJob:
 
     # --- the cache ----------------------------------------------------------------------------
 
-    def _lookup(self, actions: Sequence[Action], digest: str) -> dict[str, tuple[Action, Found]]:
-        """The actions on a source of this content whose outputs are all in the store."""
+    def _lookup(
+        self, actions: Sequence[Action], digests: Mapping[str, str]
+    ) -> dict[str, tuple[Action, Found]]:
+        """The actions on sources of this content whose outputs are all in the store."""
         found = {}
         for action in actions:
-            outputs = self._bench.find(action, [digest])
+            known = [digests[ref.identity] for ref in action.inputs if ref.identity in digests]
+            complete = len(known) == len(action.inputs)
+            outputs = self._bench.find(action, known) if complete else None
             if outputs is not None:
                 found[action.identity] = (action, outputs)
         return found
@@ -226,18 +259,24 @@ class ArrayJob:
         for action, outputs in found.values():
             self._bench.take(self._job, action, outputs, self._result)
 
-    def _stream_action(self, action: Action, block: int) -> StreamAction:
+    def _stream_action(
+        self, action: Action, flows: Mapping[str, Flow], rows: int, block: int
+    ) -> StreamAction:
         assert isinstance(action.op, ArrayOp)
-        outputs = self._row_outputs(action)
-        if action.op.transposed:
-            return TransposedAction(action, outputs)
-        return RowAction(action, outputs, block)
-
-    def _row_outputs(self, action: Action) -> list[RowOutput]:
-        return [
-            RowOutput(spec, self._job.sinks_of(action, index), self._bench.packs)
+        outputs = [
+            RowOutput(
+                spec, self._job.sinks_of(action, index), self._bench.packs, self._own(action, index)
+            )
             for index, spec in enumerate(action.outputs)
         ]
+        if action.op.transposed:
+            return TransposedAction(action, outputs, flows, rows)
+        return RowAction(action, outputs, flows, rows, block)
+
+    def _own(self, action: Action, index: int) -> Path | None:
+        """Where an output grows that another job reads and no pack keeps."""
+        keeps = self._job.keeps(action, index)
+        return self._bench.scratch / f"{action.identity}-{index}" if keeps else None
 
 
 def _allocate(spec: TensorSpec) -> TensorData:
@@ -246,42 +285,3 @@ def _allocate(spec: TensorSpec) -> TensorData:
 
 def _zeros(spec: TensorSpec) -> TensorData:
     return TensorData(spec.dtype, np.zeros(spec.shape, NUMPY_NAME[spec.dtype]))
-
-
-def _refuse(source: SourceTensor, data: TensorData) -> None:
-    try:
-        refuse_non_finite(data)
-    except NonFiniteValue as error:
-        raise _non_finite(source, error.index) from None
-
-
-def non_finite(action: Action, error: NonFiniteValue) -> CheckpointError:
-    """The error for NaN or infinity in an input of `action`."""
-    origin = action.inputs[error.operand].origin
-    if isinstance(origin, SourceTensor):
-        return _non_finite(origin, error.index)
-    return CheckpointError(f"{action.op.name} met NaN or infinity")
-
-
-def bad_input(action: Action, error: BadInput) -> CheckpointError:
-    """The error for an input of `action` that its op refuses."""
-    origin = action.inputs[error.operand].origin
-    if isinstance(origin, SourceTensor):
-        return _bad_input(origin, error)
-    return CheckpointError(f"{action.op.name} {error.what}", expected=error.expected)
-
-
-def _bad_input(source: SourceTensor, error: BadInput) -> CheckpointError:
-    return CheckpointError(
-        f"tensor {source.name!r} {error.what}",
-        where=source.file.name if source.file else None,
-        expected=error.expected,
-    )
-
-
-def _non_finite(source: SourceTensor, index: int) -> CheckpointError:
-    return CheckpointError(
-        f"tensor {source.name!r} holds NaN or infinity at element {index}",
-        where=source.file.name if source.file else None,
-        expected="finite weights, or, where the format has it, `nonfinite: zero` under `quantize`",
-    )

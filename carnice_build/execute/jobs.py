@@ -9,10 +9,12 @@ it needs them, a source's a second time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 
+from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import Action, ActionOutput, ArrayOp, ProcessOp, TensorRef
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.scratch import depths
@@ -22,6 +24,10 @@ from carnice_build.tensors import SourceTensor
 
 STREAM_BYTES = 16 << 20
 """Memory of a job that streams: one block in, its outputs, and what numpy needs meanwhile."""
+
+
+BLOCK_BYTES = 2 << 20
+"""Source bytes in one block: of those measured, the one that costs least (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +53,33 @@ class Job:
     needs: set[int] = field(default_factory=set)
 
     @cached_property
-    def streams(self) -> bool:
-        """True when rows can flow through: one source, and only row-wise actions on it alone.
+    def rows(self) -> int | None:
+        """How many rows all sources are cut into, to flow through; None when they cannot.
 
-        An output that another job reads is stored as a blob, for which it must be whole.
+        They can when every action is row-wise on sources of the job alone.
+        An action may see more rows than another of the same bytes; the coarsest decide.
         """
-        return len(self.sources) == 1 and all(map(self._can_stream, self.actions))
+        if not self.sources:
+            return None
+        names = {source.identity for source in self.sources}
+        counts = {_flowing_rows(action, names) for action in self.actions}
+        if not counts:
+            return plain_rows(self.sources[0].spec) if len(self.sources) == 1 else None
+        known = [count for count in counts if count is not None]
+        rows = min(known, default=0)
+        whole = len(known) == len(counts) and all(count % max(1, rows) == 0 for count in known)
+        return rows if whole else None
 
-    def _can_stream(self, action: Action) -> bool:
-        source = self.sources[0]
-        return (
-            isinstance(action.op, ArrayOp)
-            and (action.op.rowwise or action.op.transposed)
-            and [ref.identity for ref in action.inputs] == [source.identity]
-            and action.inputs[0].spec.shape[:1] == source.spec.shape[:1]
-            and not any(self.keeps(action, index) for index in range(len(action.outputs)))
-        )
+    @property
+    def streams(self) -> bool:
+        """True when rows can flow through."""
+        return self.rows is not None
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a job that streams that are in memory at a time."""
+        assert self.rows is not None
+        return block_rows(self.rows, self.read_bytes)
 
     def sinks_of(self, action: Action, index: int) -> Sequence[Sink]:
         """The places that want output `index` of `action`."""
@@ -94,9 +111,8 @@ class Job:
         if self.process is not None:
             action = self.actions[0]
             return self.process.memory(action.params, [ref.spec for ref in action.inputs])
-        if self.streams:
-            whole = (action for action in self.actions if _is_transposed(action))
-            return STREAM_BYTES + sum(spec.nbytes for item in whole for spec in item.outputs)
+        if self.rows is not None:
+            return self._streaming_bytes(max(1, self.rows))
         made = [
             ref.spec.nbytes
             for action in self.actions
@@ -105,6 +121,18 @@ class Job:
         ]
         outputs = sum(spec.nbytes for action in self.actions for spec in action.outputs)
         return self.read_bytes + sum(made) + outputs
+
+    def _streaming_bytes(self, rows: int) -> int:
+        """Beyond what all need: outputs that are held until the end, and rows that are blocks."""
+        held = [item for item in self.actions if _is_transposed(item)]
+        taken = STREAM_BYTES + sum(spec.nbytes for item in held for spec in item.outputs)
+        row_bytes = self.read_bytes // rows
+        if row_bytes > BLOCK_BYTES:
+            flowing = (item for item in self.actions if not _is_transposed(item))
+            made = sum(spec.nbytes for item in flowing for spec in item.outputs) // rows
+            # An op may need as much as it is given, to cast it, say.
+            taken += 2 * row_bytes + made
+        return taken
 
     @property
     def identity(self) -> str:
@@ -117,6 +145,32 @@ class Job:
         if self.sources:
             return self.sources[0].name
         return self.actions[0].op.name if self.actions else "nothing"
+
+
+def first_axis(spec: TensorSpec) -> int:
+    """The length of the first axis; 1 for a scalar."""
+    return spec.shape[0] if spec.shape else 1
+
+
+def plain_rows(spec: TensorSpec) -> int:
+    """Rows of a tensor that no action reads, as small as they can be."""
+    return prod(spec.shape[:-1]) if len(spec.shape) > 1 else first_axis(spec)
+
+
+def block_rows(rows: int, nbytes: int) -> int:
+    """Rows that come at a time, of `rows` that take `nbytes` together."""
+    row_bytes = nbytes // max(1, rows)
+    return max(1, min(rows, BLOCK_BYTES // max(1, row_bytes)))
+
+
+def _flowing_rows(action: Action, sources: Container[str]) -> int | None:
+    """Rows of its inputs that an action can be given one by one, None when it needs all at once."""
+    op, inputs = action.op, action.inputs
+    flows = isinstance(op, ArrayOp) and (op.rowwise or (op.transposed and len(inputs) == 1))
+    counts = {first_axis(ref.spec) for ref in inputs}
+    if not flows or len(counts) != 1 or any(ref.identity not in sources for ref in inputs):
+        return None
+    return counts.pop()
 
 
 def _is_transposed(action: Action) -> bool:

@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import StoreError
-from carnice_build.execute.array_job import bad_input, non_finite
+from carnice_build.execute.blame import bad_input, non_finite
 from carnice_build.execute.jobs import Job
-from carnice_build.execute.streaming import stream
+from carnice_build.execute.streaming import read_digest
 from carnice_build.execute.transients import own_link
 from carnice_build.execute.workbench import JobResult, Workbench
 from carnice_build.graph import ActionOutput, BadInput, NonFiniteValue, ProcessOp, TensorRef
@@ -84,8 +84,7 @@ class ProcessJob:
         if isinstance(source, SourceTensor) and source.identity not in self._bench.digests:
             digest = records.source_digest(source.identity)
             if digest is None:
-                digest = stream(source, [], None, True, lambda count: None)
-                assert digest is not None
+                digest = read_digest(source)
                 records.set_source_digest(source.identity, digest)
                 self._result.read_bytes += source.spec.nbytes
             self._bench.digests[source.identity] = digest

@@ -201,10 +201,12 @@ class _Run:
         self._listen(Span(job.title, "job", get_ident(), start, end, result.read_bytes))
         return result
 
-    def _finish_in(self, pool: ThreadPoolExecutor) -> Callable[[str, list[str]], Future[str]]:
-        def finish(layout: str, digests: list[str]) -> str:
+    def _finish_in(
+        self, pool: ThreadPoolExecutor
+    ) -> Callable[[PackLayout, list[str]], Future[str]]:
+        def finish(layout: PackLayout, digests: list[str]) -> str:
             start = time.perf_counter()
-            pack = self._store.finish(self._packs[layout], digests)
+            pack = self._store.finish(self._packs[layout.identity], digests, layout.counts)
             end = time.perf_counter()
             self._listen(Span(f"pack {pack[:12]}", "sync", get_ident(), start, end, 0))
             return pack
@@ -232,7 +234,7 @@ class _Ledger:
     def __init__(
         self,
         layouts: dict[str, PackLayout],
-        finish: Callable[[str, list[str]], Future[str]],
+        finish: Callable[[PackLayout, list[str]], Future[str]],
     ) -> None:
         self._layouts = layouts
         self._finish = finish
@@ -247,7 +249,7 @@ class _Ledger:
             layout = self._layouts[sink.layout]
             if len(filled) == len(layout.slots) and sink.layout not in self._finished:
                 digests = [filled[slot.offset] for slot in layout.slots]
-                self._finished[sink.layout] = self._finish(sink.layout, digests)
+                self._finished[sink.layout] = self._finish(layout, digests)
 
     def results(self) -> dict[str, str]:
         """The pack of each layout; waits for those still being made durable."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.assets import Reads
 from carnice_build.checkpoint.model_dtype import stated_dtype
-from carnice_build.dtypes import WIDE_FLOATS
+from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.card import Card
 from carnice_build.formats.elementwise import Elementwise
@@ -19,6 +19,7 @@ from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, TensorFact
 from carnice_build.recipe.schema import Strict
 from carnice_build.steps.base import PlanContext
+from carnice_build.tensors import members
 
 if TYPE_CHECKING:
     # These bring numpy, or models of launches.
@@ -28,11 +29,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor of a variant: its published name, its bytes, and the source tensor it stands for."""
+    """A tensor of a variant: its published name, its bytes, and the source tensor it stands for.
+
+    A `*` in the name publishes a stack as one tensor an expert.
+    """
 
     name: str
     ref: TensorRef
     fact: TensorFact
+
+    @property
+    def members(self) -> Sequence[tuple[str, TensorSpec]]:
+        """The tensors as the folder names them, in the order of their bytes."""
+        return members(self.name, self.ref.spec)
+
+    @property
+    def count(self) -> int:
+        """How many `members` there are."""
+        return self.ref.spec.shape[0] if "*" in self.name else 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,7 @@ class Conversion:
     `ignored` names what is not quantized, as the format's config spells it.
     `dtype` is what config.json states for the model, None where that is as the source has it.
     `figures` are small tensors whose numbers build.json states, by what they are of.
+    `stated` is what else the format's `files` state; its form is the format's own.
     `causes` says, by the name of an action's first output and by parameter, which entry below
     `quantize` in the recipe chose the value.
     """
@@ -56,10 +71,16 @@ class Conversion:
     ignored: Sequence[str] = ()
     dtype: str | None = None
     figures: Mapping[str, TensorRef] = field(default_factory=dict)
+    stated: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Format(Strict):
     """A number format: its knobs, and how it turns a canonical view into published tensors."""
+
+    @property
+    def needs_table(self) -> bool:
+        """Whether it needs more of a model than the names and shapes of its tensors."""
+        return True
 
     def prepare(self, view: View, context: PlanContext) -> View:
         """The view as `convert` is to get it, and as checks compare what is published with it."""
@@ -110,7 +131,7 @@ def in_stated_dtype(view: View, context: PlanContext) -> View:
     What mlx-lm does not cast either stays: engines hold these states in float32.
     """
     dtype = stated_dtype(context.body.config)
-    keeps = context.architecture.mlx_keeps_dtype
+    keeps = context.architecture.keeps_dtype
     if dtype is None:
         return view
     return {name: ref if keeps(name) else cast(ref, dtype, context) for name, ref in view.items()}

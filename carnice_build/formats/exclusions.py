@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterator
 
-from carnice_build.dtypes import WIDE_FLOATS
+from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.formats.folder import ModelFolder
-from carnice_build.models.base import Architecture, Role
+from carnice_build.models.base import Architecture, Role, TensorFact
 from carnice_build.recipe.patterns import compile_pattern
+from carnice_build.tensors import members
 
 _PATTERN = "re:"
 
@@ -39,10 +40,18 @@ def plain_modules(
 ) -> dict[str, None]:
     """Paths of the modules of `roles` that stay plain, in the order of the model."""
     return {
-        fact.module: None
+        module: None
         for fact in architecture.built.values()
         if fact.role in roles and fact.module not in quantized
+        for module in modules_of(fact)
+        if module not in quantized
     }
+
+
+def modules_of(fact: TensorFact) -> list[str]:
+    """The module of a fact; of a stack, that of each expert."""
+    spec = TensorSpec("", fact.shape)
+    return [name.rpartition(".")[0] for name, _ in members(fact.name, spec)]
 
 
 def ignore_problems(
@@ -62,9 +71,14 @@ def ignore_problems(
     An entry is a name, or `re:` and a pattern for the beginning of names.
     """
     owners = {name.rpartition(".")[0] for name in folder.tensors}
-    facts = [fact for fact in architecture.built.values() if fact.role in roles]
-    floats = {fact.module for fact in facts if _is_plain(folder, fact.name)}
-    quantized = {fact.module for fact in facts if fact.module in owners} - floats
+    modules = [
+        module
+        for fact in architecture.built.values()
+        if fact.role in roles
+        for module in modules_of(fact)
+    ]
+    floats = {module for module in modules if _is_plain(folder, f"{module}.weight")}
+    quantized = {module for module in modules if module in owners} - floats
     expected = unquantized_modules if fused else plain_modules
     plain = set(expected(architecture, quantized, roles))
     for fusion in architecture.fusions:

@@ -77,17 +77,20 @@ def ref_rows(ref: TensorRef, start: int, stop: int) -> TensorData:
     op = action.op
     if not isinstance(op, ArrayOp) or not op.rowwise or matrix(made) != matrix(ref.spec):
         raise Incomparable(f"{op.name} does not work row by row")
-    first, *others = action.inputs
     inputs = [
-        ref_rows(first, start, stop),
-        *(ref_rows(other, 0, matrix(other.spec)[0]) for other in others),
+        _shaped(ref_rows(item, start, stop), (stop - start, *item.spec.shape[1:]))
+        for item in action.inputs
     ]
     outputs = [
-        TensorData(spec.dtype, np.empty((stop - start, matrix(spec)[1]), NUMPY_NAME[spec.dtype]))
+        TensorData(spec.dtype, np.empty((stop - start, *spec.shape[1:]), NUMPY_NAME[spec.dtype]))
         for spec in action.outputs
     ]
     op.apply(action.params, inputs, outputs)
-    return outputs[origin.index]
+    return _shaped(outputs[origin.index], (stop - start, matrix(made)[1]))
+
+
+def _shaped(data: TensorData, shape: tuple[int, ...]) -> TensorData:
+    return TensorData(data.dtype, data.array.reshape(shape))
 
 
 def as_float32(data: TensorData) -> Floats:

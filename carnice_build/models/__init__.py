@@ -6,43 +6,68 @@ its value what makes an `Architecture` of a config and the place that the config
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from carnice_build.errors import CheckpointError
 from carnice_build.models.base import Architecture
+from carnice_build.models.table import SHIPPED, FamilyTable
 
 GROUP = "carnice_build.families"
 
+
+class UnknownFamily(CheckpointError):
+    """A checkpoint is of a family without a table."""
+
+
 Family = Callable[[Mapping[str, Any], str], Architecture]
 
-_FAMILIES = {"qwen3_5": "carnice_build.models.qwen3_5:Qwen35"}
+_TABLES: list[Path] = [SHIPPED]
+"""Folders of tables, those of a project first."""
+
+
+def use_tables(folder: Path) -> None:
+    """Look for tables in `folder`, too, and there before anywhere else."""
+    if folder not in _TABLES:
+        _TABLES.insert(0, folder)
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     """The table for the checkpoint with this `config.json`, found at `where`.
 
     CheckpointError for a family without one, for another name for it would only hide what it is,
-    and when what a package announces is none.
+    and when what a package announces is none; RecipeError for a table that is wrong.
     """
     model_type = config.get("model_type")
     if isinstance(model_type, str):
-        if model_type in _FAMILIES:
-            module, _, name = _FAMILIES[model_type].partition(":")
-            family: Family = getattr(import_module(module), name)
-            return family(config, where)
+        if path := table_of(model_type):
+            return FamilyTable(path, config, where)
         for entry in entry_points(group=GROUP, name=model_type):
             return _from_package(entry, config, where)
-    known = {*_FAMILIES, *(entry.name for entry in entry_points(group=GROUP))}
+    known = {*known_types(), *(entry.name for entry in entry_points(group=GROUP))}
     unknown = f"is of the unknown model_type {str(model_type)!r}"
-    raise CheckpointError(
+    raise UnknownFamily(
         unknown if "model_type" in config else "has no model_type",
         where=where,
         expected=f"one of a family that has a table here ({', '.join(sorted(known))}); "
         "docs/adding-a-family.md says how to add one",
     )
+
+
+def table_of(model_type: str) -> Path | None:
+    """The file of the table for checkpoints of this type; None when there is none."""
+    if not re.fullmatch(r"\w{1,100}", model_type):
+        return None
+    paths = (folder / f"{model_type}.yaml" for folder in _TABLES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def known_types() -> list[str]:
+    """The model types that have a table."""
+    return sorted({path.stem for folder in _TABLES for path in folder.glob("*.yaml")})
 
 
 def _from_package(entry: EntryPoint, config: Mapping[str, Any], where: str) -> Architecture:

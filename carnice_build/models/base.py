@@ -26,6 +26,12 @@ class Role(StrEnum):
 
     EMBEDDING = "embedding"
     LINEAR = "linear"
+    """A matrix [rows, columns] that inputs are multiplied with, or a stack of such."""
+    ROUTER = "router"
+    """A matrix that says which experts a token goes to, or how much of a shared one it gets."""
+    EXPERTS = "experts"
+    """All experts of a layer as [experts, inputs, outputs], which no format takes as a stack."""
+    BIAS = "bias"
     NORM = "norm"
     CONV = "conv"
     STATE = "state"
@@ -37,21 +43,36 @@ STACK = "*"
 
 QUANTIZABLE = (Role.EMBEDDING, Role.LINEAR)
 
+LINEARS = (Role.LINEAR, Role.ROUTER)
+"""What engines build as linears, and take for quantized unless a config says otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorFact:
-    """One tensor that an architecture calls for: canonical name, shape, part, role and layer."""
+    """One tensor that an architecture calls for: canonical name, shape, part, role and layer.
+
+    A `*` in the name stands for the number of an expert: such a fact is of a *stack*, which holds
+    the weights of all experts of a layer, [experts, rows, columns].
+    `fused` is how else checkpoints hold a stack: the name of a tensor [experts, of * rows,
+    columns], which part of each expert's rows it is, and of how many.
+    """
 
     name: str
     shape: tuple[int, ...]
     part: Part
     role: Role
     layer: int | None = None
+    fused: tuple[str, int, int] | None = None
 
     @property
     def module(self) -> str:
         """The path of the module that owns the tensor."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether this is a stack of experts."""
+        return "*" in self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +101,16 @@ class SmoothingMapping:
     """The output of module `smooth` is divided, and what the modules `balance` read multiplied.
 
     Names are relative to the decoder layer, as in `mlp.up_proj`.
+    Those in `follow` read the same and must be multiplied too, but have no say in the factors.
     """
 
     smooth: str
     balance: tuple[str, ...]
+    follow: tuple[str, ...] = ()
 
 
 class Architecture(Protocol):
-    """A model family's table, evaluated for one config; see `qwen3_5` for the reference.
+    """A model family's table, evaluated for one config; see `table` for those in YAML.
 
     Can be pickled, for worker processes read it too.
     """
@@ -103,6 +126,10 @@ class Architecture(Protocol):
     @property
     def built(self) -> Mapping[str, TensorFact]:
         """`tensors`, and among them those of `ties`: a weight for every module of the model."""
+
+    @property
+    def unread(self) -> Mapping[str, TensorFact]:
+        """Tensors that checkpoints may hold, too, though no model reads them."""
 
     @property
     def ties(self) -> Mapping[str, str]:
@@ -163,17 +190,8 @@ class Architecture(Protocol):
     def canonical_name(self, name: str) -> str | None:
         """The name that a misprefixed `name` should have, or None."""
 
-    def mlx_refusal(self) -> str | None:
-        """Why mlx-lm cannot run the model, None when it can."""
-
-    def mlx_name(self, name: str) -> str | None:
-        """The tensor's name in an MLX checkpoint, None when mlx-lm drops it."""
-
-    def mlx_shifted(self, name: str) -> bool:
-        """True for norms whose stored weight mlx-lm raises by 1."""
-
-    def mlx_keeps_dtype(self, name: str) -> bool:
-        """True for tensors that mlx-lm does not cast."""
+    def keeps_dtype(self, name: str) -> bool:
+        """True for tensors whose type libraries leave alone when they cast a model."""
 
     def torch_name(self, name: str) -> str:
         """The name of a tensor of the text model in transformers' model of `text_config`."""

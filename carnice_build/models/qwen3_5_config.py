@@ -14,6 +14,8 @@ from typing import Any
 
 from carnice_build.errors import CheckpointError, nearest
 from carnice_build.models.base import MOST_LAYERS, QUANTIZATION, ConfigReader, Part
+from carnice_build.models.readers import stated_type
+from carnice_build.models.table_schema import Table
 
 _KINDS = {"full_attention": "full", "linear_attention": "linear"}
 _LEGACY = {"attention": "full_attention", "mamba": "linear_attention", "conv": "linear_attention"}
@@ -34,14 +36,15 @@ _RESPELLED = ("rope_theta", "rope_scaling", "full_attention_interval")
 class Qwen35Config:
     """A config.json of the family; a missing or ill-typed entry is a CheckpointError."""
 
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+    def __init__(self, config: Mapping[str, Any], where: str, _: Table) -> None:
         """Read `config`, found at `where`."""
         root = self.root = ConfigReader(config, where)
         self.text = root.section("text_config") if root.states("text_config") else root
-        self.vision = root.section("vision_config") if root.states("vision_config") else None
+        # Whether there is a tower is asked often; that it is described by a section, here.
+        root.optional_section("vision_config")
         self.num_layers = self.text.count("num_hidden_layers", most=MOST_LAYERS)
         self.mtp_layers = self.text.count("mtp_num_hidden_layers", 0, least=0, most=MOST_LAYERS)
-        self.dtype = _dtype(self.root) or _dtype(self.text)
+        self.dtype = stated_type(self.root) or stated_type(self.text)
         self.kinds = self._kinds()
         self.tied = self._tied()
         self.rope = self._rope()
@@ -126,16 +129,11 @@ def _kind(text: ConfigReader, index: int, name: str) -> str:
     return kind
 
 
-def _dtype(section: ConfigReader) -> str | None:
-    """The type of the weights; transformers 4 called the entry `torch_dtype`."""
-    return section.text("dtype", "") or section.text("torch_dtype", "") or None
-
-
 def _kept(section: ConfigReader) -> dict[str, Any]:
     """The entries of a section under their names of today, without those that state nothing."""
     entries = dict(section.entries)
     if "torch_dtype" in entries:
-        entries["dtype"] = _dtype(section)
+        entries["dtype"] = stated_type(section)
         del entries["torch_dtype"]
     void = {key for key in QUANTIZATION if not entries.get(key)}
     void |= {key for key in ("dtype", "eos_token_id") if entries.get(key) is None}

@@ -15,6 +15,7 @@ from carnice_build.formats.folder import BUILD_NAME
 from carnice_build.formats.variant import Variant, dataset_record, source_records
 from carnice_build.keys import canonical_json
 from carnice_build.store.digests import digest_bytes
+from carnice_build.tensors import members
 from carnice_build.version import __version__
 
 
@@ -59,7 +60,12 @@ def render_files(variant: Variant, number_format: Format) -> Rendered:
 
 
 def _index(variant: Variant) -> bytes:
-    weight_map = {name: shard.name for shard in variant.shards for name, _, _ in shard.tensors}
+    weight_map = {
+        member: shard.name
+        for shard in variant.shards
+        for name, spec, _ in shard.tensors
+        for member, _ in members(name, spec)
+    }
     return to_json(
         {
             "metadata": {

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from carnice_build.checkpoint.header import encode_header
 from carnice_build.dtypes import ITEM_SIZE
@@ -26,7 +27,7 @@ _BF16_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor's place in a pack."""
+    """A tensor's place in a pack; of a stack that is published apart, the place of all of it."""
 
     tensor: OutputTensor
     offset: int
@@ -43,6 +44,11 @@ class PackLayout:
     def size(self) -> int:
         """Bytes of the whole file."""
         return len(self.header) + sum(slot.tensor.ref.spec.nbytes for slot in self.slots)
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many of the header's tensors each slot holds."""
+        return tuple(slot.tensor.count for slot in self.slots)
 
     @cached_property
     def identity(self) -> str:
@@ -70,7 +76,7 @@ def _layers_per_shard(tensors: Sequence[OutputTensor], shard_bytes: int) -> int:
         if fact.layer is None or fact.role is not Role.LINEAR or fact.name in seen:
             continue
         seen.add(fact.name)
-        weight = fact.shape[0] * fact.shape[1] * _BF16_BYTES
+        weight = prod(fact.shape) * _BF16_BYTES
         weights[fact.layer] = weights.get(fact.layer, 0) + weight
     return max(1, shard_bytes // max(weights.values(), default=1))
 
@@ -88,9 +94,13 @@ def _group(tensor: OutputTensor, layers_per_shard: int) -> tuple[int, int]:
 
 def _layout(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> PackLayout:
     ordered = sorted(tensors, key=_slot_order)
-    header, offsets = encode_header([(item.name, item.ref.spec) for item in ordered], metadata)
-    slots = tuple(Slot(item, offset) for item, offset in zip(ordered, offsets, strict=True))
-    return PackLayout(header, slots)
+    members = [member for tensor in ordered for member in tensor.members]
+    header = encode_header(members, metadata)
+    slots, start = [], len(header)
+    for tensor in ordered:
+        slots.append(Slot(tensor, start))
+        start += tensor.ref.spec.nbytes
+    return PackLayout(header, tuple(slots))
 
 
 def _slot_order(tensor: OutputTensor) -> tuple[int, list[tuple[int, str]]]:

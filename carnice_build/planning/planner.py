@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.calibration.source import CalibrationSource
@@ -16,16 +15,18 @@ from carnice_build.checkpoint.checkpoint import Checkpoint, read_samples, source
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.generation import with_generation
 from carnice_build.checkpoint.profiles import Source, SourceFinder
-from carnice_build.errors import PlanError, nearest, together
+from carnice_build.checkpoint.quantized import METHODS, plain_config, stated_quantization
+from carnice_build.errors import PlanError, together
 from carnice_build.formats.base import Conversion, Format
 from carnice_build.graph import Action, ActionGraph, ActionOutput, View
-from carnice_build.models import architecture_of
-from carnice_build.models.base import QUANTIZATION, Architecture, Part, TensorFact
+from carnice_build.models import UnknownFamily, architecture_of
+from carnice_build.models.base import Architecture, Part
+from carnice_build.models.untabled import Untabled
+from carnice_build.planning.gather import gathered
 from carnice_build.planning.layout import PackLayout, pack_layouts
-from carnice_build.planning.unknown import unknown_tensors
 from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
-from carnice_build.steps.base import PlanContext, Step
+from carnice_build.steps.base import Ask, PlanContext, Step, unanswered
 from carnice_build.tensors import SourceTensor
 
 if TYPE_CHECKING:
@@ -117,18 +118,22 @@ class VariantPlan:
         return f"model-{index + 1:05}-of-{len(self.packs):05}.safetensors"
 
 
-def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> VariantPlan:
+def plan_variant(
+    recipe: Recipe, finder: SourceFinder, graph: ActionGraph, ask: Ask = unanswered
+) -> VariantPlan:
     """Run the recipe on headers; raises a CarniceError that says where the recipe is wrong.
 
     New actions go into `graph`, where other variants' equal actions may already be.
+    `ask` answers what a format wants to know of a library.
     """
     sources = {name: _find(finder, recipe, name) for name in recipe.sources}
     body = sources[recipe.body]
-    _refuse_quantized(body.checkpoint)
-    architecture = architecture_of(body.checkpoint.config, body.checkpoint.where)
-    context = PlanContext(architecture, graph, body.profile, recipe.layers, sources)
+    if not any(isinstance(step.params, Step) and step.params.decodes for step in recipe.steps):
+        _refuse_quantized(body.checkpoint)
     view = source_view(body.checkpoint)
     assert isinstance(recipe.quantize, Format)
+    architecture = _architecture(body.checkpoint, view, recipe.quantize)
+    context = PlanContext(architecture, graph, body.profile, recipe.layers, sources, ask=ask)
     with failures_blamed(recipe.quantize):
         assets = Assets(body.checkpoint, recipe.quantize.engine_reads())
     assets.check_places()
@@ -139,11 +144,21 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
             view = returned(step.params.apply(view, context), dict, "apply")
             files = returned(step.params.edit(files, context), Mapping, "edit")
     view, notices = _without_ties(view, architecture, body.checkpoint.where)
-    check_structure(view, architecture, body.checkpoint.where)
+    if isinstance(architecture, Untabled):
+        # Steps may have changed names, which are all that is known of it.
+        architecture = _untabled(body.checkpoint, view)
+        notices = (*notices, unchecked(architecture))
+    if unread := [name for name in view if name in architecture.unread]:
+        view = {name: ref for name, ref in view.items() if name not in architecture.unread}
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        notices = (*notices, f"{unread[0]}{more} of the source, which no model reads, are left out")
+    view = gathered(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
     # From here on the model is the one that will be published.
-    parts = {architecture.tensors[name].part for name in view}
-    architecture = architecture_of(architecture.published_config(parts), body.checkpoint.where)
+    if not isinstance(architecture, Untabled):
+        parts = {architecture.tensors[name].part for name in view}
+        published = architecture.published_config(parts)
+        architecture = architecture_of(published, body.checkpoint.where)
     context = replace(context, architecture=architecture)
     dataset = None
     if recipe.calibration is not None:
@@ -188,19 +203,58 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     )
 
 
+def _architecture(checkpoint: Checkpoint, view: View, number_format: Format) -> Architecture:
+    try:
+        return architecture_of(plain_config(checkpoint.config), checkpoint.where)
+    except UnknownFamily as error:
+        if not number_format.needs_table:
+            return _untabled(checkpoint, view)
+        model_type = checkpoint.config.get("model_type")
+        remote = ", whose code is not transformers' own" if "auto_map" in checkpoint.config else ""
+        raise UnknownFamily(
+            error.what + remote, where=error.where, expected=_way_out(error, model_type)
+        ) from None
+
+
+def _way_out(error: UnknownFamily, model_type: object) -> str:
+    known = (error.expected or "").partition(";")[0]
+    if not isinstance(model_type, str):
+        return known
+    return (
+        f"{known}; `carnice family {model_type[:100]}` writes a table to begin with "
+        "(docs/adding-a-family.md), and formats without calibration that rename nothing, such as "
+        "fp8-dynamic, build without one"
+    )
+
+
+def _untabled(checkpoint: Checkpoint, view: View) -> Untabled:
+    shapes = {name: ref.spec.shape for name, ref in view.items()}
+    return Untabled(plain_config(checkpoint.config), checkpoint.where, shapes)
+
+
+def unchecked(architecture: Untabled) -> str:
+    """What a plan does not know of a model whose family has no table."""
+    return (
+        f"{architecture.name} has no table here: whether all of its tensors are there, and which "
+        "linears engines run as one, is not checked"
+    )
+
+
 def _find(finder: SourceFinder, recipe: Recipe, name: str) -> Source:
     return finder.find(name, recipe.sources[name])
 
 
 def _refuse_quantized(body: Checkpoint) -> None:
-    for section, key in product((body.config, body.config.get("text_config")), QUANTIZATION):
-        if table := section.get(key) if isinstance(section, dict) else None:
-            method = table.get("quant_method", "") if isinstance(table, dict) else ""
-            raise PlanError(
-                f"is quantized already ({method or key})",
-                where=body.where,
-                expected="the weights that it was quantized from",
-            )
+    stated = stated_quantization(body.config)
+    if stated is None:
+        return
+    method = stated.get("quant_method") or "quantization_config"
+    step = "a step `- decode: {}` to say that a quantized model is meant to be quantized again"
+    raise PlanError(
+        f"is quantized already ({method})",
+        where=body.where,
+        expected=step if method in METHODS else "the weights that it was quantized from",
+    )
 
 
 @contextmanager
@@ -247,50 +301,6 @@ def _differ(one: SourceTensor | ActionOutput, other: SourceTensor | ActionOutput
     return any(first != second for first, second in pairs)
 
 
-def check_structure(view: View, architecture: Architecture, where: str) -> None:
-    """Raise PlanError unless the view holds the architecture's tensors, all of them, and no other.
-
-    Problems of one kind are told together.
-    Optional parts (the MTP head, the vision tower) may be absent, but only as a whole.
-    """
-    facts = architecture.tensors
-    if unknown := [name for name in view if name not in facts]:
-        raise unknown_tensors(unknown, architecture, where)
-    misshapen = [name for name, ref in view.items() if facts[name].shape != ref.spec.shape]
-    if misshapen:
-        raise _misshapen(misshapen, view, facts, where)
-    present = {fact.part for name, fact in facts.items() if name in view}
-    missing = [
-        name
-        for name, fact in facts.items()
-        if name not in view and (fact.part in present or not architecture.optional(fact))
-    ]
-    if missing:
-        raise _missing(missing, view, where)
-
-
-def _misshapen(
-    names: Sequence[str], view: View, facts: Mapping[str, TensorFact], where: str
-) -> PlanError:
-    def error(name: str) -> PlanError:
-        return PlanError(
-            f"tensor {name!r} is of shape {list(view[name].spec.shape)}",
-            where=where,
-            expected=f"{list(facts[name].shape)} by its config",
-        )
-
-    return together(
-        names, error, f"{len(names)} tensors are of other shapes than its config says", where
-    )
-
-
-def _missing(names: Sequence[str], view: View, where: str) -> PlanError:
-    def error(name: str) -> PlanError:
-        return PlanError(f"tensor {name!r} is missing", where=where, nearest=nearest(name, view))
-
-    return together(names, error, f"{len(names)} tensors are missing", where)
-
-
 def _check_files(
     body: Checkpoint, files: Mapping[str, bytes], format: Format, conversion: Conversion
 ) -> None:
@@ -310,6 +320,7 @@ def _check_files(
 def _check_names(conversion: Conversion) -> None:
     seen: set[str] = set()
     for tensor in conversion.tensors:
-        if tensor.name in seen:
-            raise PlanError(f"two tensors of the output are named {tensor.name!r}")
-        seen.add(tensor.name)
+        for name, _ in tensor.members:
+            if name in seen:
+                raise PlanError(f"two tensors of the output are named {name!r}")
+            seen.add(name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from carnice_build.errors import PlanError, nearest, together
 from carnice_build.models.base import Architecture
 
-_BUFFERS = frozenset(
+BUFFERS = frozenset(
     {
         "_extra_state",
         "cos_cached",
@@ -53,17 +54,28 @@ def unknown_tensors(names: Sequence[str], architecture: Architecture, where: str
 def _kind(name: str) -> str:
     """What a tensor has in common with others of its kind; its name when it is one of its own."""
     parts = name.split(".")
-    if parts[-1] in _BUFFERS:
+    if parts[-1] in BUFFERS:
         return parts[-1]
     return name if set(_ADAPTER_PARTS).isdisjoint(parts) else _ADAPTER
 
 
 def _hint(kind: str, names: Sequence[str], architecture: Architecture) -> str | None:
-    if kind in _BUFFERS:
+    if kind in BUFFERS:
         # A glob covers the whole name, so that of a bare one has no dot.
         dot = "" if kind in names else "."
         return f"a step that leaves them out: `- drop: {{match: '*{dot}{kind}'}}`"
     if kind == _ADAPTER:
         return "the weights with the adapter merged into them, by peft's `merge_and_unload`"
+    if stack := _stack(kind, architecture):
+        return f"experts 0 to {stack - 1} by its config"
     canonical = architecture.canonical_name(kind)
     return f"rename it to {canonical!r} in a `rename` step" if canonical else None
+
+
+def _stack(name: str, architecture: Architecture) -> int | None:
+    """How many experts there are of the stack that `name` would be one of."""
+    for match in re.finditer(r"\d+", name):
+        stack = f"{name[: match.start()]}*{name[match.end() :]}"
+        if stack in architecture.tensors:
+            return architecture.tensors[stack].shape[0]
+    return None

@@ -24,7 +24,7 @@ from carnice_build.recipe.schema import (
     Strict,
     Vocabulary,
 )
-from carnice_build.recipe.tree import Node
+from carnice_build.yaml_tree import Node
 
 M = TypeVar("M", bound=BaseModel)
 

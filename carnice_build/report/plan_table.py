@@ -42,7 +42,7 @@ def kind_rows(variant: VariantPlan, status: BuildStatus) -> list[KindRow]:
     for tensor in variant.conversion.tensors:
         kind = variant.architecture.module_kind(tensor.fact.name)
         row = rows.setdefault(kind, KindRow(kind))
-        row.tensors += 1
+        row.tensors += tensor.count
         row.bytes += tensor.ref.spec.nbytes
         if tensor.fact.name not in seen:
             seen.add(tensor.fact.name)
@@ -104,7 +104,7 @@ def _variant_json(variant: VariantPlan, status: BuildStatus) -> dict[str, Any]:
             {
                 "name": variant.shard_name(index),
                 "bytes": layout.size,
-                "tensors": len(layout.slots),
+                "tensors": sum(layout.counts),
                 "state": "finished" if layout.identity in status.finished else "to write",
             }
             for index, layout in enumerate(variant.packs)
@@ -113,13 +113,14 @@ def _variant_json(variant: VariantPlan, status: BuildStatus) -> dict[str, Any]:
             {**asdict(row), "bits_per_weight": row.bits} for row in kind_rows(variant, status)
         ],
         "tensors": {
-            slot.tensor.name: {
-                "dtype": slot.tensor.ref.spec.dtype,
-                "shape": list(slot.tensor.ref.spec.shape),
+            name: {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
                 "file": variant.shard_name(index),
             }
             for index, layout in enumerate(variant.packs)
             for slot in layout.slots
+            for name, spec in slot.tensor.members
         },
     }
 

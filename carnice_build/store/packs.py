@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 
 from blake3 import blake3
 
-from carnice_build.checkpoint.header import MAX_HEADER_BYTES
+from carnice_build.checkpoint.header import MAX_HEADER_BYTES, Entry
 from carnice_build.errors import StoreError
 from carnice_build.store.files import copy_range, set_mode
 from carnice_build.store.locks import Taken, lock
@@ -26,6 +27,29 @@ _NO_SURPRISE = os.O_NOFOLLOW | os.O_NONBLOCK
 """Neither follow a link out of the cache nor wait for the other end of a pipe."""
 
 _FLUSH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Tensors of a pack that have one digest: their names, and where their bytes are."""
+
+    names: Sequence[str]
+    offset: int
+    nbytes: int
+
+
+def extents(entries: Sequence[Entry], counts: Sequence[int]) -> list[Extent]:
+    """`entries` of a header in groups of `counts`; ValueError when they are not as many."""
+    found, rest = [], iter(entries)
+    for count in counts:
+        group = list(islice(rest, count))
+        if len(group) < max(1, count):
+            raise ValueError("fewer tensors than counted")
+        nbytes = sum(entry.spec.nbytes for entry in group)
+        found.append(Extent([entry.name for entry in group], group[0].offset, nbytes))
+    if next(rest, None) is not None:
+        raise ValueError("more tensors than counted")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,12 +59,16 @@ _DAMAGED = (ValueError, TypeError, zlib.error, RecursionError)
 
 @dataclass(frozen=True, slots=True)
 class PackRecord:
-    """What is known of a finished pack."""
+    """What is known of a finished pack.
+
+    Each digest is over as many of the header's tensors, end to end, as `counts` says.
+    """
 
     size: int
     mtime_ns: int
     layout: str
     digests: tuple[str, ...]
+    counts: tuple[int, ...]
 
 
 class Records:
@@ -193,9 +197,12 @@ class Records:
                 "mtime_ns": int(mtime),
                 "layout": str(layout),
                 "digests": [*digests],
+                **others,
             } if is_digest(layout):
                 checked = _digests(digests, len(digests))
-                return PackRecord(size, mtime, layout, checked) if checked is not None else None
+                counts = _counts(others.get("counts", [1] * len(digests)), len(digests))
+                if checked is not None and counts is not None:
+                    return PackRecord(size, mtime, layout, checked, counts)
         return None
 
     def set_pack(self, pack: str, record: PackRecord) -> None:
@@ -205,6 +212,7 @@ class Records:
             "mtime_ns": record.mtime_ns,
             "layout": record.layout,
             "digests": list(record.digests),
+            "counts": list(record.counts),
         }
         self._set("pack", pack, value)
 
@@ -224,5 +232,11 @@ class Records:
 
 def _digests(value: object, count: int) -> tuple[str, ...] | None:
     if isinstance(value, list) and len(value) == count and all(map(is_digest, value)):
+        return tuple(value)
+    return None
+
+
+def _counts(value: object, count: int) -> tuple[int, ...] | None:
+    if isinstance(value, list) and len(value) == count and all(type(n) is int for n in value):
         return tuple(value)
     return None

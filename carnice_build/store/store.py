@@ -29,6 +29,7 @@ from carnice_build.store.packs import (
     Location,
     PartialPack,
     digest_range,
+    extents,
     is_plain_file,
     read_header_bytes,
 )
@@ -198,11 +199,11 @@ class Store:
         """Where each digest's bytes begin in a finished pack."""
         if pack not in self._pack_offsets:
             record = self.pack_record(pack)
+            assert record is not None, "a pack that was just found is gone"
             entries = read_header(LocalFile(self.pack_path(pack))).entries
+            places = zip(extents(entries, record.counts), record.digests, strict=True)
             self._pack_offsets[pack] = {
-                digest: entry.offset
-                for entry, digest in zip(entries, record.digests if record else (), strict=True)
-                if entry.spec.nbytes
+                digest: extent.offset for extent, digest in places if extent.nbytes
             }
         return self._pack_offsets[pack]
 
@@ -217,8 +218,11 @@ class Store:
         """A pack to write; its owner must `acquire` it first."""
         return PartialPack(self._partial_path(layout), layout, header, size)
 
-    def finish(self, partial: PartialPack, digests: Sequence[str]) -> str:
-        """Seal a completely written pack and move it into the store; returns its digest."""
+    def finish(self, partial: PartialPack, digests: Sequence[str], counts: Sequence[int]) -> str:
+        """Seal a completely written pack and move it into the store; returns its digest.
+
+        Each of `digests` is over as many of the header's tensors as `counts` says.
+        """
         partial.seal()
         pack = digest_texts([partial.header_digest, *digests])
         self._pack_states.pop(pack, None)
@@ -227,7 +231,9 @@ class Store:
             partial.path.unlink()
         else:
             stat = partial.path.stat()
-            record = PackRecord(stat.st_size, stat.st_mtime_ns, partial.layout, tuple(digests))
+            record = PackRecord(
+                stat.st_size, stat.st_mtime_ns, partial.layout, tuple(digests), tuple(counts)
+            )
             # Records first: a crash in between leaves a partial pack that is found again.
             with self.records.together():
                 self.records.set_pack(pack, record)

@@ -14,7 +14,7 @@ from carnice_build.checkpoint.header import read_header
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CheckpointError
 from carnice_build.store.digests import is_digest
-from carnice_build.store.packs import digest_range
+from carnice_build.store.packs import digest_range, extents
 from carnice_build.store.store import Store
 
 _STATISTIC_BYTES = 1 << 20
@@ -152,15 +152,13 @@ def _changed_tensors(store: Store, path: Path) -> tuple[str, ...] | None:
     if record is None:
         return ()
     try:
-        entries = read_header(LocalFile(path)).entries
-    except CheckpointError:
-        return ()
-    if len(entries) != len(record.digests):
+        groups = extents(read_header(LocalFile(path)).entries, record.counts)
+    except (CheckpointError, ValueError):
         return ()
     changed = tuple(
-        entry.name
-        for entry, digest in zip(entries, record.digests, strict=True)
-        if digest_range(path, entry.offset, entry.spec.nbytes) != digest
+        group.names[0] if len(group.names) == 1 else f"{group.names[0]} to {group.names[-1]}"
+        for group, digest in zip(groups, record.digests, strict=True)
+        if digest_range(path, group.offset, group.nbytes) != digest
     )
     return changed or None
 

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from carnice_build.checkpoint.checkpoint import is_plain_path
+from carnice_build.dtypes import TensorSpec
 from carnice_build.formats.folder import BUILD_NAME, ModelFolder
 from carnice_build.store.digests import digest_texts
 from carnice_build.store.packs import digest_range
+from carnice_build.tensors import members
 from carnice_build.units import format_size
 from carnice_build.verification.result import Check, judged
 
 NAME = "digests"
+
+_MOST_EXPERTS = 100_000
+"""No layer has as many; a build.json that says more would only exhaust memory."""
 
 
 def check_digests(folder: ModelFolder, jobs: int) -> Check:
@@ -60,13 +65,17 @@ def _sizes(folder: Path, files: Mapping[str, Any]) -> tuple[dict[str, Any], list
 
 def _tensors(folder: ModelFolder, tensors: Mapping[str, Any], jobs: int) -> Iterator[str]:
     def damage(name: str) -> str | None:
-        tensor = folder.tensors.get(name)
-        if tensor is None:
+        names = _members(name, tensors[name])
+        found = [folder.tensors[member] for member in names if member in folder.tensors]
+        if len(found) < len(names) or not found:
             return f"tensor {name} is missing"
-        shard = folder.shard_of(name)
+        shard = folder.shard_of(names[0])
         if shard != tensors[name].get("file"):
             return f"tensor {name} is in {shard} instead of {tensors[name].get('file')}"
-        digest = digest_range(folder.path / shard, tensor.offset, tensor.spec.nbytes)
+        count = sum(tensor.spec.nbytes for tensor in found)
+        if found[-1].offset + found[-1].spec.nbytes - found[0].offset != count:
+            return f"the experts of {name} do not lie one behind another"
+        digest = digest_range(folder.path / shard, found[0].offset, count)
         if digest != tensors[name].get("digest"):
             return f"tensor {name} in {shard} is damaged: its digest differs"
         return None
@@ -79,15 +88,27 @@ def _headers(
     folder: ModelFolder, present: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> Iterator[str]:
     """A pack is named after its header and its tensors' digests, so the headers are covered too."""
+    firsts = {_members(name, item)[0]: name for name, item in tensors.items()}
+    covered = {member for name, item in tensors.items() for member in _members(name, item)}
     for shard, names in folder.shards.items():
         expected = present.get(shard, {}).get("pack")
-        if expected is None or any(name not in tensors for name in names):
+        if expected is None or not covered.issuperset(names):
             continue
         start = min((folder.tensors[name].offset for name in names), default=0)
         header = digest_range(folder.path / shard, 0, start)
-        digests = [str(tensors[name].get("digest")) for name in names]
+        slots = (firsts[name] for name in names if name in firsts)
+        digests = [str(tensors[slot].get("digest")) for slot in slots]
         if header is None or digest_texts([header, *digests]) != expected:
             yield f"the header of {shard} differs"
+
+
+def _members(name: str, item: Mapping[str, Any]) -> list[str]:
+    """The tensors of the folder that an entry of build.json is about."""
+    shape = item.get("shape")
+    if "*" not in name or not (isinstance(shape, list) and shape and type(shape[0]) is int):
+        return [name]
+    spec = TensorSpec("U8", (min(shape[0], _MOST_EXPERTS),))
+    return [member for member, _ in members(name, spec)] or [name]
 
 
 def _small_files(folder: Path, present: Mapping[str, Any]) -> Sequence[str]:

@@ -77,9 +77,11 @@ def check_roundtrip(
 ) -> Check:
     """Compare every tensor of the folder with the source, module by module."""
     comparison = _Comparison(variant, folder, checks)
-    modules: dict[str, list[OutputTensor]] = {}
+    modules: dict[tuple[str, str], list[OutputTensor]] = {}
     for tensor in variant.conversion.tensors:
-        modules.setdefault(tensor.fact.name, []).append(tensor)
+        # One source may become two modules, each with its own scales.
+        path = tensor.name.rpartition(".")[0]
+        modules.setdefault((tensor.fact.name, path), []).append(tensor)
     with ThreadPoolExecutor(jobs) as pool:
         found = list(pool.map(comparison.module, modules.values()))
     errors = [item.module for item in found if item.module]
@@ -128,9 +130,9 @@ class _Comparison:
 
     def module(self, tensors: Sequence[OutputTensor]) -> _Finding:
         """Compare the tensors that stand for one source tensor."""
-        for tensor in tensors:
-            found = self._folder.tensors.get(tensor.name)
-            if found is None or found.spec != tensor.ref.spec:
+        for name, spec in (member for tensor in tensors for member in tensor.members):
+            found = self._folder.tensors.get(name)
+            if found is None or found.spec != spec:
                 # The structure check names it.
                 return _Finding(skipped=True)
         module = tensors[0].name.rpartition(".")[0]
@@ -147,10 +149,17 @@ class _Comparison:
 
     def _equal(self, tensors: Sequence[OutputTensor]) -> _Finding:
         for tensor in tensors:
-            spec, found = tensor.ref.spec, self._folder.tensors[tensor.name]
+            if "*" in tensor.name:
+                for index, (name, spec) in enumerate(tensor.members):
+                    wanted = ref_rows(tensor.ref, index, index + 1).array
+                    found = read_rows(self._folder.tensors[name], spec, 0, matrix(spec)[0])
+                    if wanted.tobytes() != found.array.tobytes():
+                        return _Finding(f"tensor {name} is not equal to its source")
+                continue
+            spec, stored = tensor.ref.spec, self._folder.tensors[tensor.name]
             for start, stop in blocks(matrix(spec)):
                 wanted = ref_rows(tensor.ref, start, stop).array
-                if wanted.tobytes() != read_rows(found, spec, start, stop).array.tobytes():
+                if wanted.tobytes() != read_rows(stored, spec, start, stop).array.tobytes():
                     return _Finding(f"tensor {tensor.name} is not equal to its source")
         return _Finding()
 
@@ -161,14 +170,22 @@ class _Comparison:
             return found
         source = self._view[tensors[0].fact.name]
         scheme = self._quantized[module]
-        values = self._checks.values(self._folder.tensors, module, scheme)
-        total = _Sums()
-        for start, stop in blocks(values.shape):
-            data = self._checks.prepared(ref_rows(source, start, stop))
-            total.add(as_float32(data), values, start)
+        total, allowed = _Sums(), 0.0
+        if "*" in module:
+            for index in range(source.spec.shape[0]):
+                one = module.replace("*", str(index))
+                values = self._checks.values(self._folder.tensors, one, scheme)
+                data = self._checks.prepared(ref_rows(source, index, index + 1))
+                total.add(as_float32(data).reshape(values.shape), values, 0)
+                allowed += values.tolerated * prod(values.shape)
+        else:
+            values = self._checks.values(self._folder.tensors, module, scheme)
+            allowed = values.tolerated * prod(values.shape)
+            for start, stop in blocks(values.shape):
+                data = self._checks.prepared(ref_rows(source, start, stop))
+                total.add(as_float32(data), values, start)
         error = total.result(module, scheme.bits)
-        too_many = error.outside > values.tolerated * prod(values.shape)
-        return _Finding(_problem(error) if too_many else None, error)
+        return _Finding(_problem(error) if error.outside > allowed else None, error)
 
 
 def _rank(item: ModuleError) -> float:

@@ -16,6 +16,7 @@ from carnice_build.formats.folder import ModelFolder, read_object
 from carnice_build.keys import canonical_json
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Architecture, Part
+from carnice_build.models.untabled import Untabled
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification.result import Check, judged
 from carnice_build.verification.small_files import small_file_problems
@@ -39,7 +40,7 @@ def check_structure(variant: VariantPlan, folder: ModelFolder, checks: FormatChe
 
 
 def _tensors(variant: VariantPlan, folder: ModelFolder) -> Iterator[str]:
-    expected = {tensor.name: tensor.ref.spec for tensor in variant.conversion.tensors}
+    expected = dict(pair for tensor in variant.conversion.tensors for pair in tensor.members)
     for name, spec in expected.items():
         if name not in folder.tensors:
             yield f"tensor {name} is missing"
@@ -76,11 +77,18 @@ def _other_recipe(variant: VariantPlan, folder: ModelFolder) -> bool:
 
 def _config(variant: VariantPlan, folder: ModelFolder, checks: FormatChecks) -> Iterator[str]:
     try:
-        architecture = architecture_of(folder.config, "config.json")
+        architecture = _described(variant, folder)
         yield from checks.config_problems(folder, architecture)
         yield from _head(variant, architecture)
     except CheckpointError as error:
         yield str(error)
+
+
+def _described(variant: VariantPlan, folder: ModelFolder) -> Architecture:
+    """What config.json describes, or where nobody knows that, what the source has."""
+    if isinstance(variant.architecture, Untabled):
+        return variant.architecture
+    return architecture_of(folder.config, "config.json")
 
 
 def _head(variant: VariantPlan, architecture: Architecture) -> Iterator[str]:

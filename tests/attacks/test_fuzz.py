@@ -19,7 +19,7 @@ from carnice_build.errors import CarniceError, CheckpointError, RecipeError
 from carnice_build.planning.vocabulary import vocabulary
 from carnice_build.recipe.loader import load_recipe
 from carnice_build.recipe.merge import override
-from carnice_build.recipe.tree import Node, parse_tree
+from carnice_build.yaml_tree import Node, parse_tree
 
 TEXTS = st.text(max_size=12)
 NUMBERS = st.one_of(st.integers(-4, 40), st.integers(), st.floats())

@@ -9,12 +9,15 @@ import yaml
 from attacking import Attack, check_named
 from conftest import Project
 
+from carnice_build import yaml_tree
 from carnice_build.errors import RecipeError
-from carnice_build.recipe import tree
 
 pytest_plugins = ["attacking"]
 
-HEAD = "extends: _base/mlx.yaml\nvariant: bad\ndescription: x\nquantize: {bits: 4}\n"
+HEAD = (
+    "extends: [_base/carnice-text.yaml, preset:mlx-4bit]\n"
+    "variant: bad\ndescription: x\nquantize: {bits: 4}\n"
+)
 
 
 def with_pattern(pattern: str) -> str:
@@ -153,17 +156,17 @@ def test_depth_is_refused_in_words_of_ours(
     opening: str, count: int, loader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever nests, and whether or not the parser has a limit of its own, it is one sentence."""
-    monkeypatch.setattr(tree, "_Loader", getattr(yaml, loader))
+    monkeypatch.setattr(yaml_tree, "_Loader", getattr(yaml, loader))
 
     with pytest.raises(RecipeError, match=r"^recipe:\d+: is nested more than 40 deep$"):
-        tree.parse_tree(opening * count, "recipe")
+        yaml_tree.parse_tree(opening * count, "recipe")
 
 
 @pytest.mark.parametrize("text", ["'" + "[" * 2_000 + "' x", f"a: # {'[' * 2_000}\n]"])
 def test_brackets_in_text_nest_nothing(text: str) -> None:
     """Invalid YAML with many brackets in a value or a comment is not called deep."""
     with pytest.raises(RecipeError, match=r"^recipe:\d+:\d+: is not valid YAML"):
-        tree.parse_tree(text, "recipe")
+        yaml_tree.parse_tree(text, "recipe")
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def write_sparse(folder: Path, config: Any, tensors: dict[str, list[Any]]) -> No
     weight_map = {}
     for index, shard in enumerate(shards):
         path = folder / f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
-        header, _ = encode_header(shard, {"format": "pt"})
+        header = encode_header(shard, {"format": "pt"})
         with path.open("wb") as file:
             file.write(header)
             file.truncate(len(header) + sum(spec.nbytes for _, spec in shard))

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from carnice_build.calibration.passes import Calibration
 from carnice_build.checkpoint.checkpoint import Checkpoint, source_view
 from carnice_build.checkpoint.model_dtype import stated_dtype
-from carnice_build.dtypes import FLOAT_NAMES
+from carnice_build.dtypes import FLOAT_NAMES, TensorSpec
 from carnice_build.errors import PlanError, nearest
 from carnice_build.formats.autoround.files import autoround_files
 from carnice_build.formats.autoround.ops import SUFFIXES, Merge, Nearest, packed_specs
@@ -28,7 +28,7 @@ from carnice_build.formats.keep import kept
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import Architecture, Part, Role, TensorFact
+from carnice_build.models.base import LINEARS, Architecture, Part, Role, TensorFact
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import (
     AnyPatterns,
@@ -123,6 +123,11 @@ class AutoRoundFormat(Format):
         """As auto-round writes them and vLLM loads them."""
         return autoround_files(self, variant)
 
+    @property
+    def needs_table(self) -> bool:
+        """See `Format.needs_table`."""
+        return self.method != "nearest"
+
     def card(self) -> Card:
         """See `Format.card`."""
         tags = ("autoround", "int4", "w4a16", "vllm")
@@ -157,12 +162,12 @@ class AutoRoundFormat(Format):
         check_fusions(chosen, view, context.architecture)
         for module, fact in chosen.items():
             with about_module(module):
-                packed_specs(view[fact.name].spec, self.group_size)
+                packed_specs(_of_one(view[fact.name].spec), self.group_size)
         parts, figures = self._parts(chosen, view, context)
         plain = self._plain_dtype(context)
         tensors: list[OutputTensor] = []
         for fact in facts:
-            if fact.module in parts:
+            if chosen.get(fact.module) is fact:
                 made = zip(SUFFIXES, parts[fact.module], strict=True)
                 tensors += [
                     OutputTensor(f"{fact.module}.{suffix}", ref, fact) for suffix, ref in made
@@ -174,7 +179,7 @@ class AutoRoundFormat(Format):
             parameters=sum(view[fact.name].spec.size for fact in facts),
             quantized=dict.fromkeys(chosen, Scheme(4, self.group_size)),
             causes={f"{module}.{SUFFIXES[0]}": _CAUSES for module in chosen},
-            ignored=unquantized_modules(context.architecture, chosen, (Role.LINEAR,)),
+            ignored=unquantized_modules(context.architecture, chosen, LINEARS),
             dtype=plain,
             figures=figures,
         )
@@ -200,7 +205,7 @@ class AutoRoundFormat(Format):
             return self._merged(chosen, view, context)
         params = {"group_size": self.group_size}
         return {
-            module: context.graph.add(Nearest(), params, view[fact.name])
+            module: context.graph.add_each(Nearest(), params, view[fact.name])
             for module, fact in chosen.items()
         }, {}
 
@@ -256,6 +261,11 @@ class AutoRoundFormat(Format):
             return FLOAT_NAMES[self.plain]
         stated = stated_dtype(context.body.config)
         return stated if stated in _PLAIN else "BF16"
+
+
+def _of_one(spec: TensorSpec) -> TensorSpec:
+    """The spec of a weight; that of one expert where it is a stack's."""
+    return TensorSpec(spec.dtype, spec.shape[-2:])
 
 
 def _check_arithmetic(spec: CalibrationSpec) -> None:

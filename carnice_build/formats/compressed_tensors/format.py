@@ -136,6 +136,11 @@ class CompressedFormat(Format):
         """As llm-compressor saves them."""
         return compressed_files(self, variant)
 
+    @property
+    def needs_table(self) -> bool:
+        """See `Format.needs_table`."""
+        return self.smoothing is not None
+
     def card(self) -> Card:
         """See `Format.card`."""
         algorithm = ("awq",) if self.smoothing else ()
@@ -188,11 +193,11 @@ class CompressedFormat(Format):
         )
 
     def _causes(
-        self, facts: Sequence[TensorFact], chosen: Container[str]
+        self, facts: Sequence[TensorFact], chosen: Mapping[str, TensorFact]
     ) -> dict[str, Mapping[str, tuple[str, ...]]]:
         found: dict[str, Mapping[str, tuple[str, ...]]] = {}
         for fact in facts:
-            if fact.module in chosen:
+            if chosen.get(fact.module) is fact:
                 weights = {name: (*_WEIGHTS, name) for name in ("observer", "group_size")}
                 found[f"{fact.module}.{SUFFIXES[0]}"] = weights
             elif fact.role is Role.NORM and self.smoothing:
@@ -227,7 +232,7 @@ class _Published:
     def __init__(
         self,
         knobs: CompressedFormat,
-        quantized: Container[str],
+        quantized: Mapping[str, TensorFact],
         scales: Scales,
         context: PlanContext,
     ) -> None:
@@ -245,7 +250,7 @@ class _Published:
             return [OutputTensor(fact.name, self._norm(fact, ref, rows), fact)]
         vectors = [scales for scales in (columns, rows) if scales is not None]
         used = {"columns": columns is not None, "rows": rows is not None}
-        if module in self._quantized:
+        if self._quantized.get(module) is fact:
             return self._packed(fact, ref, vectors, used)
         if vectors and fact.name == f"{module}.weight":
             (ref,) = self._graph.add(SmoothWeight(), used, ref, *vectors)
@@ -272,7 +277,7 @@ class _Published:
         weights = self._knobs.weights
         params = {**used, "observer": weights.observer, "group_size": weights.group_size}
         with about_module(fact.module, _WEIGHTS):
-            made = self._graph.add(GroupQuantize(), params, ref, *vectors)
+            made = self._graph.add_each(GroupQuantize(), params, ref, *vectors)
         return [
             OutputTensor(f"{fact.module}.{suffix}", output, fact)
             for suffix, output in zip(SUFFIXES, made, strict=True)

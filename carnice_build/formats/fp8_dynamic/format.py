@@ -50,6 +50,11 @@ class Fp8DynamicFormat(Format):
         """As llm-compressor saves them."""
         return fp8_files(variant)
 
+    @property
+    def needs_table(self) -> bool:
+        """See `Format.needs_table`."""
+        return False
+
     def card(self) -> Card:
         """See `Format.card`."""
         tags = ("compressed-tensors", "fp8", "w8a8", "vllm")
@@ -87,7 +92,7 @@ class Fp8DynamicFormat(Format):
         check_fusions(chosen, view, architecture)
         tensors: list[OutputTensor] = []
         for fact in facts:
-            if fact.module in chosen:
+            if chosen.get(fact.module) is fact:
                 tensors += _quantized(fact, view, context)
             else:
                 tensors.append(OutputTensor(fact.name, view[fact.name], fact))
@@ -102,7 +107,7 @@ class Fp8DynamicFormat(Format):
 
 def _quantized(fact: TensorFact, view: View, context: PlanContext) -> list[OutputTensor]:
     with about_module(fact.module):
-        made = context.graph.add(RowQuantize(), {}, view[fact.name])
+        made = context.graph.add_each(RowQuantize(), {}, view[fact.name])
     return [
         OutputTensor(f"{fact.module}.{suffix}", ref, fact)
         for suffix, ref in zip(SUFFIXES, made, strict=True)

@@ -30,7 +30,7 @@ from carnice_build.formats.nvfp4.ops import BLOCK, BlockQuantize, InputScales
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import Role, TensorFact
+from carnice_build.models.base import LINEARS, Role, TensorFact
 from carnice_build.models.kept import KEEP_LISTS
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 SCHEME = Scheme(4, BLOCK, "float")
 
-_PLAIN_ROLES = (Role.LINEAR, Role.EMBEDDING, Role.CONV)
+_PLAIN_ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
 
 
 class Nvfp4Format(Format):
@@ -108,7 +108,11 @@ class Nvfp4Format(Format):
         tensors = [
             tensor
             for fact in facts
-            for tensor in made.get(fact.module, [OutputTensor(fact.name, view[fact.name], fact)])
+            for tensor in (
+                made[fact.module]
+                if chosen.get(fact.module) is fact
+                else [OutputTensor(fact.name, view[fact.name], fact)]
+            )
         ]
         check_fusions(chosen, view, context.architecture)
         return Conversion(
@@ -159,7 +163,7 @@ def _group(
     group: Sequence[TensorFact], input_scale: TensorRef, view: View, context: PlanContext
 ) -> Iterator[tuple[TensorFact, list[OutputTensor]]]:
     with about_module(", ".join(fact.module for fact in group)):
-        made = context.graph.add(BlockQuantize(), {}, *(view[fact.name] for fact in group))
+        made = context.graph.add_each(BlockQuantize(), {}, *(view[fact.name] for fact in group))
     for number, fact in enumerate(group):
         parts = {
             "input_scale": input_scale,

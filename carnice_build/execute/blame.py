@@ -1,0 +1,38 @@
+"""What is said of a tensor that an op cannot work on: which of the checkpoint's it is."""
+
+from __future__ import annotations
+
+from carnice_build.errors import CheckpointError
+from carnice_build.graph import Action, BadInput, NonFiniteValue
+from carnice_build.tensors import SourceTensor
+
+
+def non_finite(action: Action, error: NonFiniteValue) -> CheckpointError:
+    """The error for NaN or infinity in an input of `action`."""
+    origin = action.inputs[error.operand].origin
+    if isinstance(origin, SourceTensor):
+        return not_finite(origin, error.index)
+    return CheckpointError(f"{action.op.name} met NaN or infinity")
+
+
+def bad_input(action: Action, error: BadInput) -> CheckpointError:
+    """The error for an input of `action` that its op refuses."""
+    origin = action.inputs[error.operand].origin
+    if not isinstance(origin, SourceTensor):
+        return CheckpointError(f"{action.op.name} {error.what}", expected=error.expected)
+    tensor, _ = origin.located(error.index)
+    return CheckpointError(
+        f"tensor {tensor.name!r} {error.what}",
+        where=tensor.file.name if tensor.file else None,
+        expected=error.expected,
+    )
+
+
+def not_finite(source: SourceTensor, index: int) -> CheckpointError:
+    """The error for NaN or infinity at a flat index of a source tensor."""
+    tensor, index = source.located(index)
+    return CheckpointError(
+        f"tensor {tensor.name!r} holds NaN or infinity at element {index}",
+        where=tensor.file.name if tensor.file else None,
+        expected="finite weights, or, where the format has it, `nonfinite: zero` under `quantize`",
+    )

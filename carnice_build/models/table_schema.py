@@ -1,0 +1,150 @@
+"""What a family table says: the schema of `models/tables/*.yaml`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from carnice_build.models.base import Part, Role
+from carnice_build.models.formulas import FormulaError, compiled
+
+
+def _formula(text: str | int) -> str:
+    try:
+        compiled(str(text))
+    except FormulaError as error:
+        raise ValueError(f"{text!r} {error}") from None
+    return str(text)
+
+
+Formula = Annotated[str | int, AfterValidator(_formula)]
+"""A formula over the entries of the text model's config; see `formulas`."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Fused(_Strict):
+    """Another way in which checkpoints hold a stack of experts: as one tensor, whole or a part."""
+
+    name: str = Field(description="Name of the tensor [experts, of * rows, columns].")
+    part: int = Field(0, ge=0, description="Which part of each expert's rows this stack is.")
+    of: int = Field(1, ge=1, description="How many stacks the tensor holds, one below another.")
+
+
+class Row(_Strict):
+    """A tensor, or a group of tensors that is there once for each of something."""
+
+    name: str = Field(
+        description="Name behind the group's prefix; a `*` stands for the number of an expert."
+    )
+    shape: list[Formula] = Field(description="Sizes; for a stack of experts, how many comes first.")
+    role: Role = Field(description="What the tensor does in its module.")
+    when: Formula | None = Field(None, description="Whether the model has it.")
+    part: Part | None = Field(None, description="The part it belongs to, outside of groups.")
+    offset: bool = Field(False, description="A norm that stores w for a gain of 1 + w.")
+    unread: bool = Field(False, description="Checkpoints may hold it, but no model reads it.")
+    wide: bool = Field(False, description="Libraries leave its type alone when they cast a model.")
+    fused: Fused | None = Field(None, description="For a stack: how else checkpoints hold it.")
+
+
+class Group(_Strict):
+    """Rows that are there several times, with a number."""
+
+    repeat: Formula = Field(description="How often.")
+    first: Formula = Field(0, description="The first number.")
+    prefix: str = Field(description="What the names begin with; `{}` stands for the number.")
+    rows: str = Field(description="Which of `blocks`.")
+    part: Part = Field(description="The part they belong to; the decoder's layers are `layers`.")
+    when: Formula | None = Field(None, description="Whether the model has them.")
+    given: dict[str, Formula] = Field(
+        default_factory=dict, description="What names mean in these rows, such as `kind`."
+    )
+
+
+class Text(_Strict):
+    """Where the text model's config is, and what transformers calls it."""
+
+    section: str | None = Field(None, description="Section of config.json; a flat one will do.")
+    type: str | None = Field(
+        None, description="Its model type in transformers, where its section states none."
+    )
+
+
+class Smoothing(_Strict):
+    """A mapping of AWQ, by module paths within a decoder layer."""
+
+    smooth: str
+    balance: list[str]
+    follow: list[str] = Field(
+        default_factory=list, description="What reads the same, but the library forgets."
+    )
+    when: Formula | None = None
+
+
+class Kv(_Strict):
+    """What the size of a KV cache follows from."""
+
+    heads: Formula = Field(description="Heads of keys and values.")
+    head_dim: Formula = Field(description="Size of a head.")
+    kinds: list[str] | None = Field(None, description="Kinds of layers that have one; all if none.")
+    draft_layers: Formula = Field(0, description="Layers of the MTP head that have one.")
+
+
+class Table(_Strict):
+    """A family: which tensors there are for a config, and what is true of them."""
+
+    about: str = Field(description="The family in a line, and where its facts come from.")
+    text: Text = Text(section=None, type=None)
+    reader: str | None = Field(None, description="Code that reads the config; see `readers`.")
+    towers: list[str] = Field(
+        default_factory=list, description="Sections of config.json with other parts, as vision."
+    )
+    ties: dict[str, str] = Field(
+        default_factory=dict, description="What is another tensor when the config ties embeddings."
+    )
+    tied: bool = Field(False, description="What a config means that does not say.")
+    mtp_entry: str | None = Field(
+        None, description="Entry of the text config that announces the MTP head."
+    )
+    defaults: dict[str, Formula] = Field(
+        default_factory=dict, description="What transformers takes where a config is silent."
+    )
+    values: dict[str, Formula] = Field(
+        default_factory=dict,
+        description="Names for formulas, which may use each other, and `layer` and `kind` in rows.",
+    )
+    kind: Formula = Field("'full'", description="The kind of decoder layer number `layer`.")
+    blocks: dict[str, list[Row]] = Field(default_factory=dict)
+    model: list[Row | Group] = Field(description="What the model holds, in order.")
+    inputs: list[list[str]] = Field(
+        default_factory=list, description="Linears of a layer that read one input."
+    )
+    fusions: dict[str, list[str]] = Field(
+        default_factory=dict, description="What serving engines run as one, by its name there."
+    )
+    smoothing: list[Smoothing] = Field(default_factory=list)
+    narrow: list[str] = Field(
+        default_factory=list, description="Globs of weights too small for INT4 kernels."
+    )
+    dimensions: list[str] = Field(
+        default_factory=lambda: ["hidden_size", "vocab_size"],
+        description="What checkpoints must share for tensors of one to fit into another.",
+    )
+    kv: Kv | None = None
+    max_positions: Formula = "max_position_embeddings"
+    token_bytes: dict[str, Formula] = Field(
+        default_factory=dict,
+        description="Most bytes of a token in a layer, by kind, at `width` bytes an activation.",
+    )
+    torch: list[tuple[str, str]] = Field(
+        default_factory=list,
+        description="Beginnings of names, and what transformers' text model has there.",
+    )
+    spellings: list[tuple[str, str]] = Field(
+        default_factory=list,
+        description="Beginnings of names in other checkpoints, and what they are called here.",
+    )
+    drafter: str | None = Field(None, description="Code of the MTP head, as `module:Class`.")
