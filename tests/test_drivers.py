@@ -28,7 +28,13 @@ pytest_plugins = ["driving"]
 ALIKE = [name for name in FAMILIES if name != "gemma4"]
 """Those whose layers pass nothing on but hidden states."""
 
-TABLED = [name for name, family in FAMILIES.items() if family.model_type in known_types()]
+TABLED = [
+    name
+    for name in ALIKE
+    # transformers writes the names of Gemma 3's tower in another way than the hub has them.
+    if FAMILIES[name].model_type in known_types() and name != "gemma3"
+]
+"""Those that a table describes."""
 
 EAGER = ("gpt_oss",)
 """What transformers has no other attention for."""
@@ -81,17 +87,13 @@ def test_layers_make_the_bits_that_they_make_in_the_whole_model(
     handle.remove()
 
 
-@pytest.mark.parametrize("family", [name for name in ALIKE if name in TABLED])
+@pytest.mark.parametrize("family", TABLED)
 def test_tables_name_what_the_whole_model_is_made_of(zoo: Any, family: str) -> None:
     """From tokens to logits by a table's names and nothing else, stacks of experts among them."""
     checkpoint, how = zoo(family), arithmetic(family)
     opened = open_checkpoint(checkpoint.folder)
     architecture = architecture_of(opened.config, family)
-    view = {
-        name: TensorRef(tensor.spec, tensor)
-        for name, tensor in opened.tensors.items()
-        if "vision" not in name
-    }
+    view = {name: TensorRef(tensor.spec, tensor) for name, tensor in opened.tensors.items()}
     tensors = {name: ref.origin for name, ref in gathered(view, architecture, family).items()}
     model = OpenModel(StoredModel(architecture, tensors).source(), how)
     sample = tokens(75)
