@@ -193,9 +193,6 @@ class Architecture(Protocol):
     def keeps_dtype(self, name: str) -> bool:
         """True for tensors whose type libraries leave alone when they cast a model."""
 
-    def torch_name(self, name: str) -> str:
-        """The name of a tensor of the text model in transformers' model of `text_config`."""
-
     def offset_norm(self, name: str) -> bool:
         """True for norms that store w for a gain of 1 + w."""
 

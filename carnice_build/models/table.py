@@ -548,10 +548,6 @@ class FamilyTable:
             return known
         return self._by_bare_name.get(_WRONG_PREFIX.sub("", name))
 
-    def torch_name(self, name: str) -> str:
-        """Without a wrapper around text model and towers."""
-        return _respelled(name, self._table.torch) or name
-
     def offset_norm(self, name: str) -> bool:
         """True for the norms that store w with a gain of 1 + w."""
         return name in self._rows and self._rows[name][1].offset

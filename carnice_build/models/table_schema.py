@@ -139,10 +139,6 @@ class Table(_Strict):
         default_factory=dict,
         description="Most bytes of a token in a layer, by kind, at `width` bytes an activation.",
     )
-    torch: list[tuple[str, str]] = Field(
-        default_factory=list,
-        description="Beginnings of names, and what transformers' text model has there.",
-    )
     spellings: list[tuple[str, str]] = Field(
         default_factory=list,
         description="Beginnings of names in other checkpoints, and what they are called here.",
