@@ -473,7 +473,7 @@ def test_modules_that_a_table_names_are_there(model_type: str) -> None:
     named = {module for group in table.inputs for module in group}
     named |= {module for parts in table.fusions.values() for module in parts}
     for item in table.smoothing:
-        named |= {item.smooth, *item.balance, *item.follow}
+        named |= {item.smooth, *item.balance}
 
     assert set() == named - rows
 

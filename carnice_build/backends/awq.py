@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from carnice_build.backends.compressed import WeightScheme, quiet
-from carnice_build.backends.layer import LayerRunner
+from carnice_build.backends.layer import LayerRunner, module_paths
 from carnice_build.backends.tensors import as_data, as_tensor
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
@@ -74,7 +74,8 @@ def smooth_layer(
     """Search the smoothing of a layer, and give the smoothed layer's outputs to `put_output`.
 
     `tensors` are the layer's, named relative to it, and stay as they are; `quantized` are those
-    of its linears that will be quantized.
+    of its linears that will be quantized.  Modules are named as the tensors are, here and in the
+    settings.
     `inputs` are hidden states [1, length, hidden], one per sample; each is read twice, in order,
     and may be loaded as late as that.  `put_output` gets the index of a sample and what the next
     layer reads for it, [1, length, hidden], in order.
@@ -92,31 +93,35 @@ def smooth_layer(
     # A layer that the library has hooked is held by reference cycles: let the last one go first.
     gc.collect()
     layer = _linear_layer(runner, {name: tensor.clone() for name, tensor in tensors.items()})
-    modules = dict(layer.named_modules())
-    chosen = list(_each(quantized, modules))
+    paths = module_paths(runner, tensors)
+    chosen = list(_each(quantized, paths))
     mappings = [
         mapping
         for stacked in settings.mappings
-        for mapping in mappings_of_layer(list(_each_mapping(stacked, modules)), modules, chosen)
+        for mapping in mappings_of_layer(list(_each_mapping(stacked, paths)), paths, chosen)
     ]
     norms = offset_norms(layer)
     if settings.norms == "exact":
         for name in norms:
-            modules[name].float()
-    search = _Search.of(mappings, settings, _kept_in(scratch) if scratch else _kept_as_is)
-    with quiet(), _calibrating(layer, [search, _quantizer(settings.scheme, chosen)]):
+            layer.get_submodule(name).float()
+    search = _Search.of(mappings, paths, settings, _kept_in(scratch) if scratch else _kept_as_is)
+    quantizer = _quantizer(settings.scheme, [paths[name] for name in chosen])
+    with quiet(), _calibrating(layer, [search, quantizer]):
         for hidden in inputs:
             runner.run(layer, hidden)
         LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
-        _check_all_found(mappings, search.scales)
+        scales = {
+            name: search.scales[path] for name, path in paths.items() if path in search.scales
+        }
+        _check_all_found(mappings, scales)
         if settings.norms == "library":
             with HooksMixin.disable_hooks():
                 _put_outputs(runner, layer, inputs, put_output)
     if settings.norms == "exact":
         del layer
-        smoothed = apply_smoothing(tensors, search.scales, settings, norms)
+        smoothed = apply_smoothing(tensors, _stacked(settings.mappings, scales), settings, norms)
         _put_outputs(runner, _linear_layer(runner, smoothed), inputs, put_output)
-    return _stacked(settings.mappings, search.scales)
+    return _stacked(settings.mappings, scales)
 
 
 def _linear_layer(runner: LayerRunner, tensors: Mapping[str, Tensor]) -> Any:
@@ -197,6 +202,8 @@ def apply_smoothing(
                 _rewrite(result, name, smoothing.multiply_columns, vector)
             if mapping.smooth not in norms:
                 _rewrite(result, mapping.smooth, smoothing.divide_rows, vector)
+                if f"{mapping.smooth}.bias" in tensors:
+                    _rewrite(result, mapping.smooth, smoothing.divide_rows, vector, kind="bias")
     for name in norms:
         divisor = scales[name].numpy() if name in scales else None
         _rewrite(result, name, smoothing.smooth_gain, divisor, settings.norms == "exact")
@@ -211,9 +218,18 @@ class _Search(AWQModifier):
     _searching: bool = PrivateAttr(default=False)
 
     @classmethod
-    def of(cls, mappings: Iterable[SmoothingMapping], settings: AwqSettings, keep: Keep) -> _Search:
+    def of(
+        cls,
+        mappings: Iterable[SmoothingMapping],
+        paths: Mapping[str, str],
+        settings: AwqSettings,
+        keep: Keep,
+    ) -> _Search:
         search = cls(
-            mappings=[AWQMapping(mapping.smooth, list(mapping.balance)) for mapping in mappings],
+            mappings=[
+                AWQMapping(paths[mapping.smooth], [paths[name] for name in mapping.balance])
+                for mapping in mappings
+            ],
             offload_device=None,
             duo_scaling=settings.duo_scaling,
             n_grid=settings.n_grid,
@@ -316,13 +332,17 @@ def _put_outputs(
 
 
 def _rewrite(
-    tensors: dict[str, Tensor], module: str, kernel: Callable[..., int], *parameters: Any
+    tensors: dict[str, Tensor],
+    module: str,
+    kernel: Callable[..., int],
+    *parameters: Any,
+    kind: str = "weight",
 ) -> None:
-    """Replace a module's weight by what a kernel of `smoothing` makes of it."""
-    name = f"{module}.weight"
+    """Replace a module's weight, or its bias, by what a kernel of `smoothing` makes of it."""
+    name = f"{module}.{kind}"
     source = as_data(tensors[name])
     out = np.empty_like(source.array)
-    experts = range(len(out)) if out.ndim > 2 else (...,)
+    experts = range(len(out)) if STACK in module else (...,)
     for expert in experts:
         own = (p[expert] if isinstance(p, np.ndarray) and p.ndim > 1 else p for p in parameters)
         if kernel(source.array[expert], source.dtype, *own, out[expert]) >= 0:

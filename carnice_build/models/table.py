@@ -508,7 +508,7 @@ class FamilyTable:
     def smoothing(self) -> Sequence[SmoothingMapping]:
         """What AWQ may smooth."""
         return tuple(
-            SmoothingMapping(item.smooth, tuple(item.balance), tuple(item.follow))
+            SmoothingMapping(item.smooth, tuple(item.balance))
             for index, item in enumerate(self._table.smoothing)
             if item.when is None or self._evaluate(item.when, ("smoothing", index, "when"))
         )

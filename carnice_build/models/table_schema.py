@@ -77,10 +77,7 @@ class Smoothing(_Strict):
     """A mapping of AWQ, by module paths within a decoder layer."""
 
     smooth: str
-    balance: list[str]
-    follow: list[str] = Field(
-        default_factory=list, description="What reads the same, but the library forgets."
-    )
+    balance: list[str] = Field(description="All that reads its output; first what the library has.")
     when: Formula | None = None
 
 

@@ -35,7 +35,7 @@ class Smooth(ProcessOp):
     """
 
     name = "awq.smooth"
-    version = 2
+    version = 3
     libraries = (
         "llmcompressor",
         "compressed-tensors",
@@ -53,10 +53,12 @@ class Smooth(ProcessOp):
     ) -> tuple[TensorSpec, ...]:
         """Hidden states, and a vector for each mapping."""
         weights = dict(zip(params["names"], inputs[2:], strict=True))
-        smoothed = (weights[f"{smooth}.weight"].shape for smooth, _ in params["mappings"])
-        # A norm's is [channels], a linear's [channels, in], a stack's [E, channels, in].
+        shapes = [
+            (weights[f"{smooth}.weight"].shape, weights[f"{balance[0]}.weight"].shape)
+            for smooth, balance in params["mappings"]
+        ]
         return inputs[1], *(
-            TensorSpec("F64", shape[: max(1, len(shape) - 1)]) for shape in smoothed
+            TensorSpec("F64", (*divided[:-2], multiplied[-1])) for divided, multiplied in shapes
         )
 
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
