@@ -4,6 +4,7 @@
 
 A shape file is JSON with one tensor a line: name -> [dtype, shape], beside the checkpoint's
 config.json.
+In a file of format 2, `[0-2,5]` in a name stands for the numbers 0, 1, 2 and 5.
 The planner reads it as it would read the headers of the real shards.
 
 Known:
@@ -30,6 +31,25 @@ Assumed:
 - The INT4 base packs all linears of its decoder layers but the narrow `in_proj_a` and `in_proj_b`,
   and has the vision tower.
 - `transformers_version` and the order of config.json's keys; nothing reads either.
+
+The large models of `full_size`, known:
+
+- Bytes of all tensors are, to the byte, the `total_size` that the indexes of Qwen3-235B-A22B
+  (36,945 tensors), gpt-oss-120b and Kimi-K2-Instruct (139,644 tensors) state.
+- Elements are, to the last one, those that the hub counts in Qwen3.6-35B-A3B and Gemma 4 31B (all
+  BF16), GLM-4.6, and, by type, DeepSeek-V3 (BF16 3,918,786,560, F8_E4M3 680,571,043,840, F32
+  41,555,600).
+- Names, and shapes by the config, are those of transformers' classes, but for what the hub has
+  otherwise: fused experts (Qwen3.6), blocks and scales (gpt-oss), `weight_scale_inv` (DeepSeek,
+  Kimi), and MTP layers behind the last layer (DeepSeek, GLM), which vLLM's loaders name.
+- GLM-4.6's MTP layer has no embedding and no head of its own (vLLM's error without them).
+
+Assumed:
+
+- That the rotary buffers, by which Kimi-K2-Instruct has 61 tensors of 112 bytes more than its
+  architecture, are called `self_attn.rotary_emb.inv_freq`.
+- That GLM-4.6's `e_score_correction_bias` is F32, as DeepSeek's is.
+- Entries of configs that no tensor's shape follows from.
 """
 
 from __future__ import annotations
@@ -39,6 +59,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import full_size
 from benchmarks.architecture import (
     Config,
     Dimensions,
@@ -47,6 +68,7 @@ from benchmarks.architecture import (
     model_config,
     tensor_table,
 )
+from carnice_build.checkpoint.checkpoint import open_checkpoint
 
 SHAPES = Path(__file__).parent / "shapes"
 TRIPLE = "language_model." * 3
@@ -106,6 +128,26 @@ MODELS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class LargeModel:
+    """A model that is told by ranges of numbers in names."""
+
+    file: str
+    model: str
+    make: Callable[[], tuple[Config, full_size.Rows]]
+
+
+LARGE = (
+    LargeModel("qwen3.6-35b-a3b.json", "Qwen/Qwen3.6-35B-A3B", full_size.qwen35_moe),
+    LargeModel("qwen3-235b-a22b.json", "Qwen/Qwen3-235B-A22B", full_size.qwen3_moe),
+    LargeModel("gpt-oss-120b.json", "openai/gpt-oss-120b", full_size.gpt_oss),
+    LargeModel("deepseek-v3.json", "deepseek-ai/DeepSeek-V3", full_size.deepseek_v3),
+    LargeModel("kimi-k2.json", "moonshotai/Kimi-K2-Instruct", full_size.kimi_k2),
+    LargeModel("glm-4.6.json", "zai-org/GLM-4.6", full_size.glm4_moe),
+    LargeModel("gemma-4-31b.json", "google/gemma-4-31B-it", full_size.gemma4),
+)
+
+
 def describe(entry: ShapeFile) -> tuple[Config, Tensors]:
     """The config and the tensors of one model, names as its checkpoint spells them."""
     config = model_config(entry.size)
@@ -136,13 +178,13 @@ def packed(name: str, tensor: tuple[str, list[int]]) -> list[tuple[str, tuple[st
     ]
 
 
-def render(model: str, config: Config, tensors: Tensors) -> str:
+def render(model: str, config: Config, tensors: Tensors, version: int = 1) -> str:
     """The text of a shape file: JSON, one setting and one tensor a line."""
     settings = json.dumps(config, indent=1).replace("\n", "\n ")
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(t)}" for name, t in tensors.items())
 
     return (
-        f'{{"format": "carnice-shapes-1",\n "model": {json.dumps(model)},\n'
+        f'{{"format": "carnice-shapes-{version}",\n "model": {json.dumps(model)},\n'
         f' "config": {settings},\n "tensors": {{\n{lines}\n }}}}\n'
     )
 
@@ -167,6 +209,13 @@ def main() -> None:
         config, tensors = describe(entry)
         (SHAPES / entry.file).write_text(render(entry.model, config, tensors), encoding="utf-8")
         print(summary(entry, tensors))
+    for large in LARGE:
+        config, rows = large.make()
+        path = SHAPES / large.file
+        path.write_text(render(large.model, config, rows, version=2), encoding="utf-8")
+        found = [tensor.spec for tensor in open_checkpoint(path).tensors.values()]
+        total = sum(spec.nbytes for spec in found)
+        print(f"{large.file}: {len(found)} tensors, {total:,} bytes")
 
 
 if __name__ == "__main__":

@@ -34,11 +34,15 @@ ONE_KNOB = 'quantize.rules+={match: "*.layers.1.mlp.down_proj", bits: 8}'
 
 @dataclass(frozen=True)
 class Run:
-    """One finished process: seconds of wall clock, peak RSS in bytes, what it printed."""
+    """One finished process: seconds of wall clock, peak RSS in bytes, what it printed.
+
+    `processor` is its seconds of processor time, of which other work on the machine takes none.
+    """
 
     seconds: float
     peak: int
     output: str
+    processor: float
 
 
 def run(command: Sequence[str]) -> Run:
@@ -53,7 +57,7 @@ def run(command: Sequence[str]) -> Run:
     seconds = time.perf_counter() - start
     if code := os.waitstatus_to_exitcode(status):
         raise subprocess.CalledProcessError(code, command)
-    return Run(seconds, peak_bytes(usage), output)
+    return Run(seconds, peak_bytes(usage), output, usage.ru_utime + usage.ru_stime)
 
 
 def carnice(command: str, variants: Sequence[str], source: Path, *more: str) -> Run:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from hypothesis import given
+from hypothesis import strategies as st
 
 from carnice_build.checkpoint.checkpoint import open_checkpoint
+from carnice_build.checkpoint.shapes import expanded
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.models import architecture_of
@@ -49,6 +53,81 @@ def test_the_source_is_as_published() -> None:
     assert round(sum(item.spec.nbytes for item in tensors.values()) / 1e9, 1) == 54.7
     assert len(vision) == 333
     assert round(sum(item.spec.nbytes for item in vision) / 1e9, 2) == 0.92
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "size"),
+    [
+        ("qwen3-235b-a22b", 36_945, 470_187_269_120),
+        ("gpt-oss-120b", 687, 65_248_815_744),
+        ("kimi-k2", 139_644, 1_029_173_256_720),
+        ("qwen3.6-35b-a3b", 1_045, 2 * 35_951_822_704),
+        ("gemma-4-31b", 1_188, 2 * 31_273_088_876),
+    ],
+)
+def test_shape_files_are_as_large_as_the_published_indexes(
+    name: str, tensors: int, size: int
+) -> None:
+    """Tensors, and the bytes of all, by what an index or the hub states."""
+    found = open_checkpoint(SHAPES / f"{name}.json").tensors.values()
+
+    assert len(found) == tensors
+    assert sum(tensor.spec.nbytes for tensor in found) == size
+
+
+@pytest.mark.parametrize(
+    ("name", "elements"),
+    [
+        ("deepseek-v3", {"BF16": 3_918_786_560, "F8_E4M3": 680_571_043_840, "F32": 41_555_600}),
+        ("glm-4.6", {"BF16": 356_785_884_416, "F32": 14_400}),
+    ],
+)
+def test_shape_files_hold_the_elements_that_the_hub_counts(
+    name: str, elements: dict[str, int]
+) -> None:
+    """Elements by type; of GLM-4.6 the hub is known to count 356,785,898,816 in all."""
+    found: Counter[str] = Counter()
+    for tensor in open_checkpoint(SHAPES / f"{name}.json").tensors.values():
+        found[tensor.spec.dtype] += tensor.spec.size
+
+    assert found == elements
+
+
+def test_shape_files_of_large_models_are_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody edited a file of names and ranges by hand."""
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    from benchmarks.make_shapes import LARGE, render
+
+    made = {large.file: render(large.model, *large.make(), version=2) for large in LARGE}
+
+    assert made == {file: (SHAPES / file).read_text() for file in made}
+    assert len(made) == 7
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> tuple[str, list[int]]:
+    """A range as a shape file has it, and its numbers."""
+    found = sorted(draw(st.sets(st.integers(0, 400), min_size=1, max_size=12)))
+    runs, last = [f"{found[0]}"], found[0]
+    for number in found[1:]:
+        # A run may be written as one, or as its parts.
+        if number == last + 1 and draw(st.booleans()):
+            runs[-1] = f"{runs[-1].partition('-')[0]}-{number}"
+        else:
+            runs.append(f"{number}")
+        last = number
+    return f"[{','.join(runs)}]", found
+
+
+@given(ranges(), ranges(), st.text("abc.-,0123", max_size=5))
+def test_a_range_stands_for_its_numbers(
+    one: tuple[str, list[int]], other: tuple[str, list[int]], between: str
+) -> None:
+    """Every pair of numbers once, those of the last range first, and the longest name last."""
+    names = expanded("here", f"a{one[0]}{between}{other[0]}z")
+
+    assert names == [f"a{i}{between}{j}z" for i in one[1] for j in other[1]]
+    assert max(map(len, names)) == len(names[-1])
 
 
 @pytest.mark.parametrize(("name", "count"), [("qwen3.6-27b", 1199), ("qwen3.6-40b-deckard", 1623)])

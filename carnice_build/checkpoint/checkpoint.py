@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carnice_build.checkpoint.header import Header, read_header, tensor_spec
+from carnice_build.checkpoint.header import Header, read_header
 from carnice_build.checkpoint.json import DuplicateKey, parse_json
+from carnice_build.checkpoint.shapes import read_shapes
 from carnice_build.checkpoint.shards import Index, model_shards, refuse_adapter
 from carnice_build.checkpoint.source import LocalFile, local_files, read_all
-from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError, together
 from carnice_build.graph import TensorRef, View
 from carnice_build.tensors import ByteSource, SourceTensor
@@ -26,7 +26,6 @@ INDEX_NAME = "model.safetensors.index.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 """Where transformers keeps named chat templates beside the default one."""
 
-SHAPES_FORMAT = "carnice-shapes-1"
 MAX_JSON_BYTES = 200_000_000
 
 HeaderReader = Callable[[Sequence[ByteSource]], Iterable[Header]]
@@ -190,26 +189,6 @@ def _load_json(file: ByteSource) -> dict[str, Any]:
 
 
 def _open_shapes(path: Path) -> Checkpoint:
-    content = _load_json(LocalFile(path))
-    if content.get("format") != SHAPES_FORMAT:
-        raise CheckpointError(
-            f"is a file of format {content.get('format')!r}",
-            where=str(path),
-            expected=f"a checkpoint folder, or a shape file of format {SHAPES_FORMAT!r}",
-        )
-    config, table = content.get("config"), content.get("tensors")
-    if not isinstance(config, dict) or not isinstance(table, dict):
-        raise CheckpointError("has no config or no tensors", where=str(path))
-    tensors = {
-        name: SourceTensor(name, _shape_spec(path, name, item), None, 0)
-        for name, item in table.items()
-    }
+    config, specs = read_shapes(str(path), _load_json(LocalFile(path)))
+    tensors = {name: SourceTensor(name, spec, None, 0) for name, spec in specs.items()}
     return Checkpoint(str(path), config, tensors, {})
-
-
-def _shape_spec(path: Path, name: str, item: object) -> TensorSpec:
-    if not isinstance(item, list) or len(item) != 2 or not isinstance(item[1], list):
-        raise CheckpointError(
-            f"tensor {name!r} is malformed", where=str(path), expected="[dtype, [sizes]]"
-        )
-    return tensor_spec(str(path), name, *item)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from carnice_build.checkpoint.json import DuplicateKey, parse_json
 from carnice_build.checkpoint.source import refuse_pointer
@@ -22,10 +23,10 @@ MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit."""
 
 _MAX_DIMENSIONS = 16
+_ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file: what it is and where its bytes lie, counted from the file's start."""
 
     name: str
@@ -101,7 +102,7 @@ def _metadata(where: str, item: object) -> dict[str, str]:
 
 
 def _entry(where: str, name: str, item: object, data_start: int) -> Entry:
-    if not isinstance(item, dict) or set(item) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(item, dict) or item.keys() != _ENTRY_KEYS:
         raise CheckpointError(
             f"header entry {name!r} is malformed",
             where=where,
@@ -132,7 +133,13 @@ def tensor_spec(where: str, name: str, dtype: object, shape: object) -> TensorSp
             where=where,
             nearest=nearest(dtype, ITEM_SIZE) if isinstance(dtype, str) else None,
         )
-    return TensorSpec(dtype, _shape(where, name, shape))
+    return _shared_spec(dtype, _shape(where, name, shape))
+
+
+@lru_cache(maxsize=4096)
+def _shared_spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
+    """One object for all tensors of a type and shape: a model has few of these."""
+    return TensorSpec(dtype, shape)
 
 
 def _is_count(value: object) -> bool:
@@ -182,20 +189,25 @@ def _check_coverage(source: Readable, entries: list[Entry], data_start: int) -> 
         )
 
 
+_compact = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+
+
 def encode_header(tensors: Iterable[tuple[str, TensorSpec]], metadata: Mapping[str, str]) -> bytes:
     """Header bytes, length field included, for tensors laid out in the given order.
 
     The header is padded with spaces to a multiple of eight bytes, as the safetensors library does.
     """
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries = [f'"__metadata__":{_compact(dict(metadata))}'] if metadata else []
     position = 0
     for name, spec in tensors:
-        table[name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [position, position + spec.nbytes],
-        }
-        position += spec.nbytes
-    raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+        end = position + spec.nbytes
+        # A header of experts has some 100,000 entries: a text of each is quicker than a map.
+        shape = ",".join(map(str, spec.shape))
+        entries.append(
+            f'{_compact(name)}:{{"dtype":"{spec.dtype}","shape":[{shape}],'
+            f'"data_offsets":[{position},{end}]}}'
+        )
+        position = end
+    raw = f"{{{','.join(entries)}}}".encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw

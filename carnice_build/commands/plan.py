@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from carnice_build.checkpoint.profiles import SourceFinder
+from carnice_build.checkpoint.profiles import Profiles, SourceFinder
+from carnice_build.commands.asking import Asking
 from carnice_build.commands.options import Options
 from carnice_build.errors import PlanError, PluginError, nearest
 from carnice_build.graph import ActionGraph
@@ -29,10 +30,25 @@ def plan_variants(names: Sequence[str], options: Options) -> Plan:
     if isinstance(names, str):
         names = [names]
     graph = ActionGraph()
-    finder = SourceFinder(options.recipes, options.profile, options.sources, stream=options.stream)
     recipes = [_load(name, options) for name in dict.fromkeys(names)]
     _check_sources(recipes, options)
-    return Plan(tuple(plan_variant(recipe, finder, graph) for recipe in recipes), graph)
+    profiles = Profiles(options.recipes)
+    finders: dict[str, SourceFinder] = {}
+    ask = Asking(options.cache)
+    variants = []
+    for recipe in recipes:
+        profile = options.profile or _default(profiles, recipe, options)
+        if profile not in finders:
+            finders[profile] = SourceFinder(
+                profiles, profile, options.sources, stream=options.stream
+            )
+        variants.append(plan_variant(recipe, finders[profile], graph, ask))
+    return Plan(tuple(variants), graph)
+
+
+def _default(profiles: Profiles, recipe: Recipe, options: Options) -> str:
+    sources = recipe.sources.items()
+    return profiles.default(spec for name, spec in sources if name not in options.sources)
 
 
 def _check_sources(recipes: Sequence[Recipe], options: Options) -> None:
@@ -72,6 +88,20 @@ def plan_and_survey(names: Sequence[str], options: Options | None = None) -> Pla
     plan = plan_variants(names, options)
     with Store(options.cache) as store:
         return PlanResult(plan, survey(plan.variants, store))
+
+
+def names_of(options: Options) -> list[str]:
+    """The names of all variants, or of those whose models the profile has."""
+    paths = list_recipes(options.recipes)
+    if options.profile is None:
+        return [path.stem for path in paths]
+    profiles = Profiles(options.recipes)
+    recipes = (load_recipe(path, vocabulary()) for path in paths)
+    return [
+        recipe.variant
+        for recipe in recipes
+        if profiles.has(options.profile, recipe.sources.values())
+    ]
 
 
 def list_variants(options: Options, warn: Callable[[PluginError], None]) -> list[Recipe]:

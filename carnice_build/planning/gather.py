@@ -7,7 +7,7 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from carnice_build.checkpoint.stack import slab_stack, stacked
 from carnice_build.errors import PlanError, nearest, together
@@ -25,7 +25,7 @@ def gathered(view: View, architecture: Architecture, where: str) -> View:
     Raises PlanError unless it holds the model's tensors, all of them, and no other.
     Optional parts (the MTP head, the towers) may be absent, but only as a whole.
     """
-    names = {fact.name: _names(fact, view) for fact in architecture.tensors.values()}
+    names = {fact.name: names_of(fact, view) for fact in architecture.tensors.values()}
     known = {name for shapes in names.values() for name in shapes}
     if unknown := [name for name in view if name not in known]:
         raise unknown_tensors(unknown, architecture, where)
@@ -38,7 +38,7 @@ def gathered(view: View, architecture: Architecture, where: str) -> View:
     return found
 
 
-def _names(fact: TensorFact, view: View) -> Shapes:
+def names_of(fact: TensorFact, view: Container[str]) -> Shapes:
     """The tensors of the checkpoint that hold those of a fact, with their shapes."""
     if not fact.stacked:
         return {fact.name: fact.shape}

@@ -48,7 +48,7 @@ class PackLayout:
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """How many of the header's tensors each slot holds."""
-        return tuple(len(slot.tensor.members) for slot in self.slots)
+        return tuple(slot.tensor.count for slot in self.slots)
 
     @cached_property
     def identity(self) -> str:

@@ -42,7 +42,7 @@ def kind_rows(variant: VariantPlan, status: BuildStatus) -> list[KindRow]:
     for tensor in variant.conversion.tensors:
         kind = variant.architecture.module_kind(tensor.fact.name)
         row = rows.setdefault(kind, KindRow(kind))
-        row.tensors += len(tensor.members)
+        row.tensors += tensor.count
         row.bytes += tensor.ref.spec.nbytes
         if tensor.fact.name not in seen:
             seen.add(tensor.fact.name)

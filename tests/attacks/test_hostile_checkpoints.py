@@ -296,6 +296,18 @@ SHAPES = {
     "a negative size": ({"tensors": {"a": ["F32", [-1]]}}, "no valid shape"),
     "a size that is true": ({"tensors": {"a": ["F32", [True]]}}, "no valid shape"),
 }
+RANGES = {
+    "a million layers of a million": ("[0-999999].[0-999999].w", "names 1000000000000 tensors"),
+    "more than all together": ("[0-999998].w", "names 999999 tensors"),
+    "numbers without end": (f"[0-{'9' * 5000}].w", "has the name"),
+    "falling numbers": ("[3-1].w", "rising numbers"),
+    "a number twice": ("[0-3,3].w", "rising numbers"),
+    "a tensor twice": ("[0-1].w", "twice"),
+    "a text for numbers": ("[a-z].w", "rising numbers"),
+    "half a range": ("[0-1.w", "rising numbers"),
+    "a range in a range": ("[[0-1]].w", "rising numbers"),
+    "a long name": (f"{'x' * 250}.[99999-100000]", "a name of 257 characters"),
+}
 
 
 @pytest.mark.parametrize("what", SHAPES)
@@ -305,6 +317,19 @@ def test_a_hostile_shape_file_is_named(project: Project, attack: Attack, what: s
     whole = {"format": "carnice-shapes-1", "config": {}} if "tensors" in content else {}
     path = project.root / "shapes.json"
     path.write_text(json.dumps(whole | content))
+
+    check_named(attack("plan", "mlx-4bit", "--source", f"body={path}"), "shapes.json", part)
+
+
+@pytest.mark.parametrize("what", RANGES)
+def test_a_hostile_range_in_a_shape_file_is_named(
+    project: Project, attack: Attack, what: str
+) -> None:
+    """Names that stand for too many tensors, or for none, end before there are any."""
+    name, part = RANGES[what]
+    tensors = {"0.w": ["F32", [1]], "1": ["F32", [1]], name: ["F32", [1]]}
+    path = project.root / "shapes.json"
+    path.write_text(json.dumps({"format": "carnice-shapes-2", "config": {}, "tensors": tensors}))
 
     check_named(attack("plan", "mlx-4bit", "--source", f"body={path}"), "shapes.json", part)
 
