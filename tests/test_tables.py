@@ -241,6 +241,7 @@ CASES = {
         "qwen3_5", {"text_config": {**SIZES, **LINEAR}, "vision_config": VISION, **TIED}
     ),
     "qwen3_5_text": Case("qwen3_5_text", {**SIZES, **LINEAR, "full_attention_interval": 2}),
+    "qwen3_5, biases": Case("qwen3_5", {"text_config": {"attention_bias": True}}),
     "qwen3_5_moe": Case(
         "qwen3_5_moe",
         {

@@ -254,6 +254,8 @@ class _Published:
             return self._packed(fact, ref, vectors, used)
         if vectors and fact.name == f"{module}.weight":
             (ref,) = self._graph.add(SmoothWeight(), used, ref, *vectors)
+        elif rows is not None and fact.role is Role.BIAS:
+            (ref,) = self._graph.add(SmoothWeight(), {"columns": False, "rows": True}, ref, rows)
         return [OutputTensor(fact.name, ref, fact)]
 
     def _norm(self, fact: TensorFact, ref: TensorRef, scales: TensorRef | None) -> TensorRef:
