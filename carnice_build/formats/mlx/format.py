@@ -72,6 +72,11 @@ class MlxFormat(Format):
         "refuse", description="NaN and infinity in a weight stop the build, or count as 0."
     )
 
+    @property
+    def needs_table(self) -> bool:
+        """mlx-lm itself knows what becomes of a model."""
+        return False
+
     def engine_reads(self) -> Collection[Reads]:
         """A tokenizer: mlx-lm runs the text model alone, and its config has no vision tower."""
         return (Reads.TOKENIZER,)
