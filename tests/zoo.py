@@ -359,7 +359,10 @@ def _gemma3_text_hub(_: Tensors, config: dict[str, Any]) -> None:
 
 
 def _gemma3_hub(tensors: Tensors, config: dict[str, Any]) -> None:
-    """As `_gemma3_text_hub`, in its section."""
+    """As `_gemma3_text_hub`, in its section; the tower in a module of its own."""
+    for name in [name for name in tensors if name.startswith("vision_tower.")]:
+        rest = name.removeprefix("vision_tower.").removeprefix("vision_model.")
+        tensors[f"vision_tower.vision_model.{rest}"] = tensors.pop(name)
     _gemma3_text_hub(tensors, config["text_config"])
     config["torch_dtype"] = config.pop("dtype")
     _stated_vocabulary(tensors, config)
