@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -307,9 +307,7 @@ def _check_files(
 
 
 def _check_names(conversion: Conversion) -> None:
-    seen: set[str] = set()
-    for tensor in conversion.tensors:
-        for name, _ in tensor.members:
-            if name in seen:
-                raise PlanError(f"two tensors of the output are named {name!r}")
-            seen.add(name)
+    names = [name for tensor in conversion.tensors for name, _ in tensor.members]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise PlanError(f"two tensors of the output are named {twice!r}")
