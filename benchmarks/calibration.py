@@ -104,7 +104,9 @@ def forward_actions(setting: Setting) -> dict[str, Action]:
     found: dict[str, Action] = {}
     for action in graph:
         if isinstance(action.op, Forward):
-            found.setdefault(action.params["kind"], action)
+            kinds = action.params["config"]["layer_types"]
+            kind = kinds[action.params["layer"]].removesuffix("_attention")
+            found.setdefault(kind, action)
     return found
 
 

@@ -63,22 +63,26 @@ class Node:
         return node
 
 
-def read_tree(path: Path) -> Node:
-    """Parse the YAML file `path`; RecipeError with file:line:column when it is not acceptable."""
+def read_tree(path: Path, name: str | None = None) -> Node:
+    """Parse the YAML file `path`; RecipeError with file:line:column when it is not acceptable.
+
+    `name` is what places and errors call the file.
+    """
+    name = name or str(path)
     try:
         # A pipe would wait for ever, a device may never end.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise RecipeError("is not a file", where=str(path))
+            raise RecipeError("is not a file", where=name)
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise RecipeError("is larger than 1 MB", where=str(path))
+            raise RecipeError("is larger than 1 MB", where=name)
         text = content.decode("utf-8")
     except OSError as error:
-        raise RecipeError(f"cannot read the file: {error.strerror}", where=str(path)) from None
+        raise RecipeError(f"cannot read the file: {error.strerror}", where=name) from None
     except UnicodeDecodeError:
-        raise RecipeError("is not UTF-8 text", where=str(path)) from None
-    return parse_tree(text, str(path))
+        raise RecipeError("is not UTF-8 text", where=name) from None
+    return parse_tree(text, name)
 
 
 def parse_tree(text: str, name: str, fixed_where: str | None = None) -> Node:

@@ -38,7 +38,10 @@ _SECTIONS = {
 }
 _LINKED = {name: name for name in (*_SECTIONS, "steps")} | {"quantize": "formats"}
 _TABLE = "| Key | Value | Default | Meaning |\n|---|---|---|---|\n"
-_EXTENDS = "| `extends` | text or list |  | A recipe that this one changes, or several. |\n"
+_EXTENDS = (
+    "| `extends` | text or list |  | A recipe that this one changes, or several; "
+    "`preset:NAME` ships with the package. |\n"
+)
 _NAMES = {
     "string": "text",
     "integer": "number",

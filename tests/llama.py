@@ -130,12 +130,6 @@ class Llama:
     def canonical_name(self, name: str) -> str | None:
         return None
 
-    def mlx_refusal(self) -> str | None:
-        return None
-
-    def mlx_name(self, name: str) -> str | None:
-        return name
-
     def keeps_dtype(self, name: str) -> bool:
         return False
 

@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 from numpy.typing import NDArray
 from tiny import bf16, tiny_config
 
-from carnice_build.calibration.passes import Embed, Forward
+from carnice_build.calibration.passes import Embed, Forward, ForwardExperts
 from carnice_build.calibration.tokens import LongestFirst, Tokens
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.formats.autoround.ops import Merge, Nearest, packed_specs
@@ -27,7 +27,12 @@ from carnice_build.formats.compressed_tensors.awq import Smooth
 from carnice_build.formats.compressed_tensors.ops import GroupQuantize, SmoothNorm, SmoothWeight
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.fp8_dynamic.ops import RowQuantize
-from carnice_build.formats.mlx.ops import AffineQuantize, ReferenceAffineQuantize
+from carnice_build.formats.mlx.ops import (
+    AffineQuantize,
+    ReferenceAffineQuantize,
+    Transform,
+    TransformQuantize,
+)
 from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales
 from carnice_build.graph import Op, Stacked, TensorData
 from carnice_build.models import architecture_of
@@ -163,15 +168,10 @@ def _layer() -> _Layer:
         for fact in architecture.tensors.values()
         if fact.part is Part.LAYERS and fact.layer == 3
     ]
-    # Which other layers there are is no part of the config that a layer depends on.
-    text = {
-        key: value
-        for key, value in config["text_config"].items()
-        if key not in ("num_hidden_layers", "layer_types", "full_attention_interval")
-    }
+    text = config["text_config"]
     params = {
         "names": [fact.name.removeprefix(prefix) for fact in facts],
-        "kind": "full",
+        "layer": 3,
         "config": text,
         "dtype": "bfloat16",
         "attention": "eager",
@@ -182,6 +182,53 @@ def _layer() -> _Layer:
     linears = [fact.module.removeprefix(prefix) for fact in facts if fact.role is Role.LINEAR]
     weights = [("BF16", fact.shape) for fact in facts]
     return _Layer(params, linears, text["hidden_size"], weights)
+
+
+@cache
+def _experts_layer() -> _Layer:
+    """The only layer of a tiny Qwen3-MoE, whose experts are stacks."""
+    hidden, width, experts = 128, 64, 3
+    attention = {
+        f"self_attn.{name}_proj": (rows, columns)
+        for name, rows, columns in (
+            ("q", 64, hidden),
+            ("k", 32, hidden),
+            ("v", 32, hidden),
+            ("o", hidden, 64),
+        )
+    }
+    stacks = {
+        f"mlp.experts.*.{name}_proj": (experts, *shape)
+        for name, shape in (
+            ("gate", (width, hidden)),
+            ("up", (width, hidden)),
+            ("down", (hidden, width)),
+        )
+    }
+    norms = {f"self_attn.{name}_norm": (32,) for name in "qk"}
+    norms |= {f"{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
+    modules = {**attention, **stacks, "mlp.gate": (experts, hidden), **norms}
+    config = {
+        "model_type": "qwen3_moe",
+        "hidden_size": hidden,
+        "moe_intermediate_size": width,
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    params = {
+        **_layer().params,
+        "names": [f"{name}.weight" for name in modules],
+        "layer": 0,
+        "config": config,
+    }
+    weights = [("BF16", shape) for shape in modules.values()]
+    return _Layer(params, [*attention, *stacks], hidden, weights)
 
 
 _AFFINE = {"bits": 4, "group_size": 64, "dtype": "BF16", "nonfinite": "refuse"}
@@ -200,9 +247,15 @@ _TUNING = {
     "not_use_best_mse": False,
     "seed": 42,
 }
-_PASSING = ("names", "kind", "config", "threads", "processor")
+_PASSING = ("names", "layer", "config", "threads", "processor")
 _WORKSPACE = frozenset({"workspace"})
 _STACKED = frozenset({"op", "name", "version", "libraries", "figures"})
+
+_TURNED = {
+    "steps": [["transpose", [0], [0, 2, 1]], ["add_number", [1], 1.0]],
+    "dtype": "BF16",
+    "nonfinite": "refuse",
+}
 
 OPS: Sequence[OpSample] = [
     OpSample(AffineQuantize(), _AFFINE, drawn(("BF16", (9, 128)))),
@@ -212,6 +265,11 @@ OPS: Sequence[OpSample] = [
         drawn(("F32", (9, 64))),
     ),
     OpSample(ReferenceAffineQuantize(), _AFFINE, drawn(("BF16", (9, 128)))),
+    OpSample(Transform(), _TURNED, drawn(("BF16", (3, 128, 4)))),
+    OpSample(
+        Transform(), {**_TURNED, "dtype": "F32", "nonfinite": "zero"}, drawn(("BF16", (2, 32, 4)))
+    ),
+    OpSample(TransformQuantize(), {**_AFFINE, **_TURNED}, drawn(("BF16", (3, 128, 4)))),
     OpSample(Elementwise(), _PLUS_ONE, drawn(("BF16", (9,)))),
     OpSample(
         Elementwise(), {**_PLUS_ONE, "add": None, "nonfinite": "zero"}, drawn(("F32", (9, 4)))
@@ -261,6 +319,26 @@ OPS: Sequence[OpSample] = [
         Forward(workspace=1 << 20),
         {**_layer().params, "linears": list(_layer().linears)},
         _layer().inputs(1),
+        _WORKSPACE,
+    ),
+    OpSample(
+        ForwardExperts(workspace=1 << 20),
+        {**_experts_layer().params, "linears": list(_experts_layer().linears)},
+        _experts_layer().inputs(1),
+        _WORKSPACE,
+    ),
+    OpSample(
+        Smooth(workspace=1 << 20),
+        {
+            **_experts_layer().params,
+            "mappings": [["mlp.experts.*.up_proj", ["mlp.experts.*.down_proj"]]],
+            "quantized": ["mlp.experts.*.up_proj", "mlp.experts.*.down_proj"],
+            "scheme": {"num_bits": 4, "group_size": 64, "symmetric": False},
+            "n_grid": 4,
+            "duo_scaling": True,
+            "norms": "library",
+        },
+        _experts_layer().inputs(1),
         _WORKSPACE,
     ),
     OpSample(
@@ -369,6 +447,7 @@ FORMATS: Mapping[str, FormatSample] = {
 # --- steps ---------------------------------------------------------------------------------------
 
 STEPS: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "decode": [{"decode": {"match": "*.down_proj.weight", "dtype": "bfloat16", "expect": 9}}],
     "rename": [
         {"rename": {"from": "^lm_head", "to": "head", "expect": 1}},
         {"rename": {"from": "^head", "to": "lm_head", "optional": True}},
@@ -377,4 +456,5 @@ STEPS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "graft": [{"graft": {"from": "base", "match": "mtp.*", "replace": True, "expect": 15}}],
     "chat_template": [{"chat_template": {"patch": "hermes"}}],
 }
-"""The `steps` of a recipe that uses a step, of whose sources `base` alone has an MTP head."""
+"""The `steps` of a recipe that uses a step, of whose sources `base` alone has an MTP head; that of
+`decode` has a quantized body."""

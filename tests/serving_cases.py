@@ -68,6 +68,7 @@ FACTS = {
     "int4-autoround-vllm": INT4,
     "w4a16-v100": AWQ40B,
     "w4a16-vllm": AWQ40B,
+    "vllm": FP8,
 }
 
 

@@ -33,11 +33,6 @@ NARROW = ("linear_attn.in_proj_a", "linear_attn.in_proj_b")
 SAMPLES, LENGTH = 6, 64
 # In a batch of all samples the library's choice of the best iteration knows the whole error.
 SETTINGS = AutoRoundSettings(iters=8, lr=0.03, batch_size=SAMPLES)
-TEXT_CONFIG = {
-    **CONFIG,
-    "num_hidden_layers": 2,
-    "layer_types": ["linear_attention", "full_attention"],
-}
 
 
 def tune(
@@ -48,7 +43,7 @@ def tune(
     threads: int = 1,
 ) -> TunedLayer:
     """`tune_layer` of one of the two layers."""
-    runner = LayerDriver(TEXT_CONFIG, kind, Arithmetic(settings.dtype, "sdpa", threads))
+    runner = LayerDriver(CONFIG, LAYERS[kind], Arithmetic(settings.dtype, "sdpa", threads))
     return tune_layer(runner, layer_tensors(LAYERS[kind]), inputs, quantized_inputs, settings)
 
 
@@ -121,7 +116,7 @@ def test_linears_of_16_bits_are_left_alone(embedded: list[Tensor], tuned: list[T
     """The quantized outputs are those of a layer in which only the other linears are replaced."""
     layer = layer_tensors(LAYERS["linear"])
     replaced = {f"{name}.weight": linear.weight for name, linear in tuned[0].linears.items()}
-    runner = LayerDriver(TEXT_CONFIG, "linear", Arithmetic("bfloat16", "sdpa", threads=1))
+    runner = LayerDriver(CONFIG, LAYERS["linear"], Arithmetic("bfloat16", "sdpa", threads=1))
     with torch.autocast("cpu", torch.bfloat16):
         outputs = runner.run(runner.layer(layer | replaced), torch.cat(embedded))
 
@@ -214,7 +209,9 @@ def two_layer_model(folder: Path) -> Any:
     for position, place in enumerate(LAYERS.values()):
         for name, tensor in layer_tensors(place).items():
             tensors[f"model.layers.{position}.{name}"] = tensor
-    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**TEXT_CONFIG)).bfloat16()
+    kinds = ["linear_attention", "full_attention"]
+    config = Qwen3_5TextConfig(**{**CONFIG, "num_hidden_layers": 2, "layer_types": kinds})
+    model = Qwen3_5ForCausalLM(config).bfloat16()
     model.load_state_dict(tensors)
     model.save_pretrained(folder)
     return Qwen3_5ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -291,7 +288,7 @@ def test_samples_of_several_lengths_are_tuned_one_by_one(embedded: list[Tensor])
         (
             [64],
             {"layer_bits": {"mlp.up": 16}},
-            "layer_bits names mlp.up, no linear of a full layer",
+            "layer_bits names mlp.up, no linear of the layer",
         ),
     ],
     ids=["no sample", "lengths", "name"],
@@ -315,7 +312,7 @@ def test_what_is_not_finite_is_refused(embedded: list[Tensor]) -> None:
     """The library would stay silent and round to nearest."""
     bad = embedded[0].clone()
     bad[0, 3] = torch.nan
-    with pytest.raises(ValueError, match="outputs of a full layer are NaN or infinite"):
+    with pytest.raises(ValueError, match="outputs of the layer are NaN or infinite"):
         tune("full", [bad])
 
 

@@ -29,8 +29,8 @@ FULL = KINDS.index("full")
 every_observer = pytest.mark.parametrize("observer", ["mse", "memoryless_minmax"])
 
 
-def driver(kind: str) -> LayerDriver:
-    return LayerDriver(CONFIG, kind, Arithmetic("bfloat16", "eager", threads=1))
+def driver(layer: int) -> LayerDriver:
+    return LayerDriver(CONFIG, layer, Arithmetic("bfloat16", "eager", threads=1))
 
 
 def smoothed_tensors(
@@ -72,7 +72,7 @@ def search(
     """Smooth one layer with a model object of its own."""
     outputs: dict[int, Tensor] = {}
     scales = smooth_layer(
-        driver(KINDS[layer]),
+        driver(layer),
         layer_tensors(layer),
         quantized(layer),
         inputs,
@@ -220,8 +220,8 @@ def _matched(pattern: str, path: str, modules: list[str]) -> list[str]:
 
 def test_offset_norms_are_those_that_the_library_converts() -> None:
     """Our table names the norms of a layer for which the library holds 1 + w."""
-    for index, kind in enumerate(KINDS):
-        layer = driver(kind).layer(layer_tensors(index))
+    for index in range(len(KINDS)):
+        layer = driver(index).layer(layer_tensors(index))
         prefix = ARCHITECTURE.layer_prefix(index)
 
         assert offset_norms(layer) == [
@@ -293,7 +293,7 @@ def test_exact_norms_change_only_what_is_smoothed() -> None:
 def test_exact_norms_hand_on_what_the_layer_on_disk_computes(layers: list[Smoothed]) -> None:
     """The next layer's inputs are the outputs of the layer that is written, unquantized."""
     smoothed = search(FULL, layers[FULL].inputs, EXACT)
-    model = driver("full")
+    model = driver(FULL)
     layer = model.layer(smoothed_tensors(FULL, smoothed.scales, EXACT))
 
     assert all(
@@ -315,7 +315,7 @@ def test_a_search_leaves_its_tensors_alone_and_prints_nothing(
 
 def test_a_layer_without_quantized_linears_is_passed_through(layers: list[Smoothed]) -> None:
     """Nothing to quantize, nothing to smooth: no scales, and the outputs all the same."""
-    model = driver("linear")
+    model = driver(0)
     layer = model.layer(layer_tensors(0))
     outputs: dict[int, Tensor] = {}
     inputs = layers[0].inputs

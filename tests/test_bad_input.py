@@ -95,7 +95,7 @@ def poison(project: Project, name: str, element: int, value: bytes) -> None:
 
 # --- recipes -------------------------------------------------------------------------------------
 
-BODY = "extends: _base/mlx.yaml\nvariant: bad\ndescription: x\n"
+BODY = "extends: [_base/carnice-text.yaml, preset:mlx-4bit]\nvariant: bad\ndescription: x\n"
 
 RECIPES = {
     "an unknown key": (
@@ -159,11 +159,11 @@ RECIPES = {
         ("recipes/bad.yaml:6:13: renaming", "up_proj.weight'", "twice"),
     ),
     "a parent outside": (
-        BODY.replace("_base/mlx.yaml", "../../secret.yaml"),
+        BODY.replace("[_base/carnice-text.yaml, preset:mlx-4bit]", "../../secret.yaml"),
         ("recipes/bad.yaml:1:10: extends '../../secret.yaml', which is outside",),
     ),
     "an absolute parent": (
-        BODY.replace("_base/mlx.yaml", "/etc/passwd"),
+        BODY.replace("[_base/carnice-text.yaml, preset:mlx-4bit]", "/etc/passwd"),
         ("recipes/bad.yaml:1:10: extends '/etc/passwd', which is outside",),
     ),
     "a variant outside": (

@@ -27,7 +27,7 @@ LEFTOVER = re.compile(r"\{'|\['|\[\]|\{\}|\bNone\b|Undefined|\bnan\b|<[\w.]+ obj
 """What Python prints of a value that is no text and no number."""
 
 ROUNDED = """
-extends: [_base/carnice-text.yaml, _base/int4-mtp.yaml]
+extends: [_base/carnice-text.yaml, preset:int4-rtn]
 variant: rounded
 description: Rounded
 quantize: {method: nearest}

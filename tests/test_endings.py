@@ -176,7 +176,7 @@ def test_a_working_folder_that_is_gone_is_bad_input(project: Project) -> None:
     lost = shell(project, f"{go} && carnice plan mlx-4bit")
     found = shell(project, f'{go} && carnice list --recipes "{project.recipes}"')
 
-    assert (2, b"carnice: recipes/_profiles.yaml: ") == (lost.returncode, lost.stderr[:33])
+    assert (2, b"carnice: recipes: is not a folder") == (lost.returncode, lost.stderr[:33])
     assert (0, b"") == (found.returncode, found.stderr)
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TinyCheckpoint
 from pydantic import ValidationError
+from quantizing import quantize
 from samples import STEPS as SAMPLES
 
 from carnice_build.commands.options import Options
@@ -38,21 +39,27 @@ def recipe(kind: str) -> Mapping[str, Any]:
     return {
         "variant": kind,
         "description": f"A model after the step {kind}",
-        "sources": {"body": {"model": "owner/body"}, "base": {"model": "owner/base"}},
+        "sources": {name: {"model": f"owner/{name}"} for name in _sources(kind)},
         "steps": SAMPLES[kind],
         "quantize": {"format": "autoround", "method": "nearest", "group_size": 64},
     }
 
 
+def _sources(kind: str) -> tuple[str, ...]:
+    """The checkpoints that the recipe of a step is made from."""
+    return ("quantized",) if STEPS[kind].decodes else ("body", "base")
+
+
 @pytest.fixture(scope="module")
 def options(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Options:
-    """Where there is a recipe for each step, of two tiny checkpoints."""
+    """Where there is a recipe for each step, of tiny checkpoints."""
     root = tmp_path_factory.mktemp("steps")
-    for name, mtp in (("body", False), ("base", True)):
+    for name, mtp in (("body", False), ("base", True), ("quantized", True)):
         folder = tiny_checkpoint(root / name, mtp=mtp)
         shutil.copy(REPOSITORY / "demo" / "chat_template.jinja", folder)
     (root / "recipes").mkdir()
-    profiles = {"demo": {"owner/body": "body", "owner/base": "base"}}
+    quantize(root / "quantized", "fp8", lambda module: module.endswith(".down_proj"))
+    profiles = {"demo": {f"owner/{name}": name for name in ("body", "base", "quantized")}}
     (root / "recipes" / "_profiles.yaml").write_text(yaml.safe_dump(profiles))
     for kind in SAMPLES:
         (root / "recipes" / f"{kind}.yaml").write_text(yaml.safe_dump(recipe(kind)))

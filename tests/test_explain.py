@@ -16,8 +16,8 @@ from carnice_build.planning.status import Status
 ONE_DOWN_PROJ = 'quantize.rules+={match: "*.layers.1.mlp.down_proj", bits: 8}'
 
 
-def explained(project: Project, **changes: Any) -> Explanation:
-    (explanation,) = explain_variants(["mlx-mixed_3_6"], project.options(**changes))
+def explained(project: Project, variant: str = "mlx-mixed_3_6", **changes: Any) -> Explanation:
+    (explanation,) = explain_variants([variant], project.options(**changes))
     return explanation
 
 
@@ -48,14 +48,25 @@ def test_a_knob_names_its_values_and_its_place(project: Project) -> None:
 def test_a_rule_in_a_file_is_named_by_its_line(project: Project) -> None:
     """A changed rule is named by file, line and column, in the file that holds it."""
     build_variants(["mlx-mixed_3_6"], project.options())
-    path = project.recipes / "_base" / "mlx-mixed.yaml"
-    path.write_text(path.read_text().replace("match: lm_head, bits: 6", "match: lm_head, bits: 5"))
+    path = project.recipes / "mlx-mixed_3_6.yaml"
+    path.write_text(path.read_text() + "quantize:\n  rules+:\n    - {match: lm_head, bits: 5}\n")
     line = path.read_text().split("match: lm_head")[0].count("\n") + 1
     (reason,) = explained(project).reasons
 
     assert "bits 6 -> 5" == reason.cause
     assert reason.where is not None
     assert reason.where.startswith(f"{path}:{line}:")
+
+
+def test_a_knob_of_a_preset_is_named_by_its_place_in_the_package(project: Project) -> None:
+    """So the sentence is the same wherever the package is installed."""
+    build_variants(["mlx-4bit"], project.options())
+    path = project.recipes / "mlx-4bit.yaml"
+    path.write_text(path.read_text().replace("preset:mlx-4bit", "preset:mlx-6bit"))
+    (reason,) = explained(project, "mlx-4bit").reasons
+
+    assert "bits 4 -> 6" == reason.cause
+    assert "carnice_build/presets/mlx-6bit.yaml:6:9" == reason.where
 
 
 def test_actions_found_in_the_cache_are_told_apart(project: Project) -> None:

@@ -20,7 +20,7 @@ from carnice_build.package import files as base
 from carnice_build.serving import readme
 
 ROUNDED = """
-extends: [_base/carnice-text.yaml, _base/int4-mtp.yaml]
+extends: [_base/carnice-text.yaml, preset:int4-rtn]
 variant: rounded
 description: Rounded
 quantize: {method: nearest}

@@ -134,7 +134,8 @@ def test_a_recipe_may_extend_several(project: Project) -> None:
     project.recipe("_two", "description: two\ncard: {license: apache-2.0, language+: [zh]}\n")
     project.recipe(
         "several",
-        "extends: [_one.yaml, _two.yaml, _base/mlx.yaml]\nvariant: several\nquantize: {bits: 4}\n",
+        "extends: [_base/carnice-text.yaml, preset:mlx-4bit, _one.yaml, _two.yaml]\n"
+        "variant: several\n",
     )
     (planned,) = plan_variants(["several"], project.options()).variants
 

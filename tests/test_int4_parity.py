@@ -340,7 +340,7 @@ def test_autoround_gives_what_the_library_gives_block_by_block(tuned: Path) -> N
         weights = {n.removeprefix(prefix): t for n, t in source.items() if n.startswith(prefix)}
         bits = NARROW if kind == "linear" else {}
         settings = AutoRoundSettings(**{**vars(SETTINGS), "layer_bits": bits})
-        runner = LayerDriver(config, kind, Arithmetic(settings.dtype, "sdpa", threads=1))
+        runner = LayerDriver(config, index, Arithmetic(settings.dtype, "sdpa", threads=1))
         layer = tune_layer(runner, weights, given, effective, settings)
         given, effective = layer.outputs, layer.quantized_outputs
         losses.append([layer.nearest_loss, layer.loss])

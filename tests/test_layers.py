@@ -13,8 +13,9 @@ from qwen import BODY
 from torch import Tensor
 
 from carnice_build.backends.tensors import as_data, as_tensor
-from carnice_build.calibration.driver import Arithmetic, LayerDriver, NonFiniteInput, input_amax
+from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.text_model import OpenModel
+from carnice_build.calibration.watch import NonFiniteInput, seen_inputs
 from carnice_build.graph import TensorData
 
 SAMPLES = [sample(length, seed=length) for length in (64, 67)]
@@ -30,8 +31,8 @@ def layerwise(dtype: str, attention: str) -> OpenModel:
     return OpenModel(source(), Arithmetic(dtype, attention, threads=1))
 
 
-def driver(kind: str) -> LayerDriver:
-    return LayerDriver(CONFIG, kind, Arithmetic("bfloat16", "sdpa", threads=1))
+def driver(layer: int) -> LayerDriver:
+    return LayerDriver(CONFIG, layer, Arithmetic("bfloat16", "sdpa", threads=1))
 
 
 def embedded(tokens: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def test_no_position_sees_a_later_one(dtype: str, attention: str) -> None:
 
 def test_a_layer_takes_exactly_its_own_tensors() -> None:
     """A tensor too few or too many is refused, and named."""
-    layers = driver("linear")
+    layers = driver(0)
     tensors = layer_tensors(0)
     lacking = {name: tensor for name, tensor in tensors.items() if name != "mlp.up_proj.weight"}
 
@@ -113,43 +114,46 @@ def modelopt_amax() -> Mapping[str, float]:
     }
 
 
-def test_input_amax_is_what_modelopt_calibrates(modelopt_amax: Mapping[str, float]) -> None:
+def test_seen_inputs_is_what_modelopt_calibrates(modelopt_amax: Mapping[str, float]) -> None:
     """The largest input of every linear that modelopt's NVFP4 enables has modelopt's bits."""
-    drivers = {kind: driver(kind) for kind in KINDS}
     found = {}
     hidden = [embedded(tokens) for tokens in SAMPLES]
-    for index, kind in enumerate(KINDS):
-        layer = drivers[kind].layer(layer_tensors(index))
-        with input_amax(layer) as amax:
-            hidden = [drivers[kind].run(layer, sample) for sample in hidden]
-        found |= {f"{index}.{name}": value for name, value in amax.items()}
+    for index in range(len(KINDS)):
+        layers, tensors = driver(index), layer_tensors(index)
+        layer = layers.layer(tensors)
+        with seen_inputs(layer, layers.owners(tensors)) as seen:
+            hidden = [layers.run(layer, sample) for sample in hidden]
+        found |= {f"{index}.{name}": value for name, value in seen.amax.items()}
 
     assert 50 == len(modelopt_amax)
     assert modelopt_amax == {name: found[name] for name in modelopt_amax}
 
 
-def test_input_amax_leaves_the_layer_as_it_was() -> None:
+def test_seen_inputs_leaves_the_layer_as_it_was() -> None:
     """After the context, passes are no longer watched."""
-    layers = driver("linear")
+    layers = driver(0)
     layer = layers.layer(layer_tensors(0))
-    with input_amax(layer) as amax:
+    with seen_inputs(layer, layers.owners(layer_tensors(0))) as seen:
         pass
 
     layers.run(layer, embedded(SAMPLES[0]))
 
-    assert {} == amax
+    assert {} == seen.amax
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_input_amax_names_the_linear_that_meets_a_value_that_is_not_finite(bad: float) -> None:
+def test_seen_inputs_names_the_linear_that_meets_a_value_that_is_not_finite(bad: float) -> None:
     """NaN and infinity raise, with the first linear that they reach."""
-    layers = driver("linear")
+    layers = driver(0)
     tensors = layer_tensors(0)
     up = tensors["mlp.up_proj.weight"].clone()
     up[3, 5] = bad
     layer = layers.layer({**tensors, "mlp.up_proj.weight": up})
 
-    with input_amax(layer), pytest.raises(NonFiniteInput) as raised:
+    with (
+        seen_inputs(layer, layers.owners(tensors)),
+        pytest.raises(NonFiniteInput) as raised,
+    ):
         layers.run(layer, embedded(SAMPLES[0]))
 
     assert "mlp.down_proj" == raised.value.linear

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import Tensor, write_safetensors
 
+from carnice_build.checkpoint.decoded import decoded_fp8
 from carnice_build.checkpoint.header import read_header
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.checkpoint.stack import stacked
@@ -23,6 +24,7 @@ from carnice_build.execute.processes import LocalRunner
 from carnice_build.execute.session import Outcome, execute
 from carnice_build.execute.streaming import sample_digest
 from carnice_build.formats.base import OutputTensor
+from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.fp8_dynamic.ops import RowQuantize
 from carnice_build.formats.nvfp4.ops import BlockQuantize
 from carnice_build.graph import ActionGraph, ActionOutput, Stacked, TensorData, TensorRef
@@ -48,36 +50,60 @@ def weights(experts: int, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def refs(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, TensorRef]:
-    """The two stacks of a file of experts."""
-    write_safetensors(
-        path,
-        {name: Tensor("BF16", array.shape, array.tobytes()) for name, array in tensors.items()},
-    )
+def opened(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, SourceTensor]:
+    """The tensors of a file, once they are written there."""
+    write_safetensors(path, tensors)
     file = LocalFile(path)
-    found = {
+    return {
         entry.name: SourceTensor(entry.name, entry.spec, file, entry.offset)
         for entry in read_header(file).entries
     }
-    made = {}
-    for name in ("gate", "up"):
-        parts = [found[f"{expert}.{name}"] for expert in range(len(tensors) // 2)]
-        stack = stacked(f"*.{name}", parts)
-        made[name] = TensorRef(stack.spec, stack)
-    return made
+
+
+def plain(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, SourceTensor]:
+    """Experts in BF16."""
+    made = {name: Tensor("BF16", item.shape, item.tobytes()) for name, item in tensors.items()}
+    return opened(path, made)
+
+
+def in_fp8(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, SourceTensor]:
+    """Experts in FP8, as the floats that they stand for: codes are the upper bytes, but NaN."""
+    codes = {name: (item >> 8).astype(np.uint8) & 0xBF for name, item in tensors.items()}
+    scales = np.linspace(0.01, 1, len(codes), dtype=np.float32)
+    made = {name: Tensor("F8_E4M3", item.shape, item.tobytes()) for name, item in codes.items()}
+    for name, scale in zip(codes, scales, strict=True):
+        made[f"{name}_scale_inv"] = Tensor("F32", (1, 1), scale.tobytes())
+    found = opened(path, made)
+    return {
+        name: decoded_fp8(name, found[name], found[f"{name}_scale_inv"], "BF16", (128, 128))
+        for name in codes
+    }
+
+
+Experts = Callable[[Path, Mapping[str, np.ndarray[Any, Any]]], dict[str, SourceTensor]]
 
 
 class Build:
     """A build of what `actions` make of two stacks, and of the stack `up` as it is."""
 
     def __init__(
-        self, root: Path, tensors: Mapping[str, np.ndarray[Any, Any]], *, shared: bool = True
+        self,
+        root: Path,
+        tensors: Mapping[str, np.ndarray[Any, Any]],
+        *,
+        shared: bool = True,
+        experts: Experts = plain,
     ) -> None:
         self.root = root
-        self.refs = refs(root / "experts.safetensors", tensors)
+        found = experts(root / "experts.safetensors", tensors)
+        count = len(tensors) // 2
+        stacks = {
+            name: stacked(f"*.{name}", [found[f"{expert}.{name}"] for expert in range(count)])
+            for name in ("gate", "up")
+        }
+        self.refs = {name: TensorRef(stack.spec, stack) for name, stack in stacks.items()}
         self.graph = ActionGraph()
         gate, up = self.refs["gate"], self.refs["up"]
-        count = len(tensors) // 2
         made = [*self.graph.add(RowQuantize(), {}, gate.reshaped(count * ROWS, COLUMNS))]
         if shared:
             made += self.graph.add(Stacked(BlockQuantize()), {}, gate, up)
@@ -180,6 +206,46 @@ def test_what_is_made_is_found_again(tmp_path: Path) -> None:
     assert 0 == again.read_bytes
     assert [] == moved.made
     assert [*first.packs.values()] == [*moved.packs.values()]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_stacks_of_decoded_experts_flow_as_well(tmp_path: Path) -> None:
+    """What is made of experts in FP8 is what is made of their floats, and found for these."""
+    build = Build(tmp_path, weights(5), experts=in_fp8)
+    first = build.run()
+    floats = {}
+    for name, ref in build.refs.items():
+        assert isinstance(ref.origin, SourceTensor)
+        assert ref.origin.file is not None
+        content = np.empty(ref.spec.shape, np.uint16)
+        ref.origin.file.read_into(0, content.view(np.uint8).reshape(-1).data)
+        floats |= {f"{expert}.{name}": content[expert] for expert in range(5)}
+    (tmp_path / "floats").mkdir()
+    other = Build(tmp_path / "floats", floats)
+    other.root = tmp_path
+    second = other.run()
+
+    assert expected(floats, build) == build.content(first)
+    assert [] == second.made
+    assert [*first.packs.values()] == [*second.packs.values()]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_output_that_only_another_job_reads_flows_too(tmp_path: Path) -> None:
+    """It grows in a file of its own, and is there when the other job wants it."""
+    build = Build(tmp_path, weights(5))
+    scale = build.outputs.pop(6)
+    (cast_scale,) = build.graph.add(
+        Elementwise(), {"add": None, "dtype": "F32", "nonfinite": "refuse"}, scale.ref
+    )
+    build.outputs.append(OutputTensor("cast", cast_scale, scale.fact))
+    packs = pack_layouts(build.outputs, 1 << 30, {})
+    build.variants = cast(Sequence[VariantPlan], [SimpleNamespace(packs=tuple(packs))])
+    first, second = build.jobs()
+    content = build.content(build.run())
+
+    assert (True, {0}) == (first.streams, second.needs)
+    assert content["cast"] == expected(weights(5), Build(tmp_path, weights(5)))[scale.name]
 
 
 def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ pytest_plugins = ["calibrating"]
 
 SPELLED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 ROUNDED = """
-extends: [_base/carnice-text.yaml, _base/int4-mtp.yaml]
+extends: [_base/carnice-text.yaml, preset:int4-rtn]
 variant: rounded
 description: Rounded
 sources: {body: {model: Qwen/Qwen3.6-27B}}

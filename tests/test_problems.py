@@ -19,7 +19,7 @@ Carnice = Callable[..., Finished]
 
 VARIANT = "qwen"
 RECIPE = """\
-extends: _base/mlx.yaml
+extends: [_base/carnice-text.yaml, preset:mlx-4bit]
 variant: qwen
 description: The base, which is one file under its proper names.
 sources: {body: {model: Qwen/Qwen3.6-27B}}
@@ -188,7 +188,7 @@ def test_all_tensors_of_a_wrong_shape_are_told(one: Project, carnice: Carnice) -
 
 
 WRONG = """\
-extends: _base/mlx.yaml
+extends: [_base/carnice-text.yaml, preset:mlx-4bit]
 variant: wrong
 description: x
 packge: {shard: 5GB}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from carnice_build.recipe.layers import LayerSpan, layers_in
 from carnice_build.recipe.loader import Recipe, list_recipes, load_recipe
 from carnice_build.recipe.merge import override, read_with_parents
 from carnice_build.recipe.patterns import Patterns, compile_pattern
+from carnice_build.recipe.presets import PREFIX, presets
 from carnice_build.yaml_tree import parse_tree
 
 MINIMAL = """\
@@ -142,9 +144,47 @@ def test_every_recipe_has_the_tags_of_all_its_parents() -> None:
             tree = yaml.safe_load(file.read_text())
             parents = tree.get("extends", [])
             parents = [parents] if isinstance(parents, str) else parents
-            waiting += [file.parent / parent for parent in parents]
+            waiting += [
+                presets()[parent.removeprefix(PREFIX)]
+                if parent.startswith(PREFIX)
+                else file.parent / parent
+                for parent in parents
+            ]
 
             assert set(tree.get("card", {}).get("tags+", [])) <= tags, (path, file)
+
+
+def test_a_preset_is_extended_by_its_name(tmp_path: Path) -> None:
+    """`preset:NAME` is a file of the package, and what it says has its place there."""
+    path = write(tmp_path, "child.yaml", "extends: preset:mlx-6bit\nc: 3\n")
+    tree = read_with_parents(path)
+
+    assert 6 == tree.find(("quantize", "bits")).value
+    assert "carnice_build/presets/mlx-6bit.yaml:6:9" == tree.find(("quantize", "bits")).where
+    assert 3 == tree.find(("c",)).value
+
+
+@pytest.mark.parametrize("name", ["preset:mlx-4bt", "mlx-4bit", "preset:../mlx-4bit"])
+def test_a_preset_that_is_none_is_refused_with_the_nearest(tmp_path: Path, name: str) -> None:
+    """A misspelt name, one without its prefix, and one that leads elsewhere."""
+    path = write(tmp_path, "child.yaml", f"extends: {name}\n")
+
+    with pytest.raises(RecipeError, match=r"child.yaml:1:10: .*did you mean 'preset:mlx-4bit'"):
+        read_with_parents(path)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_lacks_nothing_but_a_source(tmp_path: Path, name: str) -> None:
+    """With a source it is a recipe, and it names neither a model nor a profile of ours."""
+    text = f"extends: preset:{name}\nvariant: child\nsources: {{body: {{model: owner/name}}}}\n"
+    tree = read_with_parents(write(tmp_path, "child.yaml", text)).plain()
+    loaded = load(tmp_path / "child.yaml")
+
+    assert loaded.description
+    assert loaded.quantize.serving() is None or ["vllm"] == [
+        spec.profile for spec in loaded.package.serve
+    ]
+    assert not {"demo", "full", "carnice", "qwen"} & set(re.findall(r"\w+", str(tree).lower()))
 
 
 def test_parents_are_found_from_the_file_that_names_them(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_what_the_engine_does_not_read_may_be_lost(recipes: Project, problem: st
     LOST[problem](recipes.base / "tokenizer.json")
     recipes.recipe(
         "grafted",
-        "extends: [_base/carnice-mtp.yaml, _base/mlx.yaml]\nvariant: grafted\ndescription: x\n"
+        "extends: [_base/carnice-mtp.yaml, preset:mlx-4bit]\nvariant: grafted\ndescription: x\n"
         "quantize: {bits: 4}\n",
     )
 

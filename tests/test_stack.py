@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import Tensor, write_safetensors
 
+from carnice_build.checkpoint import stack as stack_module
 from carnice_build.checkpoint.header import read_header
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.checkpoint.stack import row_range, slab_rows, slab_stack, stacked
@@ -147,6 +148,27 @@ def test_rows_of_a_fused_tensor_are_ranges_of_its_bytes(tmp_path: Path) -> None:
     assert (3, 4, 4) == gates.spec.shape
     assert array[:, :4].tobytes() == content(gates)
     assert "gate_up[1, 0:4]" == gates.located(4 * 4)[0].name
+
+
+@pytest.mark.parametrize("block", [1, 40, 1 << 20])
+def test_rows_may_lie_between_others(
+    tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gates and ups that take turns in a fused tensor are two stacks, however they are read."""
+    monkeypatch.setattr(stack_module, "BLOCK_BYTES", block)
+    fused = write(tmp_path / "1.safetensors", "pad", "gate_up", shape=(3, 7, 4))["gate_up"]
+    array = np.frombuffer(content(fused), np.uint16).reshape(3, 7, 4)
+    gates, ups = slab_stack("gate", fused, 0, 7, 2), slab_stack("up", fused, 1, 7, 2)
+
+    assert (3, 4, 4) == gates.spec.shape
+    assert (3, 3, 4) == ups.spec.shape
+    assert array[:, ::2].tobytes() == content(gates)
+    whole = array[:, 1::2].tobytes()
+    for offset, step in ((0, 1), (5, 3), (8, 16), (0, 1000)):
+        assert whole[offset:] == in_pieces(ups, offset, len(whole) - offset, step)
+    part, index = ups.located(3 * 4 + 2 * 4 + 1)
+    assert ("gate_up[1, 1:7]", 4 * 4 + 1) == (part.name, index)
+    assert gates.identity != ups.identity
 
 
 def test_a_shape_file_has_stacks_without_bytes() -> None:

@@ -212,7 +212,10 @@ def test_a_knob_of_another_algorithm_is_refused(small: Project, carnice: Carnice
 
     assert 0 == carnice("plan", AWQ, *changes, "--set", "quantize.awq=null").code
     check_refused_at_once(
-        finished, small, f"recipes/{AWQ}.yaml:", "algorithm nearest has no use for `awq`"
+        finished,
+        small,
+        f"carnice_build/presets/{AWQ}.yaml:",
+        "algorithm nearest has no use for `awq`",
     )
 
 

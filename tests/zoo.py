@@ -622,6 +622,8 @@ def write_zoo(folder: Path, family: str, layout: Layout = "transformers") -> Pat
         _respell(folder, entry.hub)
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, folder / name)
+    if "vision_config" in entry.config:
+        (folder / "preprocessor_config.json").write_text("{}")
     return folder
 
 

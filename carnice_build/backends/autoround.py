@@ -141,7 +141,7 @@ def tune_layer(
     nearest_loss = _mean_squared_error(nearest_outputs, outputs)
     if not math.isfinite(nearest_loss):
         # The library would find no best iteration and return what it began with.
-        raise ValueError(f"outputs of a {runner.kind} layer are NaN or infinite on these samples")
+        raise ValueError("outputs of the layer are NaN or infinite on these samples")
     if not settings.iters:
         linears = _quantized_linears(layer, settings)
         return TunedLayer(linears, outputs, nearest_outputs, nearest_loss, nearest_loss)
@@ -172,9 +172,7 @@ def _quantizable_layer(
     linears = dict(_linears(layer))
     unknown = sorted(settings.layer_bits.keys() - linears.keys())
     if unknown:
-        raise ValueError(
-            f"layer_bits names {', '.join(unknown)}, no linear of a {runner.kind} layer"
-        )
+        raise ValueError(f"layer_bits names {', '.join(unknown)}, no linear of the layer")
     odd = [
         name
         for name, linear in linears.items()

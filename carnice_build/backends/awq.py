@@ -14,13 +14,17 @@ import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from compressed_tensors.registry import standardize_lookup_name
 from llmcompressor.core import LifecycleCallbacks, create_session
+from llmcompressor.modeling.moe.context import moe_calibration_context
+from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modeling.offset_norm import NormCalibrationModule, norm_calibration_context
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
@@ -37,7 +41,7 @@ from carnice_build.backends.tensors import as_data, as_tensor
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
 from carnice_build.kernels import smoothing
-from carnice_build.models.base import SmoothingMapping
+from carnice_build.models.base import STACK, SmoothingMapping
 from carnice_build.models.smoothing import mappings_of_layer
 
 Keep = Callable[[Tensor], Tensor]
@@ -78,23 +82,29 @@ def smooth_layer(
     and a mask per sample, lies in memory, or, given a folder `scratch` on a disk, in files without
     a name there, which vanish with the process.
 
-    Returns for each mapping that applies the scales F64 [channels] by the name of its smooth
-    layer: all that `apply_smoothing` needs.
+    Every expert reads every token, as `oneshot` has it: what it makes of those that were not sent
+    to it goes nowhere but into its own statistics.
+
+    Returns for each mapping that applies the scales F64 [channels], of a stack [E, channels], by
+    the name of its smooth layer: all that `apply_smoothing` needs.
     BackendError when the library finds none, as with hidden states that are not finite.
     """
     # A layer that the library has hooked is held by reference cycles: let the last one go first.
     gc.collect()
-    layer: Any = runner.layer({name: tensor.clone() for name, tensor in tensors.items()})
-    # The library asks its model for a config, and passes it on unread.
-    layer.config = runner.config
+    layer = _linear_layer(runner, {name: tensor.clone() for name, tensor in tensors.items()})
     modules = dict(layer.named_modules())
-    mappings = list(mappings_of_layer(settings.mappings, modules, quantized))
+    chosen = list(_each(quantized, modules))
+    mappings = [
+        mapping
+        for stacked in settings.mappings
+        for mapping in mappings_of_layer(list(_each_mapping(stacked, modules)), modules, chosen)
+    ]
     norms = offset_norms(layer)
     if settings.norms == "exact":
         for name in norms:
             modules[name].float()
     search = _Search.of(mappings, settings, _kept_in(scratch) if scratch else _kept_as_is)
-    with quiet(), _calibrating(layer, [search, _quantizer(settings.scheme, quantized)]):
+    with quiet(), _calibrating(layer, [search, _quantizer(settings.scheme, chosen)]):
         for hidden in inputs:
             runner.run(layer, hidden)
         LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
@@ -105,8 +115,53 @@ def smooth_layer(
     if settings.norms == "exact":
         del layer
         smoothed = apply_smoothing(tensors, search.scales, settings, norms)
-        _put_outputs(runner, runner.layer(smoothed), inputs, put_output)
-    return search.scales
+        _put_outputs(runner, _linear_layer(runner, smoothed), inputs, put_output)
+    return _stacked(settings.mappings, search.scales)
+
+
+def _linear_layer(runner: LayerRunner, tensors: Mapping[str, Tensor]) -> Any:
+    """The layer as the library wants it: every expert's linears modules of their own."""
+    layer: Any = runner.layer(tensors)
+    # The library asks its model for a config, and passes it on unread.
+    layer.config = runner.config
+    with quiet():
+        return linearize_moe(layer)
+
+
+def _each(names: Iterable[str], modules: Collection[str]) -> Iterator[str]:
+    """`names`, stacks of experts replaced by what each expert has."""
+    for name in names:
+        if STACK in name:
+            numbered = (name.replace(STACK, str(number)) for number in count())
+            yield from takewhile(modules.__contains__, numbered)
+        else:
+            yield name
+
+
+def _each_mapping(
+    mapping: SmoothingMapping, modules: Collection[str]
+) -> Iterator[SmoothingMapping]:
+    """`mapping` of single modules: one for each expert if it smooths what experts have."""
+    for number, smooth in enumerate(_each([mapping.smooth], modules)):
+        own = STACK in mapping.smooth
+        balance = (
+            [name.replace(STACK, str(number)) for name in mapping.balance]
+            if own
+            else _each(mapping.balance, modules)
+        )
+        yield SmoothingMapping(smooth, tuple(balance))
+
+
+def _stacked(
+    mappings: Iterable[SmoothingMapping], scales: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """`scales` by the modules that `mappings` smooth, those of a stack [E, channels]."""
+    result = {}
+    for mapping in mappings:
+        found = [scales[name] for name in _each([mapping.smooth], scales) if name in scales]
+        if found:
+            result[mapping.smooth] = torch.stack(found) if STACK in mapping.smooth else found[0]
+    return result
 
 
 def offset_norms(layer: nn.Module) -> list[str]:
@@ -229,7 +284,7 @@ def _quantizer(scheme: WeightScheme, quantized: Collection[str]) -> Quantization
 @contextmanager
 def _calibrating(layer: Any, recipe: list[Any]) -> Iterator[None]:
     """A session of llm-compressor around passes through `layer`, as `oneshot` sets it up."""
-    with create_session() as session, norm_calibration_context(layer):
+    with create_session() as session, norm_calibration_context(layer), moe_calibration_context():
         session.initialize(model=layer, start=-1, recipe=recipe)
         LifecycleCallbacks.calibration_start()
         with calibration_forward_context(layer), DisableQuantization(layer):
@@ -267,6 +322,9 @@ def _rewrite(
     name = f"{module}.weight"
     source = as_data(tensors[name])
     out = np.empty_like(source.array)
-    if kernel(source.array, source.dtype, *parameters, out) >= 0:
-        raise BackendError(f"{name} holds NaN or infinity", expected="finite weights")
+    experts = range(len(out)) if out.ndim > 2 else (...,)
+    for expert in experts:
+        own = (p[expert] if isinstance(p, np.ndarray) and p.ndim > 1 else p for p in parameters)
+        if kernel(source.array[expert], source.dtype, *own, out[expert]) >= 0:
+            raise BackendError(f"{name} holds NaN or infinity", expected="finite weights")
     tensors[name] = as_tensor(TensorData(source.dtype, out))

@@ -1,7 +1,7 @@
 """A decoder layer of any text model of transformers, run as its whole model would run it.
 
-transformers builds the model without weights, with one decoder layer; a stand-in for the layer
-learns from one pass what the model calls it with: masks, positions and what else there is.
+transformers builds the model without weights, layers and all; stand-ins for the layers learn from
+one pass what the model calls one of them with: masks, positions and what else there is.
 So hidden states have the bits that the whole model gives for one sample without padding, at the
 same arithmetic, while no more is held than the tensors of one layer: the caller gathers rows of
 the embedding, makes a layer, runs its samples through it and drops it.
@@ -10,31 +10,29 @@ Needs the `torch` extra; to be imported in worker processes alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+import json
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
+from carnice_build.calibration.weights import Owners, Placing
 from carnice_build.errors import BackendError
-
-
-class NonFiniteInput(Exception):
-    """The input of `linear`, a module's name relative to its layer, held NaN or infinity."""
-
-    def __init__(self, linear: str) -> None:
-        super().__init__(linear)
-        self.linear = linear
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a forward pass computes; all of it but `device` belongs into the key of what follows."""
+    """How a forward pass computes; all of it but `device` belongs into the key of what follows.
+
+    Experts are always run one after the other, as in transformers' `eager`.
+    """
 
     dtype: Literal["bfloat16", "float32"]
     attention: Literal["sdpa", "eager"]
@@ -50,144 +48,203 @@ class Arithmetic:
         """`tensor` in the arithmetic's type and on its device; the same one if it is there."""
         return tensor.to(self.device, self.torch_dtype)
 
-    def fill(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Give `module`, ready for use, its tensors by their names in it.
-
-        RuntimeError, which names them, when one is missing, left over or of another shape.
-        """
-        placed = {name: self.place(tensor) for name, tensor in tensors.items()}
-        module.load_state_dict(placed, strict=True, assign=True)
-        return module.requires_grad_(False).eval()
-
 
 def skeleton(text_config: Mapping[str, Any], arithmetic: Arithmetic) -> Any:
     """transformers' causal language model of a checkpoint's `text_config`, without its weights.
 
     What no checkpoint holds, as the frequencies of rotary embeddings, is there; BackendError when
-    transformers can make it only together with all weights.
-    Sets the threads of this process's torch.
+    transformers does not say how to make it, or lacks the attention for this model.
     """
-    torch.set_num_threads(arithmetic.threads)
     config_class = CONFIG_MAPPING[text_config["model_type"]]
-    config = config_class(**text_config)
-    # None would mean eager, which without a mask is silently not causal.
-    config._attn_implementation = arithmetic.attention
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    if arithmetic.attention == "sdpa" and not model_class._supports_sdpa:
+        raise BackendError(
+            f"transformers has no attention sdpa for {model_class.__name__}",
+            expected="calibration.attention: eager",
+        )
     with torch.device("meta"):
-        model = model_class(config)
+        model = model_class._from_config(
+            # What JSON has no number for is an object there.
+            config_class.from_dict(config_class._decode_special_floats(dict(text_config))),
+            dtype=arithmetic.torch_dtype,
+            # None would mean eager, which without a mask is silently not causal.
+            attn_implementation=arithmetic.attention,
+            experts_implementation="eager",
+        )
     for path, module in model.named_modules():
-        if module._non_persistent_buffers_set:
-            _revive(model, path, module.to_empty(device=arithmetic.device, recurse=False))
+        _revive(model, path, module, arithmetic.device)
     return model.requires_grad_(False).eval()
 
 
-def _revive(model: Any, path: str, module: nn.Module) -> None:
+def _revive(model: Any, path: str, module: nn.Module, device: str) -> None:
     """Compute the buffers of a module, as transformers does when no checkpoint holds them."""
-    buffers = [item for item in module.buffers(recurse=False) if item.is_floating_point()]
-    for buffer in buffers:
-        buffer.fill_(torch.nan)
-    model._init_weights(module)
-    if any(buffer.isnan().any() for buffer in buffers):
+    made = []
+    for name in module._non_persistent_buffers_set:
+        buffer = module._buffers[name]
+        if buffer is not None:
+            blank = torch.nan if buffer.is_floating_point() else 0
+            module._buffers[name] = torch.full_like(buffer, blank, device=device)
+            made.append(module._buffers[name])
+    if made:
+        model._init_weights(module)
+    if any(buffer is not None and buffer.isnan().any() for buffer in made):
         raise BackendError(f"transformers does not say how to make the buffers of {path}")
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of the model's decoder layers."""
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The list of the model's decoder layers, and its path."""
     classes = model._no_split_modules or ()
-    return next(
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ in classes
-    )
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and module and type(module[0]).__name__ in classes:
+            return path, module
+    raise BackendError(f"{type(model).__name__} of transformers has no list of decoder layers")
 
 
-class LayerDriver:
-    """Decoder layers of one kind; see `backends.layer.LayerRunner`.
+class StandIn(nn.Module):
+    """In the place of a decoder layer, of which it has the attributes but not the tensors."""
 
-    Hidden states are [samples, length, hidden] of the arithmetic's type.
-    Samples that run together have one length: there is no padding anywhere.
-    """
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
+        """Compute `forward` when called."""
+        super().__init__()
+        self._layer = (layer,)
+        self.forward = forward
 
-    def __init__(self, text_config: Mapping[str, Any], kind: str, arithmetic: Arithmetic) -> None:
-        """Take a checkpoint's `text_config`; `kind` is as `Architecture.layer_kind` has it."""
-        self.kind = kind
-        self.arithmetic = arithmetic
-        self.device = arithmetic.device
-        self.dtype = arithmetic.torch_dtype
-        # transformers asks a config by index for a layer's type.
-        layer_type = kind if kind in ALLOWED_LAYER_TYPES else f"{kind}_attention"
-        one_layer = {"num_hidden_layers": 1, "layer_types": [layer_type]}
-        self._model = skeleton({**text_config, **one_layer}, arithmetic)
-        self.config = self._model.config
-        layers = decoder_layers(self._model)
-        self._blank = layers[0]
-        layers[0] = _StandIn()
-
-    def layer(self, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """A decoder layer with `tensors`, named as in `mlp.up_proj.weight`.
-
-        RuntimeError, which names them, when a tensor is missing, left over or of another shape.
-        """
-        return self.arithmetic.fill(deepcopy(self._blank), tensors)
-
-    def arguments(self, hidden: Tensor) -> dict[str, Any]:
-        """What the model calls a layer with beside `hidden`, by the names of its parameters."""
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks of its layers, as for a layer's type."""
         try:
-            with torch.no_grad():
-                self._model.base_model(inputs_embeds=hidden, use_cache=False)
-        except _Called as call:
-            return call.arguments
-        raise AssertionError("the model never called its layer")
-
-    @torch.no_grad()
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """What `layer` makes of `hidden`, which begins at position 0, causally."""
-        result: Tensor = layer(hidden, **self.arguments(hidden))
-        return result
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._layer[0], name)
 
 
 class _Called(Exception):
     """Ends a pass where a decoder layer would begin."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
         super().__init__()
+        self.hidden = hidden
         self.arguments = arguments
 
 
-class _StandIn(nn.Module):
-    """In the place of a decoder layer: tells what it was called with."""
+class _Outline:
+    """A model without weights, whose layers only tell what they are called with."""
 
-    def forward(self, hidden: Tensor, **arguments: Any) -> NoReturn:
-        raise _Called(arguments)
+    def __init__(self, text_config: Mapping[str, Any], arithmetic: Arithmetic) -> None:
+        self.model = skeleton(text_config, arithmetic)
+        self.placing = Placing(self.model)
+        self.path, layers = decoder_layers(self.model)
+        self.blanks = list(layers)
+        self._wanted = 0
+        for index, layer in enumerate(self.blanks):
+            layers[index] = StandIn(layer, self._stand_in(index))
+
+    def _stand_in(self, index: int) -> Callable[..., Tensor]:
+        names = list(inspect.signature(self.blanks[index].forward).parameters)
+
+        def forward(*given: Any, **named: Any) -> Tensor:
+            arguments = {**dict(zip(names, given, strict=False)), **named}
+            hidden: Tensor = arguments.pop(names[0])
+            if index == self._wanted:
+                raise _Called(hidden, arguments)
+            return hidden
+
+        return forward
+
+    def call(self, index: int, embedded: Tensor) -> _Called:
+        """What layer `index` is called with when the model reads `embedded`."""
+        self._wanted = index
+        try:
+            with torch.no_grad():
+                self.model.base_model(inputs_embeds=embedded, use_cache=False)
+        except _Called as call:
+            return call
+        raise BackendError(f"{type(self.model).__name__} of transformers never calls its layers")
 
 
-@contextmanager
-def input_amax(layer: nn.Module) -> Iterator[dict[str, float]]:
-    """While this is open, collect the largest magnitude that each linear of `layer` is given.
+@lru_cache(maxsize=1)
+def _outline(text_config: str, arithmetic: Arithmetic) -> _Outline:
+    """The layers of one model follow each other in a process, and all have one outline."""
+    return _Outline(json.loads(text_config), arithmetic)
 
-    Names are relative to the layer (`mlp.up_proj`).
-    The figures are those of modelopt's max calibrator, per tensor.
-    A pass raises NonFiniteInput on NaN or infinity.
+
+class LayerDriver:
+    """Decoder layer number `layer` of a model; see `backends.layer.LayerRunner`.
+
+    Hidden states are [samples, length, hidden] of the arithmetic's type.
+    Samples that run together have one length: there is no padding anywhere.
     """
-    found: dict[str, float] = {}
 
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            low, high = (end.item() for end in torch.aminmax(inputs[0]))
-            amax = max(-low, high)
-            if not amax < float("inf"):
-                raise NonFiniteInput(name)
-            found[name] = max(amax, found.get(name, 0.0))
+    def __init__(self, text_config: Mapping[str, Any], layer: int, arithmetic: Arithmetic) -> None:
+        """Take a checkpoint's `text_config`.
 
-        return hook
+        Sets the threads of this process's torch.
+        """
+        torch.set_num_threads(arithmetic.threads)
+        self.number = layer
+        self.arithmetic = arithmetic
+        self.device = arithmetic.device
+        self.dtype = arithmetic.torch_dtype
+        self._outline = _outline(json.dumps(text_config, sort_keys=True), arithmetic)
+        self._blank = self._outline.blanks[layer]
+        self.config = self._outline.model.config
+        self._prefix = f"{self._outline.path}.{layer}."
 
-    handles = [
-        module.register_forward_pre_hook(watch(name))
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    def layer(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The decoder layer with `tensors`, named as in `mlp.up_proj.weight`.
+
+        All experts of a projection may come as one, as in `mlp.experts.*.up_proj.weight`.
+        RuntimeError, which names them, when a tensor is missing, left over or of another shape.
+        """
+        layer = deepcopy(self._blank)
+        placed = self._outline.placing.place(self._prefixed(tensors), self.device)
+        named = {name.removeprefix(self._prefix): tensor for name, tensor in placed.items()}
+        layer.load_state_dict(named, strict=True, assign=True)
+        return layer.requires_grad_(False).eval()
+
+    def owners(self, tensors: Mapping[str, Tensor]) -> dict[str, Owners]:
+        """By the layer's parameters, the linears whose weights they hold; see `Placing.owners`."""
+        owners = self._outline.placing.owners(self._prefixed(tensors))
+        cut = len(self._prefix)
+        return {
+            parameter[cut:]: tuple(tuple(name[cut:] for name in names) for names in linears)
+            for parameter, linears in owners.items()
+        }
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """What the layer is called with, given rows of the embedding or what a layer made.
+
+        A model may scale the former before its first layer reads them.
+        """
+        hidden = self.arithmetic.place(hidden)
+        if self.number:
+            return hidden
+        table = deepcopy(self._outline.model.get_input_embeddings())
+        table.weight = nn.Parameter(hidden.flatten(0, 1), requires_grad=False)
+        places = torch.arange(len(table.weight), device=self.device).view(hidden.shape[:2])
+        entered = self._outline.call(0, table(places)).hidden
+        self._check("hidden states", entered)
+        return entered
+
+    def arguments(self, hidden: Tensor) -> dict[str, Any]:
+        """What the model calls the layer with beside `hidden`, by the names of its parameters."""
+        arguments = self._outline.call(self.number, hidden).arguments
+        for name, argument in arguments.items():
+            self._check(name, argument)
+        return arguments
+
+    @torch.no_grad()
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """What `layer` makes of `hidden`, which begins at position 0, causally."""
+        result = layer(hidden, **self.arguments(hidden))
+        made: Tensor = result[0] if isinstance(result, tuple) else result
+        return made
+
+    def _prefixed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {self._prefix + name: tensor for name, tensor in tensors.items()}
+
+    def _check(self, name: str, argument: Any) -> None:
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(argument)):
+            raise BackendError(
+                f"{type(self._outline.model).__name__} of transformers makes the {name} of its "
+                "layers with weights that are in none of them"
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,11 +26,14 @@ def layer_name(params: Mapping[str, Any], weights: Sequence[TensorFile]) -> str:
 
 
 class HiddenStates(Sequence[Tensor]):
-    """Hidden states [1, length, hidden] of each sample, read from their file when asked for."""
+    """What a layer is called with for each sample, [1, length, hidden], read when asked for."""
 
-    def __init__(self, file: TensorFile, samples: Sequence[Any]) -> None:
-        """`samples` are the tokens of each, without padding."""
+    def __init__(
+        self, file: TensorFile, samples: Sequence[Any], enter: Callable[[Tensor], Tensor]
+    ) -> None:
+        """`samples` are the tokens of each, without padding; `enter` is that of the driver."""
         self._file = file
+        self._enter = enter
         self._lengths = [len(tokens) for tokens in samples]
 
     def __len__(self) -> int:
@@ -40,4 +43,4 @@ class HiddenStates(Sequence[Tensor]):
         if index >= len(self._lengths):
             raise IndexError
         rows = self._file.read_row(index)[: self._lengths[index]]
-        return as_tensor(TensorData(self._file.spec.dtype, rows)).unsqueeze(0)
+        return self._enter(as_tensor(TensorData(self._file.spec.dtype, rows)).unsqueeze(0))

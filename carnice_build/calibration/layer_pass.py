@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from carnice_build.backends.tensors import as_data
-from carnice_build.calibration.driver import Arithmetic, LayerDriver, NonFiniteInput, input_amax
+from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.layer_files import HiddenStates, layer_name, layer_tensors
+from carnice_build.calibration.watch import NonFiniteInput, Seen, seen_inputs
+from carnice_build.calibration.weights import Owners
 from carnice_build.errors import BackendError, CheckpointError
 from carnice_build.tensor_file import TensorFile
 
@@ -21,18 +23,17 @@ def run_layer(
     weights: Sequence[TensorFile],
     out: TensorFile,
     progress: Callable[[], None],
-) -> dict[str, float]:
+) -> Seen:
     """Run each sample's hidden states through the layer into `out`; see `Forward` for `params`.
 
-    Returns the largest magnitude of each linear's inputs, by its name within the layer.
     Raises CheckpointError when one is NaN or infinity, or when transformers refuses the config;
     BackendError when torch has no such device.
     """
-    driver, layer = _load(params, weights)
-    with input_amax(layer) as amax:
-        for index, state in enumerate(HiddenStates(hidden, samples)):
+    driver, layer, owners = _load(params, weights)
+    with seen_inputs(layer, owners) as seen:
+        for index, state in enumerate(HiddenStates(hidden, samples, driver.enter)):
             try:
-                result = driver.run(layer, driver.arithmetic.place(state))
+                result = driver.run(layer, state)
             except NonFiniteInput as error:
                 name = layer_name(params, weights) + error.linear
                 raise CheckpointError(
@@ -41,12 +42,12 @@ def run_layer(
                 ) from None
             out.write_row(index, as_data(result[0]).array)
             progress()
-    return amax
+    return seen
 
 
 def _load(
     params: Mapping[str, Any], weights: Sequence[TensorFile]
-) -> tuple[LayerDriver, torch.nn.Module]:
+) -> tuple[LayerDriver, torch.nn.Module, Mapping[str, Owners]]:
     device = params["device"]
     try:
         torch.empty(0, device=device)
@@ -57,8 +58,10 @@ def _load(
     tensors = layer_tensors(params, weights)
     arithmetic = Arithmetic(params["dtype"], params["attention"], params["threads"], device)
     try:
-        driver = LayerDriver(params["config"], params["kind"], arithmetic)
-        return driver, driver.layer(tensors)
+        driver = LayerDriver(params["config"], params["layer"], arithmetic)
+        return driver, driver.layer(tensors), driver.owners(tensors)
+    except BackendError:
+        raise
     except Exception as error:  # transformers raises KeyError and the like for what it cannot use
         raise CheckpointError(
             f"transformers makes no layer of it: {type(error).__name__}: {error}",

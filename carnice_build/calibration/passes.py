@@ -9,7 +9,7 @@ No key holds anything of the quantizer, so all recipes of one body and one datas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from carnice_build.checkpoint.datasets import whole_file
 from carnice_build.dtypes import FLOAT_NAMES, ITEM_SIZE, NUMPY_NAME, TensorSpec
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.graph import ProcessOp, TensorRef, View
-from carnice_build.models.base import Part, Role
+from carnice_build.models.base import STACK, Part, Role
 from carnice_build.processor import vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
 from carnice_build.tensor_file import TensorFile
@@ -89,13 +89,19 @@ class Forward(ProcessOp):
     Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors.
     Outputs: the layer's own hidden states; amax F32 [linears], the largest magnitude of each
     linear's inputs over all samples, as modelopt's max calibrator has it.
+    A stack of experts is as many linears; one that no token was sent to has 0.
     Parameters: `names` (of the tensors, within the layer), `linears` (of the modules in amax),
-    `kind` of the layer, `config` of the text model, and `dtype`, `attention`, `threads`,
+    `layer` (its number), `config` of the text model, and `dtype`, `attention`, `threads`,
     `device` and `processor` of the arithmetic.
+
+    The number and the whole config are parameters though most layers compute alike whatever theirs:
+    what else a layer depends on, only the code of its family knows.  That costs nothing within a
+    model, whose layers never have equal tensors, and between models of equal layers but another
+    depth it costs what they might have shared.
     """
 
     name = "calibration.forward"
-    version = 1
+    version = 2
     # transformers takes the last two in place of its own code when they are there.
     libraries = ("torch", "transformers", "flash-linear-attention", "causal-conv1d")
     transient = frozenset({0})
@@ -106,7 +112,8 @@ class Forward(ProcessOp):
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
         """Hidden states and amax."""
-        return inputs[1], TensorSpec("F32", (len(params["linears"]),))
+        counts = linear_counts(params, inputs)
+        return inputs[1], TensorSpec("F32", (sum(counts),))
 
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """One for each sample."""
@@ -128,8 +135,47 @@ class Forward(ProcessOp):
 
         from carnice_build.calibration.layer_pass import run_layer
 
-        amax = run_layer(params, samples(inputs[0]), inputs[1], inputs[2:], outputs[0], progress)
-        outputs[1].write(np.array([amax[name] for name in params["linears"]], np.float32))
+        seen = run_layer(params, samples(inputs[0]), inputs[1], inputs[2:], outputs[0], progress)
+        counts = linear_counts(params, [file.spec for file in inputs])
+        linears = list(_each(params["linears"], counts))
+        outputs[1].write(np.array([seen.amax.get(name, 0.0) for name in linears], np.float32))
+        for file in outputs[2:]:
+            stack = next(name for name in params["linears"] if STACK in name)
+            experts = _each([stack], [file.spec.size])
+            file.write(np.array([seen.tokens.get(name, 0) for name in experts], np.int64))
+
+
+class ForwardExperts(Forward):
+    """`Forward` through a layer with stacks of experts.
+
+    The third output, I64 [experts], says how many tokens each expert was sent.
+    """
+
+    name = "calibration.forward_experts"
+    figures = frozenset({2})
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Hidden states, amax and counts."""
+        hidden, amax = super().infer(params, inputs)
+        return hidden, amax, TensorSpec("I64", (max(linear_counts(params, inputs)),))
+
+
+def linear_counts(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> list[int]:
+    """How many linears each entry of `linears` stands for: as many as there are experts, or one."""
+    weights = dict(zip(params["names"], inputs[2:], strict=True))
+    return [
+        weights[f"{linear}.weight"].shape[0] if STACK in linear else 1
+        for linear in params["linears"]
+    ]
+
+
+def _each(linears: Sequence[str], counts: Sequence[int]) -> Iterator[str]:
+    """The names of all linears, those of a stack by their numbers."""
+    for linear, count in zip(linears, counts, strict=True):
+        for number in range(count):
+            yield linear.replace(STACK, str(number))
 
 
 def samples(tokens: TensorFile) -> list[Any]:
@@ -206,8 +252,8 @@ class Calibration:
             tuple(self._view[fact.name] for fact in facts),
             {
                 "names": list(names),
-                "kind": architecture.layer_kind(layer),
-                "config": _layer_config(architecture.text_config),
+                "layer": layer,
+                "config": _text_config(architecture.text_config),
                 "dtype": spec.dtype,
                 "attention": spec.attention,
                 "threads": spec.threads,
@@ -281,9 +327,17 @@ class Activations:
         self._calibration = calibration
         self._hidden = [calibration.start]
         self._amax: list[tuple[TensorRef, tuple[str, ...]]] = []
+        self.experts: dict[int, TensorRef] = {}
+        """How many tokens each expert was sent, I64 [experts], in those layers that have experts.
+
+        An expert without any is quantized with what the others were given.
+        """
 
     def amax(self, layer: int) -> tuple[TensorRef, tuple[str, ...]]:
-        """The largest inputs of a layer's linears, F32 [linears], and the linears' module paths."""
+        """The largest inputs of a layer's linears, F32 [linears], and the linears' module paths.
+
+        A stack has an entry for each expert, all under its own path.
+        """
         while len(self._amax) <= layer:
             self._forward(len(self._amax))
         return self._amax[layer]
@@ -292,27 +346,24 @@ class Activations:
         calibration = self._calibration
         layer = calibration.layer(number)
         params = {**layer.params, "linears": list(layer.linears)}
-        hidden, amax = calibration.graph.add(
-            Forward(layer.workspace),
-            params,
-            calibration.tokens,
-            self._hidden[number],
-            *layer.weights,
-        )
+        op = ForwardExperts if any(STACK in name for name in layer.linears) else Forward
+        inputs = calibration.tokens, self._hidden[number], *layer.weights
+        hidden, amax, *experts = calibration.graph.add(op(layer.workspace), params, *inputs)
         self._hidden.append(hidden)
-        modules = tuple(layer.prefix + name for name in layer.linears)
-        self._amax.append((amax, modules))
+        counts = linear_counts(params, [ref.spec for ref in inputs])
+        modules = (
+            layer.prefix + name
+            for name, count in zip(layer.linears, counts, strict=True)
+            for _ in range(count)
+        )
+        self._amax.append((amax, tuple(modules)))
+        if experts:
+            (self.experts[number],) = experts
 
 
-def _layer_config(text_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What one layer depends on: all of the text config but which other layers there are."""
-    others = (
-        "num_hidden_layers",
-        "layer_types",
-        "full_attention_interval",
-        "mtp_num_hidden_layers",
-    )
-    return {key: value for key, value in text_config.items() if key not in others}
+def _text_config(text_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text config without what is about no decoder layer."""
+    return {key: value for key, value in text_config.items() if key != "mtp_num_hidden_layers"}
 
 
 def _tokenizer(body: Checkpoint) -> TensorRef:

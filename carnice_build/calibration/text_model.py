@@ -5,7 +5,9 @@ Needs the `torch` extra; to be imported in worker processes alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,12 +17,25 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from carnice_build.calibration.driver import Arithmetic, LayerDriver, decoder_layers, skeleton
+from carnice_build.calibration.driver import (
+    Arithmetic,
+    LayerDriver,
+    StandIn,
+    decoder_layers,
+    skeleton,
+)
+from carnice_build.calibration.watch import Watch, WeightPlaces
+from carnice_build.calibration.weights import Owners, Placing
 from carnice_build.errors import BackendError, nearest
-from carnice_build.models.base import Architecture, Part, Role, TensorFact
+from carnice_build.models.base import STACK, Architecture, Part, Role, TensorFact
 
 InputTransform = Callable[[Tensor], Tensor]
 """From the input of a linear to what the linear shall see, of the same shape and type."""
+
+Transforming = Callable[[], AbstractContextManager[Any]]
+"""Makes what a pass is to run in, for its linears to see transformed inputs."""
+
+_LAST_NUMBER = re.compile(r"\.\d+\.(?!.*\.\d+\.)")
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,8 @@ class ModelSource:
     """A text model that is not open yet.
 
     `tensor` gives a tensor by its canonical name, dequantized, of any float type.
-    `input_transforms` are by the paths of decoder linears (`...layers.0.mlp.up_proj`).
+    `input_transforms` are by the paths of decoder linears (`...layers.0.mlp.up_proj`); linears
+    that are fused, and all experts of a stack, have one input, and need one transform.
     """
 
     architecture: Architecture
@@ -44,7 +60,6 @@ class OpenModel:
         self.architecture = source.architecture
         self.arithmetic = arithmetic
         self._source = source
-        self._drivers: dict[str, LayerDriver] = {}
         linears = [fact.module for fact in self._facts(Part.LAYERS) if fact.role is Role.LINEAR]
         for module in source.input_transforms:
             if module not in linears:
@@ -58,7 +73,7 @@ class OpenModel:
         return self._table.shape[0]
 
     def embedded(self, sequences: Sequence[Tensor]) -> list[Tensor]:
-        """Hidden states [1, length, hidden] of each of `sequences`, int64 [length]."""
+        """Rows [1, length, hidden] of the embedding for each of `sequences`, int64 [length]."""
         table = self._source.tensor(self._table.name)
         rows = (table[tokens.to(table.device)] for tokens in sequences)
         return [self.arithmetic.place(row).unsqueeze(0) for row in rows]
@@ -66,39 +81,37 @@ class OpenModel:
     def layer(self, index: int) -> Callable[[Tensor], Tensor]:
         """Decoder layer `index`, from hidden states to hidden states.
 
-        Its inputs are transformed as the source says.
+        The first takes rows of the embedding.
+        Inputs of linears are transformed as the source says.
         """
-        kind = self.architecture.layer_kind(index)
-        if kind not in self._drivers:
-            text_config = self.architecture.text_config
-            self._drivers[kind] = LayerDriver(text_config, kind, self.arithmetic)
+        driver = LayerDriver(self.architecture.text_config, index, self.arithmetic)
         prefix = self.architecture.layer_prefix(index)
         facts = [fact for fact in self._facts(Part.LAYERS) if fact.layer == index]
-        layer = self._drivers[kind].layer(
-            {fact.name.removeprefix(prefix): self._source.tensor(fact.name) for fact in facts}
-        )
-        for module, transform in self._source.input_transforms.items():
-            if module.startswith(prefix):
-                _transform(layer.get_submodule(module.removeprefix(prefix)), transform)
-        return partial(self._drivers[kind].run, layer)
+        named = {fact.name.removeprefix(prefix): self._source.tensor(fact.name) for fact in facts}
+        layer = driver.layer(named)
+        transforming = self._transforming(layer, driver.owners(named), prefix)
+
+        def run(hidden: Tensor) -> Tensor:
+            with transforming():
+                return driver.run(layer, driver.enter(hidden))
+
+        return run
 
     def ending(self) -> Ending:
         """What stands behind the last layer."""
         model = skeleton(self.architecture.text_config, self.arithmetic)
-        del decoder_layers(model)[:]
+        carry = _Carry(model)
         model.set_input_embeddings(nn.Identity())
-        self.arithmetic.fill(model, self._named(Part.BODY) | self._head(model))
-        return Ending(model)
+        self._fill(model, self._tensors(Part.BODY) | self._head(model))
+        return Ending(model, carry)
 
-    def whole(self) -> Any:
-        """All of the model as transformers has it, its inputs transformed as the source says."""
+    def whole(self) -> tuple[Any, Transforming]:
+        """All of the model as transformers has it, and what its passes are to run in."""
         model = skeleton(self.architecture.text_config, self.arithmetic)
-        parts = (Part.EMBED, Part.LAYERS, Part.BODY)
-        self.arithmetic.fill(model, self._named(*parts) | self._head(model))
-        for module, transform in self._source.input_transforms.items():
-            path = self.architecture.torch_name(f"{module}.weight").removesuffix(".weight")
-            _transform(model.get_submodule(path), transform)
-        return model
+        tensors = self._tensors(Part.EMBED, Part.LAYERS, Part.BODY) | self._head(model)
+        owners = Placing(model, whole=True).owners(tensors)
+        self._fill(model, tensors)
+        return model, self._transforming(model, owners)
 
     def draft_head(self) -> nn.Module:
         """The head that drafts tokens, as its family computes it."""
@@ -116,26 +129,53 @@ class OpenModel:
     def _facts(self, *parts: Part) -> list[TensorFact]:
         return [fact for fact in self.architecture.tensors.values() if fact.part in parts]
 
-    def _named(self, *parts: Part) -> dict[str, Tensor]:
-        """The tensors of some parts by their names in transformers' model."""
-        name = self.architecture.torch_name
-        return {name(fact.name): self._source.tensor(fact.name) for fact in self._facts(*parts)}
+    def _tensors(self, *parts: Part) -> dict[str, Tensor]:
+        return {fact.name: self._source.tensor(fact.name) for fact in self._facts(*parts)}
+
+    def _fill(self, model: Any, tensors: Mapping[str, Tensor]) -> None:
+        placed = Placing(model, whole=True).place(tensors, self.arithmetic.device)
+        model.load_state_dict(placed, strict=True, assign=True)
+        model.requires_grad_(False)
 
     def _head(self, model: Any) -> dict[str, Tensor]:
         """What scores tokens: a part of its own, or the embedding once more."""
-        found = self._named(Part.HEAD)
+        found = self._tensors(Part.HEAD)
         if found:
             return found
         head = model.get_output_embeddings()
         path = next(path for path, module in model.named_modules() if module is head)
         return {f"{path}.weight": self._source.tensor(self._table.name)}
 
+    def _transforming(
+        self, module: nn.Module, owners: Mapping[str, Owners], prefix: str = ""
+    ) -> Transforming:
+        transforms = self._source.input_transforms
 
-def _transform(linear: nn.Module, transform: InputTransform) -> None:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        return transform(inputs[0])
+        def watch(linears: Sequence[str], given: Tensor) -> Tensor:
+            for linear in linears:
+                name = prefix + linear
+                transform = transforms.get(name) or transforms.get(_stacked(name))
+                if transform:
+                    return transform(given)
+            return given
 
-    linear.register_forward_pre_hook(hook)
+        return partial(Watch, WeightPlaces(module, owners), watch) if transforms else nullcontext
+
+
+def _stacked(linear: str) -> str:
+    """The name of the stack that an expert's linear would be of."""
+    return _LAST_NUMBER.sub(f".{STACK}.", linear)
+
+
+class _Carry:
+    """In the place of all layers of a model: what comes out is `hidden`, whatever goes in."""
+
+    hidden: Tensor
+
+    def __init__(self, model: Any) -> None:
+        _, layers = decoder_layers(model)
+        for index, layer in enumerate(layers):
+            layers[index] = StandIn(layer, lambda *_, **__: self.hidden)
 
 
 class Ending:
@@ -145,17 +185,31 @@ class Ending:
     from them to the choice.
     """
 
-    def __init__(self, model: Any) -> None:
-        """Cut `model` in two, which is of no other use then."""
+    def __init__(self, model: Any, carry: _Carry) -> None:
+        """Cut `model` in two, in which `carry` is in the place of the layers."""
         self._body = model.base_model
-        self._model = model
-        setattr(model, model.base_model_prefix, _Given())
+        self._carry = carry
+        self._scoring = Scoring(model)
 
     @torch.no_grad()
     def states(self, hidden: Tensor) -> Tensor:
         """What the model knows [1, length, hidden], after its final norm."""
+        self._carry.hidden = hidden
         result: Tensor = self._body(inputs_embeds=hidden, use_cache=False).last_hidden_state
         return result
+
+    def scores(self, states: Tensor) -> Tensor:
+        """Logits [1, length, vocabulary] of states."""
+        return self._scoring.scores(states)
+
+
+class Scoring:
+    """What a model does with the states that tokens are chosen from."""
+
+    def __init__(self, model: Any) -> None:
+        """Take the body out of `model`, which is of no other use then; the body is."""
+        self._model = model
+        setattr(model, model.base_model_prefix, _Given())
 
     @torch.no_grad()
     def scores(self, states: Tensor) -> Tensor:
@@ -192,11 +246,11 @@ class ResidentModel:
 
     def __init__(self, model: OpenModel) -> None:
         """Load everything that a pass through `model` needs."""
-        whole = model.whole()
+        whole, self._transforming = model.whole()
         self._config = whole.config
         self._body = whole.base_model
         self._device = model.arithmetic.device
-        self._ending = Ending(whole)
+        self._scoring = Scoring(whole)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Rows [1, length, hidden] of the embedding for `tokens` [length], which is on the CPU."""
@@ -205,7 +259,7 @@ class ResidentModel:
 
     def scores(self, states: Tensor) -> Tensor:
         """Logits [1, length, vocabulary] of `states` that a norm has gone over."""
-        return self._ending.scores(states)
+        return self._scoring.scores(states)
 
     @torch.no_grad()
     def continue_greedily(
@@ -216,7 +270,10 @@ class ResidentModel:
         tokens, states, bad_step = prompt, [], None
         new = prompt
         for step in range(1, count + 1):
-            passed = self._body(inputs_embeds=self.embed(new), past_key_values=past, use_cache=True)
+            with self._transforming():
+                passed = self._body(
+                    inputs_embeds=self.embed(new), past_key_values=past, use_cache=True
+                )
             states.append(passed.last_hidden_state)
             logits = self.scores(states[-1][:, -1:])
             if bad_step is None and not logits.isfinite().all():

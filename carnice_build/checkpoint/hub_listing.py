@@ -40,10 +40,11 @@ ALLOWED = (
     "tokenizer.model",
     "merges.txt",
     "vocab.txt",
+    "README.md",
 )
 """The only files of a repository that are ever asked for."""
 
-_FILES = "files-2"
+_FILES = "files-3"
 """The kind of note that a listing is kept as; another one whenever more files are allowed."""
 
 _MAX_FILES = 100_000

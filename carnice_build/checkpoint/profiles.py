@@ -2,11 +2,13 @@
 
 A profile is an entry of `_profiles.yaml` beside the recipes: a map from models to folders or
 shape files, relative to the project, or the word `hub`; or the one word `hub` for all models.
+Without that file there is the one profile `full`, which is the hub.
+A source whose recipe names a folder is there, in every profile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -19,13 +21,15 @@ from carnice_build.yaml_tree import Node, read_tree
 
 PROFILES_NAME = "_profiles.yaml"
 HUB = "hub"
+FULL = "full"
 
 
 @dataclass(frozen=True)
 class Source:
     """A source of a recipe, found: what the recipe calls it and the opened checkpoint.
 
-    `profile` is None when the command line mapped the source to a checkpoint of its own;
+    `profile` is None when the command line mapped the source to a checkpoint of its own, and when
+    the recipe names a folder, which `local` says;
     `revision` is the commit that a checkpoint on the hub was found at.
     """
 
@@ -34,6 +38,69 @@ class Source:
     profile: str | None
     checkpoint: Checkpoint
     revision: str | None = None
+    local: bool = False
+
+    @property
+    def origin(self) -> str:
+        """Where the checkpoint is from, in words that tell nothing of this machine."""
+        return self.profile or ("a local folder" if self.local else "given on the command line")
+
+
+class Profiles:
+    """The profiles of a folder of recipes."""
+
+    def __init__(self, recipes: Path) -> None:
+        self.root = recipes.parent
+        path = recipes / PROFILES_NAME
+        if recipes.is_dir() and not path.exists():
+            self._tree = Node({FULL: Node(HUB, str(path))}, str(path))
+        else:
+            self._tree = read_tree(path)
+        if not isinstance(self._tree.value, dict):
+            raise RecipeError("is not a mapping of profiles", where=self._tree.where)
+        self._tables = self._tree.value
+
+    def default(self, sources: Iterable[SourceSpec]) -> str:
+        """The first profile that has all of these sources and their weights, or the first one."""
+        sources = list(sources)
+        fitting = (
+            name
+            for name, table in self._tables.items()
+            if table.value == HUB or all(_lists(table, spec) for spec in sources)
+        )
+        return next(fitting, next(iter(self._tables), ""))
+
+    def on_hub(self, model: str) -> str:
+        """The first profile by which a model is on the hub; RecipeError when there is none."""
+        for name, table in self._tables.items():
+            entries = table.value if isinstance(table.value, dict) else {}
+            if table.value == HUB or (model in entries and entries[model].value == HUB):
+                return name
+        raise RecipeError(
+            f"no profile takes {model} from the hub",
+            where=self._tree.where,
+            expected=f"`{FULL}: {HUB}` there",
+        )
+
+    def table(self, profile: str) -> Node:
+        """What `profile` says; RecipeError when there is none of that name."""
+        if profile not in self._tables:
+            raise RecipeError(
+                f"there is no profile {profile!r}",
+                where=self._tree.where,
+                expected=" or ".join(self._tables),
+                nearest=nearest(profile, self._tables),
+            )
+        return self._tables[profile]
+
+
+def _lists(table: Node, spec: SourceSpec) -> bool:
+    if spec.folder is not None:
+        return False  # what it is calibrated on is not what a profile of stand-ins has
+    if not isinstance(table.value, dict) or spec.model not in table.value:
+        return False
+    # A shape file has no weights, so it is used only where its profile is asked for.
+    return not str(table.value[spec.model].value).endswith(".json")
 
 
 class SourceFinder:
@@ -41,7 +108,7 @@ class SourceFinder:
 
     def __init__(
         self,
-        recipes: Path,
+        profiles: Profiles,
         profile: str,
         overrides: Mapping[str, Path],
         *,
@@ -51,10 +118,10 @@ class SourceFinder:
 
         With `stream`, weights on the hub are read by range and never put on disk.
         """
-        self._root = recipes.parent
+        self._root = profiles.root
         self._profile = profile
         self._overrides = overrides
-        self._table = _read_profile(recipes / PROFILES_NAME, profile)
+        self._table = profiles.table(profile)
         self._stream = stream
         self._opened: dict[Path, Checkpoint] = {}
         self._opened_on_hub: dict[tuple[str, str], tuple[Checkpoint, str]] = {}
@@ -64,6 +131,8 @@ class SourceFinder:
         """The source called `name`, opened; CheckpointError when nothing says where it is."""
         if name in self._overrides:
             return Source(name, spec, None, self._open(self._overrides[name]))
+        if spec.folder is not None:
+            return Source(name, spec, None, self._open(self._root / spec.folder), local=True)
         path = self._path_of(spec.model, f"--source {name}=FOLDER")
         if path is None:
             checkpoint, commit = self._open_on_hub(spec)
@@ -135,17 +204,3 @@ class SourceFinder:
         if key not in self._opened_on_hub:
             self._opened_on_hub[key] = open_hub(spec.model, spec.revision, stream=self._stream)
         return self._opened_on_hub[key]
-
-
-def _read_profile(path: Path, profile: str) -> Node:
-    tree = read_tree(path)
-    if not isinstance(tree.value, dict):
-        raise RecipeError("is not a mapping of profiles", where=tree.where)
-    if profile not in tree.value:
-        raise RecipeError(
-            f"there is no profile {profile!r}",
-            where=tree.where,
-            expected=" or ".join(tree.value),
-            nearest=nearest(profile, tree.value),
-        )
-    return tree.value[profile]

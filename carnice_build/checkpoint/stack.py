@@ -16,9 +16,13 @@ from itertools import accumulate
 
 from blake3 import blake3
 
+from carnice_build.checkpoint.rows import FillRows, RowReader
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import ByteSource, Reader, SourceTensor
+
+BLOCK_BYTES = 1 << 20
+"""Bytes that are read at a time where some are left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,96 @@ class _Flow:
         self._open.close()
 
 
+class EveryRow:
+    """Each `step`-th row of a tensor with bytes, [rows, ...], the first one too; see `ByteSource`.
+
+    It reads the rows between them as well: those are few bytes, or one request.
+    """
+
+    def __init__(self, tensor: SourceTensor, step: int) -> None:
+        self._tensor = tensor
+        self._step = step
+        self._row_bytes = tensor.spec.row_bytes
+
+    @property
+    def _file(self) -> ByteSource:
+        assert self._tensor.file is not None
+        return self._tensor.file
+
+    @property
+    def name(self) -> str:
+        """That of the tensor's file."""
+        return self._file.name
+
+    @property
+    def size(self) -> int:
+        """Bytes of the chosen rows."""
+        return -(-self._tensor.spec.shape[0] // self._step) * self._row_bytes
+
+    @property
+    def identity(self) -> str:
+        """The tensor's, and which of its rows."""
+        return f"rows|{self._step} of {self._row_bytes}|{self._tensor.identity}"
+
+    def path(self) -> None:
+        """See `ByteSource.path`: there is no such file."""
+        return
+
+    @property
+    def random_access(self) -> bool:
+        """As the tensor's file."""
+        return self._file.random_access
+
+    def locate(self, offset: int) -> tuple[SourceTensor, int]:
+        """See `Composite.locate`."""
+        row, inner = divmod(offset, self._row_bytes)
+        return self._tensor, row * self._step * self._row_bytes + inner
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """See `Readable.read_into`."""
+        with self.open_range(offset, len(buffer)) as read:
+            read(buffer)
+
+    @contextmanager
+    def open_range(self, offset: int, count: int) -> Iterator[Reader]:
+        """See `ByteSource.open_range`."""
+        if not count:
+            yield lambda buffer: None
+            return
+        first, skipped = divmod(offset, self._row_bytes)
+        stop = -(-(offset + count) // self._row_bytes)
+        start = self._tensor.offset + first * self._step * self._row_bytes
+        span = ((stop - 1 - first) * self._step + 1) * self._row_bytes
+        with self._file.open_range(start, span) as read:
+            reader = RowReader(self._row_bytes, self._choosing(read, span))
+            reader.skip(skipped)
+            yield reader.read
+
+    def _choosing(self, read: Reader, span: int) -> FillRows:
+        """Reads of the `span` that fill a buffer with the chosen rows."""
+        import numpy as np
+
+        stride = self._step * self._row_bytes
+        room = np.empty(max(1, BLOCK_BYTES // stride) * stride, np.uint8)
+        left = span
+
+        def fill(buffer: memoryview) -> None:
+            nonlocal left
+            rows = np.frombuffer(buffer, np.uint8).reshape(-1, self._row_bytes)
+            most = len(room) // stride
+            for start in range(0, len(rows), most):
+                some = rows[start : start + most]
+                # Nothing is read behind the last row that is wanted.
+                taken = min(left, len(some) * stride)
+                read(room[:taken].data)
+                some[:] = room[: len(some) * stride].reshape(len(some), stride)[
+                    :, : self._row_bytes
+                ]
+                left -= taken
+
+        return fill
+
+
 def stacked(name: str, parts: Sequence[SourceTensor]) -> SourceTensor:
     """The tensors `parts`, at least one, as one of shape [parts, ...] called `name`.
 
@@ -186,28 +280,36 @@ def row_range(tensor: SourceTensor, start: int, stop: int) -> SourceTensor:
     return SourceTensor(f"{tensor.name}[{start}:{stop}]", spec, tensor.file, offset)
 
 
-def slab_rows(tensor: SourceTensor, index: int, start: int, stop: int) -> SourceTensor:
-    """Rows `start` to `stop` of slab `index` of a tensor [slabs, rows, ...]."""
+def slab_rows(
+    tensor: SourceTensor, index: int, start: int, stop: int, step: int = 1
+) -> SourceTensor:
+    """Rows `start` to `stop`, or every `step`-th of them, of slab `index` of [slabs, rows, ...]."""
     slabs, rows, *rest = tensor.spec.shape
     assert 0 <= index < slabs and 0 <= start <= stop <= rows, "rows beyond the slab"
     spec = TensorSpec(tensor.spec.dtype, (stop - start, *rest))
-    return _slab_rows(tensor, spec, index, start, stop)
-
-
-def _slab_rows(
-    tensor: SourceTensor, spec: TensorSpec, index: int, start: int, stop: int
-) -> SourceTensor:
-    row_bytes = tensor.spec.row_bytes // max(1, tensor.spec.shape[1])
+    row_bytes = tensor.spec.row_bytes // max(1, rows)
     offset = tensor.offset + index * tensor.spec.row_bytes + start * row_bytes
-    return SourceTensor(f"{tensor.name}[{index}, {start}:{stop}]", spec, tensor.file, offset)
+    name = f"{tensor.name}[{index}, {start}:{stop}]"
+    slab = SourceTensor(name, spec, tensor.file, offset)
+    return slab if step == 1 else every_row(slab, step)
 
 
-def slab_stack(name: str, tensor: SourceTensor, start: int, stop: int) -> SourceTensor:
-    """Rows `start` to `stop` of every slab of a tensor [slabs, rows, ...] as a stack `name`.
+def every_row(tensor: SourceTensor, step: int) -> SourceTensor:
+    """Each `step`-th row of a tensor [rows, ...], from the first one on."""
+    rows, *rest = tensor.spec.shape
+    spec = TensorSpec(tensor.spec.dtype, (-(-rows // step), *rest))
+    file = EveryRow(tensor, step) if tensor.file is not None else None
+    return SourceTensor(f"{tensor.name}[::{step}]", spec, file, 0)
 
-    Of a fused `gate_up_proj` [experts, 2 * inner, hidden] so are the gates of all experts made.
+
+def slab_stack(
+    name: str, tensor: SourceTensor, start: int, stop: int, step: int = 1
+) -> SourceTensor:
+    """Rows `start` to `stop`, or every `step`-th, of every slab of [slabs, rows, ...] as a stack.
+
+    Of a fused `gate_up_proj` [experts, 2 * inner, hidden] so are the gates of all experts made,
+    whether they lie before the others or between them.
     """
-    slabs, rows, *rest = tensor.spec.shape
-    assert 0 <= start <= stop <= rows, "rows beyond the slab"
-    spec = TensorSpec(tensor.spec.dtype, (stop - start, *rest))
-    return stacked(name, [_slab_rows(tensor, spec, i, start, stop) for i in range(slabs)])
+    slabs = tensor.spec.shape[0]
+    parts = [slab_rows(tensor, index, start, stop, step) for index in range(slabs)]
+    return stacked(name, parts)

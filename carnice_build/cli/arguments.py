@@ -30,7 +30,13 @@ Variants = Annotated[
     ),
 ]
 Recipes = Annotated[Path, typer.Option(help="Folder of the recipes.", metavar="DIR")]
-Profile = Annotated[str, typer.Option(help="Which checkpoints the recipes' models mean.")]
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        help="Which checkpoints the recipes' models mean; the first profile that has all of a "
+        "recipe's models if not given."
+    ),
+]
 Source = Annotated[
     list[str] | None,
     typer.Option("--source", help="Take source NAME from a local checkpoint.", metavar="NAME=DIR"),
@@ -61,7 +67,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def make_options(
     *,
     recipes: Path,
-    profile: str = "demo",
+    profile: str | None = None,
     stream: bool = False,
     source: list[str] | None = None,
     assignments: list[str] | None = None,

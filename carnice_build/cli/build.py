@@ -34,7 +34,7 @@ from carnice_build.units import format_size, plural
 def build(
     variants: Variants,
     recipes: Recipes = RECIPES,
-    profile: Profile = "demo",
+    profile: Profile = None,
     stream: Stream = False,
     source: Source = None,
     assignments: Set = None,

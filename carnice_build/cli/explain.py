@@ -24,7 +24,7 @@ from carnice_build.cli.arguments import (
 def explain(
     variants: Variants,
     recipes: Recipes = RECIPES,
-    profile: Profile = "demo",
+    profile: Profile = None,
     source: Source = None,
     assignments: Set = None,
     cache: Cache = CACHE,

@@ -24,7 +24,7 @@ from carnice_build.cli.ending import named
 def graph(
     variants: Variants,
     recipes: Recipes = RECIPES,
-    profile: Profile = "demo",
+    profile: Profile = None,
     source: Source = None,
     assignments: Set = None,
     cache: Cache = CACHE,

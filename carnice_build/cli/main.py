@@ -13,6 +13,7 @@ from carnice_build.cli.diff import diff
 from carnice_build.cli.ending import ending, prepare
 from carnice_build.cli.explain import explain
 from carnice_build.cli.graph import graph
+from carnice_build.cli.new import new
 from carnice_build.cli.plan import plan
 from carnice_build.cli.recipes import extras, list_variants, names, schema
 from carnice_build.cli.report import report
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.command()(new)
 app.command()(build)
 app.command()(plan)
 app.command()(explain)

@@ -22,7 +22,7 @@ from carnice_build.cli.arguments import (
 def plan(
     variants: Variants,
     recipes: Recipes = RECIPES,
-    profile: Profile = "demo",
+    profile: Profile = None,
     source: Source = None,
     assignments: Set = None,
     cache: Cache = CACHE,

@@ -34,7 +34,7 @@ def report(
         ),
     ] = None,
     recipes: Recipes = RECIPES,
-    profile: Profile = "demo",
+    profile: Profile = None,
     source: Source = None,
     out: Out = OUT,
     cache: Cache = CACHE,

@@ -28,7 +28,7 @@ from carnice_build.cli.arguments import (
 def verify(
     variants: Variants,
     recipes: Recipes = RECIPES,
-    profile: Profile = "demo",
+    profile: Profile = None,
     source: Source = None,
     assignments: Set = None,
     out: Out = OUT,

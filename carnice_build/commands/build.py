@@ -267,6 +267,7 @@ def describe(
         config=with_dtype(variant.config, dtype) if dtype else variant.config,
         tools={library: library_version(library) for library in sorted(libraries)},
         quantized=variant.conversion.quantized,
+        stated=variant.conversion.stated,
         ignored=variant.conversion.ignored,
         parameters=variant.conversion.parameters,
         shards=shards,

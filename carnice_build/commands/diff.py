@@ -7,16 +7,19 @@ although the layers' outputs do not change by that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from carnice_build.errors import CheckpointError, StoreError
 from carnice_build.formats.folder import ModelFolder, open_folder
+from carnice_build.formats.mlx.names import published
+from carnice_build.formats.mlx.trace import Kind, Traced
 from carnice_build.formats.registry import packed_suffixes, readers_of
 from carnice_build.graph import NonFiniteValue
 from carnice_build.models import architecture_of
@@ -150,9 +153,18 @@ class _Opened:
 
     def stores_gain(self, module: str) -> bool:
         """True for a norm of which this folder has 1 + w, because it is one of mlx-lm."""
-        name = f"{module}.weight"
-        mlx_name = self.architecture.mlx_name(name)
-        return self.architecture.offset_norm(name) and mlx_name in self.folder.tensors
+        item = self.mlx_names.get(f"{module}.weight")
+        return item is not None and item.kind is Kind.SHIFT and item.name in self.folder.tensors
+
+    @cached_property
+    def mlx_names(self) -> Mapping[str, Traced]:
+        """What a folder of mlx-lm would hold, by canonical name."""
+        return published(self.architecture)
+
+    @cached_property
+    def canonical(self) -> Mapping[str, str]:
+        """The canonical names of what a folder of mlx-lm would hold, by its own names."""
+        return {item.name: name for name, item in self.mlx_names.items()}
 
     def side(self, names: Sequence[str]) -> Side:
         """What the table says of the module with these tensors."""
@@ -180,7 +192,8 @@ def _canonical(opened: _Opened, name: str) -> str:
     """The canonical path of the tensor's module, or its own where the model has none such."""
     module = opened.module(name)
     weight = name if module == name else f"{module}.weight"
-    return _bare(opened.architecture.canonical_name(weight) or weight)
+    known = opened.canonical.get(weight) or opened.architecture.canonical_name(weight)
+    return _bare(known or weight)
 
 
 def _diff(name: str, a: _Opened, b: _Opened, values: bool) -> ModuleDiff:

@@ -12,10 +12,13 @@ DEFAULT_MEMORY = 2 * 10**9
 
 @dataclass(frozen=True)
 class Options:
-    """Where things are and how much of the machine to use; none of it is in any key."""
+    """Where things are and how much of the machine to use; none of it is in any key.
+
+    Without a `profile`, each recipe gets the first one that has all of its sources.
+    """
 
     recipes: Path = Path("recipes")
-    profile: str = "demo"
+    profile: str | None = None
     stream: bool = False
     sources: Mapping[str, Path] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from carnice_build.checkpoint.profiles import SourceFinder
+from carnice_build.checkpoint.profiles import Profiles, SourceFinder
+from carnice_build.commands.asking import Asking
 from carnice_build.commands.options import Options
 from carnice_build.errors import PlanError, PluginError, nearest
 from carnice_build.graph import ActionGraph
@@ -29,10 +30,25 @@ def plan_variants(names: Sequence[str], options: Options) -> Plan:
     if isinstance(names, str):
         names = [names]
     graph = ActionGraph()
-    finder = SourceFinder(options.recipes, options.profile, options.sources, stream=options.stream)
     recipes = [_load(name, options) for name in dict.fromkeys(names)]
     _check_sources(recipes, options)
-    return Plan(tuple(plan_variant(recipe, finder, graph) for recipe in recipes), graph)
+    profiles = Profiles(options.recipes)
+    finders: dict[str, SourceFinder] = {}
+    ask = Asking(options.cache)
+    variants = []
+    for recipe in recipes:
+        profile = options.profile or _default(profiles, recipe, options)
+        if profile not in finders:
+            finders[profile] = SourceFinder(
+                profiles, profile, options.sources, stream=options.stream
+            )
+        variants.append(plan_variant(recipe, finders[profile], graph, ask))
+    return Plan(tuple(variants), graph)
+
+
+def _default(profiles: Profiles, recipe: Recipe, options: Options) -> str:
+    sources = recipe.sources.items()
+    return profiles.default(spec for name, spec in sources if name not in options.sources)
 
 
 def _check_sources(recipes: Sequence[Recipe], options: Options) -> None:

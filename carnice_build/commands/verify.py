@@ -8,7 +8,7 @@ from pathlib import Path
 
 from carnice_build.commands.findings import folder_stamp, keep_findings
 from carnice_build.commands.options import Options
-from carnice_build.commands.plan import plan_variants
+from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import PlanError
 from carnice_build.formats.folder import open_folder
 from carnice_build.models.untabled import Untabled
@@ -21,7 +21,8 @@ from carnice_build.verification.result import Check, Outcome, skipped
 from carnice_build.verification.running import AcceptanceRow, PerplexityRow, RunSettings, Tables
 from carnice_build.verification.structure import check_structure
 
-HELDOUT = Path("demo") / "heldout.txt"
+DEMO = "demo"
+HELDOUT = Path(DEMO) / "heldout.txt"
 """The text that goes with the demo checkpoints, from the project's folder."""
 
 
@@ -82,9 +83,9 @@ def verify_variants(
     """
     options = options or Options()
     settings = settings or VerifySettings()
-    text = _text(options, settings) if settings.run else None
-    how = RunSettings(text, settings.lengths, settings.samples, options.jobs)
     plan = plan_variants(names, options)
+    text = _text(plan, options, settings) if settings.run else None
+    how = RunSettings(text, settings.lengths, settings.samples, options.jobs)
     results: list[VariantResult] = []
     tables = Tables()
     for variant in plan.variants:
@@ -100,13 +101,18 @@ def verify_variants(
     return VerifyResult(results, tables.ordered(), tables.acceptances)
 
 
-def _text(options: Options, settings: VerifySettings) -> Path | None:
+def _text(plan: Plan, options: Options, settings: VerifySettings) -> Path | None:
     if settings.text is not None:
         if not settings.text.is_file():
             raise PlanError("is not a file", where=str(settings.text))
         return settings.text
     default = options.recipes.parent / HELDOUT
-    return default if options.profile == "demo" and default.is_file() else None
+    bodies = [variant.sources[variant.recipe.body] for variant in plan.variants]
+    # A checkpoint that the command line gives stands in for that of the profile.
+    demo = options.profile in (None, DEMO) and all(
+        body.profile in (None, DEMO) and not body.local for body in bodies
+    )
+    return default if demo and default.is_file() else None
 
 
 def _check(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.assets import Reads
 from carnice_build.checkpoint.model_dtype import stated_dtype
@@ -59,6 +59,7 @@ class Conversion:
     `ignored` names what is not quantized, as the format's config spells it.
     `dtype` is what config.json states for the model, None where that is as the source has it.
     `figures` are small tensors whose numbers build.json states, by what they are of.
+    `stated` is what else the format's `files` state; its form is the format's own.
     `causes` says, by the name of an action's first output and by parameter, which entry below
     `quantize` in the recipe chose the value.
     """
@@ -70,6 +71,7 @@ class Conversion:
     ignored: Sequence[str] = ()
     dtype: str | None = None
     figures: Mapping[str, TensorRef] = field(default_factory=dict)
+    stated: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Format(Strict):

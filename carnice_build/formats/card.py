@@ -60,15 +60,24 @@ def _base_model(variant: Variant) -> str:
     return variant.card.base_model or variant.sources[variant.body].spec.model
 
 
+def _link(variant: Variant) -> str:
+    """The base model as a page names it: by a link, unless it is on this machine alone."""
+    name = _base_model(variant)
+    if variant.sources[variant.body].local and not variant.card.base_model:
+        return f"`{name}`"
+    return f"[`{name}`](https://huggingface.co/{name})"
+
+
 def _metadata(card: Card, variant: Variant) -> dict[str, Any]:
     bits = {scheme.bits for scheme in variant.quantized.values()}
     width = [f"{bits.pop()}-bit"] if len(bits) == 1 else []
+    known = not variant.sources[variant.body].local or variant.card.base_model
+    base = {"base_model": _base_model(variant), "base_model_relation": "quantized"}
     return {
         "license": variant.card.license,
         "language": variant.card.language,
         "library_name": card.library,
-        "base_model": _base_model(variant),
-        "base_model_relation": "quantized",
+        **(base if known else {}),
         "pipeline_tag": "text-generation",
         "inference": False,
         "tags": list(dict.fromkeys([*card.tags, *variant.card.tags, *width])),
@@ -77,6 +86,8 @@ def _metadata(card: Card, variant: Variant) -> dict[str, Any]:
 
 def _facts(variant: Variant) -> dict[str, Any]:
     base_model = _base_model(variant)
+    link = _link(variant)
+    tower = any(fact.part is Part.VISION for fact in variant.architecture.built.values())
     size = sum(shard.size for shard in variant.shards)
     source = variant.sources[variant.body]
     return {
@@ -85,15 +96,19 @@ def _facts(variant: Variant) -> dict[str, Any]:
         "card": variant.card,
         "repo": variant.card.repo or f"path/to/{variant.name}",
         "base_model": base_model,
-        "stand_in": source.profile != "full",
+        "base_link": link,
+        "stand_in": source.profile != "full" and not source.local,
         "profile": source.profile,
-        "revision": source.revision or source.spec.revision,
+        "origin": "a local folder"
+        if source.local
+        else f"{link}, revision `{source.revision or source.spec.revision}`",
         "bits_per_weight": f"{variant.bits_per_weight:.2f}",
         "size": f"{format_size(size)} ({size / 2**30:.2f} GiB)",
         "widths": _widths(variant),
         "has_template": any("chat_template" in name for name in variant.copied),
         "mtp_dtypes": _dtypes(variant, Part.MTP),
-        "has_vision": bool(_dtypes(variant, Part.VISION)),
+        "has_tower": tower,
+        "left_vision": tower and not _dtypes(variant, Part.VISION),
         "grafts": [item for item in variant.sources.items() if item[0] != variant.body],
         "calibration": variant.calibration and _calibration(variant.calibration, source.profile),
         "serves": bool(variant.serve),

@@ -9,7 +9,7 @@ from carnice_build.formats.exclusions import ignore_problems, plain_modules
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.statements import names, statements, states
 from carnice_build.formats.variant import Variant
-from carnice_build.models.base import Architecture, Part, Role
+from carnice_build.models.base import LINEARS, Architecture, Part
 
 VERSION = "0.19.0"
 """The version of compressed-tensors whose format the files are in."""
@@ -85,7 +85,7 @@ def config_problems(
         "config.json", section(group, "input_activations"), input_activations or {}
     )
     ignore = names(stated.get("ignore"))
-    yield from ignore_problems(folder, architecture, ignore, (Role.LINEAR,), fused=False)
+    yield from ignore_problems(folder, architecture, ignore, LINEARS, fused=False)
 
 
 def recipe_file(modifiers: Mapping[str, Any]) -> bytes:
@@ -102,7 +102,7 @@ def ignored_modules(architecture: Architecture, quantized: Container[str]) -> li
     Its engines look for the parts of a fused linear, so no fused name is listed.
     """
     head = [fact for fact in architecture.built.values() if fact.part is Part.MTP]
-    plain = plain_modules(architecture, quantized, (Role.LINEAR,))
+    plain = plain_modules(architecture, quantized, LINEARS)
     roots = dict.fromkeys(fact.name.partition(".")[0] for fact in head)
     modules = {fact.module for fact in head}
     listed = [module for module in plain if module not in modules]

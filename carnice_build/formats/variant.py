@@ -34,6 +34,7 @@ class Variant:
     """All that the files of a folder may speak of.
 
     `config` is the model's config.json but for its quantization.
+    `stated` is what else the format's files state; see `Conversion`.
     `copied` holds the small files that come from the checkpoint, as the steps left them;
     `serve` those that say how to serve it.  `figures` are numbers that actions measured.
     `calibration` and `dataset` are None when nothing was calibrated, whatever the recipe says.
@@ -48,6 +49,7 @@ class Variant:
     config: Mapping[str, Any]
     tools: Mapping[str, str]
     quantized: Mapping[str, Scheme]
+    stated: Mapping[str, Any]
     ignored: Sequence[str]
     parameters: int
     shards: Sequence[Shard]
@@ -76,7 +78,7 @@ def source_records(variant: Variant) -> dict[str, Any]:
         records[name] = {
             "model": source.spec.model,
             "revision": source.spec.revision,
-            "profile": source.profile or "given on the command line",
+            "profile": source.origin,
         }
         if source.revision is not None:
             records[name]["commit"] = source.revision

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from . import _compressed_loops as loops
 from . import _mse_loops as mse_loops
 from ._floats import Array, FloatFormat, first_non_finite, float_format, require, widen
-from .elementwise import _narrow
+from .elementwise import narrow
 
 Packed = NDArray[np.int32]
 ZeroPoints = NDArray[np.int8]
@@ -137,7 +137,7 @@ def _powers(dtype: str) -> NDArray[np.float32]:
     values = widen(np.arange(1 << 15, dtype=np.uint16).view(form.storage), dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         powers = (values.astype(np.float64) ** _EXPONENT[dtype]).astype(np.float32)
-        return widen(_narrow(powers, dtype), dtype)
+        return widen(narrow(powers, dtype), dtype)
 
 
 def _grouped(weight: Array, dtype: str, group_size: int) -> tuple[FloatFormat, Array]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ._floats import FORMATS, Array, first_non_finite, float_format, require, widen
+from ._floats import FORMATS, Array, first_non_finite, float_format, require
+from ._floats import widen as widen
 
 
 def add_scalar(source: Array, dtype: str, value: float, out: Array) -> int:
@@ -27,8 +28,8 @@ def add_scalar(source: Array, dtype: str, value: float, out: Array) -> int:
     bad = first_non_finite(source, form)
     if bad < 0:
         with np.errstate(over="ignore"):
-            addend = widen(_narrow(np.full(1, value, np.float32), dtype), dtype)
-            out[...] = _narrow(widen(source, dtype) + addend, dtype)
+            addend = widen(narrow(np.full(1, value, np.float32), dtype), dtype)
+            out[...] = narrow(widen(source, dtype) + addend, dtype)
     return bad
 
 
@@ -47,11 +48,11 @@ def cast(source: Array, source_dtype: str, target_dtype: str, out: Array) -> int
     bad = first_non_finite(source, form)
     if bad < 0:
         with np.errstate(over="ignore"):
-            out[...] = _narrow(widen(source, source_dtype), target_dtype)
+            out[...] = narrow(widen(source, source_dtype), target_dtype)
     return bad
 
 
-def _narrow(values: NDArray[np.float32], dtype: str) -> Array:
+def narrow(values: NDArray[np.float32], dtype: str) -> Array:
     """Float32 values that are not NaN, rounded to ``dtype``."""
     if dtype == "BF16":
         return _bf16_bits(values)

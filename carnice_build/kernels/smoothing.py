@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._floats import Array, first_non_finite, float_format, require, widen
-from .elementwise import _narrow
+from .elementwise import narrow
 
 _BLOCK = 1 << 20
 """Weights in float64 at a time: 8 MB."""
@@ -66,7 +66,7 @@ def smooth_gain(
             require("scales", scales, np.float64, weight.shape)
             with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
                 gain = _rounded((gain / scales).astype(np.float32), kept)
-        out[...] = _narrow(gain - np.float32(1), dtype)
+        out[...] = narrow(gain - np.float32(1), dtype)
     return bad
 
 
@@ -85,9 +85,9 @@ def _in_blocks(
         rows = slice(start, start + step)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             result = operation(widen(weight[rows], dtype), wide_scales[rows], dtype=np.float64)
-            out[rows] = _narrow(result.astype(np.float32), dtype)
+            out[rows] = narrow(result.astype(np.float32), dtype)
     return bad
 
 
 def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
-    return widen(_narrow(values, dtype), dtype)
+    return widen(narrow(values, dtype), dtype)

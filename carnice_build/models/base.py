@@ -38,7 +38,13 @@ class Role(StrEnum):
     VISION = "vision"
 
 
+STACK = "*"
+"""In the place of an expert's number: what all experts have, as one tensor [E, ...]."""
+
 QUANTIZABLE = (Role.EMBEDDING, Role.LINEAR)
+
+LINEARS = (Role.LINEAR, Role.ROUTER)
+"""What engines build as linears, and take for quantized unless a config says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +189,6 @@ class Architecture(Protocol):
 
     def canonical_name(self, name: str) -> str | None:
         """The name that a misprefixed `name` should have, or None."""
-
-    def mlx_refusal(self) -> str | None:
-        """Why mlx-lm cannot run the model, None when it can."""
-
-    def mlx_name(self, name: str) -> str | None:
-        """The tensor's name in an MLX checkpoint, None when mlx-lm drops it."""
 
     def keeps_dtype(self, name: str) -> bool:
         """True for tensors whose type libraries leave alone when they cast a model."""

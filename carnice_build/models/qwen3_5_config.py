@@ -102,17 +102,6 @@ class Qwen35Config:
             entries["full_attention_interval"] = self.interval
         return entries
 
-    def mlx_refusal(self) -> str | None:
-        """mlx-lm tells linear attention from full by `full_attention_interval` alone.
-
-        It takes its masks from the first layer of each kind, so there must be both.
-        """
-        if self.interval is not None and len(set(self.kinds)) == 2:
-            return None
-        full = [str(layer) for layer, kind in enumerate(self.kinds) if kind == "full"]
-        found = f"layers {', '.join(full)} have" if full else "no layer has"
-        return f"{found} full attention, and mlx-lm can only run a model of which every n-th has"
-
     def published(self, parts: Container[Part]) -> dict[str, Any]:
         """See `Architecture.published_config`."""
         text = dict(self.text_entries)

@@ -32,9 +32,6 @@ class Reader(Protocol):
     def published(self, parts: Container[Part]) -> dict[str, Any]:
         """See `Architecture.published_config`."""
 
-    def mlx_refusal(self) -> str | None:
-        """See `Architecture.mlx_refusal`."""
-
 
 class PlainReader:
     """A config that goes out as it came in, but for what its folder does not hold."""
@@ -71,10 +68,6 @@ class PlainReader:
         if self.text is self.root:
             return text
         return {**without_quantization(self.root), str(self._table.text.section): text}
-
-    def mlx_refusal(self) -> str | None:
-        """Nothing is known against it."""
-        return None
 
 
 def stated_type(section: ConfigReader) -> str | None:

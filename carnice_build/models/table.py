@@ -536,19 +536,6 @@ class FamilyTable:
         """True for the tensors whose type libraries leave alone when they cast a model."""
         return name in self._rows and self._rows[name][1].wide
 
-    def mlx_refusal(self) -> str | None:
-        """See `Architecture.mlx_refusal`."""
-        if self._table.mlx is None:
-            return f"nobody has said what mlx-lm makes of {self.name}"
-        return self._reader.mlx_refusal()
-
-    def mlx_name(self, name: str) -> str | None:
-        """The tensor's name in an MLX checkpoint, None when mlx-lm drops it."""
-        mlx = self._table.mlx
-        if mlx is None or name.startswith(tuple(mlx.drop)):
-            return None
-        return _respelled(name, mlx.rename) or name
-
     def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
         """See `Architecture.draft_head`."""
         if self._table.drafter is None:

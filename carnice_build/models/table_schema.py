@@ -93,15 +93,6 @@ class Kv(_Strict):
     draft_layers: Formula = Field(0, description="Layers of the MTP head that have one.")
 
 
-class Mlx(_Strict):
-    """What mlx-lm does to names; see `formats.mlx`."""
-
-    drop: list[str] = Field(description="Beginnings of names that it leaves out.")
-    rename: list[tuple[str, str]] = Field(
-        description="Beginnings of names and what stands there in their place; the first that fits."
-    )
-
-
 class Table(_Strict):
     """A family: which tensors there are for a config, and what is true of them."""
 
@@ -156,5 +147,4 @@ class Table(_Strict):
         default_factory=list,
         description="Beginnings of names in other checkpoints, and what they are called here.",
     )
-    mlx: Mlx | None = None
     drafter: str | None = Field(None, description="Code of the MTP head, as `module:Class`.")

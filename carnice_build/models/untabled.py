@@ -63,6 +63,11 @@ class Untabled:
         return self.tensors
 
     @property
+    def unread(self) -> Mapping[str, TensorFact]:
+        """Nobody knows which."""
+        return {}
+
+    @property
     def ties(self) -> Mapping[str, str]:
         """Nothing is known to be another."""
         return {}
@@ -126,14 +131,6 @@ class Untabled:
 
     def canonical_name(self, name: str) -> str | None:
         """No name is known to be better than another."""
-        return None
-
-    def mlx_refusal(self) -> str | None:
-        """mlx-lm renames, by rules that a table knows."""
-        return f"{self.name} has no table"
-
-    def mlx_name(self, name: str) -> str | None:
-        """See `mlx_refusal`."""
         return None
 
     def keeps_dtype(self, name: str) -> bool:

@@ -7,7 +7,7 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from carnice_build.checkpoint.stack import slab_stack, stacked
@@ -53,21 +53,31 @@ def gathered(view: View, architecture: Architecture, where: str) -> View:
     return {name: _ref(facts[name], place) for name, place in places.items() if place.whole}
 
 
-def _place(fact: TensorFact, view: View) -> _Place:
-    names: Sequence[str] = [fact.name]
-    shape = fact.shape
-    fused = fact.fused is not None and fact.fused[0] in view
-    if fused:
+def names_of(fact: TensorFact, there: Container[str]) -> Sequence[str]:
+    """What a checkpoint, in which the names `there` are, calls the tensors of a fact."""
+    if not fact.stacked:
+        return [fact.name]
+    if _is_fused(fact, there):
         assert fact.fused is not None
-        name, _, of = fact.fused
-        count, rows, *rest = shape
-        names, shape = [name], (count, of * rows, *rest)
-    elif fact.stacked:
-        start, _, end = fact.name.partition("*")
-        names = [f"{start}{index}{end}" for index in range(shape[0])]
-        shape = shape[1:]
+        return [fact.fused[0]]
+    start, _, end = fact.name.partition("*")
+    return [f"{start}{index}{end}" for index in range(fact.shape[0])]
+
+
+def _is_fused(fact: TensorFact, there: Container[str]) -> bool:
+    return fact.fused is not None and fact.fused[0] in there
+
+
+def _place(fact: TensorFact, view: View) -> _Place:
+    names = names_of(fact, view)
     refs = [view[name] for name in names if name in view]
-    return _Place(names, shape, refs, fused)
+    if not fact.stacked:
+        return _Place(names, fact.shape, refs)
+    if not _is_fused(fact, view):
+        return _Place(names, fact.shape[1:], refs)
+    assert fact.fused is not None
+    count, rows, *rest = fact.shape
+    return _Place(names, (count, fact.fused[2] * rows, *rest), refs, fused=True)
 
 
 def _ref(fact: TensorFact, place: _Place) -> TensorRef:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.calibration.source import CalibrationSource
@@ -16,17 +15,18 @@ from carnice_build.checkpoint.checkpoint import Checkpoint, read_samples, source
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.generation import with_generation
 from carnice_build.checkpoint.profiles import Source, SourceFinder
+from carnice_build.checkpoint.quantized import METHODS, plain_config, stated_quantization
 from carnice_build.errors import PlanError, together
 from carnice_build.formats.base import Conversion, Format
 from carnice_build.graph import Action, ActionGraph, ActionOutput, View
 from carnice_build.models import UnknownFamily, architecture_of
-from carnice_build.models.base import QUANTIZATION, Architecture, Part
+from carnice_build.models.base import Architecture, Part
 from carnice_build.models.untabled import Untabled
 from carnice_build.planning.gather import gathered
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
-from carnice_build.steps.base import PlanContext, Step
+from carnice_build.steps.base import Ask, PlanContext, Step, unanswered
 from carnice_build.tensors import SourceTensor
 
 if TYPE_CHECKING:
@@ -118,18 +118,22 @@ class VariantPlan:
         return f"model-{index + 1:05}-of-{len(self.packs):05}.safetensors"
 
 
-def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> VariantPlan:
+def plan_variant(
+    recipe: Recipe, finder: SourceFinder, graph: ActionGraph, ask: Ask = unanswered
+) -> VariantPlan:
     """Run the recipe on headers; raises a CarniceError that says where the recipe is wrong.
 
     New actions go into `graph`, where other variants' equal actions may already be.
+    `ask` answers what a format wants to know of a library.
     """
     sources = {name: _find(finder, recipe, name) for name in recipe.sources}
     body = sources[recipe.body]
-    _refuse_quantized(body.checkpoint)
+    if not any(isinstance(step.params, Step) and step.params.decodes for step in recipe.steps):
+        _refuse_quantized(body.checkpoint)
     view = source_view(body.checkpoint)
     assert isinstance(recipe.quantize, Format)
     architecture = _architecture(body.checkpoint, view, recipe.quantize)
-    context = PlanContext(architecture, graph, body.profile, recipe.layers, sources)
+    context = PlanContext(architecture, graph, body.profile, recipe.layers, sources, ask=ask)
     with failures_blamed(recipe.quantize):
         assets = Assets(body.checkpoint, recipe.quantize.engine_reads())
     assets.check_places()
@@ -143,7 +147,11 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
     if isinstance(architecture, Untabled):
         # Steps may have changed names, which are all that is known of it.
         architecture = _untabled(body.checkpoint, view)
-        notices = (*notices, _unchecked(architecture))
+        notices = (*notices, unchecked(architecture))
+    if unread := [name for name in view if name in architecture.unread]:
+        view = {name: ref for name, ref in view.items() if name not in architecture.unread}
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        notices = (*notices, f"{unread[0]}{more} of the source, which no model reads, are left out")
     view = gathered(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
     # From here on the model is the one that will be published.
@@ -197,7 +205,7 @@ def plan_variant(recipe: Recipe, finder: SourceFinder, graph: ActionGraph) -> Va
 
 def _architecture(checkpoint: Checkpoint, view: View, number_format: Format) -> Architecture:
     try:
-        return architecture_of(checkpoint.config, checkpoint.where)
+        return architecture_of(plain_config(checkpoint.config), checkpoint.where)
     except UnknownFamily as error:
         if not number_format.needs_table:
             return _untabled(checkpoint, view)
@@ -221,10 +229,11 @@ def _way_out(error: UnknownFamily, model_type: object) -> str:
 
 def _untabled(checkpoint: Checkpoint, view: View) -> Untabled:
     shapes = {name: ref.spec.shape for name, ref in view.items()}
-    return Untabled(checkpoint.config, checkpoint.where, shapes)
+    return Untabled(plain_config(checkpoint.config), checkpoint.where, shapes)
 
 
-def _unchecked(architecture: Untabled) -> str:
+def unchecked(architecture: Untabled) -> str:
+    """What a plan does not know of a model whose family has no table."""
     return (
         f"{architecture.name} has no table here: whether all of its tensors are there, and which "
         "linears engines run as one, is not checked"
@@ -236,14 +245,16 @@ def _find(finder: SourceFinder, recipe: Recipe, name: str) -> Source:
 
 
 def _refuse_quantized(body: Checkpoint) -> None:
-    for section, key in product((body.config, body.config.get("text_config")), QUANTIZATION):
-        if table := section.get(key) if isinstance(section, dict) else None:
-            method = table.get("quant_method", "") if isinstance(table, dict) else ""
-            raise PlanError(
-                f"is quantized already ({method or key})",
-                where=body.where,
-                expected="the weights that it was quantized from",
-            )
+    stated = stated_quantization(body.config)
+    if stated is None:
+        return
+    method = stated.get("quant_method") or "quantization_config"
+    step = "a step `- decode: {}` to say that a quantized model is meant to be quantized again"
+    raise PlanError(
+        f"is quantized already ({method})",
+        where=body.where,
+        expected=step if method in METHODS else "the weights that it was quantized from",
+    )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from carnice_build.errors import PlanError, nearest, together
 from carnice_build.models.base import Architecture
 
-_BUFFERS = frozenset(
+BUFFERS = frozenset(
     {
         "_extra_state",
         "cos_cached",
@@ -54,13 +54,13 @@ def unknown_tensors(names: Sequence[str], architecture: Architecture, where: str
 def _kind(name: str) -> str:
     """What a tensor has in common with others of its kind; its name when it is one of its own."""
     parts = name.split(".")
-    if parts[-1] in _BUFFERS:
+    if parts[-1] in BUFFERS:
         return parts[-1]
     return name if set(_ADAPTER_PARTS).isdisjoint(parts) else _ADAPTER
 
 
 def _hint(kind: str, names: Sequence[str], architecture: Architecture) -> str | None:
-    if kind in _BUFFERS:
+    if kind in BUFFERS:
         # A glob covers the whole name, so that of a bare one has no dot.
         dot = "" if kind in names else "."
         return f"a step that leaves them out: `- drop: {{match: '*{dot}{kind}'}}`"

@@ -3,6 +3,7 @@
 A recipe and those it `extends` are files in a row: parents in the order they are named, each
 behind its own parents, and the recipe last; a file that is reached twice stands where it is
 reached first.  Each is merged over all before it.
+A parent is a file below the recipe's folder or, as `preset:NAME`, one that ships with the package.
 Mappings merge key by key; lists and scalars of a later file replace those of the earlier ones.
 A key written with a trailing `+` appends to the list that the earlier files gave instead.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from carnice_build.errors import RecipeError, nearest
+from carnice_build.recipe.presets import PREFIX, presets, shown
 from carnice_build.yaml_tree import MAX_DEPTH, Node, parse_tree, read_tree
 
 MAX_PARENTS = 16
@@ -44,7 +46,7 @@ def _collect(path: Path, children: tuple[Path, ...], files: dict[Path, Node]) ->
 
 
 def _mapping_at(path: Path) -> Node:
-    tree = read_tree(path)
+    tree = read_tree(path, shown(path))
     if not isinstance(tree.value, dict):
         raise RecipeError("is not a mapping", where=tree.where, expected="keys and values")
     return tree
@@ -62,6 +64,8 @@ def _parents(tree: Node, path: Path) -> list[Path]:
 def _parent(node: Node, path: Path) -> Path:
     if not isinstance(node.value, str):
         raise RecipeError("extends is not a file name", where=node.where)
+    if node.value.startswith(PREFIX):
+        return _preset(node.value, node.where)
     pure = PurePosixPath(node.value)
     if pure.is_absolute() or ".." in pure.parts or "\0" in node.value:
         raise RecipeError(
@@ -70,12 +74,29 @@ def _parent(node: Node, path: Path) -> Path:
     parent = path.parent / pure
     if not _is_file(parent):
         names = [item.relative_to(path.parent).as_posix() for item in path.parent.rglob("*.yaml")]
+        names += _preset_names()
         raise RecipeError(
             f"extends {node.value!r}, which does not exist",
             where=node.where,
             nearest=nearest(node.value, names),
         )
     return parent
+
+
+def _preset(name: str, where: str) -> Path:
+    found = presets().get(name.removeprefix(PREFIX))
+    if found is None:
+        raise RecipeError(
+            f"extends {name!r}, which is no preset",
+            where=where,
+            expected="one of those that `carnice new --list` shows",
+            nearest=nearest(name, _preset_names()),
+        )
+    return found
+
+
+def _preset_names() -> list[str]:
+    return [PREFIX + name for name in presets()]
 
 
 def _is_file(path: Path) -> bool:

@@ -64,29 +64,41 @@ Expectation = int | dict[str, int] | None
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def _check_name(name: str) -> str:
+def check_name(name: str) -> str:
+    """The name of a variant or of a part of a repository's; ValueError for what is none."""
     if not _NAME.fullmatch(name) or len(name) > 100:
         raise ValueError(f"{name!r} is not a plain name of letters, digits, '.', '_' and '-'")
     return name
 
 
-PlainName = Annotated[str, AfterValidator(_check_name)]
+PlainName = Annotated[str, AfterValidator(check_name)]
 
 
 def _check_model(model: str) -> str:
     owner, _, name = model.partition("/")
-    _check_name(owner)
-    _check_name(name)
+    check_name(owner)
+    check_name(name)
     return model
+
+
+def _check_folder(text: str) -> str:
+    if not text or "\0" in text or ".." in PurePosixPath(text).parts:
+        raise ValueError(f"{text!r} is neither a folder below the project nor an absolute path")
+    return text
 
 
 class SourceSpec(Strict):
     """A checkpoint by its name on the hub; a profile says where to find it."""
 
     model: Annotated[str, AfterValidator(_check_model)] = Field(
-        description="Repository on the hub, as owner/name."
+        description="Repository on the hub, as owner/name; `local/name` for what is not there."
     )
     revision: str = Field("main", description="Branch, tag or commit of the repository.")
+    folder: Annotated[str, AfterValidator(_check_folder)] | None = Field(
+        None,
+        description="Folder of the checkpoint on this machine, below the project or as an absolute "
+        "path, whatever a profile says.",
+    )
 
 
 ByProfile = int | dict[str, int]
@@ -234,7 +246,8 @@ def json_schema(vocabulary: Vocabulary) -> dict[str, Any]:
     properties["extends"] = {
         "type": ["string", "array"],
         "items": {"type": "string"},
-        "description": "A recipe that this one changes, or several.",
+        "description": "A recipe that this one changes, or several; `preset:NAME` ships with the "
+        "package.",
     }
     steps = [
         {

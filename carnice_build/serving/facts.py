@@ -17,6 +17,7 @@ class ServingFacts:
     format (`modelopt`, `compressed-tensors`, `auto_round`, `inc`), `profiles` are its launches;
     the parsers are those that read what the packaged chat template makes the model write, None
     where it has no such form;
+    `text_only` says that the model has a vision tower which the folder lacks;
     `weights_bytes` counts all shards; `max_positions` is the longest context in tokens.
     """
 

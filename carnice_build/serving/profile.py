@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, model_validator
@@ -182,7 +183,10 @@ class Engine(Strict):
 
 
 class ServingProfiles(Mapping[str, ServingProfile]):
-    """The profiles of one format by name: the YAML files in the folder `serving` of its package."""
+    """The profiles of one format by name: the YAML files in the folder `serving` of its package.
+
+    And those that fit any format, which are with the engines.
+    """
 
     def __init__(self, package: str) -> None:
         self._package = package
@@ -190,7 +194,9 @@ class ServingProfiles(Mapping[str, ServingProfile]):
     def __getitem__(self, name: str) -> ServingProfile:
         if name not in self._names:
             raise KeyError(name)
-        return _read_serving_profile(self._package, name)
+        if name in _shared_profiles():
+            return _read_serving_profile(__package__, f"data/profiles/{name}.yaml")
+        return _read_serving_profile(self._package, f"serving/{name}.yaml")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -200,8 +206,7 @@ class ServingProfiles(Mapping[str, ServingProfile]):
 
     @cached_property
     def _names(self) -> tuple[str, ...]:
-        names = [item.name for item in files(self._package).joinpath("serving").iterdir()]
-        return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
+        return (*_yaml_names(files(self._package).joinpath("serving")), *_shared_profiles())
 
 
 @dataclass(frozen=True)
@@ -221,21 +226,31 @@ _ENGINES = "engines.yaml"
 
 
 @cache
-def _read_serving_profile(package: str, name: str) -> ServingProfile:
-    return ServingProfile.model_validate(_read(package, "serving", f"{name}.yaml"))
+def _shared_profiles() -> tuple[str, ...]:
+    return _yaml_names(files(__package__).joinpath("data", "profiles"))
+
+
+def _yaml_names(folder: Traversable) -> tuple[str, ...]:
+    names = [item.name for item in folder.iterdir()]
+    return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
+
+
+@cache
+def _read_serving_profile(package: str, path: str) -> ServingProfile:
+    return ServingProfile.model_validate(_read(package, path))
 
 
 @cache
 def _read_engines() -> dict[str, Engine]:
     return {
         name: Engine.model_validate(item)
-        for name, item in _read(__package__, "data", _ENGINES).items()
+        for name, item in _read(__package__, f"data/{_ENGINES}").items()
     }
 
 
-def _read(package: str, folder: str, file: str) -> dict[str, Any]:
+def _read(package: str, path: str) -> dict[str, Any]:
     import yaml
 
-    content = yaml.safe_load(files(package).joinpath(folder, file).read_text("utf-8"))
+    content = yaml.safe_load(files(package).joinpath(*path.split("/")).read_text("utf-8"))
     assert isinstance(content, dict)
     return content

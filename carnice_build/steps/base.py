@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from carnice_build.calibration.source import CalibrationSource
 from carnice_build.checkpoint.checkpoint import Checkpoint
@@ -15,6 +16,39 @@ from carnice_build.models.base import Architecture
 from carnice_build.recipe.layers import LayerSpan, layers_in
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import Expectation, Strict
+
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question(Generic[T_co]):
+    """What a plan wants to know of a library: a function that says it, as text.
+
+    `function` is `module:name`, of a module that may import the library; it gets the `arguments`,
+    which JSON can hold, and its answer is that of the `libraries`' versions and of `version`.
+    `parse` makes of the text what is wanted, and raises ValueError for a text that is no answer.
+    `extra` is the optional dependency that brings the libraries.
+    """
+
+    function: str
+    arguments: tuple[Any, ...]
+    libraries: tuple[str, ...]
+    version: int
+    parse: Callable[[str], T_co]
+    extra: str
+
+
+class Ask(Protocol):
+    """Answers questions about libraries, which no plan imports."""
+
+    def __call__(self, question: Question[T], /) -> T:
+        """The answer; PlanError where the libraries are missing, BackendError where they fail."""
+
+
+def unanswered(question: Question[T], /) -> T:
+    """For plans that ask nobody."""
+    raise PlanError(f"needs {question.libraries[0]}, and nobody was named who could be asked")
 
 
 @dataclass(frozen=True)
@@ -27,6 +61,7 @@ class PlanContext:
     layer_sets: Mapping[str, Sequence[LayerSpan]]
     sources: Mapping[str, Source]
     calibration: CalibrationSource | None = None
+    ask: Ask = unanswered
 
     @property
     def body(self) -> Checkpoint:
@@ -71,7 +106,12 @@ class PlanContext:
 
 
 class Step(Strict):
-    """A step of a recipe: its parameters, and how it rewires a view."""
+    """A step of a recipe: its parameters, and how it rewires a view.
+
+    One that `decodes` gives quantized weights as floats: it lets a recipe begin with them.
+    """
+
+    decodes: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, view: View, context: PlanContext) -> View:

@@ -10,6 +10,7 @@ from carnice_build.steps.base import Step
 
 STEPS: Extensible[Step] = Extensible(
     {
+        "decode": "carnice_build.steps.decode:Decode",
         "rename": "carnice_build.steps.rename:Rename",
         "drop": "carnice_build.steps.drop:Drop",
         "graft": "carnice_build.steps.graft:Graft",

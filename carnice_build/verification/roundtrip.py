@@ -77,9 +77,11 @@ def check_roundtrip(
 ) -> Check:
     """Compare every tensor of the folder with the source, module by module."""
     comparison = _Comparison(variant, folder, checks)
-    modules: dict[str, list[OutputTensor]] = {}
+    modules: dict[tuple[str, str], list[OutputTensor]] = {}
     for tensor in variant.conversion.tensors:
-        modules.setdefault(tensor.fact.name, []).append(tensor)
+        # One source may become two modules, each with its own scales.
+        path = tensor.name.rpartition(".")[0]
+        modules.setdefault((tensor.fact.name, path), []).append(tensor)
     with ThreadPoolExecutor(jobs) as pool:
         found = list(pool.map(comparison.module, modules.values()))
     errors = [item.module for item in found if item.module]

@@ -14,7 +14,10 @@ from carnice_build.errors import RecipeError
 
 pytest_plugins = ["attacking"]
 
-HEAD = "extends: _base/mlx.yaml\nvariant: bad\ndescription: x\nquantize: {bits: 4}\n"
+HEAD = (
+    "extends: [_base/carnice-text.yaml, preset:mlx-4bit]\n"
+    "variant: bad\ndescription: x\nquantize: {bits: 4}\n"
+)
 
 
 def with_pattern(pattern: str) -> str:

@@ -28,7 +28,7 @@ from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme, statements
 from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows
 from carnice_build.kernels import autoround
-from carnice_build.models.base import Architecture, Role
+from carnice_build.models.base import LINEARS, Architecture
 
 Method = Literal["nearest", "tune", "merge"]
 
@@ -92,7 +92,7 @@ class AutoRoundChecks(TorchChecks):
         for module in extra:
             if section(extra, module).get("bits") != 16:
                 yield f"config.json gives {module} other bits than 4 or 16"
-        yield from ignore_problems(folder, architecture, list(extra), (Role.LINEAR,))
+        yield from ignore_problems(folder, architecture, list(extra), LINEARS)
         blocks = str(stated.get("block_name_to_quantize")).split(",")
         for name in folder.tensors:
             if name.endswith(".qweight") and not name.startswith(tuple(f"{b}." for b in blocks)):

@@ -28,7 +28,7 @@ from carnice_build.formats.keep import kept
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import Architecture, Part, Role, TensorFact
+from carnice_build.models.base import LINEARS, Architecture, Part, Role, TensorFact
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import (
     AnyPatterns,
@@ -179,7 +179,7 @@ class AutoRoundFormat(Format):
             parameters=sum(view[fact.name].spec.size for fact in facts),
             quantized=dict.fromkeys(chosen, Scheme(4, self.group_size)),
             causes={f"{module}.{SUFFIXES[0]}": _CAUSES for module in chosen},
-            ignored=unquantized_modules(context.architecture, chosen, (Role.LINEAR,)),
+            ignored=unquantized_modules(context.architecture, chosen, LINEARS),
             dtype=plain,
             figures=figures,
         )

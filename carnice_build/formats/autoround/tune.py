@@ -31,11 +31,11 @@ class Tune(ProcessOp):
     Outputs: losses F32 [2], mean squared errors of the layer's outputs when rounded to nearest
     and when tuned; then qweight, qzeros and scales of each linear.
     Parameters: `linears` to quantize, by their names in the layer; `settings`, those of
-    `backends.autoround.AutoRoundSettings`; `names`, `kind`, `config`, `threads` and `processor`.
+    `backends.autoround.AutoRoundSettings`; `names`, `layer`, `config`, `threads` and `processor`.
     """
 
     name = "autoround.tune"
-    version = 1
+    version = 2
     libraries = ("auto-round", *_LAYER_LIBRARIES)
     figures = frozenset({0})
 
@@ -81,12 +81,12 @@ class Advance(ProcessOp):
 
     Inputs: those of `Tune`, then qweight, qzeros and scales of each linear.
     Outputs: hidden states of the model as it was, and of the quantized one.
-    Parameters: `linears`; `batch_size` and `amp` of the settings; `names`, `kind`, `config`,
+    Parameters: `linears`; `batch_size` and `amp` of the settings; `names`, `layer`, `config`,
     `threads` and `processor`.
     """
 
     name = "autoround.advance"
-    version = 1
+    version = 2
     libraries = _LAYER_LIBRARIES
     transient = frozenset({0, 1})
 
@@ -145,7 +145,7 @@ class Tuning:
         layer = calibration.layer(number)
         chosen = [name for name in layer.linears if layer.prefix + name in linears]
         kept = {name: 16 for name in layer.linears if name not in chosen}
-        used = ("names", "kind", "config", "threads", "processor")
+        used = ("names", "layer", "config", "threads", "processor")
         params = {**{name: layer.params[name] for name in used}, "linears": chosen}
         settings = {**self._settings, "layer_bits": kept}
         inputs = calibration.tokens, *self._hidden(), *layer.weights

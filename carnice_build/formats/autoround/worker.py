@@ -34,10 +34,11 @@ def tune(
 ) -> None:
     """Tune a layer; see `tune.Tune` for the parameters and the order of the files."""
     tensors = layer_tensors(params, weights)
-    inputs, quantized = (list(HiddenStates(file, samples)) for file in hidden)
     settings = AutoRoundSettings(**params["settings"])
+    driver = _driver(params, settings)
+    inputs, quantized = (list(HiddenStates(file, samples, driver.enter)) for file in hidden)
     try:
-        tuned = tune_layer(_driver(params, settings), tensors, inputs, quantized, settings)
+        tuned = tune_layer(driver, tensors, inputs, quantized, settings)
     except ValueError as error:
         raise CheckpointError(f"{layer_name(params, weights)}: {error}") from None
     outputs[0].write(np.array([tuned.nearest_loss, tuned.loss], np.float32))
@@ -65,7 +66,7 @@ def advance(
     }
     for source, target, changed in zip(hidden, outputs, ({}, quantized), strict=True):
         layer = driver.layer(given | changed)
-        states = list(HiddenStates(source, samples))
+        states = list(HiddenStates(source, samples, driver.enter))
         for index, state in enumerate(run_in_batches(driver, layer, states, settings)):
             target.write_row(index, as_data(state[0]).array)
         progress()
@@ -73,7 +74,7 @@ def advance(
 
 def _driver(params: Mapping[str, Any], settings: AutoRoundSettings) -> LayerDriver:
     arithmetic = Arithmetic(settings.dtype, "sdpa", params["threads"])
-    return LayerDriver(params["config"], params["kind"], arithmetic)
+    return LayerDriver(params["config"], params["layer"], arithmetic)
 
 
 def _dequantized(files: Sequence[TensorFile]) -> Tensor:

@@ -26,15 +26,16 @@ class Smooth(ProcessOp):
     """llm-compressor's AWQ search on one decoder layer; `workspace` is as in `Forward`.
 
     Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors.
-    Outputs: the smoothed layer's hidden states; scales F64 [channels] for each of `mappings`.
+    Outputs: the smoothed layer's hidden states; scales F64 [channels], of a stack [E, channels],
+    for each of `mappings`.
     Parameters: `mappings`, each the name of a smoothed module and those it is balanced by, within
     the layer; `quantized`, the linears that will be; `scheme` (`num_bits`, `group_size`,
     `symmetric`), `n_grid`, `duo_scaling` and `norms` as in `backends.awq.AwqSettings`; `names`,
-    `kind`, `config`, `dtype`, `attention`, `threads`, `device` and `processor`.
+    `layer`, `config`, `dtype`, `attention`, `threads`, `device` and `processor`.
     """
 
     name = "awq.smooth"
-    version = 1
+    version = 2
     libraries = (
         "llmcompressor",
         "compressed-tensors",
@@ -52,8 +53,11 @@ class Smooth(ProcessOp):
     ) -> tuple[TensorSpec, ...]:
         """Hidden states, and a vector for each mapping."""
         weights = dict(zip(params["names"], inputs[2:], strict=True))
-        channels = (weights[f"{smooth}.weight"].shape[0] for smooth, _ in params["mappings"])
-        return inputs[1], *(TensorSpec("F64", (count,)) for count in channels)
+        smoothed = (weights[f"{smooth}.weight"].shape for smooth, _ in params["mappings"])
+        # A norm's is [channels], a linear's [channels, in], a stack's [E, channels, in].
+        return inputs[1], *(
+            TensorSpec("F64", shape[: max(1, len(shape) - 1)]) for shape in smoothed
+        )
 
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """One for each sample that the smoothed layer has read."""

@@ -39,15 +39,17 @@ def smooth(
         norms=params["norms"],
     )
 
+    driver = LayerDriver(params["config"], params["layer"], arithmetic)
+
     def put_output(index: int, state: Tensor) -> None:
         outputs[0].write_row(index, as_data(state[0]).array)
         progress()
 
     scales = smooth_layer(
-        LayerDriver(params["config"], params["kind"], arithmetic),
+        driver,
         layer_tensors(params, weights),
         params["quantized"],
-        HiddenStates(hidden, samples),
+        HiddenStates(hidden, samples, driver.enter),
         settings,
         put_output,
         Path(outputs[0].path).parent,

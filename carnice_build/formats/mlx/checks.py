@@ -13,17 +13,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS
+from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
+from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.checks import FolderReader, FormatChecks, Tensors
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.library import Library
-from carnice_build.formats.mlx.ops import SUFFIXES
+from carnice_build.formats.mlx.names import published
+from carnice_build.formats.mlx.ops import SUFFIXES, Transform, TransformQuantize
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme
 from carnice_build.formats.values import (
@@ -35,10 +37,12 @@ from carnice_build.formats.values import (
     matrix,
     read_rows,
 )
-from carnice_build.graph import TensorData
+from carnice_build.graph import ActionOutput, Stacked, TensorData, TensorRef
 from carnice_build.kernels.affine import dequantize_rows
 from carnice_build.kernels.elementwise import cast, zero_non_finite
-from carnice_build.models.base import Architecture, TensorFact
+from carnice_build.models.base import Architecture
+
+Shape = tuple[int, ...]
 
 _SMALLEST_STEP = 1.5e-7
 """mlx takes no step below 1e-7; moving zero onto one makes it at most half as long again."""
@@ -91,10 +95,8 @@ class MlxChecks(FormatChecks):
             return
         if config["quantization"] != config.get("quantization_config"):
             yield "config.json: quantization and quantization_config differ"
-        for fact in architecture.tensors.values():
-            name = architecture.mlx_name(fact.name)
-            if name is not None:
-                yield from _module(folder, name, fact)
+        for item in published(architecture).values():
+            yield from _module(folder, item.name, item.spec.shape)
         for path, settings in config["quantization"].items():
             if isinstance(settings, dict) and f"{path}.scales" not in folder.tensors:
                 yield f"config.json states bits for {path}, which is not quantized"
@@ -103,11 +105,28 @@ class MlxChecks(FormatChecks):
         """See `FormatChecks.values`."""
         return MlxValues(tensors, module, scheme)
 
+    def compared(self, tensors: Sequence[OutputTensor]) -> None:
+        """What steps of mlx-lm made is not a source's rows."""
+        for tensor in tensors:
+            if _transforms(tensor.ref):
+                raise Incomparable(f"{tensor.name} is put together of its source")
+
     def prepared(self, source: TensorData) -> TensorData:
         """With zeros for NaN and infinity, when the recipe says so."""
         if self._zero and source.dtype in WIDE_FLOATS:
             return TensorData(source.dtype, zero_non_finite(source.array, source.dtype))
         return source
+
+
+def _transforms(ref: TensorRef) -> bool:
+    """Whether steps of mlx-lm are on the way to a tensor."""
+    if not isinstance(ref.origin, ActionOutput):
+        return False
+    action = ref.origin.action
+    op = action.op.op if isinstance(action.op, Stacked) else action.op
+    if isinstance(op, Transform | TransformQuantize):
+        return True
+    return any(map(_transforms, action.inputs))
 
 
 class AffineValues:
@@ -122,10 +141,11 @@ class AffineValues:
             self._tensors = [tensors[f"{module}.{suffix}"] for suffix in SUFFIXES]
         except KeyError:
             raise Incomparable(f"{module} is not in MLX's affine format") from None
-        packed, grid = (matrix(tensor.spec) for tensor in self._tensors[:2])
-        self.shape = grid[0], grid[1] * self.group_size
+        packed, grid = (tensor.spec.shape for tensor in self._tensors[:2])
+        self._inputs = grid[-1] * self.group_size
+        self.shape = matrix(TensorSpec("U8", (*grid[:-1], self._inputs)))
         self.dtype = self._tensors[1].spec.dtype
-        if packed != (grid[0], self.shape[1] * self.bits // 32):
+        if packed != (*grid[:-1], self._inputs * self.bits // 32):
             raise Incomparable(
                 f"{module} is not of {self.bits} bits in groups of {self.group_size}"
             )
@@ -133,19 +153,13 @@ class AffineValues:
     def rows(self, start: int, stop: int) -> Floats:
         """The rows from `start` to `stop`, dequantized."""
         packed, scales, biases = (
-            read_rows(tensor, tensor.spec, start, stop) for tensor in self._tensors
+            read_rows(tensor, tensor.spec, start, stop).array.reshape(-1, tensor.spec.shape[-1])
+            for tensor in self._tensors
         )
         out = np.empty((stop - start, self.shape[1]), np.float32)
+        rows = out.reshape(-1, self._inputs)
         try:
-            dequantize_rows(
-                packed.array,
-                scales.array,
-                biases.array,
-                self.dtype,
-                self.bits,
-                self.group_size,
-                out,
-            )
+            dequantize_rows(packed, scales, biases, self.dtype, self.bits, self.group_size, rows)
         except ValueError as error:
             raise Incomparable(str(error)) from None
         return out
@@ -189,39 +203,37 @@ def _rounded(values: Floats, dtype: str) -> Floats:
     return as_float32(TensorData(dtype, narrow))
 
 
-def _module(folder: ModelFolder, name: str, fact: TensorFact) -> Iterator[str]:
-    module = name.rpartition(".")[0]
-    if f"{module}.scales" in folder.tensors:
-        yield from _quantized_module(folder, module, fact)
+def _module(folder: ModelFolder, name: str, shape: Shape) -> Iterator[str]:
+    module, _, suffix = name.rpartition(".")
+    if suffix == "weight" and f"{module}.scales" in folder.tensors:
+        yield from _quantized_module(folder, module, shape)
     elif name not in folder.tensors:
         yield f"config.json calls for {name}, which is in no shard"
-    elif folder.tensors[name].spec.size != prod(fact.shape):
-        yield f"config.json calls for {name} of {prod(fact.shape)} elements"
+    elif folder.tensors[name].spec.size != prod(shape):
+        yield f"config.json calls for {name} of {prod(shape)} elements"
 
 
-def _quantized_module(folder: ModelFolder, module: str, fact: TensorFact) -> Iterator[str]:
+def _quantized_module(folder: ModelFolder, module: str, shape: Shape) -> Iterator[str]:
     stored = [folder.tensors.get(f"{module}.{suffix}") for suffix in SUFFIXES]
     shapes = [tensor.spec.shape if tensor else () for tensor in stored]
-    if any(len(shape) != 2 for shape in shapes):
-        yield f"module {module} lacks a weight, scales or biases of two dimensions"
+    if any(len(found) != len(shape) for found in shapes):
+        yield f"module {module} lacks a weight, scales or biases of {len(shape)} dimensions"
         return
-    rows, columns = fact.shape
     settings = _stated(folder.config, module)
     bits, group = settings.get("bits"), settings.get("group_size")
-    if not _fits(rows, columns, bits, group, shapes[0], shapes[1]) or shapes[1] != shapes[2]:
+    if not _fits(shape, bits, group, shapes[0], shapes[1]) or shapes[1] != shapes[2]:
         yield (
             f"config.json states {bits} bits in groups of {group} for {module} "
-            f"[{rows}, {columns}], but its weight is {list(shapes[0])} "
+            f"{list(shape)}, but its weight is {list(shapes[0])} "
             f"and its scales are {list(shapes[1])}"
         )
     if settings.get("mode", "affine") != "affine":
         yield f"config.json states mode {settings['mode']!r} for {module}"
 
 
-def _fits(
-    rows: int, columns: int, bits: Any, group: Any, weight: tuple[int, ...], scales: tuple[int, ...]
-) -> bool:
+def _fits(shape: Shape, bits: Any, group: Any, weight: Shape, scales: Shape) -> bool:
     if type(bits) is not int or type(group) is not int:
         return False
-    packed = (rows, columns * bits // 32)
-    return weight == packed and scales[0] == rows and scales[1] * group == columns
+    *before, columns = shape
+    packed = (*before, columns * bits // 32)
+    return weight == packed and (*scales[:-1], scales[-1] * group) == shape

@@ -1,32 +1,40 @@
 """Format `mlx`: affine group quantization and the names, norms and types of mlx-lm.
 
-What `mlx_lm.convert` does to a checkpoint, written as actions on single tensors: the vision
-tower and the MTP head are left out, names get MLX's prefix, 1 is added to the norms that store
-w for a gain of 1 + w, convolution kernels move their channel axis (which, being of size 1,
-moves no byte), and every tensor is cast to the model's type but those that mlx-lm exempts.
+What `mlx_lm.convert` does to a checkpoint, written as actions: what a `trace` says of each tensor
+becomes nothing (another name or shape, or a stack), a small op (a cast, a norm + 1) or a program
+of mlx's primitives; then what mlx-lm quantizes is quantized.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from carnice_build.checkpoint.assets import Reads
-from carnice_build.dtypes import FLOAT_NAMES, WIDE_FLOATS
-from carnice_build.errors import PlanError
+from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.formats.base import Conversion, Format, OutputTensor
 from carnice_build.formats.blame import about_module
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.elementwise import Elementwise
-from carnice_build.formats.mlx.files import mlx_files
-from carnice_build.formats.mlx.ops import SUFFIXES, AffineQuantize, ReferenceAffineQuantize
+from carnice_build.formats.mlx.conversion import mlx_trace
+from carnice_build.formats.mlx.files import mlx_files, section_of
+from carnice_build.formats.mlx.ops import (
+    SUFFIXES,
+    AffineQuantize,
+    ReferenceAffineQuantize,
+    Transform,
+    TransformQuantize,
+)
+from carnice_build.formats.mlx.trace import Kind, Trace, Traced, as_params, from_params
 from carnice_build.formats.rules import Rule, Settings, choose, rules_by_module
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
-from carnice_build.graph import Op, TensorRef, View
-from carnice_build.models.base import QUANTIZABLE, Role, TensorFact
+from carnice_build.graph import ArrayOp, Op, Stacked, TensorRef, View
+from carnice_build.models.base import TensorFact
 from carnice_build.steps.base import PlanContext
 
 if TYPE_CHECKING:
@@ -99,83 +107,155 @@ class MlxFormat(Format):
 
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor that mlx-lm keeps, under its MLX name."""
-        architecture = context.architecture
-        if refusal := architecture.mlx_refusal():
-            raise PlanError(refusal, at=("format",))
-        kept = [
-            fact
-            for name, fact in architecture.tensors.items()
-            if name in view and architecture.mlx_name(name)
-        ]
-        targets = [fact for fact in kept if fact.role in QUANTIZABLE]
-        rules = rules_by_module(self.rules, targets, context)
-        tensors: list[OutputTensor] = []
-        quantized: dict[str, Scheme] = {}
-        causes: dict[str, dict[str, tuple[str | int, ...]]] = {}
-        for fact in kept:
-            ref = view[fact.name]
-            settings = self._settings(rules[fact.module]) if fact.role in QUANTIZABLE else None
+        trace = mlx_trace(view, context)
+        facts = context.architecture.tensors
+        order = {name: index for index, name in enumerate(facts)}
+        items = sorted(trace.tensors, key=lambda item: order[item.sources[0].name])
+        weights = {
+            item.name: facts[item.sources[0].name] for item in items if self._fits(item, trace)
+        }
+        rules = rules_by_module(self.rules, list(weights.values()), context)
+        made = _Made(self, trace, view, context)
+        for item in items:
+            fact = facts[item.sources[0].name]
+            chosen = rules[fact.module] if item.name in weights else None
+            settings = None if chosen is None else self._settings(made.own(item), chosen)
             if settings is None:
-                tensors.append(self._plain(fact, ref, context))
+                made.add_plain(item, fact)
             else:
-                outputs = self._quantized(fact, ref, settings.values, context)
-                tensors += outputs
-                quantized[_mlx_path(fact, context)] = Scheme(**settings.values)
-                causes[outputs[0].name] = settings.causes
+                made.add_quantized(item, fact, settings)
+        return made.conversion()
+
+    def _fits(self, item: Traced, trace: Trace) -> bool:
+        """Whether mlx-lm would quantize the tensor: it skips inputs that make no whole groups."""
+        path, _, suffix = item.name.rpartition(".")
+        fits = item.spec.shape[-1:] and item.spec.shape[-1] % self.group_size == 0
+        return suffix == "weight" and path in trace.modules and bool(fits)
+
+    def _settings(
+        self, own: Mapping[str, Any], rules: Sequence[tuple[int, MlxRule]]
+    ) -> Settings | None:
+        """Those of the recipe's rules, else of the model's `own` code, else of the recipe."""
+        chosen = choose({"group_size": self.group_size, "bits": self.bits, **own}, rules)
+        if chosen is not None:
+            for name in own:
+                if chosen.causes[name] == (name,):
+                    del chosen.causes[name]
+        return chosen
+
+    @property
+    def whole(self) -> Scheme:
+        """What config.json states for the whole model."""
+        return Scheme(self.config_bits or self.bits, self.group_size)
+
+
+class _Made:
+    """A conversion in the making."""
+
+    def __init__(self, knobs: MlxFormat, trace: Trace, view: View, context: PlanContext) -> None:
+        self._knobs = knobs
+        self._trace = trace
+        self._view = view
+        self._graph = context.graph
+        self._tensors: list[OutputTensor] = []
+        self._quantized: dict[str, Scheme] = {}
+        self._causes: dict[str, dict[str, tuple[str | int, ...]]] = {}
+        self._kept: dict[str, TensorRef] = {}
+
+    def own(self, item: Traced) -> Mapping[str, Any]:
+        """Bits and group size of a module by the model's own code, as far as it says."""
+        stated = self._trace.modules[item.name.rpartition(".")[0]]
+        return {key: stated[key] for key in ("group_size", "bits") if key in stated}
+
+    def add_plain(self, item: Traced, fact: TensorFact) -> None:
+        """A tensor that is not quantized."""
+        refs = self._refs(item)
+        if item.kind is Kind.PROGRAM:
+            (ref,) = self._transformed(Transform(), item, refs, {"dtype": item.spec.dtype})
+        else:
+            ref = self._elementwise(item, refs[0])
+        self._tensors.append(OutputTensor(item.name, ref.reshaped(*item.spec.shape), fact))
+
+    def _elementwise(self, item: Traced, ref: TensorRef) -> TensorRef:
+        """A tensor that is cast at most, or a number added."""
+        add = item.steps[0].arguments[0] if item.kind is Kind.SHIFT else None
+        dtype = item.spec.dtype
+        # What passes as it is has its NaN refused while it is copied; zeroing takes an action.
+        zeroed = self._knobs.nonfinite == "zero" and dtype in WIDE_FLOATS
+        if add is not None or dtype != ref.spec.dtype or zeroed:
+            params = {"add": add, "dtype": dtype, "nonfinite": self._knobs.nonfinite}
+            (ref,) = self._graph.add(Elementwise(), params, ref)
+        return ref
+
+    def add_quantized(self, item: Traced, fact: TensorFact, settings: Settings) -> None:
+        """A weight in packed groups, with scales and biases."""
+        params = {**settings.values, "dtype": item.spec.dtype}
+        refs, fused = self._refs(item), self._knobs.backend == "fused"
+        made: Sequence[TensorRef]
+        with about_module(fact.module):
+            if item.kind is not Kind.PROGRAM:
+                made = self._affine(params, refs[0], item)
+            elif fused:
+                made = self._transformed(TransformQuantize(), item, refs, params)
+            else:
+                dtype = {"dtype": item.spec.dtype}
+                (ref,) = self._transformed(Transform(), item, refs, dtype)
+                made = self._affine(params, ref, item)
+        path = item.name.rpartition(".")[0]
+        outputs = [
+            OutputTensor(f"{path}.{suffix}", out, fact)
+            for suffix, out in zip(SUFFIXES, made, strict=True)
+        ]
+        self._tensors += outputs
+        self._quantized[path] = Scheme(**settings.values)
+        self._causes[outputs[0].name] = settings.causes
+
+    def _affine(self, params: Mapping[str, Any], ref: TensorRef, item: Traced) -> list[TensorRef]:
+        """A weight quantized; of a stack, the rows of all its experts alike."""
+        *before, columns = item.spec.shape
+        op: Op = AffineQuantize() if self._knobs.backend == "fused" else ReferenceAffineQuantize()
+        rows = ref.reshaped(prod(before), columns)
+        made = self._graph.add(op, {**params, "nonfinite": self._knobs.nonfinite}, rows)
+        return [out.reshaped(*before, out.spec.shape[-1]) for out in made]
+
+    def _transformed(
+        self, op: ArrayOp, item: Traced, refs: Sequence[TensorRef], params: Mapping[str, Any]
+    ) -> Sequence[TensorRef]:
+        """What an op with steps makes; of stacks, one expert after another where it can."""
+        steps = item.steps
+        if len(steps) == 1 and steps[0].op == "each":
+            op, steps = Stacked(op), from_params(steps[0].arguments[0])
+        params = {**params, "steps": as_params(steps), "nonfinite": self._knobs.nonfinite}
+        return self._graph.add(op, params, *refs)
+
+    def _refs(self, item: Traced) -> list[TensorRef]:
+        refs = {source.name: self._view[source.name] for source in item.sources}
+        self._kept.update(refs)
+        return list(refs.values())
+
+    def conversion(self) -> Conversion:
+        """All that was added."""
         return Conversion(
-            tensors=tensors,
-            parameters=sum(view[fact.name].spec.size for fact in kept),
-            quantized=quantized,
-            causes=causes,
+            tensors=self._tensors,
+            parameters=sum(ref.spec.size for ref in self._kept.values()),
+            quantized=self._quantized,
+            causes=self._causes,
+            stated={"modules": self._modules(), "entries": self._trace.entries},
         )
 
-    def _settings(self, rules: Sequence[tuple[int, MlxRule]]) -> Settings | None:
-        return choose({"group_size": self.group_size, "bits": self.bits}, rules)
+    def _modules(self) -> dict[str, Any]:
+        """The entries of config.json about modules, as mlx-lm writes them.
 
-    def _quantized(
-        self, fact: TensorFact, ref: TensorRef, settings: Mapping[str, Any], context: PlanContext
-    ) -> list[OutputTensor]:
-        params = {
-            **settings,
-            "dtype": _dtype(fact, ref, context),
-            "nonfinite": self.nonfinite,
+        Modules that the model's own code treats otherwise are listed as that code says it; when
+        the recipe treats some otherwise, every one is listed.
+        """
+        whole, modules = self._knobs.whole, self._trace.modules
+        plain = Scheme(self._knobs.bits, self._knobs.group_size)
+        expected = {
+            path: replace(plain, **{k: v for k, v in own.items() if k in ("bits", "group_size")})
+            for path, own in modules.items()
         }
-        with about_module(fact.module):
-            outputs = context.graph.add(self._op(), params, ref)
-        path = _mlx_path(fact, context)
-        return [
-            OutputTensor(f"{path}.{suffix}", out, fact)
-            for suffix, out in zip(SUFFIXES, outputs, strict=True)
-        ]
-
-    def _op(self) -> Op:
-        return AffineQuantize() if self.backend == "fused" else ReferenceAffineQuantize()
-
-    def _plain(self, fact: TensorFact, ref: TensorRef, context: PlanContext) -> OutputTensor:
-        architecture = context.architecture
-        if fact.role is Role.CONV:
-            channels, middle, kernel = ref.spec.shape
-            ref = ref.reshaped(channels, kernel, middle)
-        add = 1.0 if architecture.offset_norm(fact.name) else None
-        dtype = _dtype(fact, ref, context)
-        # What passes as it is has its NaN refused while it is copied; zeroing takes an action.
-        zeroed = self.nonfinite == "zero" and dtype in WIDE_FLOATS
-        if add is not None or dtype != ref.spec.dtype or zeroed:
-            params = {"add": add, "dtype": dtype, "nonfinite": self.nonfinite}
-            (ref,) = context.graph.add(Elementwise(), params, ref)
-        name = architecture.mlx_name(fact.name)
-        assert name is not None
-        return OutputTensor(name, ref, fact)
-
-
-def _mlx_path(fact: TensorFact, context: PlanContext) -> str:
-    name = context.architecture.mlx_name(fact.name)
-    assert name is not None
-    return name.rpartition(".")[0]
-
-
-def _dtype(fact: TensorFact, ref: TensorRef, context: PlanContext) -> str:
-    """The type that mlx-lm casts the tensor to: the config's, unless the tensor is exempt."""
-    if ref.spec.dtype not in WIDE_FLOATS or context.architecture.keeps_dtype(fact.name):
-        return ref.spec.dtype
-    return FLOAT_NAMES.get(context.architecture.dtype or "", ref.spec.dtype)
+        chosen = self._quantized.items()
+        if whole != plain or any(scheme != expected[path] for path, scheme in chosen):
+            return {path: section_of(scheme) for path, scheme in chosen}
+        return {path: dict(modules[path]) for path, _ in chosen if modules[path]}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.elementwise import cast_finite
-from carnice_build.graph import ArrayOp, ProcessOp, TensorData, require_finite
+from carnice_build.formats.mlx.trace import from_params, infer
+from carnice_build.graph import ArrayOp, NonFiniteValue, ProcessOp, TensorData, require_finite
 from carnice_build.tensor_file import TensorFile
 
 SUFFIXES = ("weight", "scales", "biases")
@@ -46,6 +48,107 @@ class AffineQuantize(ArrayOp):
         require_finite(
             quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
         )
+
+
+class Transform(ArrayOp):
+    """The steps of a trace on whole tensors, bit for bit as mlx computes them.
+
+    Inputs: the tensors that the steps begin with.  Output: what they make, of type `dtype`.
+    Parameters: `steps` (see `trace.as_params`), `dtype`, and `nonfinite` as for `mlx.quantize`.
+    """
+
+    name = "mlx.transform"
+    version = 1
+    libraries = ("numpy",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """The spec of what the steps make."""
+        try:
+            made = infer(from_params(params["steps"]), inputs)
+        except ValueError as error:
+            raise PlanError(f"mlx-lm's steps do not fit: {error}") from None
+        return (TensorSpec(params["dtype"], made.shape),)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Fill the output; raises NonFiniteValue as `mlx.quantize` does."""
+        transform(params, inputs, outputs[0])
+
+
+def transform(params: Mapping[str, Any], inputs: Sequence[TensorData], output: TensorData) -> None:
+    """See `Transform`."""
+    import numpy as np
+
+    from carnice_build.formats.mlx.replay import replay
+    from carnice_build.kernels import elementwise
+
+    sources = []
+    for operand, item in enumerate(inputs):
+        array = item.array
+        if item.dtype in WIDE_FLOATS and params["nonfinite"] == "zero":
+            array = elementwise.zero_non_finite(array, item.dtype)
+        elif item.dtype in WIDE_FLOATS:
+            _require_finite(array, item.dtype, operand)
+        sources.append(TensorData(item.dtype, array))
+    made = replay(from_params(params["steps"]), sources)
+    array = np.ascontiguousarray(made.array)
+    if made.dtype == output.dtype:
+        if made.dtype in WIDE_FLOATS:
+            _require_finite(array, made.dtype, 0)
+        output.array[...] = array
+    else:
+        cast_finite(TensorData(made.dtype, array), output)
+
+
+def _require_finite(array: Any, dtype: str, operand: int) -> None:
+    from carnice_build.kernels.elementwise import non_finite_index
+
+    if (index := non_finite_index(array, dtype)) >= 0:
+        raise NonFiniteValue(index, operand)
+
+
+class TransformQuantize(ArrayOp):
+    """`mlx.transform` and then `mlx.quantize`, with nothing written down in between.
+
+    Outputs: packed weight, scales and biases of what the steps make, a matrix or a stack.
+    Parameters: those of both.
+    """
+
+    name = "mlx.transform.quantize"
+    version = 1
+    libraries = ("numpy", "numba")
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Specs of packed weight, scales and biases."""
+        (made,) = Transform().infer(params, inputs)
+        *before, columns = made.shape
+        rows = TensorSpec(made.dtype, (prod(before), columns))
+        return tuple(
+            TensorSpec(spec.dtype, (*before, spec.shape[-1]))
+            for spec in _affine_specs(params, [rows])
+        )
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Fill the outputs; raises as `mlx.transform`."""
+        import numpy as np
+
+        specs = [TensorSpec(item.dtype, item.array.shape) for item in inputs]
+        (spec,) = Transform().infer(params, specs)
+        made = TensorData(spec.dtype, np.empty(spec.shape, NUMPY_NAME[spec.dtype]))
+        transform(params, inputs, made)
+        flat = [_as_rows(item) for item in (made, *outputs)]
+        AffineQuantize().apply(params, flat[:1], flat[1:])
+
+
+def _as_rows(data: TensorData) -> TensorData:
+    return TensorData(data.dtype, data.array.reshape(-1, data.array.shape[-1]))
 
 
 class ReferenceAffineQuantize(ProcessOp):

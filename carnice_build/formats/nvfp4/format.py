@@ -30,7 +30,7 @@ from carnice_build.formats.nvfp4.ops import BLOCK, BlockQuantize, InputScales
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import Role, TensorFact
+from carnice_build.models.base import LINEARS, Role, TensorFact
 from carnice_build.models.kept import KEEP_LISTS
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 SCHEME = Scheme(4, BLOCK, "float")
 
-_PLAIN_ROLES = (Role.LINEAR, Role.EMBEDDING, Role.CONV)
+_PLAIN_ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
 
 
 class Nvfp4Format(Format):
@@ -147,7 +147,10 @@ def _layer(
     if not groups:
         return {}
     amax, linears = activations.amax(layer)
-    indices = [[linears.index(fact.module) for fact in group] for group in groups]
+    indices = [
+        [index for fact in group for index, linear in enumerate(linears) if linear == fact.module]
+        for group in groups
+    ]
     scales = context.graph.add(InputScales(), {"groups": indices}, amax)
     return {
         fact.module: tensors

@@ -1,0 +1,209 @@
+"""What mlx-lm does to a checkpoint, found by having it load tensors that hold nothing.
+
+mlx-lm's own `load_model` runs on lazy arrays inside `mlx.core.export_function`, which hands over
+the graph of every parameter without computing any.  To be called in a worker process: it stands
+in for parts of mlx and of mlx-lm.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from carnice_build.backends.mlx_graph import build, written
+from carnice_build.dtypes import TensorSpec
+from carnice_build.errors import BackendError
+
+
+def answer(config: Mapping[str, Any], tensors: Mapping[str, Sequence[Any]]) -> str:
+    """See `trace`; each of `tensors` as its type and a list of sizes."""
+    return trace(config, {name: TensorSpec(row[0], tuple(row[1])) for name, row in tensors.items()})
+
+
+def trace(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> str:
+    """What `mlx_lm.convert -q` makes of a checkpoint of these tensors, as JSON.
+
+    Either `{"refusal": sentence}` with what mlx-lm says, or what `formats.mlx.trace` reads.
+    """
+    mx = _mlx()
+    utils = _mlx_lm_utils()
+    names = list(tensors)
+    arrays = [mx.zeros(spec.shape, _mlx_dtype(mx, spec.dtype)) for spec in tensors.values()]
+    messages: list[Mapping[str, Any]] = []
+    loaded = _Loaded(utils, config, names)
+    with _stand_ins(mx):
+        try:
+            mx.export_function(messages.append, loaded, *arrays)
+        except BackendError:
+            raise
+        except Exception as error:
+            if loaded.error is None:
+                raise BackendError(
+                    f"mlx cannot tell what mlx-lm does: {_sentence(error)}"
+                ) from None
+    if loaded.error is not None:
+        return json.dumps({"refusal": _sentence(loaded.error)})
+    dtypes = {name: spec.dtype for name, spec in tensors.items()}
+    nodes = build(messages, names, dtypes, lambda dtype: _NAMES[str(dtype).rpartition(".")[2]])
+    result = {
+        **written(zip(loaded.parameters, nodes, strict=True)),
+        "modules": loaded.modules,
+        "quantized": loaded.quantized,
+        "stated": loaded.stated,
+    }
+    return json.dumps(result, sort_keys=True, separators=(",", ":"))
+
+
+def _sentence(error: Exception) -> str:
+    """What was raised, in one line, as the library says it."""
+    line = " ".join(str(error).split())
+    return f"{type(error).__name__}: {line[:300]}"
+
+
+class _Loaded:
+    """Loads the model from arrays, as `mlx_lm.convert` does before it quantizes."""
+
+    def __init__(self, utils: Any, config: Mapping[str, Any], names: Sequence[str]) -> None:
+        self._utils = utils
+        self._config = config
+        self._names = names
+        self.error: Exception | None = None
+        self.parameters: list[str] = []
+        self.modules: dict[str, Any] = {}
+        self.quantized: dict[str, Any] = {}
+        self.stated: dict[str, Any] | None = None
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        """The model's parameters."""
+        try:
+            return self._load(dict(zip(self._names, arrays, strict=True)))
+        except Exception as error:
+            self.error = error
+            raise
+
+    def _load(self, weights: dict[str, Any]) -> list[Any]:
+        utils = self._utils
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "config.json").write_text(json.dumps(self._config), encoding="utf-8")
+            # `load_model` looks for files, and reads them by `mx.load`, for which this stands in.
+            (folder / "model.safetensors").touch()
+            utils.mx.load = lambda *_, **__: dict(weights)
+            model, config = utils.load_model(folder, lazy=True)
+        self.stated = config.get("quantization")
+        _cast(model, config)
+        predicate = getattr(model, "quant_predicate", None)
+        flatten = _module("mlx.utils").tree_flatten
+        is_module = _module("mlx.nn").Module.is_module
+        for path, module in flatten(model.leaf_modules(), is_leaf=is_module):
+            if hasattr(module, "to_quantized"):
+                verdict = predicate(path, module) if predicate else True
+                if verdict:
+                    self.modules[path] = verdict if isinstance(verdict, dict) else {}
+            elif hasattr(module, "bits"):
+                # Quantized by whoever made the checkpoint.
+                keys = ("group_size", "bits", "mode")
+                self.quantized[path] = {key: getattr(module, key) for key in keys}
+        parameters = flatten(model.parameters())
+        self.parameters = [name for name, _ in parameters]
+        return [array for _, array in parameters]
+
+
+def _cast(model: Any, config: Mapping[str, Any]) -> None:
+    """Cast parameters as `mlx_lm.convert` does."""
+    mx, map_with_path = _module("mlx.core"), _module("mlx.utils").tree_map_with_path
+    dtype = config.get("torch_dtype", None)
+    if dtype is None and (text := config.get("text_config", None)):
+        dtype = text.get("dtype", None)
+    if dtype not in ("float16", "bfloat16", "float32"):
+        return
+    casts = getattr(model, "cast_predicate", lambda _: True)
+
+    def to_dtype(name: str, value: Any) -> Any:
+        floating = mx.issubdtype(value.dtype, mx.floating)
+        return value.astype(getattr(mx, dtype)) if casts(name) and floating else value
+
+    model.update(map_with_path(to_dtype, model.parameters()))
+
+
+_NAMES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+}
+"""Types of mlx by their names, as safetensors call them."""
+
+_BYTES = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
+"""What mlx loads as bytes."""
+
+
+def _mlx_dtype(mx: Any, dtype: str) -> Any:
+    if dtype in _BYTES:
+        return mx.uint8
+    return getattr(mx, next(name for name, known in _NAMES.items() if known == dtype))
+
+
+@contextmanager
+def _stand_ins(mx: Any) -> Iterator[None]:
+    """Stand-ins for what `export_function` cannot tell of, and for reading files.
+
+    `contiguous` changes no number.  `from_fp8` becomes a cast of what is seen as bool, which
+    nothing else makes, and which `mlx_graph` knows again.
+    """
+    kept = {name: getattr(mx, name) for name in ("contiguous", "from_fp8", "load")}
+    mx.contiguous = lambda array, *_, **__: array
+    mx.from_fp8 = lambda array, dtype=mx.bfloat16, **_: array.view(mx.bool_).astype(dtype)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(mx, name, value)
+
+
+def _mlx() -> Any:
+    try:
+        return _module("mlx.core")
+    except ImportError:
+        raise BackendError(
+            "mlx is not installed", expected="pip install 'carnice-build[mlx]'"
+        ) from None
+
+
+def _module(name: str) -> Any:
+    """A module of mlx, of whose types nothing is known."""
+    return import_module(name)
+
+
+def _mlx_lm_utils() -> Any:
+    """`mlx_lm.utils` without what `mlx_lm` imports first: transformers, seconds of it."""
+    if "mlx_lm" not in sys.modules:
+        found = find_spec("mlx_lm")
+        if found is None or not found.submodule_search_locations:
+            raise BackendError(
+                "mlx-lm is not installed", expected="pip install 'carnice-build[mlx]'"
+            )
+        package = ModuleType("mlx_lm")
+        package.__path__ = list(found.submodule_search_locations)
+        tokenizers = ModuleType("mlx_lm.tokenizer_utils")
+        tokenizers.TokenizerWrapper = tokenizers.load = None  # type: ignore[attr-defined]
+        sys.modules["mlx_lm"] = package
+        sys.modules["mlx_lm.tokenizer_utils"] = tokenizers
+    return _module("mlx_lm.utils")

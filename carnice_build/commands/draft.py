@@ -1,0 +1,90 @@
+"""The text of a first recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from textwrap import wrap
+from typing import Any
+
+import yaml
+
+from carnice_build.planning.repair import Repair
+from carnice_build.recipe.presets import PREFIX
+
+_WIDTH = 98
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of a recipe that has little: its entries, one a line, each with why it is so."""
+
+    name: str
+    entries: Mapping[str, Any]
+    why: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe to be written: what it extends, its sources, its steps, and other sections.
+
+    `about` are sentences for whoever reads it.
+    """
+
+    variant: str
+    preset: str
+    about: Sequence[str]
+    sources: Section
+    steps: Sequence[Repair]
+    others: Sequence[Section]
+
+    def text(self) -> str:
+        """The recipe as YAML."""
+        return "\n".join(self._lines()) + "\n"
+
+    def _lines(self) -> Iterator[str]:
+        for sentence in self.about:
+            yield from _comment(sentence)
+        yield ""
+        yield f"extends: {PREFIX}{self.preset}"
+        yield ""
+        yield f"variant: {self.variant}"
+        yield from _section(self.sources)
+        if self.steps:
+            yield ""
+            yield "steps:"
+            for step in self.steps:
+                yield from _comment(step.why, "  ")
+                yield f"  - {step.kind}: {_flow(step.params)}"
+        for section in self.others:
+            yield from _section(section)
+
+
+def _section(section: Section) -> Iterator[str]:
+    yield ""
+    yield f"{section.name}:"
+    for key, value in section.entries.items():
+        yield from _comment(section.why.get(key, ""), "  ")
+        yield f"  {key}: {_flow(value)}"
+
+
+def _comment(sentence: str, indent: str = "") -> Iterator[str]:
+    start = f"{indent}# "
+    first = sentence.partition(" ")[0]
+    text = sentence[:1].upper() + sentence[1:] if first.isalpha() else sentence
+    yield from wrap(
+        f"{text}." if text else "",
+        _WIDTH,
+        initial_indent=start,
+        subsequent_indent=start,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _flow(value: Any) -> str:
+    """A value on one line, as a person would write it."""
+    text = yaml.safe_dump(
+        value, default_flow_style=True, width=2**20, sort_keys=False, allow_unicode=True
+    )
+    return text.removesuffix("\n...\n").rstrip("\n")

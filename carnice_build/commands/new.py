@@ -1,0 +1,386 @@
+"""A first recipe: what a model's config, headers and small files say of how to build it.
+
+No weight is read.  What is written is planned before it stays, so that it builds as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from carnice_build.chat.files import template_files
+from carnice_build.chat.special_tokens import special_tokens
+from carnice_build.chat.tool_format import ToolFormat, tool_format
+from carnice_build.checkpoint.assets import Assets, Reads
+from carnice_build.checkpoint.checkpoint import Checkpoint, open_checkpoint, source_view
+from carnice_build.checkpoint.profiles import Profiles, Source
+from carnice_build.checkpoint.readme import Readme, read_readme
+from carnice_build.commands.draft import Draft, Section
+from carnice_build.commands.options import Options
+from carnice_build.commands.plan import plan_variants
+from carnice_build.errors import CarniceError, CheckpointError, PlanError, RecipeError, nearest
+from carnice_build.graph import ActionGraph, View
+from carnice_build.models import UnknownFamily, architecture_of
+from carnice_build.models.base import QUANTIZATION, Architecture, Part, Role
+from carnice_build.models.untabled import Untabled
+from carnice_build.planning.planner import VariantPlan, unchecked
+from carnice_build.planning.repair import Repair, globs, leftovers, owners, renames, without
+from carnice_build.recipe.merge import read_with_parents
+from carnice_build.recipe.patterns import Patterns
+from carnice_build.recipe.presets import presets
+from carnice_build.recipe.schema import SourceSpec, check_name
+from carnice_build.steps.base import PlanContext
+from carnice_build.steps.registry import STEPS
+from carnice_build.units import plural
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
+_MAIN = "main"
+_BODY, _BASE = "body", "base"
+
+
+@dataclass(frozen=True)
+class NewRecipe:
+    """A recipe that was written, what was found of its model, and what it will be.
+
+    `extras` are the optional dependencies of a build; `profile` must be named to build it from
+    where it was looked at, None where it need not.
+    """
+
+    path: Path
+    plan: VariantPlan
+    found: Sequence[str]
+    extras: Sequence[str]
+    profile: str | None
+
+
+def preset_descriptions() -> dict[str, str]:
+    """What each preset is, in a sentence, by name."""
+    return {
+        name: str(read_with_parents(path).find(("description",)).value)
+        for name, path in presets().items()
+    }
+
+
+def new_recipe(name: str, model: str, preset: str, options: Options | None = None) -> NewRecipe:
+    """Write `recipes/NAME.yaml`, which builds `model` as `preset`.
+
+    `model` is a folder or a repository on the hub.  Raises a CarniceError, and then writes
+    nothing, for what cannot be built so.
+    """
+    options = options or Options()
+    path = _new_path(name, options.recipes)
+    knobs = _preset(preset)
+    spec, checkpoint = _open(model, options.recipes.parent)
+    draft, found = _draft(name, preset, knobs, spec, checkpoint)
+    profile = None
+    if "folder" not in spec and (options.recipes / "_profiles.yaml").exists():
+        profile = _profile(spec, options.recipes)
+    with _written(path, draft.text()):
+        looked = replace(options, profile=profile, sources={}, overrides=(), stream=True)
+        (plan,) = plan_variants([name], looked).variants
+    return NewRecipe(path, plan, found, plan.format.extras(), profile)
+
+
+# --- what is asked for ----------------------------------------------------------------------------
+
+
+def _new_path(name: str, recipes: Path) -> Path:
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise RecipeError(str(error), where="NAME") from None
+    path = recipes / f"{name}.yaml"
+    if os.path.lexists(path):
+        raise RecipeError(
+            "is there already", where=str(path), expected="another name, or that file removed"
+        )
+    return path
+
+
+def _preset(name: str) -> Mapping[str, Any]:
+    """What a preset says."""
+    known = presets()
+    if name not in known:
+        raise RecipeError(
+            f"there is no preset {name!r}",
+            where="--as",
+            expected="one of those that `carnice new --list` shows",
+            nearest=nearest(name, known),
+        )
+    plain = read_with_parents(known[name]).plain()
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _open(model: str, root: Path) -> tuple[dict[str, str], Checkpoint]:
+    """What a recipe says of the source, and the checkpoint."""
+    path = Path(model)
+    try:
+        is_folder = path.is_dir()
+    except (OSError, ValueError):
+        is_folder = False
+    if is_folder:
+        return _folder(path, root), open_checkpoint(path)
+    if not _REPOSITORY.fullmatch(model) or path.exists():
+        raise CheckpointError(
+            "is no folder, and no name on the hub", where=model, expected="FOLDER or OWNER/MODEL"
+        )
+    checkpoint, commit = _open_on_hub(model)
+    return {"model": model, "revision": commit}, checkpoint
+
+
+def _open_on_hub(model: str) -> tuple[Checkpoint, str]:
+    # The hub's library is slow to import.
+    from carnice_build.checkpoint.hub import open_hub
+
+    return open_hub(model, _MAIN, stream=True)
+
+
+def _folder(path: Path, root: Path) -> dict[str, str]:
+    place = Path(os.path.abspath(path))  # noqa: PTH100 (a link may be there to be changed)
+    if not str(place).isprintable():
+        raise CheckpointError("has a name that no recipe can hold", where=str(path))
+    below = Path(os.path.abspath(root))  # noqa: PTH100
+    shown = place.relative_to(below) if place.is_relative_to(below) else place
+    snapshot = _SNAPSHOT.search(place.as_posix())
+    if snapshot:
+        model = {"model": f"{snapshot[1]}/{snapshot[2]}", "revision": snapshot[3]}
+    else:
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", place.name).lstrip("._-")[:90]
+        model = {"model": f"local/{plain or 'model'}"}
+    return {**model, "folder": shown.as_posix()}
+
+
+def _profile(spec: Mapping[str, str], recipes: Path) -> str | None:
+    """The profile that takes the model from the hub, None where it is taken from there anyway."""
+    profiles = Profiles(recipes)
+    wanted = profiles.on_hub(spec["model"])
+    default = profiles.default([SourceSpec.model_validate(spec)])
+    return None if wanted == default else wanted
+
+
+class _written:
+    """The file with `text` while the block runs, and after it unless that raises."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._path, self._text = path, text
+        self._made: list[Path] = []
+
+    def __enter__(self) -> None:
+        folder = self._path.parent
+        self._made = [item for item in (folder, *folder.parents) if not item.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._path.open("x", encoding="utf-8") as file:
+            file.write(self._text)
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is not None:
+            self._path.unlink(missing_ok=True)
+            for folder in self._made:
+                folder.rmdir()
+
+
+# --- what is found --------------------------------------------------------------------------------
+
+
+def _draft(
+    name: str,
+    preset: str,
+    knobs: Mapping[str, Any],
+    spec: dict[str, str],
+    checkpoint: Checkpoint,
+) -> tuple[Draft, list[str]]:
+    """The recipe, and sentences about what was found."""
+    readme = read_readme(checkpoint)
+    view = source_view(checkpoint)
+    architecture = _architecture(checkpoint, view)
+    found = [_size(checkpoint, architecture, view)]
+    sources: dict[str, Any] = {_BODY: spec}
+    why: dict[str, str] = {}
+    if isinstance(architecture, Untabled):
+        found.append(unchecked(architecture))
+    steps, view = _repairs(checkpoint, architecture, view, knobs)
+    head = _head(architecture, view, readme, knobs)
+    if head.source is not None:
+        sources[_BASE] = head.source
+        why[_BASE] = "what the model was made from, which still has the MTP head"
+        steps += head.steps
+    others = list(_ignored(architecture, view, knobs))
+    found += [step.why for step in steps if step.why]
+    found += head.said
+    template, sentence, unreadable = _tools(checkpoint)
+    found += sentence
+    if unreadable and "package" in knobs:
+        others.append(Section("package", {"serve": []}, {"serve": unreadable}))
+    if "calibration" in knobs and not template:
+        raise PlanError(
+            "has no chat template",
+            where=checkpoint.where,
+            expected=f"one, by which the dialogues that {preset} calibrates on become text",
+        )
+    others.append(_card(spec, readme))
+    label = spec["model"] if "folder" not in spec else spec["folder"]
+    told = {step.why for step in steps}
+    about = [f"{label} as {preset}, written by `carnice new`"]
+    about += [sentence for sentence in found if sentence not in told]
+    if "folder" not in spec:
+        why[_BODY] = f"the commit that `{_MAIN}` was at"
+    return Draft(name, preset, about, Section("sources", sources, why), steps, others), found
+
+
+def _architecture(checkpoint: Checkpoint, view: View) -> Architecture:
+    """The table of the model's family, or what names and shapes say of one without."""
+    try:
+        return architecture_of(checkpoint.config, checkpoint.where)
+    except UnknownFamily:
+        shapes = {name: ref.spec.shape for name, ref in view.items()}
+        return Untabled(checkpoint.config, checkpoint.where, shapes)
+
+
+def _size(checkpoint: Checkpoint, architecture: Architecture, view: View) -> str:
+    start = f"{architecture.name}: {plural(architecture.num_layers, 'layer')}"
+    dtypes = ", ".join(sorted({ref.spec.dtype for ref in view.values()}))
+    if _is_quantized(checkpoint.config):
+        return f"{start}, quantized, in {dtypes}"
+    count = sum(ref.spec.size for ref in view.values())
+    shown = f"{count / 1e9:.1f} billion" if count >= 10**8 else f"{count:,}"
+    return f"{start}, {shown} parameters in {dtypes}"
+
+
+def _repairs(
+    checkpoint: Checkpoint, architecture: Architecture, view: View, knobs: Mapping[str, Any]
+) -> tuple[list[Repair], View]:
+    """The steps that the model's own tensors need, and the view after them."""
+    source = Source(_BODY, SourceSpec.model_validate({"model": "local/body"}), None, checkpoint)
+    context = PlanContext(architecture, ActionGraph(), None, {}, {_BODY: source})
+    steps: list[Repair] = []
+
+    def add(repairs: Sequence[Repair]) -> None:
+        nonlocal view
+        for repair in repairs:
+            step = STEPS[repair.kind].model_validate(repair.params)
+            view = step.apply(view, context)
+            steps.append(repair)
+
+    if _is_quantized(checkpoint.config):
+        why = "the source is quantized already: its weights are read as the floats they stand for"
+        add([Repair("decode", {}, why)])
+    add(renames(view, architecture))
+    add(list(leftovers(view, architecture)))
+    if knobs["quantize"]["format"] == "mlx":
+        add(without(Part.VISION, view, architecture, "mlx-lm runs the text model alone"))
+    return steps, view
+
+
+def _is_quantized(config: Mapping[str, Any]) -> bool:
+    text = config.get("text_config")
+    sections = (config, text if isinstance(text, dict) else {})
+    return any(section.get(key) for section in sections for key in QUANTIZATION)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What becomes of the MTP head: sentences, and where it is grafted from."""
+
+    said: Sequence[str] = ()
+    source: Mapping[str, str] | None = None
+    steps: Sequence[Repair] = ()
+
+
+def _head(
+    architecture: Architecture, view: View, readme: Readme, knobs: Mapping[str, Any]
+) -> _Head:
+    known = owners(architecture, view)
+    names = [name for name, fact in known.items() if fact.part is Part.MTP]
+    there = [name for name in names if name in view]
+    if knobs["quantize"]["format"] == "mlx":
+        return _Head(["mlx-lm leaves the MTP head out"] if there else [])
+    if there or not names:
+        return _Head(["the MTP head stays as it is"] if there else [])
+    tried = []
+    for model in readme.base_models:
+        try:
+            checkpoint, commit = _open_on_hub(model)
+            base = architecture_of(checkpoint.config, checkpoint.where)
+        except CarniceError as error:
+            tried.append(f"{model} cannot be looked at ({error.sentence(model)})")
+            continue
+        if any(name not in checkpoint.tensors for name in names):
+            tried.append(f"{model} has none either")
+        elif base.dimensions != architecture.dimensions:
+            tried.append(f"that of {model} is of another size")
+        else:
+            match: Any = globs(names, checkpoint.tensors)
+            params = {"from": _BASE, "match": match if len(match) > 1 else match[0]}
+            why = f"config.json announces an MTP head, which the files lack: that of {model}"
+            graft = Repair("graft", {**params, "expect": len(names)}, why)
+            return _Head((), {"model": model, "revision": commit}, [graft])
+    why = "; ".join(tried) or "README.md names no model that it was made from"
+    return _Head([f"there will be no MTP head, which config.json announces: {why}"])
+
+
+def _ignored(architecture: Architecture, view: View, knobs: Mapping[str, Any]) -> Iterator[Section]:
+    """What a format that quantizes all linears must leave alone besides what the preset names."""
+    if "ignore" not in knobs["quantize"]:
+        return
+    known = owners(architecture, view)
+    modules = {fact.module: fact for name, fact in known.items() if name in view}
+    patterns = Patterns(knobs["quantize"]["ignore"])
+    outside = [
+        module
+        for module, fact in modules.items()
+        if fact.role is Role.LINEAR
+        and fact.part is not Part.LAYERS
+        and not patterns.matches(module)
+    ]
+    if outside:
+        found = [_regular(glob) for glob in globs(outside, modules)]
+        yield Section("quantize", {"ignore+": found}, {"ignore+": "outside of the decoder layers"})
+
+
+def _regular(glob: str) -> str:
+    """A glob for names below a path as llm-compressor spells it."""
+    if not glob.endswith(".*"):
+        return glob
+    return f"re:{re.escape(glob.removesuffix('*'))}.*"
+
+
+def _tools(checkpoint: Checkpoint) -> tuple[bool, list[str], str]:
+    """Whether there is a chat template, what it makes the model write, and why it cannot be used.
+
+    The last is empty where it can.
+    """
+    files = Assets(checkpoint, (Reads.TOKENIZER,))
+    try:
+        templates = template_files(files)
+        if not templates:
+            return False, ["there is no chat template"], ""
+        where, template = next(iter(templates.items()))
+        return True, [_spoken(tool_format(template, where, special_tokens(files)))], ""
+    except CheckpointError as error:
+        return True, [], f"no launches, for they follow from the chat template: {error.sentence()}"
+
+
+def _spoken(found: ToolFormat) -> str:
+    calls = (
+        f"tool calls are written as vLLM's parser {found.tool_call_parser} reads them"
+        if found.tool_call_parser
+        else "the chat template writes no tool calls in a form that is known here"
+    )
+    return f"{calls}, thoughts between <think> tags" if found.reasoning else calls
+
+
+def _card(spec: Mapping[str, str], readme: Readme) -> Section:
+    entries: dict[str, Any] = {"license": readme.license or "unknown"}
+    why = {"license": "" if readme.license else "the source does not say"}
+    if readme.languages:
+        entries["language"] = list(readme.languages)
+    if spec["model"].startswith("local/") and readme.base_models:
+        entries["base_model"] = readme.base_models[0]
+        why["base_model"] = "what the folder's own README.md says it was made from"
+    return Section("card", entries, why)

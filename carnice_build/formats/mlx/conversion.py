@@ -1,0 +1,211 @@
+"""What mlx-lm makes of a view: by the family's table, else by asking mlx-lm itself.
+
+A view has one spelling, whatever that of the checkpoint is; mlx-lm knows spellings of files.
+So it is asked about a made-up checkpoint with a tensor for each expert, and if it refuses that,
+about one with the tensors that some families fuse, and its answer is told in terms of the view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from carnice_build.dtypes import TensorSpec
+from carnice_build.errors import PlanError
+from carnice_build.formats.mlx.entries import older_entries, with_entries
+from carnice_build.formats.mlx.table import table_of, trace_of
+from carnice_build.formats.mlx.trace import (
+    Refusal,
+    Step,
+    Trace,
+    Traced,
+    TracedSource,
+    parsed,
+)
+from carnice_build.graph import View
+from carnice_build.models.base import Architecture, TensorFact
+from carnice_build.steps.base import Ask, PlanContext, Question
+from carnice_build.tensors import members
+
+TRACER_VERSION = 1
+"""That of `backends.mlx_trace`, which no plan imports."""
+
+
+def mlx_trace(view: View, context: PlanContext) -> Trace:
+    """What `mlx_lm.convert` makes of the view; PlanError with its words where it refuses."""
+    architecture = context.architecture
+    specs = {name: view[name].spec for name in architecture.tensors if name in view}
+    table = table_of(architecture.name)
+    config = architecture.published_config({architecture.tensors[name].part for name in specs})
+    entries = older_entries(config, table)
+    if table is None:
+        trace = _asked(specs, with_entries(config, entries), context)
+    else:
+        if table.every_nth and (reason := _uneven(architecture)):
+            raise PlanError(reason, at=("format",))
+        trace = trace_of(table, specs, architecture.tensors, architecture.dtype)
+    return replace(trace, entries=entries)
+
+
+def _uneven(architecture: Architecture) -> str | None:
+    """Why mlx-lm cannot run the model; it takes its masks from the first layer of each kind."""
+    kinds = [architecture.layer_kind(layer) for layer in range(architecture.num_layers)]
+    full = [layer for layer, kind in enumerate(kinds) if kind == "full"]
+    interval = full[0] + 1 if full else 0
+    if 0 < len(full) < len(kinds) and full == list(range(interval - 1, len(kinds), interval)):
+        return None
+    layers = ", ".join(map(str, full))
+    found = f"layers {layers} have" if full else "no layer has"
+    return f"{found} full attention, and mlx-lm can only run a model of which every n-th has"
+
+
+def _asked(specs: Mapping[str, TensorSpec], config: dict[str, Any], context: PlanContext) -> Trace:
+    architecture = context.architecture
+    if architecture.dtype:
+        # Of the spellings of this entry mlx-lm knows the one before transformers 5.
+        config = {**config, "torch_dtype": architecture.dtype}
+    facts = [architecture.tensors[name] for name in specs]
+    numbered = Numbered(specs)
+    answer = _ask(context.ask, config, numbered.tensors)
+    if isinstance(answer, Refusal) and any(fact.fused for fact in facts):
+        fused = Fused(specs, facts)
+        second = _ask(context.ask, config, fused.tensors)
+        if isinstance(second, Trace):
+            return told(second, fused.parts)
+    if isinstance(answer, Refusal):
+        raise PlanError(
+            f"mlx-lm does not take this model: {answer.reason}",
+            at=("format",),
+        )
+    return told(answer, {})
+
+
+def _ask(ask: Ask, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Trace | Refusal:
+    rows = {name: [spec.dtype, list(spec.shape)] for name, spec in tensors.items()}
+    return ask(
+        Question(
+            function="carnice_build.backends.mlx_trace:answer",
+            arguments=(config, rows),
+            libraries=("mlx-lm", "mlx"),
+            version=TRACER_VERSION,
+            parse=parsed,
+            extra="mlx",
+        )
+    )
+
+
+class Numbered:
+    """A made-up checkpoint with a tensor for each expert."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        self.tensors = dict(
+            member for name, spec in specs.items() for member in members(name, spec)
+        )
+
+
+class Fused:
+    """A made-up checkpoint in which stacks are parts of what `TensorFact.fused` names.
+
+    `parts` are the stacks of each fused tensor, in its order.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec], facts: Iterable[TensorFact]) -> None:
+        self.tensors: dict[str, TensorSpec] = {}
+        self.parts: dict[str, Sequence[TracedSource]] = {}
+        found: dict[str, dict[int, TracedSource]] = {}
+        for fact in facts:
+            spec = specs[fact.name]
+            if fact.fused is None:
+                self.tensors.update(members(fact.name, spec))
+                continue
+            name, part, of = fact.fused
+            experts, rows, columns = spec.shape
+            self.tensors[name] = TensorSpec(spec.dtype, (experts, of * rows, columns))
+            found.setdefault(name, {})[part] = TracedSource(fact.name, spec)
+        for name, parts in found.items():
+            self.parts[name] = [parts[index] for index in sorted(parts)]
+
+
+def told(trace: Trace, parts: Mapping[str, Sequence[TracedSource]]) -> Trace:
+    """The trace with the stacks of the view in the place of fused tensors."""
+    return replace(trace, tensors=tuple(_told(item, parts) for item in trace.tensors))
+
+
+def _told(item: Traced, parts: Mapping[str, Sequence[TracedSource]]) -> Traced:
+    if not any(source.name in parts for source in item.sources):
+        return item
+    return _Retelling(item, parts).result()
+
+
+class _Retelling:
+    """Writes a program anew, on other sources."""
+
+    def __init__(self, item: Traced, parts: Mapping[str, Sequence[TracedSource]]) -> None:
+        self._item = item
+        self._parts = parts
+        self._sources: dict[TracedSource, int] = {}
+        self._steps: list[Step] = []
+        self._values: list[_Value] = []
+
+    def result(self) -> Traced:
+        """The tensor by the new program."""
+        self._values = [_Value(source=source) for source in self._item.sources]
+        for step in self._item.steps:
+            part = self._part(step)
+            if part is not None:
+                self._values.append(_Value(source=part))
+            else:
+                operands = tuple(self._place(index) for index in step.operands)
+                self._values.append(self._add(replace(step, operands=operands)))
+        last = self._place(len(self._values) - 1)
+        steps = tuple(self._shifted(step) for step in self._steps)
+        assert not steps or last == ~(len(steps) - 1)
+        return replace(self._item, sources=tuple(self._sources), steps=steps)
+
+    def _part(self, step: Step) -> TracedSource | None:
+        """The stack that a slice of a fused tensor is."""
+        if step.op != "slice":
+            return None
+        source = self._values[step.operands[0]].source
+        stacks = self._parts.get(source.name) if source else None
+        if stacks is None:
+            return None
+        experts, rows, columns = stacks[0].spec.shape
+        for index, stack in enumerate(stacks):
+            span = (0, index * rows, 0), (experts, (index + 1) * rows, columns), (1, 1, 1)
+            if step.arguments == span:
+                return stack
+        return None
+
+    def _place(self, index: int) -> int:
+        """The number of a value in the new program: of a source, or ~ that of a step."""
+        value = self._values[index]
+        if value.source is None:
+            return value.step
+        stacks = self._parts.get(value.source.name, [value.source])
+        places = [self._sources.setdefault(stack, len(self._sources)) for stack in stacks]
+        if len(places) == 1:
+            return places[0]
+        whole = self._add(Step("concatenate", tuple(places), (1,)))
+        self._values[index] = whole
+        return whole.step
+
+    def _add(self, step: Step) -> _Value:
+        self._steps.append(step)
+        return _Value(step=~(len(self._steps) - 1))
+
+    def _shifted(self, step: Step) -> Step:
+        count = len(self._sources)
+        return replace(
+            step,
+            operands=tuple(place if place >= 0 else count + ~place for place in step.operands),
+        )
+
+
+class _Value:
+    """A value of a program: a source, or the step that makes it, as ~ its number."""
+
+    def __init__(self, source: TracedSource | None = None, step: int = 0) -> None:
+        self.source = source
+        self.step = step

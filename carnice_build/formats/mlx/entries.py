@@ -1,0 +1,55 @@
+"""Entries of config.json that mlx-lm looks for under the names they had before transformers 5.
+
+transformers 5 saves `rope_theta` and what scales it inside `rope_parameters`, where most of
+mlx-lm's models do not look: some refuse such a config, and others run the model with a theta that
+is not its own.  So we state them in both places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from carnice_build.errors import PlanError
+from carnice_build.formats.mlx.table import Table
+
+_TEXT = "text_config"
+
+
+def older_entries(config: Mapping[str, Any], table: Table | None) -> dict[str, Any]:
+    """What config.json lacks for mlx-lm, nested as it is to stand there.
+
+    PlanError for an entry that mlx-lm needs, and that is nowhere.
+    """
+    text = config.get(_TEXT)
+    section = text if isinstance(text, dict) else config
+    found = {} if table is not None and table.rope_parameters else _rope(section)
+    if table is not None:
+        for name, other in table.entries.items():
+            if other in section:
+                found[name] = section[other]
+        for name in table.needs:
+            if name not in section and name not in found:
+                raise PlanError(f"config.json has no entry {name}, which mlx-lm needs")
+    missing = {name: value for name, value in found.items() if name not in section}
+    if not missing:
+        return {}
+    return missing if section is config else {_TEXT: missing}
+
+
+def _rope(section: Mapping[str, Any]) -> dict[str, Any]:
+    rope = section.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope or "rope_theta" in section:
+        return {}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    plain = rope.get("rope_type", "default") == "default"
+    found = {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
+    if "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return found
+
+
+def with_entries(config: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with what `older_entries` found."""
+    text = {key: {**config[key], **value} for key, value in entries.items() if key == _TEXT}
+    return {**config, **entries, **text}

@@ -1,0 +1,36 @@
+"""What libraries answered to a plan's questions, as text: `cache/answers/<key>`.
+
+Whoever reads one checks it, for anyone who can write to the cache can write nonsense.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+from carnice_build.store.files import write_atomically
+
+MAX_BYTES = 200_000_000
+
+
+def read_answer(root: Path, key: str) -> str | None:
+    """The answer of this key; None when nobody asked before, or it is unreadable."""
+    try:
+        packed = _path(root, key).read_bytes()
+        return zlib.decompressobj().decompress(packed, MAX_BYTES).decode()
+    except (OSError, ValueError, zlib.error):
+        return None
+
+
+def write_answer(root: Path, key: str, text: str) -> None:
+    """Remember an answer; one that cannot be written will be asked for again."""
+    path = _path(root, key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, zlib.compress(text.encode(), 1))
+    except OSError:
+        return
+
+
+def _path(root: Path, key: str) -> Path:
+    return root / "answers" / key

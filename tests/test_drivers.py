@@ -1,0 +1,206 @@
+"""Any family's model run one decoder layer at a time, against the whole and against modelopt."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from driving import Checkpoint, tokens
+from torch import Tensor, nn
+from zoo import FAMILIES
+
+from carnice_build.calibration.driver import Arithmetic, LayerDriver, decoder_layers
+from carnice_build.calibration.watch import Seen, seen_inputs
+from carnice_build.errors import BackendError
+
+pytest_plugins = ["driving"]
+
+ALIKE = [name for name in FAMILIES if name != "gemma4"]
+"""Those whose layers pass nothing on but hidden states."""
+
+EAGER = ("gpt_oss",)
+"""What transformers has no other attention for."""
+
+
+def arithmetic(family: str, dtype: str = "bfloat16") -> Arithmetic:
+    return Arithmetic(dtype, "eager" if family in EAGER else "sdpa", threads=1)
+
+
+def walk(
+    checkpoint: Checkpoint, how: Arithmetic, samples: Sequence[Tensor], stacked: bool = True
+) -> Iterator[tuple[list[Tensor], Seen]]:
+    """What each layer makes of the samples, and what its linears were given."""
+    hidden = [checkpoint.embedded(sample) for sample in samples]
+    for index in range(checkpoint.layers):
+        driver, tensors = (
+            LayerDriver(checkpoint.config, index, how),
+            checkpoint.layer(index, stacked),
+        )
+        layer = driver.layer(tensors)
+        with seen_inputs(layer, driver.owners(tensors)) as seen:
+            hidden = [driver.run(layer, driver.enter(sample)) for sample in hidden]
+        yield hidden, seen
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", ALIKE)
+def test_layers_make_the_bits_that_they_make_in_the_whole_model(
+    zoo: Any, family: str, dtype: str
+) -> None:
+    """From rows of the embedding to the logits, whatever the family passes to its layers."""
+    checkpoint, how = zoo(family), arithmetic(family, dtype)
+    sample = tokens(75)
+    whole = checkpoint.whole(how)
+    states: list[Tensor] = []
+    _, layers = decoder_layers(whole)
+    for layer in layers:
+        layer.register_forward_hook(lambda _, inputs, output: states.append(output))
+    with torch.no_grad():
+        expected = whole(sample[None], use_cache=False).logits
+
+    found = [hidden for (hidden,), _ in walk(checkpoint, how, [sample])]
+
+    assert all(map(torch.equal, states, found))
+    assert len(layers) == len(found)
+    # What stands behind the layers makes of the last state what the whole model makes of it.
+    handle = layers[-1].register_forward_hook(lambda *_: found[-1])
+    with torch.no_grad():
+        assert torch.equal(expected, whole(sample[None], use_cache=False).logits)
+    handle.remove()
+
+
+def test_experts_one_by_one_are_those_of_a_stack(zoo: Any) -> None:
+    """A layer is made of one tensor for each expert, too, and their linears are named alike."""
+    checkpoint, how = zoo("qwen3_moe"), arithmetic("qwen3_moe")
+    one_by_one, stacked = (
+        list(walk(checkpoint, how, [tokens(40)], stacked)) for stacked in (False, True)
+    )
+
+    assert all(torch.equal(a, b) for ((a,), _), ((b,), _) in zip(one_by_one, stacked, strict=True))
+    assert [seen for _, seen in one_by_one] == [seen for _, seen in stacked]
+    assert {f"mlp.experts.{n}.down_proj" for n in range(4)} <= set(stacked[-1][1].amax)
+
+
+def fused(stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-OSS's experts as its tables name them: gate and up apart, [E, out, in]."""
+    named = dict(stacks)
+    for kind in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"):
+        tensor = named.pop(f"mlp.experts.{kind}")
+        part, end = kind.removesuffix("_bias"), "bias" if kind.endswith("_bias") else "weight"
+        rows = tensor if end == "bias" else tensor.transpose(1, 2)
+        parts = {"gate_proj": rows[:, ::2], "up_proj": rows[:, 1::2]}
+        for name, rows_of in (parts if part == "gate_up_proj" else {part: rows}).items():
+            named[f"mlp.experts.*.{name}.{end}"] = rows_of.contiguous()
+    return named
+
+
+def test_interleaved_experts_are_put_together(zoo: Any) -> None:
+    """GPT-OSS's stay as they are on disk, whichever way they come, biases included."""
+    checkpoint, how = zoo("gpt_oss"), arithmetic("gpt_oss")
+    driver, given = LayerDriver(checkpoint.config, 1, how), checkpoint.layer(1)
+    apart = driver.layer(fused(given)).state_dict()
+
+    assert given.keys() == apart.keys()
+    assert all(torch.equal(given[name], apart[name]) for name in given)
+
+
+# --- modelopt ------------------------------------------------------------------------------------
+
+SAMPLES = [tokens(length) for length in (64, 67)]
+
+
+def modelopt_amax(model: Any) -> dict[str, float]:
+    """`amax` of every enabled input quantizer after modelopt's calibration, by its path."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import modelopt.torch.quantization as mtq
+
+        def calibrate(model: nn.Module) -> None:
+            for sample in SAMPLES:
+                model(sample[None], use_cache=False)
+
+        mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, calibrate)
+    return {
+        name: module.amax.item()
+        for name, module in model.named_modules()
+        if name.endswith("input_quantizer") and module.is_enabled and module.amax is not None
+    }
+
+
+def linears_of(quantizer: str, seen: Seen) -> list[str]:
+    """The linears of a layer that share `quantizer`, as modelopt names it within the layer."""
+    path, _, name = quantizer.rpartition(".")
+    part = name.removesuffix("input_quantizer").removesuffix("_")
+    if not part:
+        return [path] if path in seen.amax else []
+    parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+    fit = re.compile(rf"{re.escape(path)}\.\d+\.({'|'.join(parts)})")
+    return [linear for linear in seen.amax if fit.fullmatch(_respelled(linear))]
+
+
+def _respelled(linear: str) -> str:
+    """The name that a linear of a Mixtral has in transformers, for it is another on disk."""
+    for theirs, ours in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        linear = re.sub(rf"{theirs}$", ours, linear)
+    return linear.replace("block_sparse_moe.", "mlp.")
+
+
+@pytest.mark.parametrize(
+    ("family", "linears"),
+    [
+        ("llama", 28),
+        ("qwen3_moe", 55),
+        ("qwen3_5_moe", 73),
+        ("deepseek_v3", 68),
+        ("glm4_moe", 64),
+        ("nemotron_h", 20),
+        ("mixtral", 64),
+    ],
+)
+def test_seen_inputs_are_those_that_modelopt_calibrates(
+    zoo: Any, family: str, linears: int
+) -> None:
+    """Of every linear that NVFP4 enables: an expert's own tokens, and one scale for all experts."""
+    checkpoint, how = zoo(family), arithmetic(family)
+    theirs = modelopt_amax(checkpoint.whole(how))
+    compared = 0
+    for index, (_, seen) in enumerate(walk(checkpoint, how, SAMPLES)):
+        prefix = f"model.layers.{index}."
+        for quantizer in [name for name in theirs if name.startswith(prefix)]:
+            ours = linears_of(quantizer.removeprefix(prefix), seen)
+            assert theirs[quantizer] == max(seen.amax[linear] for linear in ours), quantizer
+            compared += len(ours)
+
+    assert linears == compared
+
+
+def test_an_expert_without_tokens_is_told_and_changes_nothing(zoo: Any) -> None:
+    """It has no figures of its own, and the scale that all experts share is that of the others."""
+    checkpoint, how = zoo("qwen3_moe"), arithmetic("qwen3_moe")
+    name = "mlp.gate.weight"
+    tensors = checkpoint.layer(1)
+    lonely = tensors[name].clone()
+    lonely[:] = lonely[0]
+    # Of equals, two are taken: never the one that is always the least.
+    lonely[2] = -1000 * lonely[0].abs()
+    driver = LayerDriver(checkpoint.config, 1, how)
+    layer = driver.layer({**tensors, name: lonely})
+    with seen_inputs(layer, driver.owners(tensors)) as seen:
+        driver.run(layer, checkpoint.embedded(tokens(64)).abs())
+
+    experts = {n: seen.tokens[f"mlp.experts.{n}.down_proj"] for n in range(4)}
+    assert 0 == experts[2]
+    assert 2 * 64 == sum(experts.values())
+    assert not [linear for linear in seen.amax if ".experts.2." in linear]
+
+
+def test_an_attention_that_a_family_lacks_is_refused(zoo: Any) -> None:
+    """GPT-OSS's sinks are in eager attention alone; with another they would be left out."""
+    how = Arithmetic("bfloat16", "sdpa", threads=1)
+
+    with pytest.raises(BackendError, match=r"no attention sdpa for GptOss.*attention: eager"):
+        LayerDriver(zoo("gpt_oss").config, 0, how)

@@ -1,0 +1,353 @@
+"""What mlx-lm makes of a model is told by a trace of mlx-lm itself, or by a table that equals it.
+
+The checkpoints are those of `zoo`, of many families, in the layouts of transformers and of the hub.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, Project
+from tiny import read_all_tensors, write_json
+from zoo import FAMILIES, Layout, write_zoo
+
+from carnice_build.commands.asking import Asking
+from carnice_build.commands.build import build_variants
+from carnice_build.commands.plan import plan_variants
+from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.dtypes import TensorSpec
+from carnice_build.errors import BackendError, PlanError
+from carnice_build.formats.mlx.conversion import Fused, Numbered, told
+from carnice_build.formats.mlx.entries import older_entries, with_entries
+from carnice_build.formats.mlx.table import TABLES, table_of, trace_of
+from carnice_build.formats.mlx.trace import Kind, Refusal, Trace, parsed
+from carnice_build.models import architecture_of
+from carnice_build.models.base import Architecture
+from carnice_build.steps.base import Question
+
+pytest.importorskip("mlx_lm")
+pytest.importorskip("transformers")
+
+from mlx_families import asked, converted, listed_modules, replayed, trace_of_folder
+
+Zoo = Callable[[str, Layout], Path]
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """`zoo(family, layout)`: its tiny checkpoint, made once; not to be changed."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(family: str, layout: Layout) -> Path:
+        key = family, layout
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{family}-{layout}") / "checkpoint"
+            made[key] = write_zoo(folder, family, layout)
+        return made[key]
+
+    return make
+
+
+TAKEN: Sequence[tuple[str, Layout]] = [
+    *((family, "hub") for family, entry in FAMILIES.items() if entry.hub is not None),
+    ("deepseek_v3", "transformers"),
+    ("gemma3_text", "transformers"),
+    ("llama", "transformers"),
+    ("ministral3", "transformers"),
+    ("mistral3", "transformers"),
+    ("nemotron_h", "transformers"),
+    ("qwen3_5", "transformers"),
+]
+"""Checkpoints that mlx-lm converts."""
+
+REFUSED: Sequence[tuple[str, Layout, str]] = [
+    ("qwen3_5_text", "transformers", "not supported"),
+    ("glm4_moe", "transformers", "rope_theta"),
+    ("qwen3_5_moe", "transformers", "experts.0.down_proj.weight"),
+    ("minimax", "transformers", "shared_intermediate_size"),
+]
+"""Checkpoints that it does not take, and a word of what it says."""
+
+
+@pytest.mark.parametrize(("family", "layout"), TAKEN)
+def test_a_replayed_trace_is_what_mlx_lm_converts(
+    zoo: Zoo, tmp_path: Path, family: str, layout: Layout
+) -> None:
+    """Names, types, shapes and bytes of all tensors agree, and what config.json says of modules."""
+    folder = zoo(family, layout)
+    trace = trace_of_folder(folder)
+    assert isinstance(trace, Trace)
+    theirs = converted(folder, tmp_path / "theirs")
+    config = json.loads((theirs / "config.json").read_text())
+    modules = {k: v for k, v in config["quantization"].items() if isinstance(v, dict)}
+    expected, found = read_all_tensors(theirs), replayed(trace, folder)
+
+    assert expected == found
+    assert modules == listed_modules(trace, found)
+
+
+@pytest.mark.parametrize(("family", "layout", "word"), REFUSED)
+def test_a_refusal_is_told_in_the_words_of_mlx_lm(
+    zoo: Zoo, family: str, layout: Layout, word: str
+) -> None:
+    """What mlx-lm does not take has no trace, but its own sentence."""
+    trace = trace_of_folder(zoo(family, layout))
+
+    assert isinstance(trace, Refusal)
+    assert word in trace.reason
+
+
+def test_experts_are_one_line_of_a_trace(zoo: Zoo) -> None:
+    """A stack of experts, even of those that are decoded from FP8, is one tensor of few sources."""
+    trace = trace_of_folder(zoo("deepseek_v3", "hub"))
+    assert isinstance(trace, Trace)
+    stack = next(item for item in trace.tensors if item.name.endswith("switch_mlp.up_proj.weight"))
+    path = "model.layers.1.mlp.experts.*.up_proj.weight"
+
+    assert [path, f"{path}_scale_inv"] == [source.name for source in stack.sources]
+    assert ["each"] == [step.op for step in stack.steps]
+
+
+def test_a_trace_is_the_same_each_time(zoo: Zoo) -> None:
+    """It is part of what identifies a plan."""
+    folder = zoo("gpt_oss", "hub")
+
+    assert trace_of_folder(folder) == trace_of_folder(folder)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+TABLED = sorted(path.stem for path in TABLES.glob("*.yaml"))
+KNOWN = sorted(path.stem for path in (REPOSITORY / "carnice_build/models/tables").glob("*.yaml"))
+
+
+def model_of(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, TensorSpec]]:
+    """The config, the architecture, and the tensors of a checkpoint by their canonical names."""
+    config = json.loads((folder / "config.json").read_text())
+    architecture = architecture_of(config, "config.json")
+    stored = read_all_tensors(folder)
+    specs = {}
+    for fact in architecture.tensors.values():
+        names = [*Numbered({fact.name: TensorSpec("BF16", fact.shape)}).tensors]
+        names += [fact.fused[0]] if fact.fused else []
+        if held := [name for name in names if name in stored]:
+            specs[fact.name] = TensorSpec(stored[held[0]].dtype, fact.shape)
+    return config, architecture, specs
+
+
+@pytest.mark.parametrize("family", [name for name in TABLED if name in KNOWN])
+def test_a_table_equals_the_trace_of_its_family(zoo: Zoo, tmp_path: Path, family: str) -> None:
+    """For a model in the spelling of the hub: tensors, steps, types, and what is quantized how."""
+    layout: Layout = "hub" if FAMILIES[family].hub else "transformers"
+    config, architecture, specs = model_of(zoo(family, layout))
+    specs = {
+        name: TensorSpec("BF16" if spec.dtype.startswith("F8") else spec.dtype, spec.shape)
+        for name, spec in specs.items()
+    }
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    table = table_of(family)
+    assert table is not None
+    ours = trace_of(table, specs, architecture.tensors, architecture.dtype)
+    facts = [architecture.tensors[name] for name in specs]
+    answer = asked(config, Numbered(specs).tensors, tmp_path)
+    theirs = told(answer, {}) if isinstance(answer, Trace) else None
+    if theirs is None:
+        fused = Fused(specs, facts)
+        theirs = told(asked(config, fused.tensors, tmp_path), fused.parts)
+
+    assert {item.name: item for item in theirs.tensors} == {
+        item.name: item for item in ours.tensors
+    }
+    assert theirs.modules == ours.modules
+
+
+@pytest.mark.parametrize("family", [name for name in TABLED if name in KNOWN])
+def test_what_a_table_makes_of_the_config_loads(zoo: Zoo, tmp_path: Path, family: str) -> None:
+    """A config that transformers 5 saved gets the entries without which mlx-lm refuses it."""
+    config, architecture, specs = model_of(zoo(family, "transformers"))
+    table = table_of(family)
+    try:
+        entries = older_entries(config, table)
+    except PlanError as error:
+        assert family == "minimax_m2"
+        assert "shared_intermediate_size" in str(error)
+        return
+    config = with_entries(config, entries)
+    facts = [architecture.tensors[name] for name in specs]
+    answers = [
+        asked(config, tensors, tmp_path)
+        for tensors in (Numbered(specs).tensors, Fused(specs, facts).tensors)
+    ]
+
+    assert any(isinstance(answer, Trace) for answer in answers)
+
+
+# --- plans and builds ----------------------------------------------------------------------------
+
+
+def recipe(project: Project, **knobs: Any) -> None:
+    """A recipe `family`, whose source is to be given."""
+    content = {
+        "variant": "family",
+        "description": "a family",
+        "sources": {"body": {"model": "example/family"}},
+        "quantize": {"format": "mlx", "bits": 4, **knobs},
+    }
+    write_json(project.recipes / "family.yaml", content)
+
+
+BUILT: Sequence[tuple[str, Layout]] = [
+    (family, layout) for family, layout in TAKEN if FAMILIES[family].model_type in KNOWN
+]
+
+
+def quantized_source(folder: Path) -> bool:
+    """Whether a checkpoint is quantized already."""
+    return "quantization_config" in json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("family", "layout"), BUILT)
+def test_a_built_folder_is_what_mlx_lm_converts(
+    project: Project, zoo: Zoo, family: str, layout: Layout
+) -> None:
+    """The program's own folder, from a plan of the family, has mlx-lm's tensors; it verifies."""
+    folder = zoo(family, layout)
+    if quantized_source(folder):
+        pytest.skip("the source is quantized already")
+    recipe(project)
+    options = project.options(sources={"body": folder})
+    build_variants(["family"], options)
+    theirs = converted(folder, project.root / "theirs")
+
+    assert read_all_tensors(theirs) == read_all_tensors(project.out / "family")
+    expected = json.loads((theirs / "config.json").read_text())
+    found = json.loads((project.out / "family" / "config.json").read_text())
+    assert expected["quantization"] == found["quantization"]
+    result = verify_variants(["family"], options, VerifySettings(run=False))
+    assert result.passed, [check for variant in result.variants for check in variant.checks]
+
+
+def known(family: str) -> Any:
+    """Needs a table of the family's tensors."""
+    return pytest.mark.skipif(family not in KNOWN, reason=f"there is no table of {family}")
+
+
+@known("llama")
+def test_a_family_with_a_table_asks_nobody(
+    project: Project, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plan needs no mlx, whether or not it is installed."""
+    monkeypatch.setattr(Asking, "__call__", lambda *_: pytest.fail("mlx-lm was asked"))
+    recipe(project)
+    plan_variants(["family"], project.options(sources={"body": zoo("llama", "hub")}))
+
+
+@known("deepseek_v3")
+def test_a_model_is_traced_once(
+    project: Project, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second plan finds mlx-lm's answer in the cache."""
+    recipe(project)
+    options = project.options(sources={"body": zoo("deepseek_v3", "transformers")})
+    (first,) = plan_variants(["family"], options).variants
+    monkeypatch.setattr(
+        "carnice_build.commands.asking._asked", lambda _: pytest.fail("mlx-lm was asked")
+    )
+    (second,) = plan_variants(["family"], options).variants
+
+    assert [item.name for item in first.conversion.tensors] == [
+        item.name for item in second.conversion.tensors
+    ]
+
+
+@known("deepseek_v3")
+def test_without_mlx_a_model_that_needs_it_says_so(
+    project: Project, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan names what to install."""
+    monkeypatch.setattr("carnice_build.commands.asking.library_version", lambda _: "absent")
+    recipe(project)
+    with pytest.raises(PlanError, match=r"carnice-build\[mlx\]"):
+        plan_variants(
+            ["family"], project.options(sources={"body": zoo("deepseek_v3", "transformers")})
+        )
+
+
+@known("qwen3_5_text")
+def test_what_mlx_lm_refuses_is_refused_at_the_plan(project: Project, zoo: Zoo) -> None:
+    """With its own words, and the place in the recipe."""
+    recipe(project)
+    with pytest.raises(PlanError, match="qwen3_5_text not supported") as caught:
+        plan_variants(
+            ["family"], project.options(sources={"body": zoo("qwen3_5_text", "transformers")})
+        )
+
+    assert "family.yaml" in str(caught.value)
+
+
+@known("qwen3_moe")
+def test_a_rule_has_the_last_word_over_the_models_own_code(project: Project, zoo: Zoo) -> None:
+    """mlx-lm keeps routers at 8 bits; a rule that names them changes that, and all are listed."""
+    recipe(project, rules=[{"match": "*.mlp.gate", "bits": 6}])
+    (variant,) = plan_variants(
+        ["family"], project.options(sources={"body": zoo("qwen3_moe", "hub")})
+    ).variants
+    modules = variant.conversion.stated["modules"]
+
+    assert {"group_size": 64, "bits": 6, "mode": "affine"} == modules["model.layers.1.mlp.gate"]
+    assert modules.keys() == variant.conversion.quantized.keys()
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def question(folder: Path) -> Question[Trace | Refusal]:
+    """What is asked about a folder."""
+    config = json.loads((folder / "config.json").read_text())
+    rows = {name: [item.dtype, list(item.shape)] for name, item in read_all_tensors(folder).items()}
+    return Question(
+        "carnice_build.backends.mlx_trace:answer", (config, rows), ("mlx-lm",), 0, parsed, "mlx"
+    )
+
+
+def test_an_answer_that_somebody_damaged_is_asked_for_again(zoo: Zoo, tmp_path: Path) -> None:
+    """Nothing in a cache is believed for being there."""
+    asking, what = Asking(tmp_path), question(zoo("llama", "hub"))
+    first = asking(what)
+    (file,) = (tmp_path / "answers").iterdir()
+    for content in (b"", b"no zlib", file.read_bytes()[:-9]):
+        file.write_bytes(content)
+
+        assert first == asking(what)
+
+
+def test_a_question_about_another_model_has_another_answer(zoo: Zoo, tmp_path: Path) -> None:
+    """The key covers the config and the tensors, with their types and shapes."""
+    asking, what = Asking(tmp_path), question(zoo("llama", "hub"))
+    asking(what)
+    config, rows = what.arguments
+    others = [({**config, "note": 1}, rows), (config, dict(reversed(rows.items())))]
+    for arguments in others:
+        asking(replace(what, arguments=arguments))
+
+    assert 2 == len(list((tmp_path / "answers").iterdir()))
+
+
+def test_what_a_library_raises_is_one_sentence(tmp_path: Path) -> None:
+    """A question that no answer comes of says so."""
+    what = Question("carnice_build.backends.mlx_trace:answer", ({},), ("mlx-lm",), 0, parsed, "mlx")
+    with pytest.raises(BackendError):
+        Asking(tmp_path)(what)
+
+
+def test_shapes_that_cost_nothing_are_no_program(zoo: Zoo) -> None:
+    """A moved axis of size 1, a stack and a norm plus 1 take no steps of mlx's."""
+    trace = trace_of_folder(zoo("qwen3_next", "hub"))
+    assert isinstance(trace, Trace)
+
+    assert {Kind.SAME, Kind.SHIFT} == {item.kind for item in trace.tensors}
