@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCheckpoint
+from conftest import Finished, TinyCheckpoint
 from quantizing import METHODS, quantize
 from safetensors.torch import load_file, save_file
 from tiny import read_json, write_json
@@ -119,6 +119,25 @@ def test_no_byte_of_the_floats_is_on_disk(
     assert result.written_bytes <= written
     again = build_variants([name], Options(**{**vars(options), "cache": recipes.root / "other"}))
     assert (0, 0) == (again.actions_run, again.read_bytes)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq"])
+@pytest.mark.parametrize("quant", FORMATS)
+def test_a_built_folder_is_verified_against_the_floats(
+    made: Callable[[str], Recipes],
+    method: str,
+    quant: str,
+    monkeypatch: pytest.MonkeyPatch,
+    carnice: Callable[..., Finished],
+) -> None:
+    """`carnice verify` compares what was published with what the codes stand for."""
+    recipes = made(method)
+    monkeypatch.chdir(recipes.root)
+    name = recipes.recipe(f"our-{quant}", "quantized", FORMATS[quant], "decode: {}")
+    build_variants([name], recipes.options)
+    finished = carnice("verify", name, "--no-run")
+
+    assert 0 == finished.code, finished.out + finished.err
 
 
 def plan(recipes: Recipes, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -318,6 +337,10 @@ METHODS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "packing": (
         {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"},
         "packs weights as 'auto_round:auto_awq', which cannot be decoded; expected gptq",
+    ),
+    "groups": (
+        {"quant_method": "compressed-tensors", "config_groups": ["Linear"]},
+        "weight' is of a quantized weight that lacks",
     ),
     "blocks": (
         {"quant_method": "fp8", "weight_block_size": [128, 0]},

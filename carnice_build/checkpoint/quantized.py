@@ -220,7 +220,8 @@ _SILENT = (None, "dense", "mixed-precision")
 
 def _compressed(tensors: Tensors, stated: Table, columns: Columns, where: str) -> Iterator[Weight]:
     groups = stated.get("config_groups")
-    tables = [item for item in groups.values() if isinstance(item, dict)] if groups else []
+    stated_groups = groups.values() if isinstance(groups, dict) else ()
+    tables = [item for item in stated_groups if isinstance(item, dict)]
     for stored in (stated.get("format"), *(table.get("format") for table in tables)):
         if stored not in (*_STORED, *_SILENT):
             raise CheckpointError(

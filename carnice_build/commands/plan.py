@@ -93,6 +93,20 @@ def plan_and_survey(names: Sequence[str], options: Options | None = None) -> Pla
         return PlanResult(plan, survey(plan.variants, store))
 
 
+def names_of(options: Options) -> list[str]:
+    """The names of all variants, or of those whose models the profile has."""
+    paths = list_recipes(options.recipes)
+    if options.profile is None:
+        return [path.stem for path in paths]
+    profiles = Profiles(options.recipes)
+    recipes = (load_recipe(path, vocabulary()) for path in paths)
+    return [
+        recipe.variant
+        for recipe in recipes
+        if profiles.has(options.profile, recipe.sources.values())
+    ]
+
+
 def list_variants(options: Options, warn: Callable[[PluginError], None]) -> list[Recipe]:
     """Every recipe of the folder, checked for form.
 

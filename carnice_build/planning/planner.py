@@ -146,7 +146,7 @@ def plan_variant(
     view, notices = _without_ties(view, architecture, body.checkpoint.where)
     if isinstance(architecture, Untabled):
         # Steps may have changed names, which are all that is known of it.
-        architecture = _untabled(body.checkpoint, view)
+        architecture = untabled(body.checkpoint, view)
         notices = (*notices, unchecked(architecture))
     if unread := [name for name in view if name in architecture.unread]:
         view = {name: ref for name, ref in view.items() if name not in architecture.unread}
@@ -208,7 +208,7 @@ def _architecture(checkpoint: Checkpoint, view: View, number_format: Format) -> 
         return architecture_of(plain_config(checkpoint.config), checkpoint.where)
     except UnknownFamily as error:
         if not number_format.needs_table:
-            return _untabled(checkpoint, view)
+            return untabled(checkpoint, view)
         model_type = checkpoint.config.get("model_type")
         remote = ", whose code is not transformers' own" if "auto_map" in checkpoint.config else ""
         raise UnknownFamily(
@@ -227,7 +227,8 @@ def _way_out(error: UnknownFamily, model_type: object) -> str:
     )
 
 
-def _untabled(checkpoint: Checkpoint, view: View) -> Untabled:
+def untabled(checkpoint: Checkpoint, view: View) -> Untabled:
+    """What names and shapes say of a model whose family has no table."""
     shapes = {name: ref.spec.shape for name, ref in view.items()}
     return Untabled(plain_config(checkpoint.config), checkpoint.where, shapes)
 
