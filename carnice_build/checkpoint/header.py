@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
 from carnice_build.checkpoint.json import DuplicateKey, parse_json
 from carnice_build.checkpoint.source import refuse_pointer
-from carnice_build.dtypes import ITEM_SIZE, TensorSpec
+from carnice_build.dtypes import ITEM_SIZE, TensorSpec, shared_spec
 from carnice_build.errors import CheckpointError, nearest
 from carnice_build.recipe.patterns import MAX_NAME
 from carnice_build.tensors import Readable
@@ -134,13 +133,7 @@ def tensor_spec(where: str, name: str, dtype: object, shape: object) -> TensorSp
             where=where,
             nearest=nearest(dtype, ITEM_SIZE) if isinstance(dtype, str) else None,
         )
-    return _shared_spec(dtype, _shape(where, name, shape))
-
-
-@lru_cache(maxsize=4096)
-def _shared_spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-    """One object for all tensors of a type and shape: a model has few of these."""
-    return TensorSpec(dtype, shape)
+    return shared_spec(dtype, _shape(where, name, shape))
 
 
 def _is_count(value: object) -> bool:
