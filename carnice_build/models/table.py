@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from carnice_build.errors import CheckpointError, RecipeError
 from carnice_build.models.base import (
     MOST_LAYERS,
+    ConfigReader,
     Fusion,
     KvGeometry,
     Part,
@@ -91,16 +92,19 @@ def load_table(path: Path) -> TableFile:
     return found
 
 
-def _whole(path: Path, tree: Node) -> Node:
+def _whole(path: Path, tree: Node, below: Sequence[Path] = ()) -> Node:
     if not isinstance(tree.value, dict) or "extends" not in tree.value:
         return tree
     other = tree.value["extends"]
-    parent = path.with_name(f"{other.value}.yaml")
-    if not parent.exists():
-        parent = SHIPPED / parent.name
-    if not re.fullmatch(r"\w+", str(other.value)) or not parent.exists():
-        raise RecipeError(f"there is no table {other.value!r}", where=other.where)
-    inherited = _whole(parent, read_tree(parent)).value
+    name = str(other.value)
+    folders = (path.parent, SHIPPED) if re.fullmatch(r"\w{1,100}", name) else ()
+    parents = (folder / f"{name}.yaml" for folder in folders)
+    # A table of one's own may have the name of the one that it extends.
+    parent = next((p for p in parents if p.is_file() and p not in (*below, path)), None)
+    if parent is None:
+        what = "extends itself" if name == path.stem else f"there is no table {name!r}"
+        raise RecipeError(what, where=other.where)
+    inherited = _whole(parent, read_tree(parent), (*below, path)).value
     assert isinstance(inherited, dict)
     own = {key: node for key, node in tree.value.items() if key != "extends"}
     for key in _MERGED & inherited.keys() & own.keys():
@@ -189,8 +193,7 @@ class FamilyTable:
 
     def _section_entry(self, section: str, entry: str) -> Any:
         name = f"{section}.{entry}"
-        root = self._reader.root
-        reader = root if section == "root" else root.section(section)
+        reader = self._section(section)
         value = reader.entries.get(entry)
         if value is not None:
             return value
@@ -209,6 +212,21 @@ class FamilyTable:
                 path, f"the formula {formula!r} {error}", f"one that fits {self._reader.root.where}"
             ) from None
 
+    def _default(self, name: str) -> str | int | None:
+        """The formula that stands for an entry which the config does not state."""
+        section, _, entry = name.rpartition(".")
+        if not section:
+            stated = self._reader.text_entries.get(entry)
+        elif section == "root" or self._reader.root.states(section):
+            stated = self._section(section).entries.get(entry)
+        else:
+            stated = None
+        return self._table.defaults.get(name) if stated is None else None
+
+    def _section(self, name: str) -> ConfigReader:
+        root = self._reader.root
+        return root if name == "root" else root.section(name)
+
     def _blame_config(self, formula: str, given: Container[str], least: int) -> None:
         """Raise CheckpointError for an entry that is no number where one is needed."""
         for name in names_in(formula):
@@ -216,6 +234,8 @@ class FamilyTable:
                 continue
             if name in self._table.values:
                 self._blame_config(str(self._table.values[name]), given, least)
+            elif (default := self._default(name)) is not None and not names_in(str(default)):
+                continue  # a number that the table has right, such as 0 for what is not there
             elif not isinstance(self.named(name, {}), list):
                 self._check_size(name, least)
 
@@ -246,14 +266,18 @@ class FamilyTable:
         section, _, entry = name.partition(".")
         if not entry:
             return self._reader.text.error(name, expected)
-        root = self._reader.root
-        reader = root if section == "root" else root.section(section)
-        return reader.error(entry, expected)
+        return self._section(section).error(entry, expected)
 
     def _check_size(self, name: str, least: int) -> None:
         value = self.named(name, {})
-        if type(value) is not int or not least <= value <= _MOST_SIZE:
-            raise self._entry_error(name, f"a count from {least} to {_MOST_SIZE}")
+        if type(value) is int and least <= value <= _MOST_SIZE:
+            return
+        expected = f"a count from {least} to {_MOST_SIZE}"
+        if (default := self._default(name)) is not None:
+            self._blame_config(str(default), {}, least)
+            what = f"the default {default!r} gives {value!r} for {self._reader.root.where}"
+            raise self._file.error(("defaults", name), what, expected)
+        raise self._entry_error(name, expected)
 
     def _size(self, formula: str | int, path: Sequence[str | int], given: Mapping[str, Any]) -> int:
         """A size of a tensor."""

@@ -143,7 +143,7 @@ def plan_variant(
             assert isinstance(step.params, Step)
             view = returned(step.params.apply(view, context), dict, "apply")
             files = returned(step.params.edit(files, context), Mapping, "edit")
-    view, notices = _without_ties(view, architecture, body.checkpoint.where)
+    view, notices = _without_copies(view, architecture, body.checkpoint.where)
     if isinstance(architecture, Untabled):
         # Steps may have changed names, which are all that is known of it.
         architecture = untabled(body.checkpoint, view)
@@ -269,10 +269,10 @@ def _located(recipe: Recipe, *path: str | int) -> Iterator[None]:
         raise error.revised(where=recipe.where(*path, *error.at)) from None
 
 
-def _without_ties(
+def _without_copies(
     view: View, architecture: Architecture, where: str
 ) -> tuple[View, tuple[str, ...]]:
-    """The view without tensors that are others by the config, and what to say of it.
+    """The view without what is another tensor, or read by nobody, and what to say of it.
 
     Loaders disagree about such a tensor when it is not what the config ties it to: transformers
     takes both, mlx-lm and vLLM leave it out.
@@ -288,7 +288,11 @@ def _without_ties(
                 expected="`tie_word_embeddings: false` there to keep it, or a `drop` step for it",
             )
         notices.append(f"{name} of the source is left out, because config.json ties it to {other}")
-    kept = {name: ref for name, ref in view.items() if name not in architecture.ties}
+    if unread := [name for name in view if name in architecture.unread]:
+        more = f" and {len(unread) - 1} more" if unread[1:] else ""
+        notices.append(f"{unread[0]}{more} are left out, because no model reads them")
+    left_out = {*architecture.ties, *architecture.unread}
+    kept = {name: ref for name, ref in view.items() if name not in left_out}
     return kept, tuple(notices)
 
 
