@@ -136,7 +136,7 @@ def _check_missing(
     missing = [
         name
         for fact, place in places.items()
-        if not place.whole
+        if not place.whole and (place.refs or not facts[fact].optional)
         if facts[fact].part in present or not architecture.optional(facts[fact])
         for name in _missing_of(fact, place, view)
     ]

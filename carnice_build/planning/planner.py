@@ -148,10 +148,6 @@ def plan_variant(
         # Steps may have changed names, which are all that is known of it.
         architecture = untabled(body.checkpoint, view)
         notices = (*notices, unchecked(architecture))
-    if unread := [name for name in view if name in architecture.unread]:
-        view = {name: ref for name, ref in view.items() if name not in architecture.unread}
-        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-        notices = (*notices, f"{unread[0]}{more} of the source, which no model reads, are left out")
     view = gathered(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
     # From here on the model is the one that will be published.
