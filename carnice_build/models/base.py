@@ -55,6 +55,7 @@ class TensorFact:
     the weights of all experts of a layer, [experts, rows, columns].
     `fused` is how else checkpoints hold a stack: the name of a tensor [experts, of * rows,
     columns], which part of each expert's rows it is, and of how many.
+    What is `spare` is a copy of another tensor of the model, which a checkpoint may lack.
     """
 
     name: str
@@ -63,6 +64,7 @@ class TensorFact:
     role: Role
     layer: int | None = None
     fused: tuple[str, int, int] | None = None
+    spare: bool = False
 
     @property
     def module(self) -> str:

@@ -411,7 +411,8 @@ class FamilyTable:
         fused = None
         if row.fused is not None:
             fused = (prefix + row.fused.name, row.fused.part, row.fused.of)
-        return TensorFact(prefix + row.name, shape, row.part or part, row.role, layer, fused)
+        name = prefix + row.name
+        return TensorFact(name, shape, row.part or part, row.role, layer, fused, row.spare)
 
     @property
     def ties(self) -> Mapping[str, str]:

@@ -23,7 +23,8 @@ def gathered(view: View, architecture: Architecture, where: str) -> View:
     """The view by the names of the model's facts, in their order.
 
     Raises PlanError unless it holds the model's tensors, all of them, and no other.
-    Optional parts (the MTP head, the towers) may be absent, but only as a whole.
+    Optional parts (the MTP head, the towers) may be absent, but only as a whole, or but for what
+    is a copy of another tensor.
     """
     names = {fact.name: names_of(fact, view) for fact in architecture.tensors.values()}
     known = {name for shapes in names.values() for name in shapes}
@@ -103,6 +104,7 @@ def _check_missing(
     missing = [
         name
         for fact, own in names.items()
+        if not facts[fact].spare
         if facts[fact].part in present or not architecture.optional(facts[fact])
         for name in _missing_of(fact, own, view)
     ]
