@@ -411,8 +411,8 @@ class FamilyTable:
         fused = None
         if row.fused is not None:
             fused = (prefix + row.fused.name, row.fused.part, row.fused.of)
-        name = prefix + row.name
-        return TensorFact(name, shape, row.part or part, row.role, layer, fused, row.spare)
+        name, own = prefix + row.name, row.part or part
+        return TensorFact(name, shape, own, row.role, layer, fused, row.optional)
 
     @property
     def ties(self) -> Mapping[str, str]:

@@ -45,8 +45,10 @@ class Row(_Strict):
     when: Formula | None = Field(None, description="Whether the model has it.")
     part: Part | None = Field(None, description="The part it belongs to, outside of groups.")
     offset: bool = Field(False, description="A norm that stores w for a gain of 1 + w.")
+    optional: bool = Field(
+        False, description="Checkpoints may lack it: engines take another tensor in its place."
+    )
     unread: bool = Field(False, description="Checkpoints may hold it, but no model reads it.")
-    spare: bool = Field(False, description="A copy of another tensor, which may be missing.")
     wide: bool = Field(False, description="Libraries leave its type alone when they cast a model.")
     fused: Fused | None = Field(None, description="For a stack: how else checkpoints hold it.")
 

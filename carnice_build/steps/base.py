@@ -124,12 +124,13 @@ class Step(Strict):
 
 def require_match(patterns: Patterns, names: Sequence[str], what: str) -> list[str]:
     """The names that match; PlanError with the nearest name when a pattern matches none."""
+    found = patterns.select(names)
     for text in patterns.texts:
-        if Patterns(text).select(names):
+        if Patterns(text).select(found) if len(patterns.texts) > 1 else found:
             continue
         bare = text.strip("*.")
         # A glob such as `*.v_proj` names the end of a path, so ends are what it is compared with.
         depth = bare.count(".") + 1
         ends = {".".join(name.split(".")[-depth:]) for name in names}
         raise PlanError(f"{text} matches no {what}", nearest=nearest(bare, sorted(ends)))
-    return patterns.select(names)
+    return found
