@@ -223,10 +223,6 @@ def gemma3_hub(tensors: Tensors, config: dict[str, Any]) -> None:
     gemma3_text_hub(tensors, config["text_config"])
     config["torch_dtype"] = config.pop("dtype")
     _stated_vocabulary(tensors, config)
-    # transformers 5.17 leaves a part of the tower's names out when it saves.
-    for name in [name for name in tensors if name.startswith("vision_tower.")]:
-        bare = name.removeprefix("vision_tower.")
-        tensors[f"vision_tower.vision_model.{bare}"] = tensors.pop(name)
 
 
 def gemma4_hub(tensors: Tensors, config: dict[str, Any]) -> None:
