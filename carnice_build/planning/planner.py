@@ -203,9 +203,9 @@ def _architecture(checkpoint: Checkpoint, view: View, number_format: Format) -> 
     try:
         return architecture_of(plain_config(checkpoint.config), checkpoint.where)
     except UnknownFamily as error:
-        if not number_format.needs_table:
-            return untabled(checkpoint, view)
         model_type = checkpoint.config.get("model_type")
+        if isinstance(model_type, str) and number_format.takes_untabled(model_type):
+            return untabled(checkpoint, view)
         remote = ", whose code is not transformers' own" if "auto_map" in checkpoint.config else ""
         raise UnknownFamily(
             error.what + remote, where=error.where, expected=_way_out(error, model_type)

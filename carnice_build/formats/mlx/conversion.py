@@ -8,8 +8,11 @@ Of a model without a table all that is known is the checkpoint's own spelling, w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from carnice_build.dtypes import TensorSpec
@@ -48,6 +51,21 @@ def mlx_trace(view: View, context: PlanContext) -> Trace:
             raise PlanError(reason, at=("format",))
         trace = trace_of(table, specs, architecture.tensors, architecture.dtype)
     return replace(trace, entries=entries)
+
+
+def knows(model_type: str) -> bool:
+    """Whether mlx-lm has a model of this type, as far as its files tell without being run.
+
+    True where it is not installed: whoever asks it then says so.
+    """
+    if not re.fullmatch(r"\w{1,100}", model_type):
+        return False
+    library = find_spec("mlx_lm")
+    if library is None or library.origin is None:
+        return True
+    folder = Path(library.origin).parent
+    renamed = (folder / "utils.py").read_text(encoding="utf-8")
+    return (folder / "models" / f"{model_type}.py").exists() or f'"{model_type}": "' in renamed
 
 
 def _uneven(architecture: Architecture) -> str | None:

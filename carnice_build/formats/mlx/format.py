@@ -20,7 +20,7 @@ from carnice_build.formats.base import Conversion, Format, OutputTensor
 from carnice_build.formats.blame import about_module
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.elementwise import Elementwise
-from carnice_build.formats.mlx.conversion import mlx_trace
+from carnice_build.formats.mlx.conversion import knows, mlx_trace
 from carnice_build.formats.mlx.files import mlx_files, section_of
 from carnice_build.formats.mlx.ops import (
     SUFFIXES,
@@ -72,10 +72,9 @@ class MlxFormat(Format):
         "refuse", description="NaN and infinity in a weight stop the build, or count as 0."
     )
 
-    @property
-    def needs_table(self) -> bool:
-        """mlx-lm itself knows what becomes of a model."""
-        return False
+    def takes_untabled(self, model_type: str) -> bool:
+        """See `Format.takes_untabled`."""
+        return knows(model_type)
 
     def engine_reads(self) -> Collection[Reads]:
         """A tokenizer: mlx-lm runs the text model alone, and its config has no vision tower."""
