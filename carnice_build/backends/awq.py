@@ -199,14 +199,14 @@ def apply_smoothing(
         if mapping.smooth in scales and all(f"{name}.weight" in tensors for name in names):
             vector = scales[mapping.smooth].numpy()
             for name in mapping.balance:
-                _rewrite(result, name, smoothing.multiply_columns, vector)
-            if mapping.smooth not in norms:
-                _rewrite(result, mapping.smooth, smoothing.divide_rows, vector)
-                if f"{mapping.smooth}.bias" in tensors:
-                    _rewrite(result, mapping.smooth, smoothing.divide_rows, vector, kind="bias")
+                _rewrite(result, f"{name}.weight", smoothing.multiply_columns, vector)
+            for own in ("weight", "bias") if mapping.smooth not in norms else ():
+                if f"{mapping.smooth}.{own}" in result:
+                    _rewrite(result, f"{mapping.smooth}.{own}", smoothing.divide_rows, vector)
     for name in norms:
         divisor = scales[name].numpy() if name in scales else None
-        _rewrite(result, name, smoothing.smooth_gain, divisor, settings.norms == "exact")
+        exact = settings.norms == "exact"
+        _rewrite(result, f"{name}.weight", smoothing.smooth_gain, divisor, exact)
     return result
 
 
@@ -332,17 +332,12 @@ def _put_outputs(
 
 
 def _rewrite(
-    tensors: dict[str, Tensor],
-    module: str,
-    kernel: Callable[..., int],
-    *parameters: Any,
-    kind: str = "weight",
+    tensors: dict[str, Tensor], name: str, kernel: Callable[..., int], *parameters: Any
 ) -> None:
-    """Replace a module's weight, or its bias, by what a kernel of `smoothing` makes of it."""
-    name = f"{module}.{kind}"
+    """Replace a tensor by what a kernel of `smoothing` makes of it."""
     source = as_data(tensors[name])
     out = np.empty_like(source.array)
-    experts = range(len(out)) if STACK in module else (...,)
+    experts = range(len(out)) if STACK in name else (...,)
     for expert in experts:
         own = (p[expert] if isinstance(p, np.ndarray) and p.ndim > 1 else p for p in parameters)
         if kernel(source.array[expert], source.dtype, *own, out[expert]) >= 0:

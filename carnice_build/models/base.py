@@ -55,6 +55,8 @@ class TensorFact:
     the weights of all experts of a layer, [experts, rows, columns].
     `fused` is how else checkpoints hold a stack: the name of a tensor [experts, of * rows,
     columns], which part of each expert's rows it is, and of how many.
+    One that is `optional` may be absent where the rest of its part is there: engines then take
+    another tensor of the model in its place.
     """
 
     name: str
@@ -63,6 +65,7 @@ class TensorFact:
     role: Role
     layer: int | None = None
     fused: tuple[str, int, int] | None = None
+    optional: bool = False
 
     @property
     def module(self) -> str:

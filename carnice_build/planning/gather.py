@@ -7,7 +7,8 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
+from dataclasses import dataclass
 
 from carnice_build.checkpoint.stack import slab_stack, stacked
 from carnice_build.errors import PlanError, nearest, together
@@ -16,46 +17,78 @@ from carnice_build.models.base import Architecture, TensorFact
 from carnice_build.planning.unknown import unknown_tensors
 from carnice_build.tensors import SourceTensor
 
-Shapes = Mapping[str, Sequence[int]]
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a checkpoint holds the tensor of a fact: in tensors `names`, each of `shape`.
+
+    `refs` are those that are there; a checkpoint may hold a million, so they are looked up once.
+    """
+
+    names: Sequence[str]
+    shape: tuple[int, ...]
+    refs: Sequence[TensorRef]
+    fused: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of them are there."""
+        return len(self.refs) == len(self.names)
 
 
 def gathered(view: View, architecture: Architecture, where: str) -> View:
     """The view by the names of the model's facts, in their order.
 
     Raises PlanError unless it holds the model's tensors, all of them, and no other.
-    Optional parts (the MTP head, the towers) may be absent, but only as a whole.
+    Optional parts (the MTP head, the towers) may be absent, but only as a whole, or but for what
+    is a copy of another tensor.
     """
-    names = {fact.name: names_of(fact, view) for fact in architecture.tensors.values()}
-    known = {name for shapes in names.values() for name in shapes}
-    if unknown := [name for name in view if name not in known]:
+    places = {fact.name: _place(fact, view) for fact in architecture.tensors.values()}
+    known = {name for place in places.values() for name in place.names}
+    if not view.keys() <= known:
+        unknown = [name for name in view if name not in known]
         raise unknown_tensors(unknown, architecture, where)
-    _check_shapes(view, names.values(), where)
-    _check_missing(view, architecture, names, where)
-    found: View = {}
-    for fact in architecture.tensors.values():
-        if all(name in view for name in names[fact.name]):
-            found[fact.name] = _ref(fact, list(names[fact.name]), view)
-    return found
+    _check_shapes(view, places.values(), where)
+    _check_missing(view, architecture, places, where)
+    facts = architecture.tensors
+    return {name: _ref(facts[name], place) for name, place in places.items() if place.whole}
 
 
-def names_of(fact: TensorFact, view: Container[str]) -> Shapes:
-    """The tensors of the checkpoint that hold those of a fact, with their shapes."""
+def names_of(fact: TensorFact, there: Container[str]) -> Sequence[str]:
+    """What a checkpoint, in which the names `there` are, calls the tensors of a fact."""
     if not fact.stacked:
-        return {fact.name: fact.shape}
-    count, rows, *rest = fact.shape
-    if fact.fused is not None and fact.fused[0] in view:
-        name, _, of = fact.fused
-        return {name: (count, of * rows, *rest)}
+        return [fact.name]
+    if _is_fused(fact, there):
+        assert fact.fused is not None
+        return [fact.fused[0]]
     start, _, end = fact.name.partition("*")
-    shape = fact.shape[1:]
-    return {f"{start}{index}{end}": shape for index in range(count)}
+    return [f"{start}{index}{end}" for index in range(fact.shape[0])]
 
 
-def _ref(fact: TensorFact, names: Sequence[str], view: View) -> TensorRef:
+def _is_fused(fact: TensorFact, there: Container[str]) -> bool:
+    return fact.fused is not None and fact.fused[0] in there
+
+
+def _place(fact: TensorFact, view: View) -> _Place:
+    names = names_of(fact, view)
+    refs = [view[name] for name in names if name in view]
     if not fact.stacked:
-        return view[fact.name]
-    sources = [_source(name, view) for name in names]
-    if fact.fused is not None and names == [fact.fused[0]]:
+        return _Place(names, fact.shape, refs)
+    if not _is_fused(fact, view):
+        return _Place(names, fact.shape[1:], refs)
+    assert fact.fused is not None
+    count, rows, *rest = fact.shape
+    return _Place(names, (count, fact.fused[2] * rows, *rest), refs, fused=True)
+
+
+def _ref(fact: TensorFact, place: _Place) -> TensorRef:
+    if not fact.stacked:
+        return place.refs[0]
+    sources = [ref.origin for ref in place.refs if isinstance(ref.origin, SourceTensor)]
+    if len(sources) < len(place.refs):
+        raise _computed(place)
+    if place.fused:
+        assert fact.fused is not None
         rows = fact.shape[1]
         first = fact.fused[1] * rows
         whole = fact.fused[2] == 1
@@ -65,23 +98,24 @@ def _ref(fact: TensorFact, names: Sequence[str], view: View) -> TensorRef:
     return TensorRef(tensor.spec, tensor)
 
 
-def _source(name: str, view: View) -> SourceTensor:
-    origin = view[name].origin
-    if not isinstance(origin, SourceTensor):
-        raise PlanError(
-            f"a step computes the weights of expert {name!r}",
-            expected="a step that leaves those of single experts as they are",
-        )
-    return origin
+def _computed(place: _Place) -> PlanError:
+    pairs = zip(place.names, place.refs, strict=True)
+    name = next(name for name, ref in pairs if not isinstance(ref.origin, SourceTensor))
+    return PlanError(
+        f"a step computes the weights of expert {name!r}",
+        expected="a step that leaves those of single experts as they are",
+    )
 
 
-def _check_shapes(view: View, facts: Iterable[Shapes], where: str) -> None:
-    expected = {
-        name: shape
-        for shapes in facts
-        for name, shape in shapes.items()
-        if name in view and view[name].spec.shape != tuple(shape)
-    }
+def _check_shapes(view: View, places: Collection[_Place], where: str) -> None:
+    expected: dict[str, tuple[int, ...]] = {}
+    for place in places:
+        if any(ref.spec.shape != place.shape for ref in place.refs):
+            expected |= {
+                name: place.shape
+                for name in place.names
+                if name in view and view[name].spec.shape != place.shape
+            }
 
     def error(name: str) -> PlanError:
         return PlanError(
@@ -96,15 +130,16 @@ def _check_shapes(view: View, facts: Iterable[Shapes], where: str) -> None:
 
 
 def _check_missing(
-    view: View, architecture: Architecture, names: Mapping[str, Shapes], where: str
+    view: View, architecture: Architecture, places: Mapping[str, _Place], where: str
 ) -> None:
     facts = architecture.tensors
-    present = {facts[fact].part for fact, own in names.items() if any(name in view for name in own)}
+    present = {facts[fact].part for fact, place in places.items() if place.refs}
     missing = [
         name
-        for fact, own in names.items()
+        for fact, place in places.items()
+        if not place.whole and (place.refs or not facts[fact].optional)
         if facts[fact].part in present or not architecture.optional(facts[fact])
-        for name in _missing_of(fact, own, view)
+        for name in _missing_of(fact, place, view)
     ]
 
     def error(name: str) -> PlanError:
@@ -114,7 +149,6 @@ def _check_missing(
         raise together(missing, error, f"{len(missing)} tensors are missing", where)
 
 
-def _missing_of(fact: str, names: Shapes, view: View) -> Sequence[str]:
-    missing = [name for name in names if name not in view]
+def _missing_of(fact: str, place: _Place, view: View) -> Sequence[str]:
     # Of a stack that is not there at all, its own name says more than that of each expert.
-    return [fact] if missing and len(missing) == len(names) else missing
+    return [name for name in place.names if name not in view] if place.refs else [fact]

@@ -136,10 +136,9 @@ class CompressedFormat(Format):
         """As llm-compressor saves them."""
         return compressed_files(self, variant)
 
-    @property
-    def needs_table(self) -> bool:
-        """See `Format.needs_table`."""
-        return self.smoothing is not None
+    def takes_untabled(self, model_type: str) -> bool:
+        """See `Format.takes_untabled`."""
+        return self.smoothing is None
 
     def card(self) -> Card:
         """See `Format.card`."""
