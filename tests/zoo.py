@@ -227,6 +227,12 @@ def _qwen3_moe_hub(tensors: Tensors, config: dict[str, Any]) -> None:
     config["num_experts"] = config.pop("num_local_experts")
 
 
+def _qwen3_moe_fp8(tensors: Tensors, config: dict[str, Any]) -> None:
+    """FP8 in blocks of 128 by 128, as Qwen publishes it beside the floats: routers stay plain."""
+    _qwen3_moe_hub(tensors, config)
+    _fp8_blocks(tensors, config, keep=("lm_head", "embed_tokens", "mlp.gate."))
+
+
 def _qwen3_next_hub(tensors: Tensors, config: dict[str, Any]) -> None:
     """An MTP head like a decoder layer of full attention."""
     _old_rope(tensors, config)
@@ -429,6 +435,12 @@ FAMILIES: dict[str, Family] = {
         "Qwen3MoeForCausalLM",
         {**_TEXT, **_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
         _qwen3_moe_hub,
+    ),
+    "qwen3_moe_fp8": Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {**_TEXT, **_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
+        _qwen3_moe_fp8,
     ),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", {**_TEXT, "tie_word_embeddings": True}, _old_rope),
     "qwen2_moe": Family(
