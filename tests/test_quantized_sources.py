@@ -6,11 +6,13 @@ by one, on one family.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny import Tensor, read_all_tensors, read_json, write_json
 from zoo import write_zoo
 
@@ -201,3 +203,100 @@ def decoded_folder(folder: Path, target: Path) -> Path:
     scaled = [name.removesuffix(".weight_scale_inv") for name in stored if "_scale_inv" in name]
     convert_checkpoint(folder, target, FP8BlockDequantizer(targets=scaled))
     return target
+
+
+# --- gpt-oss --------------------------------------------------------------------------------------
+
+
+def floats_of_gpt_oss(folder: Path, target: Path) -> Path:
+    """The checkpoint in BF16, as transformers decodes it and would save it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    shutil.copytree(folder, target)
+    stored = load_file(target / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_blocks")]:
+        stem = name.removesuffix("_blocks")
+        codes, scales = stored.pop(name), stored.pop(f"{stem}_scales")
+        stored[stem] = convert_moe_packed_tensors(codes, scales).contiguous()
+    save_file(stored, target / "model.safetensors")
+    config = read_json(target / "config.json")
+    del config["quantization_config"]
+    write_json(target / "config.json", config)
+    return target
+
+
+def by_oneshot(folder: Path, target: Path, scheme: Any) -> dict[str, Tensor]:
+    """What llm-compressor's `oneshot` makes of a model, whose experts it takes apart, without data.
+
+    `model_free_ptq` would cut gate and up in the middle, though their columns take turns.
+    """
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    groups = {"group_0": {"targets": ["Linear"], **scheme}}
+    modifier = QuantizationModifier(config_groups=groups, ignore=["re:.*lm_head", "re:.*router"])
+    oneshot(model=model, recipe=[modifier], pipeline="datafree")
+    model.save_pretrained(target, save_compressed=True)
+    return read_all_tensors(target)
+
+
+SCHEMES = {
+    "fp8": {
+        "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+        "input_activations": {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "token",
+            "dynamic": True,
+            "symmetric": True,
+        },
+    },
+    "w4a16": {"weights": WEIGHTS},
+}
+
+
+@pytest.mark.parametrize("quant", SCHEMES)
+def test_gpt_oss_is_what_llm_compressor_makes_of_its_floats(shop: Workshop, quant: str) -> None:
+    """Each expert's gate, up and down projection, with biases; and so from transformers' floats."""
+    pytest.importorskip("llmcompressor")
+    source = write_zoo(shop.root / "source", "gpt_oss", "hub")
+    shop.build(source, quant, {"decode": {}})
+    ours = shop.tensors(quant)
+    floats = floats_of_gpt_oss(source, shop.root / "floats")
+    shop.build(floats, quant)
+
+    assert "model.layers.0.mlp.experts.3.up_proj.bias" in ours
+    assert [] == list(differing(by_oneshot(floats, shop.root / "theirs", SCHEMES[quant]), ours))
+    assert ours == shop.tensors(quant)
+
+
+def test_int4_of_gpt_oss_is_that_of_its_floats(shop: Workshop) -> None:
+    """Their columns lie as rows in the file, and both folders are equal."""
+    pytest.importorskip("transformers")
+    source = write_zoo(shop.root / "source", "gpt_oss", "hub")
+    shop.build(source, "int4", {"decode": {}})
+    ours = shop.tensors("int4")
+    shop.build(floats_of_gpt_oss(source, shop.root / "floats"), "int4")
+
+    assert ours == shop.tensors("int4")
+    assert "model.layers.0.mlp.experts.3.up_proj.qweight" in ours
+
+
+def test_mlx_of_decoded_gpt_oss_is_what_mlx_lm_converts(shop: Workshop) -> None:
+    """Of the floats in the layout that mlx-lm knows: rows for outputs."""
+    pytest.importorskip("mlx_lm")
+    from mlx_families import converted
+
+    source = write_zoo(shop.root / "source", "gpt_oss", "hub")
+    shop.build(source, "mlx", {"decode": {}})
+    folder = floats_of_gpt_oss(source, shop.root / "floats")
+    stored = load_file(folder / "model.safetensors")
+    for name in [name for name in stored if name.endswith(("experts.gate_up_proj", "down_proj"))]:
+        stored[f"{name}.weight"] = stored.pop(name).transpose(1, 2).contiguous()
+    save_file(stored, folder / "model.safetensors")
+    theirs = converted(folder, shop.root / "theirs")
+
+    assert [] == list(differing(read_all_tensors(theirs), shop.tensors("mlx")))
+    assert read_json(theirs / "config.json") == shop.config("mlx")
