@@ -22,11 +22,12 @@ from carnice_build.graph import Action, ActionGraph, ActionOutput, View
 from carnice_build.models import UnknownFamily, architecture_of
 from carnice_build.models.base import Architecture, Part
 from carnice_build.models.untabled import Untabled
+from carnice_build.planning.coded import coded, kept_as_they_are
 from carnice_build.planning.gather import gathered
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
-from carnice_build.steps.base import Ask, PlanContext, Step, unanswered
+from carnice_build.steps.base import Ask, Codes, PlanContext, Step, unanswered
 from carnice_build.tensors import SourceTensor
 
 if TYPE_CHECKING:
@@ -128,10 +129,11 @@ def plan_variant(
     """
     sources = {name: _find(finder, recipe, name) for name in recipe.sources}
     body = sources[recipe.body]
-    if not any(isinstance(step.params, Step) and step.params.decodes for step in recipe.steps):
-        _refuse_quantized(body.checkpoint)
-    view = source_view(body.checkpoint)
     assert isinstance(recipe.quantize, Format)
+    keeps = False
+    if not any(isinstance(step.params, Step) and step.params.decodes for step in recipe.steps):
+        keeps = _keeps_codes(body.checkpoint, recipe.quantize)
+    view = source_view(body.checkpoint)
     architecture = _architecture(body.checkpoint, view, recipe.quantize)
     context = PlanContext(architecture, graph, body.profile, recipe.layers, sources, ask=ask)
     with failures_blamed(recipe.quantize):
@@ -152,6 +154,10 @@ def plan_variant(
         view = {name: ref for name, ref in view.items() if name not in architecture.unread}
         more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
         notices = (*notices, f"{unread[0]}{more} of the source, which no model reads, are left out")
+    codes: Mapping[str, Codes] = {}
+    if keeps:
+        view, codes = coded(view, context)
+        notices = (*notices, kept_as_they_are(codes))
     view = gathered(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
     # From here on the model is the one that will be published.
@@ -159,7 +165,7 @@ def plan_variant(
         parts = {architecture.tensors[name].part for name in view}
         published = architecture.published_config(parts)
         architecture = architecture_of(published, body.checkpoint.where)
-    context = replace(context, architecture=architecture)
+    context = replace(context, architecture=architecture, codes=codes)
     dataset = None
     if recipe.calibration is not None:
         dataset = finder.find_dataset(recipe.calibration)
@@ -245,10 +251,13 @@ def _find(finder: SourceFinder, recipe: Recipe, name: str) -> Source:
     return finder.find(name, recipe.sources[name])
 
 
-def _refuse_quantized(body: Checkpoint) -> None:
+def _keeps_codes(body: Checkpoint, number_format: Format) -> bool:
+    """Whether the weights are quantized, and the format keeps them so; PlanError if it does not."""
     stated = stated_quantization(body.config)
     if stated is None:
-        return
+        return False
+    if number_format.keeps(str(stated.get("quant_method"))):
+        return True
     method = stated.get("quant_method") or "quantization_config"
     step = "a step `- decode: {}` to say that a quantized model is meant to be quantized again"
     raise PlanError(

@@ -25,7 +25,7 @@ from carnice_build.formats.mlx.trace import (
 )
 from carnice_build.graph import View
 from carnice_build.models.base import Architecture, FusedIn, TensorFact
-from carnice_build.steps.base import Ask, PlanContext, Question
+from carnice_build.steps.base import PlanContext, Question
 from carnice_build.tensors import members
 
 TRACER_VERSION = 1
@@ -60,30 +60,36 @@ def _uneven(architecture: Architecture) -> str | None:
     return f"{found} full attention, and mlx-lm can only run a model of which every n-th has"
 
 
-def _asked(specs: Mapping[str, TensorSpec], config: dict[str, Any], context: PlanContext) -> Trace:
-    architecture = context.architecture
-    if architecture.dtype:
-        # Of the spellings of this entry mlx-lm knows the one before transformers 5.
-        config = {**config, "torch_dtype": architecture.dtype}
-    facts = [architecture.tensors[name] for name in specs]
+def _asked(
+    specs: Mapping[str, TensorSpec], config: Mapping[str, Any], context: PlanContext
+) -> Trace:
+    facts = [context.architecture.tensors[name] for name in specs]
     numbered = Numbered(specs)
-    answer = _ask(context.ask, config, numbered.tensors)
+    answer = ask_mlx(context, config, numbered.tensors)
     if isinstance(answer, Refusal) and any(fact.fused for fact in facts):
         fused = Fused(specs, facts)
-        second = _ask(context.ask, config, fused.tensors)
+        second = ask_mlx(context, config, fused.tensors)
         if isinstance(second, Trace):
             return told(second, fused.parts)
+    return told(granted(answer), {})
+
+
+def granted(answer: Trace | Refusal) -> Trace:
+    """mlx-lm's answer; PlanError with its words where it refuses."""
     if isinstance(answer, Refusal):
-        raise PlanError(
-            f"mlx-lm does not take this model: {answer.reason}",
-            at=("format",),
-        )
-    return told(answer, {})
+        raise PlanError(f"mlx-lm does not take this model: {answer.reason}", at=("format",))
+    return answer
 
 
-def _ask(ask: Ask, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Trace | Refusal:
+def ask_mlx(
+    context: PlanContext, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+) -> Trace | Refusal:
+    """mlx-lm's answer about a checkpoint of these tensors."""
+    if dtype := context.architecture.dtype:
+        # Of the spellings of this entry mlx-lm knows the one before transformers 5.
+        config = {**config, "torch_dtype": dtype}
     rows = {name: [spec.dtype, list(spec.shape)] for name, spec in tensors.items()}
-    return ask(
+    return context.ask(
         Question(
             function="carnice_build.backends.mlx_trace:answer",
             arguments=(config, rows),

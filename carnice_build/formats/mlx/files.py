@@ -30,7 +30,7 @@ def _config(knobs: MlxFormat, variant: Variant) -> dict[str, Any]:
     config.pop("_name_or_path", None)
     if ends := generation_entries(variant.copied).get("eos_token_id"):
         config["eos_token_id"] = ends
-    quantization = {**section_of(knobs.whole), **variant.stated["modules"]}
+    quantization = {**variant.stated["whole"], **variant.stated["modules"]}
     config["quantization"] = config["quantization_config"] = quantization
     return dict(sorted(config.items()))
 
