@@ -82,7 +82,8 @@ class Format(Strict):
         """Whether it needs more of a model than the names and shapes of its tensors."""
         return True
 
-    def keeps(self, method: str) -> bool:
+    @classmethod
+    def keeps(cls, method: str) -> bool:
         """Whether weights quantized by a `quant_method` are published with the codes they have.
 
         A recipe of such a model without a step that decodes them is given `PlanContext.codes`.

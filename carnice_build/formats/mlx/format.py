@@ -106,7 +106,8 @@ class MlxFormat(Format):
         """mlx is needed only when it is the backend."""
         return ("mlx",) if self.backend == "mlx" else ()
 
-    def keeps(self, method: str) -> bool:
+    @classmethod
+    def keeps(cls, method: str) -> bool:
         """MXFP4, as mlx-lm does."""
         return method == METHOD
 
