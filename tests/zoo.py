@@ -34,6 +34,7 @@ from zoo_hub import (
     next_layer,
     noise_like,
     old_rope,
+    qwen3_moe_fp8,
     qwen3_moe_hub,
     qwen3_next_hub,
     qwen35_hub,
@@ -219,6 +220,12 @@ FAMILIES: dict[str, Family] = {
         "Qwen3MoeForCausalLM",
         {**_TEXT, **_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
         qwen3_moe_hub,
+    ),
+    "qwen3_moe_fp8": Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {**_TEXT, **_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
+        qwen3_moe_fp8,
     ),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", {**_TEXT, "tie_word_embeddings": True}, old_rope),
     "qwen2_moe": Family(

@@ -21,6 +21,7 @@ from carnice_build.errors import CheckpointError, RecipeError
 from carnice_build.models.base import (
     MOST_LAYERS,
     ConfigReader,
+    FusedIn,
     Fusion,
     KvGeometry,
     Part,
@@ -30,7 +31,7 @@ from carnice_build.models.base import (
 )
 from carnice_build.models.formulas import FormulaError, evaluate, names_in
 from carnice_build.models.readers import reader_of
-from carnice_build.models.table_schema import Group, Row, Table
+from carnice_build.models.table_schema import FusedRow, Group, Row, Table
 from carnice_build.yaml_tree import Node, read_tree
 
 _MERGED = {"blocks", "defaults", "values"}
@@ -130,6 +131,11 @@ def _respelled(name: str, beginnings: Iterable[tuple[str, str]]) -> str | None:
         if name.startswith(start):
             return instead + name.removeprefix(start)
     return None
+
+
+def _fused(row: FusedRow, prefix: str) -> FusedIn:
+    turned = None if row.turned is None else prefix + row.turned
+    return FusedIn(prefix + row.name, row.part, row.of, row.turns, turned)
 
 
 def _load(path: Path, config: Mapping[str, Any], where: str) -> FamilyTable:
@@ -408,9 +414,7 @@ class FamilyTable:
         shape = tuple(
             self._size(size, (*path, "shape", index), given) for index, size in enumerate(row.shape)
         )
-        fused = None
-        if row.fused is not None:
-            fused = (prefix + row.fused.name, row.fused.part, row.fused.of)
+        fused = None if row.fused is None else _fused(row.fused, prefix)
         name, own = prefix + row.name, row.part or part
         return TensorFact(name, shape, own, row.role, layer, fused, row.optional)
 

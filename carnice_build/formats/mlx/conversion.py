@@ -9,8 +9,8 @@ Of a model without a table all that is known is the checkpoint's own spelling, w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from carnice_build.formats.mlx.trace import (
     parsed,
 )
 from carnice_build.graph import View
-from carnice_build.models.base import Architecture, TensorFact
+from carnice_build.models.base import Architecture, FusedIn, TensorFact
 from carnice_build.models.untabled import Untabled
 from carnice_build.steps.base import Ask, PlanContext, Question
 from carnice_build.tensors import members
@@ -118,41 +118,57 @@ class Numbered:
     """A made-up checkpoint with a tensor for each expert; nothing in it has `parts`."""
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
-        self.parts: dict[str, Sequence[TracedSource]] = {}
+        self.parts: dict[str, Parts] = {}
         self.tensors = dict(
             member for name, spec in specs.items() for member in members(name, spec)
         )
 
 
-class Fused:
-    """A made-up checkpoint in which stacks are parts of what `TensorFact.fused` names.
+@dataclass(frozen=True)
+class Parts:
+    """The stacks of a fused tensor, in its order; their rows may take turns."""
 
-    `parts` are the stacks of each fused tensor, in its order.
-    """
+    stacks: Sequence[TracedSource]
+    turns: bool
+
+    def spans(self) -> Iterator[tuple[tuple[int, ...], ...]]:
+        """Where each lies: starts, stops and strides along every axis."""
+        experts, rows, *rest = self.stacks[0].spec.shape
+        of = len(self.stacks)
+        for part in range(of):
+            first, stop, step = FusedIn("", part, of, self.turns).rows(rows)
+            ones = [1] * len(rest)
+            yield (0, first, *[0] * len(rest)), (experts, stop, *rest), (1, step, *ones)
+
+
+class Fused:
+    """A made-up checkpoint in which stacks are parts of what `TensorFact.fused` names."""
 
     def __init__(self, specs: Mapping[str, TensorSpec], facts: Iterable[TensorFact]) -> None:
         self.tensors: dict[str, TensorSpec] = {}
-        self.parts: dict[str, Sequence[TracedSource]] = {}
+        self.parts: dict[str, Parts] = {}
         found: dict[str, dict[int, TracedSource]] = {}
+        turns: set[str] = set()
         for fact in facts:
             spec = specs[fact.name]
             if fact.fused is None:
                 self.tensors.update(members(fact.name, spec))
                 continue
-            name, part, of = fact.fused
-            experts, rows, columns = spec.shape
-            self.tensors[name] = TensorSpec(spec.dtype, (experts, of * rows, columns))
-            found.setdefault(name, {})[part] = TracedSource(fact.name, spec)
+            name, of = fact.fused.name, fact.fused.of
+            experts, rows, *rest = spec.shape
+            self.tensors[name] = TensorSpec(spec.dtype, (experts, of * rows, *rest))
+            found.setdefault(name, {})[fact.fused.part] = TracedSource(fact.name, spec)
+            turns |= {name} if fact.fused.turns else set()
         for name, parts in found.items():
-            self.parts[name] = [parts[index] for index in sorted(parts)]
+            self.parts[name] = Parts([parts[index] for index in sorted(parts)], name in turns)
 
 
-def told(trace: Trace, parts: Mapping[str, Sequence[TracedSource]]) -> Trace:
+def told(trace: Trace, parts: Mapping[str, Parts]) -> Trace:
     """The trace with the stacks of the view in the place of fused tensors."""
     return replace(trace, tensors=tuple(_told(item, parts) for item in trace.tensors))
 
 
-def _told(item: Traced, parts: Mapping[str, Sequence[TracedSource]]) -> Traced:
+def _told(item: Traced, parts: Mapping[str, Parts]) -> Traced:
     if not any(source.name in parts for source in item.sources):
         return item
     return _Retelling(item, parts).result()
@@ -161,7 +177,7 @@ def _told(item: Traced, parts: Mapping[str, Sequence[TracedSource]]) -> Traced:
 class _Retelling:
     """Writes a program anew, on other sources."""
 
-    def __init__(self, item: Traced, parts: Mapping[str, Sequence[TracedSource]]) -> None:
+    def __init__(self, item: Traced, parts: Mapping[str, Parts]) -> None:
         self._item = item
         self._parts = parts
         self._sources: dict[TracedSource, int] = {}
@@ -188,25 +204,23 @@ class _Retelling:
         if step.op != "slice":
             return None
         source = self._values[step.operands[0]].source
-        stacks = self._parts.get(source.name) if source else None
-        if stacks is None:
+        parts = self._parts.get(source.name) if source else None
+        if parts is None:
             return None
-        experts, rows, columns = stacks[0].spec.shape
-        for index, stack in enumerate(stacks):
-            span = (0, index * rows, 0), (experts, (index + 1) * rows, columns), (1, 1, 1)
-            if step.arguments == span:
-                return stack
-        return None
+        pairs = zip(parts.stacks, parts.spans(), strict=True)
+        return next((stack for stack, span in pairs if step.arguments == span), None)
 
     def _place(self, index: int) -> int:
         """The number of a value in the new program: of a source, or ~ that of a step."""
         value = self._values[index]
         if value.source is None:
             return value.step
-        stacks = self._parts.get(value.source.name, [value.source])
-        places = [self._sources.setdefault(stack, len(self._sources)) for stack in stacks]
+        parts = self._parts.get(value.source.name, Parts([value.source], turns=False))
+        places = [self._sources.setdefault(stack, len(self._sources)) for stack in parts.stacks]
         if len(places) == 1:
             return places[0]
+        if parts.turns:
+            raise PlanError(f"mlx-lm does not take {value.source.name} apart", at=("format",))
         whole = self._add(Step("concatenate", tuple(places), (1,)))
         self._values[index] = whole
         return whole.step
