@@ -67,7 +67,7 @@ CASES = (
     Case("qwen3.6-35b-a3b"),
     Case("gpt-oss-120b", steps="[{decode: {}}]"),
     Case("qwen3-235b-a22b"),
-    Case("glm-4.6", steps="[{drop: {match: 'model.layers.92.*'}}]"),
+    Case("glm-4.6"),
     Case("deepseek-v3", steps="[{decode: {}}]"),
     Case("kimi-k2", steps="[{drop: {match: '*.inv_freq'}}, {decode: {}}]"),
 )

@@ -78,6 +78,10 @@ class ByteSource(Readable, Protocol):
         """Where the whole file is on this machine, None when it is not."""
 
     @property
+    def local(self) -> bool:
+        """True when nothing that is read of it comes from another machine."""
+
+    @property
     def random_access(self) -> bool:
         """True when a small read costs little wherever it is."""
 

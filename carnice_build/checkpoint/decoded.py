@@ -60,6 +60,11 @@ class DecodedFile:
         return
 
     @property
+    def local(self) -> bool:
+        """True when all parts are."""
+        return all(part.file is not None and part.file.local for part in self._decoding.parts)
+
+    @property
     def random_access(self) -> bool:
         """True when it is so of all parts."""
         return all(

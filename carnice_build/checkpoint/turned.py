@@ -58,6 +58,11 @@ class Turned:
         return
 
     @property
+    def local(self) -> bool:
+        """True when the tensor's file is."""
+        return self._file.local
+
+    @property
     def random_access(self) -> bool:
         """False: a small read costs a matrix."""
         return False

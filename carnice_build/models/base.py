@@ -79,6 +79,8 @@ class TensorFact:
     A `*` in the name stands for the number of an expert: such a fact is of a *stack*, which holds
     the weights of all experts of a layer, [experts, rows, columns].
     `fused` is how else checkpoints hold it.
+    One that is `optional` may be absent where the rest of its part is there: engines then take
+    another tensor of the model in its place.
     """
 
     name: str
@@ -87,6 +89,7 @@ class TensorFact:
     role: Role
     layer: int | None = None
     fused: FusedIn | None = None
+    optional: bool = False
 
     @property
     def module(self) -> str:

@@ -43,7 +43,8 @@ def gathered(view: View, architecture: Architecture, where: str) -> View:
     """The view by the names of the model's facts, in their order.
 
     Raises PlanError unless it holds the model's tensors, all of them, and no other.
-    Optional parts (the MTP head, the towers) may be absent, but only as a whole.
+    Optional parts (the MTP head, the towers) may be absent, but only as a whole, or but for what
+    is a copy of another tensor.
     """
     places = {fact.name: _place(fact, view) for fact in architecture.tensors.values()}
     known = {name for place in places.values() for name in place.names}
@@ -145,7 +146,7 @@ def _check_missing(
     missing = [
         name
         for fact, place in places.items()
-        if not place.whole
+        if not place.whole and (place.refs or not facts[fact].optional)
         if facts[fact].part in present or not architecture.optional(facts[fact])
         for name in _missing_of(fact, place, view)
     ]

@@ -150,10 +150,6 @@ def plan_variant(
         # Steps may have changed names, which are all that is known of it.
         architecture = untabled(body.checkpoint, view)
         notices = (*notices, unchecked(architecture))
-    if unread := [name for name in view if name in architecture.unread]:
-        view = {name: ref for name, ref in view.items() if name not in architecture.unread}
-        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-        notices = (*notices, f"{unread[0]}{more} of the source, which no model reads, are left out")
     codes: Mapping[str, Codes] = {}
     if keeps:
         view, codes = coded(view, context)
@@ -213,9 +209,9 @@ def _architecture(checkpoint: Checkpoint, view: View, number_format: Format) -> 
     try:
         return architecture_of(plain_config(checkpoint.config), checkpoint.where)
     except UnknownFamily as error:
-        if not number_format.needs_table:
-            return untabled(checkpoint, view)
         model_type = checkpoint.config.get("model_type")
+        if isinstance(model_type, str) and number_format.takes_untabled(model_type):
+            return untabled(checkpoint, view)
         remote = ", whose code is not transformers' own" if "auto_map" in checkpoint.config else ""
         raise UnknownFamily(
             error.what + remote, where=error.where, expected=_way_out(error, model_type)

@@ -3,12 +3,16 @@
 A view has one spelling, whatever that of the checkpoint is; mlx-lm knows spellings of files.
 So it is asked about a made-up checkpoint with a tensor for each expert, and if it refuses that,
 about one with the tensors that some families fuse, and its answer is told in terms of the view.
+Of a model without a table all that is known is the checkpoint's own spelling, which comes first.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from carnice_build.dtypes import TensorSpec
@@ -25,6 +29,7 @@ from carnice_build.formats.mlx.trace import (
 )
 from carnice_build.graph import View
 from carnice_build.models.base import Architecture, FusedIn, TensorFact
+from carnice_build.models.untabled import Untabled
 from carnice_build.steps.base import PlanContext, Question
 from carnice_build.tensors import members
 
@@ -48,6 +53,21 @@ def mlx_trace(view: View, context: PlanContext) -> Trace:
     return replace(trace, entries=entries)
 
 
+def knows(model_type: str) -> bool:
+    """Whether mlx-lm has a model of this type, as far as its files tell without being run.
+
+    True where it is not installed: whoever asks it then says so.
+    """
+    if not re.fullmatch(r"\w{1,100}", model_type):
+        return False
+    library = find_spec("mlx_lm")
+    if library is None or library.origin is None:
+        return True
+    folder = Path(library.origin).parent
+    renamed = (folder / "utils.py").read_text(encoding="utf-8")
+    return (folder / "models" / f"{model_type}.py").exists() or f'"{model_type}": "' in renamed
+
+
 def _uneven(architecture: Architecture) -> str | None:
     """Why mlx-lm cannot run the model; it takes its masks from the first layer of each kind."""
     kinds = [architecture.layer_kind(layer) for layer in range(architecture.num_layers)]
@@ -63,22 +83,25 @@ def _uneven(architecture: Architecture) -> str | None:
 def _asked(
     specs: Mapping[str, TensorSpec], config: Mapping[str, Any], context: PlanContext
 ) -> Trace:
-    facts = [context.architecture.tensors[name] for name in specs]
-    numbered = Numbered(specs)
-    answer = ask_mlx(context, config, numbered.tensors)
-    if isinstance(answer, Refusal) and any(fact.fused for fact in facts):
-        fused = Fused(specs, facts)
-        second = ask_mlx(context, config, fused.tensors)
-        if isinstance(second, Trace):
-            return told(second, fused.parts)
-    return told(granted(answer), {})
+    architecture = context.architecture
+    facts = [architecture.tensors[name] for name in specs]
+    spellings: list[Numbered | Fused] = [Numbered(specs)]
+    if any(fact.fused for fact in facts):
+        spellings.append(Fused(specs, facts))
+    if isinstance(architecture, Untabled):
+        spellings.reverse()
+    reasons = []
+    for spelling in spellings:
+        answer = ask_mlx(context, config, spelling.tensors)
+        if isinstance(answer, Trace):
+            return told(answer, spelling.parts)
+        reasons.append(answer.reason)
+    raise refused(reasons[0])
 
 
-def granted(answer: Trace | Refusal) -> Trace:
-    """mlx-lm's answer; PlanError with its words where it refuses."""
-    if isinstance(answer, Refusal):
-        raise PlanError(f"mlx-lm does not take this model: {answer.reason}", at=("format",))
-    return answer
+def refused(reason: str) -> PlanError:
+    """The error for a model that mlx-lm refuses, in its words."""
+    return PlanError(f"mlx-lm does not take this model: {reason}", at=("format",))
 
 
 def ask_mlx(
@@ -102,9 +125,10 @@ def ask_mlx(
 
 
 class Numbered:
-    """A made-up checkpoint with a tensor for each expert."""
+    """A made-up checkpoint with a tensor for each expert; nothing in it has `parts`."""
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        self.parts: dict[str, Parts] = {}
         self.tensors = dict(
             member for name, spec in specs.items() for member in members(name, spec)
         )

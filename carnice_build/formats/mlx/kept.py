@@ -11,10 +11,10 @@ from dataclasses import replace
 from carnice_build.checkpoint.quantized import stated_quantization
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.formats.mlx.conversion import Fused, ask_mlx, granted, told
+from carnice_build.formats.mlx.conversion import Fused, ask_mlx, refused, told
 from carnice_build.formats.mlx.entries import older_entries, with_entries
 from carnice_build.formats.mlx.table import table_of
-from carnice_build.formats.mlx.trace import Trace, Traced, TracedSource
+from carnice_build.formats.mlx.trace import Refusal, Trace, Traced, TracedSource
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import STACK
 from carnice_build.steps.base import Codes, PlanContext
@@ -41,7 +41,9 @@ def kept_trace(view: View, context: PlanContext) -> Trace:
     made_up = Fused(plain, [architecture.tensors[name] for name in plain])
     stored = {name: spec for item in codes.values() for name, spec in item.stored.items()}
     tensors = {**made_up.tensors, **stored}
-    trace = granted(ask_mlx(context, {**with_entries(config, entries), **stated}, tensors))
+    trace = ask_mlx(context, {**with_entries(config, entries), **stated}, tensors)
+    if isinstance(trace, Refusal):
+        raise refused(trace.reason)
     ours = {item.name: item for item in _coded(view, context)}
     theirs = {
         item.name: item.spec
