@@ -130,11 +130,12 @@ def plan_variant(
     sources = {name: _find(finder, recipe, name) for name in recipe.sources}
     body = sources[recipe.body]
     assert isinstance(recipe.quantize, Format)
-    keeps = False
-    if not any(isinstance(step.params, Step) and step.params.decodes for step in recipe.steps):
-        keeps = _keeps_codes(body.checkpoint, recipe.quantize)
+    decodes = any(isinstance(step.params, Step) and step.params.decodes for step in recipe.steps)
+    keeps = not decodes and _keeps_codes(body.checkpoint, recipe.quantize)
     view = source_view(body.checkpoint)
     architecture = _architecture(body.checkpoint, view, recipe.quantize)
+    if keeps and isinstance(architecture, Untabled):
+        raise _quantized_already(body.checkpoint)
     context = PlanContext(architecture, graph, body.profile, recipe.layers, sources, ask=ask)
     with failures_blamed(recipe.quantize):
         assets = Assets(body.checkpoint, recipe.quantize.engine_reads())
@@ -254,9 +255,14 @@ def _keeps_codes(body: Checkpoint, number_format: Format) -> bool:
         return False
     if number_format.keeps(str(stated.get("quant_method"))):
         return True
+    raise _quantized_already(body)
+
+
+def _quantized_already(body: Checkpoint) -> PlanError:
+    stated = stated_quantization(body.config) or {}
     method = stated.get("quant_method") or "quantization_config"
     step = "a step `- decode: {}` to say that a quantized model is meant to be quantized again"
-    raise PlanError(
+    return PlanError(
         f"is quantized already ({method})",
         where=body.where,
         expected=step if method in METHODS else "the weights that it was quantized from",
