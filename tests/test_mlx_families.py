@@ -25,6 +25,7 @@ from carnice_build.errors import BackendError, PlanError
 from carnice_build.formats.mlx.conversion import Fused, Numbered, told
 from carnice_build.formats.mlx.entries import older_entries, with_entries
 from carnice_build.formats.mlx.table import TABLES, table_of, trace_of
+from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Kind, Refusal, Trace, parsed
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Architecture
@@ -150,7 +151,7 @@ def test_a_table_equals_the_trace_of_its_family(zoo: Zoo, tmp_path: Path, family
         for name, spec in specs.items()
     }
     config = {key: value for key, value in config.items() if key != "quantization_config"}
-    table = table_of(family)
+    table = table_of(family, Target.MLX_LM)
     assert table is not None
     ours = trace_of(table, specs, architecture.tensors, architecture.dtype)
     facts = [architecture.tensors[name] for name in specs]
@@ -170,7 +171,7 @@ def test_a_table_equals_the_trace_of_its_family(zoo: Zoo, tmp_path: Path, family
 def test_what_a_table_makes_of_the_config_loads(zoo: Zoo, tmp_path: Path, family: str) -> None:
     """A config that transformers 5 saved gets the entries without which mlx-lm refuses it."""
     config, architecture, specs = model_of(zoo(family, "transformers"))
-    table = table_of(family)
+    table = table_of(family, Target.MLX_LM)
     try:
         entries = older_entries(config, table)
     except PlanError as error:
