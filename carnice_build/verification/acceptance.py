@@ -27,6 +27,19 @@ def make_rows(
     ]
 
 
+def compared_rows(
+    variant: str, theirs: Mapping[int, Drafts], ours: Mapping[int, Drafts]
+) -> list[AcceptanceRow]:
+    """What a library reports, beside our own count of the same (none, where it is empty)."""
+    nothing = {number: Drafts(item.steps, [0.0] * number) for number, item in theirs.items()}
+    rows = [
+        AcceptanceRow(variant, "head as packaged", theirs),
+        AcceptanceRow(variant, "by our own count", ours),
+        AcceptanceRow(variant, "no head", nothing),
+    ]
+    return [row for row in rows if row.drafts]
+
+
 def judge_acceptance(rows: Sequence[AcceptanceRow]) -> Check:
     """The check's result; the first row is the head as packaged, which must be of some use."""
     problems = [

@@ -24,5 +24,8 @@ class Runner:
 
 RUNNERS: Mapping[Library, Runner] = {
     Library.MLX_LM: Runner(run_mlx.NAMES, run_mlx.run_mlx),
+    Library.MLX_VLM: Runner(run_mlx.VLM_NAMES, run_mlx.run_mlx_vlm),
+    # What it is good for is seen with the model that it drafts for.
+    Library.MLX_VLM_DRAFTER: Runner((), lambda *_: iter(())),
     Library.TRANSFORMERS: Runner(run_torch.NAMES, run_torch.run_torch),
 }

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from carnice_build.dtypes import TensorSpec
-from carnice_build.formats.mlx.table import table_of, trace_of
+from carnice_build.formats.mlx.table import Table, table_of, trace_of
 from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Traced
 from carnice_build.models.base import Architecture
+
+
+DRAFTED = frozenset({"qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"})
+"""The families whose MTP head mlx-vlm makes a drafter of, all in one way."""
+
+
+def drafter_table() -> Table:
+    """What becomes of the head of any of `DRAFTED`."""
+    table = table_of("qwen3_5_mtp", Target.MLX_VLM)
+    assert table is not None
+    return table
 
 
 def published(architecture: Architecture, target: Target) -> Mapping[str, Traced]:
@@ -18,8 +29,15 @@ def published(architecture: Architecture, target: Target) -> Mapping[str, Traced
     Types are those of a model in BF16.
     """
     table = table_of(architecture.name, target)
-    if table is None:
-        return {}
+    return {} if table is None else _names(architecture, table)
+
+
+def published_drafter(architecture: Architecture) -> Mapping[str, Traced]:
+    """As `published`, of the folder with the MTP head alone."""
+    return _names(architecture, drafter_table())
+
+
+def _names(architecture: Architecture, table: Table) -> Mapping[str, Traced]:
     facts = architecture.tensors
     specs = {name: TensorSpec("BF16", fact.shape) for name, fact in facts.items()}
     found: dict[str, Traced] = {}
