@@ -8,14 +8,22 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from conftest import Project
+from tiny import write_json
 from zoo import FAMILIES, Family, write_family
+
+from carnice_build.commands.build import build_variants
+from carnice_build.commands.options import Options
+
+Zoo = Callable[[str], Path]
+"""`vlm_zoo(case)` is the tiny checkpoint of a case."""
 
 _GEMMA_VISION: dict[str, Any] = {
     "hidden_size": 64,
@@ -50,6 +58,16 @@ def _gemma3_hub(tensors: dict[str, Any], config: dict[str, Any]) -> None:
         tensors[name.replace("vision_tower.", "vision_tower.vision_model.", 1)] = tensors.pop(name)
 
 
+def _gemma4_hub(tensors: dict[str, Any], config: dict[str, Any]) -> None:
+    """Bounds of activations as training leaves them, not those of a model that saw nothing."""
+    respell = FAMILIES["gemma4"].hub
+    assert respell is not None
+    respell(tensors, config)
+    for name, tensor in tensors.items():
+        if name.endswith(("_min", "_max")):
+            tensors[name] = tensor.clamp(-6, 6)
+
+
 @cache
 def families() -> Mapping[str, Family]:
     """By the name of a test's case."""
@@ -62,10 +80,16 @@ def families() -> Mapping[str, Family]:
             _with("gemma3", text_config={**gemma3["text_config"], "mm_tokens_per_image": 4}),
             hub=_gemma3_hub,
         ),
-        "gemma4": _with("gemma4", vision_config=_GEMMA_VISION, audio_config=_GEMMA_AUDIO),
-        "gemma4_clipped": _with(
-            "gemma4",
-            vision_config={**_GEMMA_VISION, "use_clipped_linears": True, "standardize": True},
+        "gemma4": replace(
+            _with("gemma4", vision_config=_GEMMA_VISION, audio_config=_GEMMA_AUDIO),
+            hub=_gemma4_hub,
+        ),
+        "gemma4_clipped": replace(
+            _with(
+                "gemma4",
+                vision_config={**_GEMMA_VISION, "use_clipped_linears": True, "standardize": True},
+            ),
+            hub=_gemma4_hub,
         ),
         "gemma4_moe": _with("gemma4_moe", vision_config=_GEMMA_VISION),
     }
@@ -96,3 +120,23 @@ def config_of(folder: Path) -> dict[str, Any]:
     """A folder's config.json."""
     found: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return found
+
+
+def options_for(project: Project, folder: Path, **content: Any) -> Options:
+    """Where there is a recipe `seeing` for the checkpoint at `folder`."""
+    quantize = {"format": "mlx", "target": "mlx-vlm", "bits": 4, **content.pop("quantize", {})}
+    recipe = {
+        "variant": "seeing",
+        "description": "A model that sees",
+        "sources": {"body": {"model": "example/seeing"}},
+        "quantize": quantize,
+        **content,
+    }
+    write_json(project.recipes / "seeing.yaml", recipe)
+    return project.options(sources={"body": folder})
+
+
+def built(project: Project, folder: Path, **content: Any) -> tuple[Path, Path]:
+    """The folder of the model, and the one of its drafter."""
+    build_variants(["seeing"], options_for(project, folder, **content))
+    return project.out / "seeing", project.out / "seeing-mtp"

@@ -27,14 +27,19 @@ from carnice_build.formats.mlx.entries import older_entries, with_entries
 from carnice_build.formats.mlx.table import TABLES, table_of, trace_of
 from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Kind, Refusal, Trace, parsed
-from carnice_build.models import architecture_of
-from carnice_build.models.base import Architecture
 from carnice_build.steps.base import Question
 
 pytest.importorskip("mlx_lm")
 pytest.importorskip("transformers")
 
-from mlx_families import asked, converted, listed_modules, replayed, trace_of_folder
+from mlx_families import (
+    asked,
+    converted,
+    listed_modules,
+    model_of,
+    replayed,
+    trace_of_folder,
+)
 
 Zoo = Callable[[str, Layout], Path]
 
@@ -125,20 +130,6 @@ def test_a_trace_is_the_same_each_time(zoo: Zoo) -> None:
 
 TABLED = sorted(path.stem for path in TABLES.glob("*.yaml"))
 KNOWN = sorted(path.stem for path in (REPOSITORY / "carnice_build/models/tables").glob("*.yaml"))
-
-
-def model_of(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, TensorSpec]]:
-    """The config, the architecture, and the tensors of a checkpoint by their canonical names."""
-    config = json.loads((folder / "config.json").read_text())
-    architecture = architecture_of(config, "config.json")
-    stored = read_all_tensors(folder)
-    specs = {}
-    for fact in architecture.tensors.values():
-        names = [*Numbered({fact.name: TensorSpec("BF16", fact.shape)}).tensors]
-        names += [fact.fused[0]] if fact.fused else []
-        if held := [name for name in names if name in stored]:
-            specs[fact.name] = TensorSpec(stored[held[0]].dtype, fact.shape)
-    return config, architecture, specs
 
 
 @pytest.mark.parametrize("family", [name for name in TABLED if name in KNOWN])

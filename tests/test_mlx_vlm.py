@@ -5,61 +5,22 @@ What mlx-vlm itself has to say is in `test_mlx_vlm_parity`; nothing here needs i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Project
-from mlx_vlm_families import config_of, families, write_vlm
+from mlx_vlm_families import Zoo, built, config_of, families, options_for
 from tiny import Tensor, read_all_tensors, write_json
 
 from carnice_build.commands.build import build_variants
-from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.errors import PlanError
 
 pytest.importorskip("transformers")
 
-Zoo = Callable[[str], Path]
-
-
-@pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    """`zoo(case)`: its tiny checkpoint, made once; not to be changed."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = write_vlm(tmp_path_factory.mktemp(name) / "checkpoint", name)
-        return made[name]
-
-    return make
-
-
-def options_for(project: Project, folder: Path, **content: Any) -> Options:
-    """Where there is a recipe `seeing` for the checkpoint at `folder`."""
-    quantize = {"format": "mlx", "target": "mlx-vlm", "bits": 4, **content.pop("quantize", {})}
-    recipe = {
-        "variant": "seeing",
-        "description": "A model that sees",
-        "sources": {"body": {"model": "example/seeing"}},
-        "quantize": quantize,
-        **content,
-    }
-    write_json(project.recipes / "seeing.yaml", recipe)
-    return project.options(sources={"body": folder})
-
-
-def built(project: Project, folder: Path, **content: Any) -> tuple[Path, Path]:
-    """The folder of the model, and the one of its drafter."""
-    build_variants(["seeing"], options_for(project, folder, **content))
-    return project.out / "seeing", project.out / "seeing-mtp"
-
-
-def test_one_recipe_makes_model_and_drafter(project: Project, zoo: Zoo) -> None:
+def test_one_recipe_makes_model_and_drafter(project: Project, vlm_zoo: Zoo) -> None:
     """The tower is with the model, the head alone in the other folder, under bare names."""
-    model, drafter = map(read_all_tensors, built(project, zoo("qwen3_5")))
+    model, drafter = map(read_all_tensors, built(project, vlm_zoo("qwen3_5")))
 
     assert "vision_tower.blocks.0.attn.qkv.weight" in model
     assert not [name for name in model if "mtp" in name]
@@ -68,9 +29,9 @@ def test_one_recipe_makes_model_and_drafter(project: Project, zoo: Zoo) -> None:
     }
 
 
-def test_both_folders_are_listed_and_found_again(project: Project, zoo: Zoo) -> None:
+def test_both_folders_are_listed_and_found_again(project: Project, vlm_zoo: Zoo) -> None:
     """A build tells of both, and a second one has nothing to do for either."""
-    options = options_for(project, zoo("qwen3_5"))
+    options = options_for(project, vlm_zoo("qwen3_5"))
     first = build_variants(["seeing"], options)
     second = build_variants(["seeing"], options)
 
@@ -81,10 +42,10 @@ def test_both_folders_are_listed_and_found_again(project: Project, zoo: Zoo) -> 
 
 
 def test_another_number_of_bits_for_the_head_makes_the_drafter_alone_anew(
-    project: Project, zoo: Zoo
+    project: Project, vlm_zoo: Zoo
 ) -> None:
     """What the model is made of stays as it is."""
-    folder = zoo("qwen3_5")
+    folder = vlm_zoo("qwen3_5")
     built(project, folder)
     result = build_variants(["seeing"], options_for(project, folder, quantize={"mtp": 8}))
     runs = {item.variant: item.actions_run for item in result.variants}
@@ -94,9 +55,9 @@ def test_another_number_of_bits_for_the_head_makes_the_drafter_alone_anew(
     assert 8 == config_of(project.out / "seeing-mtp")["quantization"]["bits"]
 
 
-def test_a_plain_head_keeps_its_numbers(project: Project, zoo: Zoo) -> None:
+def test_a_plain_head_keeps_its_numbers(project: Project, vlm_zoo: Zoo) -> None:
     """Nothing of it is quantized, and config.json says nothing of that."""
-    folder = zoo("qwen3_5")
+    folder = vlm_zoo("qwen3_5")
     _, drafter = built(project, folder, quantize={"mtp": "plain"})
     source, found = read_all_tensors(folder), read_all_tensors(drafter)
 
@@ -106,9 +67,9 @@ def test_a_plain_head_keeps_its_numbers(project: Project, zoo: Zoo) -> None:
 
 
 @pytest.mark.parametrize("case", ["qwen3_5", "qwen3_5_moe", "gemma3", "gemma4", "gemma4_moe"])
-def test_folders_verify(project: Project, zoo: Zoo, case: str) -> None:
+def test_folders_verify(project: Project, vlm_zoo: Zoo, case: str) -> None:
     """Structure, digests and round trip of all folders."""
-    options = options_for(project, zoo(case))
+    options = options_for(project, vlm_zoo(case))
     build_variants(["seeing"], options)
     result = verify_variants(["seeing"], options, VerifySettings(run=False))
 
@@ -119,10 +80,10 @@ def test_folders_verify(project: Project, zoo: Zoo, case: str) -> None:
     ]
 
 
-def test_a_tower_that_was_dropped_is_not_missed(project: Project, zoo: Zoo) -> None:
+def test_a_tower_that_was_dropped_is_not_missed(project: Project, vlm_zoo: Zoo) -> None:
     """mlx-vlm runs the text model without, with the drafter."""
     steps = [{"drop": {"match": "model.visual.*"}}]
-    options = options_for(project, zoo("qwen3_5"), steps=steps)
+    options = options_for(project, vlm_zoo("qwen3_5"), steps=steps)
     build_variants(["seeing"], options)
 
     assert verify_variants(["seeing"], options, VerifySettings(run=False)).passed
@@ -130,14 +91,14 @@ def test_a_tower_that_was_dropped_is_not_missed(project: Project, zoo: Zoo) -> N
     assert not [name for name in tensors if name.startswith("vision_tower")]
 
 
-def test_without_a_head_there_is_no_drafter(project: Project, zoo: Zoo) -> None:
+def test_without_a_head_there_is_no_drafter(project: Project, vlm_zoo: Zoo) -> None:
     """A recipe that says what becomes of the head is refused then, at the place where it says so."""
     steps = [{"drop": {"match": "mtp.*"}}]
-    _, drafter = built(project, zoo("qwen3_5"), steps=steps)
+    _, drafter = built(project, vlm_zoo("qwen3_5"), steps=steps)
 
     assert not drafter.exists()
     with pytest.raises(PlanError, match="there is no MTP head") as caught:
-        built(project, zoo("qwen3_5"), steps=steps, quantize={"mtp": 4})
+        built(project, vlm_zoo("qwen3_5"), steps=steps, quantize={"mtp": 4})
     assert "seeing.yaml" in str(caught.value)
 
 
@@ -149,24 +110,24 @@ def test_without_a_head_there_is_no_drafter(project: Project, zoo: Zoo) -> None:
     ],
 )
 def test_a_head_that_cannot_draft_is_refused(
-    project: Project, zoo: Zoo, case: str, quantize: dict[str, Any], words: str
+    project: Project, vlm_zoo: Zoo, case: str, quantize: dict[str, Any], words: str
 ) -> None:
     """In one sentence."""
     with pytest.raises(PlanError, match=words):
-        built(project, zoo(case), quantize=quantize)
+        built(project, vlm_zoo(case), quantize=quantize)
 
 
-def test_a_recipe_of_the_drafters_name_is_refused(project: Project, zoo: Zoo) -> None:
+def test_a_recipe_of_the_drafters_name_is_refused(project: Project, vlm_zoo: Zoo) -> None:
     """Both would be one folder."""
-    options = options_for(project, zoo("qwen3_5"))
+    options = options_for(project, vlm_zoo("qwen3_5"))
     (project.recipes / "seeing-mtp.yaml").write_text("variant: seeing-mtp\n")
     with pytest.raises(PlanError, match="there is a recipe of that name"):
         build_variants(["seeing"], options)
 
 
-def test_a_model_that_mlx_vlm_cannot_load_is_refused(project: Project, zoo: Zoo) -> None:
+def test_a_model_that_mlx_vlm_cannot_load_is_refused(project: Project, vlm_zoo: Zoo) -> None:
     """Its Gemma 4 is none without a tower."""
-    folder = zoo("gemma4")
+    folder = vlm_zoo("gemma4")
     config = config_of(folder)
     source = project.root / "blind"
     source.mkdir()
@@ -180,9 +141,9 @@ def test_a_model_that_mlx_vlm_cannot_load_is_refused(project: Project, zoo: Zoo)
         built(project, source, steps=steps)
 
 
-def test_a_head_that_is_never_tied_is_the_embedding(project: Project, zoo: Zoo) -> None:
+def test_a_head_that_is_never_tied_is_the_embedding(project: Project, vlm_zoo: Zoo) -> None:
     """mlx-vlm's Gemma 3 has a head of its own, of the same numbers."""
-    model, _ = built(project, zoo("gemma3"))
+    model, _ = built(project, vlm_zoo("gemma3"))
     tensors = read_all_tensors(model)
 
     def module(name: str) -> list[Tensor]:
