@@ -45,10 +45,10 @@ build: $(VENV)/core ## Build variant=NAME into build/NAME
 	  if [ -n "$$extras" ]; then $(EDITABLE) ".[$$extras]"; fi
 	$(CARNICE) build $(variant) $(FLAGS)
 
-all: $(VENV)/core ## Build every variant
-	@extras=$$($(CARNICE) extras $$($(CARNICE) names)) && \
+all: $(VENV)/core ## Build every variant that there are stand-ins for
+	@extras=$$($(CARNICE) extras $$($(CARNICE) names --profile demo)) && \
 	  if [ -n "$$extras" ]; then $(EDITABLE) ".[$$extras]"; fi
-	$(CARNICE) build $$($(CARNICE) names) $(FLAGS)
+	$(CARNICE) build $$($(CARNICE) names --profile demo) $(FLAGS)
 
 plan: $(VENV)/core ## Show what building variant=NAME would do
 	$(CARNICE) plan $(variant) $(FLAGS)

@@ -74,7 +74,7 @@ def model_of(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, Tens
     specs = {}
     for fact in architecture.tensors.values():
         names = [*Numbered({fact.name: TensorSpec("BF16", fact.shape)}).tensors]
-        names += [fact.fused[0]] if fact.fused else []
+        names += [fact.fused.name] if fact.fused else []
         if held := [name for name in names if name in stored]:
             specs[fact.name] = TensorSpec(stored[held[0]].dtype, fact.shape)
     return config, architecture, specs

@@ -280,7 +280,11 @@ OPS: Sequence[OpSample] = [
     OpSample(
         Stacked(BlockQuantize()), {}, drawn(("BF16", (9, 4, 32)), ("BF16", (9, 2, 32))), _STACKED
     ),
-    OpSample(InputScales(), {"groups": [[0, 2], [1]]}, drawn(("F32", (3,)), around=5)),
+    OpSample(
+        InputScales(),
+        {"groups": [[0, 2], [1]], "shapes": [[], [2]]},
+        drawn(("F32", (3,)), around=5),
+    ),
     OpSample(Nearest(), {"group_size": 64}, drawn(("BF16", (24, 128)))),
     OpSample(Merge(), {"group_size": 64, "rounding": "delta"}, _merged),
     OpSample(Merge(), {"group_size": 64, "rounding": "nearest"}, _merged),

@@ -31,6 +31,7 @@ RANDOM = np.random.default_rng(0)
 class Streamed(LocalFile):
     """A file as if it were on the hub: every read is a request, and `requests` counts them."""
 
+    local = False
     random_access = False
     requests = 0
 

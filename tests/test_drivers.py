@@ -14,13 +14,27 @@ from torch import Tensor, nn
 from zoo import FAMILIES
 
 from carnice_build.calibration.driver import Arithmetic, LayerDriver, decoder_layers
+from carnice_build.calibration.text_model import OpenModel
 from carnice_build.calibration.watch import Seen, seen_inputs
+from carnice_build.checkpoint.checkpoint import open_checkpoint
 from carnice_build.errors import BackendError
+from carnice_build.graph import TensorRef
+from carnice_build.models import architecture_of, known_types
+from carnice_build.planning.gather import gathered
+from carnice_build.verification.torch_worker import StoredModel
 
 pytest_plugins = ["driving"]
 
 ALIKE = [name for name in FAMILIES if name != "gemma4"]
 """Those whose layers pass nothing on but hidden states."""
+
+TABLED = [
+    name
+    for name in ALIKE
+    # transformers writes the names of Gemma 3's tower in another way than the hub has them.
+    if FAMILIES[name].model_type in known_types() and name != "gemma3"
+]
+"""Those that a table describes."""
 
 EAGER = ("gpt_oss",)
 """What transformers has no other attention for."""
@@ -71,6 +85,27 @@ def test_layers_make_the_bits_that_they_make_in_the_whole_model(
     with torch.no_grad():
         assert torch.equal(expected, whole(sample[None], use_cache=False).logits)
     handle.remove()
+
+
+@pytest.mark.parametrize("family", TABLED)
+def test_tables_name_what_the_whole_model_is_made_of(zoo: Any, family: str) -> None:
+    """From tokens to logits by a table's names and nothing else, stacks of experts among them."""
+    checkpoint, how = zoo(family), arithmetic(family)
+    opened = open_checkpoint(checkpoint.folder)
+    architecture = architecture_of(opened.config, family)
+    view = {name: TensorRef(tensor.spec, tensor) for name, tensor in opened.tensors.items()}
+    tensors = {name: ref.origin for name, ref in gathered(view, architecture, family).items()}
+    model = OpenModel(StoredModel(architecture, tensors).source(), how)
+    sample = tokens(75)
+
+    (hidden,) = model.embedded([sample])
+    for index in range(architecture.num_layers):
+        hidden = model.layer(index)(hidden)
+    ending = model.ending()
+    with torch.no_grad():
+        expected = checkpoint.whole(how)(sample[None], use_cache=False).logits
+
+    assert torch.equal(expected, ending.scores(ending.states(hidden)))
 
 
 def test_experts_one_by_one_are_those_of_a_stack(zoo: Any) -> None:
@@ -196,6 +231,25 @@ def test_an_expert_without_tokens_is_told_and_changes_nothing(zoo: Any) -> None:
     assert 0 == experts[2]
     assert 2 * 64 == sum(experts.values())
     assert not [linear for linear in seen.amax if ".experts.2." in linear]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "uses weights before its layers"),
+        ({"hidden_size_per_layer_input": 0}, r"gives layer 3 'sliding_attention' of other layers"),
+    ],
+)
+def test_what_layers_get_from_elsewhere_is_refused(
+    zoo: Any, changes: dict[str, Any], said: str
+) -> None:
+    """Gemma 4's embeddings for each layer, and keys and values that its last layers share."""
+    config = {**zoo("gemma4").config, **changes}
+    driver = LayerDriver(config, 3, Arithmetic("bfloat16", "sdpa", threads=1))
+    layer = driver._blank.to_empty(device="cpu")
+
+    with pytest.raises(BackendError, match=rf"Gemma4ForCausalLM of transformers {said}"):
+        driver.run(layer, torch.zeros(1, 8, 256, dtype=torch.bfloat16))
 
 
 def test_an_attention_that_a_family_lacks_is_refused(zoo: Any) -> None:

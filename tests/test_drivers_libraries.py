@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from auto_round import AutoRound, SignRoundConfig
+from auto_round.algorithms.composer import AlgorithmComposer
 from driving import Checkpoint, tokens
 from oneshot import run_oneshot
 from torch import Tensor
-from zoo import FAMILIES, write_zoo
+from transformers import AutoTokenizer, set_seed
+from zoo import FAMILIES, TOKENIZER, write_zoo
 
+from carnice_build.backends.autoround import AutoRoundSettings, tune_layer
 from carnice_build.backends.awq import AwqSettings, apply_smoothing, offset_norms, smooth_layer
 from carnice_build.backends.compressed import quantize_module
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
@@ -103,3 +108,74 @@ def _written(name: str, tensor: Tensor, settings: AwqSettings) -> Iterator[tuple
             yield f"{module}.{end}", part
     else:
         yield name, tensor
+
+
+# --- auto-round ----------------------------------------------------------------------------------
+
+TEXTS, LENGTH = 4, 32
+
+
+@pytest.fixture
+def switches() -> Iterator[None]:
+    """Sets back what the library's constructor switches on."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+def test_blocks_are_tuned_as_in_a_run_of_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switches: None, family: str
+) -> None:
+    """Weights and scales of the first two layers, each expert's, when every layer draws anew."""
+    compress = AlgorithmComposer.compress_block
+
+    def compress_anew(self: AlgorithmComposer, *args: Any, **options: Any) -> Any:
+        set_seed(42)
+        return compress(self, *args, **{**options, "input_ids": None})
+
+    monkeypatch.setattr(AlgorithmComposer, "compress_block", compress_anew)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setenv("AR_DISABLE_DATASET_SUBPROCESS", "1")
+    entry = FAMILIES[family]
+    monkeypatch.setitem(
+        FAMILIES, family, replace(entry, config={**entry.config, "num_hidden_layers": 2})
+    )
+    checkpoint = Checkpoint(write_zoo(tmp_path / "source", family))
+    settings = AutoRoundSettings(iters=4, lr=0.03, batch_size=2)
+    how = Arithmetic("bfloat16", "sdpa", threads=1)
+    model = checkpoint.whole(how)
+    rows: list[Tensor] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: rows.extend(output.clone().split(1))
+    )
+    library = AutoRound(
+        model,
+        tokenizer=AutoTokenizer.from_pretrained(checkpoint.folder),
+        alg_configs=SignRoundConfig(iters=settings.iters, lr=settings.lr),
+        dataset=str(_write_texts(tmp_path / "texts.json")),
+        nsamples=TEXTS,
+        seqlen=LENGTH,
+        batch_size=settings.batch_size,
+        enable_torch_compile=False,
+        low_cpu_mem_usage=False,
+    )
+    quantized, _ = library.quantize()
+
+    given, effective = rows, None
+    for index in range(2):
+        driver = LayerDriver(checkpoint.config, index, how)
+        given = [driver.enter(state) for state in given]
+        tuned = tune_layer(driver, checkpoint.layer(index), given, effective, settings)
+        given, effective = tuned.outputs, tuned.quantized_outputs
+        theirs = quantized.model.layers[index]
+        for name, linear in tuned.linears.items():
+            assert torch.equal(theirs.get_submodule(name).weight, linear.weight), name
+            assert torch.equal(theirs.get_submodule(name).scale, linear.scale), name
+        assert {"llama": 7, "qwen3": 7, "qwen3_moe": (7, 16)[index]}[family] == len(tuned.linears)
+
+
+def _write_texts(path: Path) -> Path:
+    text = (TOKENIZER.parent / "heldout.txt").read_text(encoding="utf-8")
+    texts = [{"text": text[start : start + 1000]} for start in range(0, 10_000, 1000)]
+    path.write_text(json.dumps(texts), encoding="utf-8")
+    return path

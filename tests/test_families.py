@@ -142,6 +142,8 @@ def test_layers_of_any_model_are_run_as_by_their_model(model_type: str) -> None:
     options, kinds = KINDS[model_type]
     config = CONFIG_MAPPING[model_type](**SIZES, **options)
     config._attn_implementation = "eager"
+    # By default transformers runs the experts of a layer in one go, with other roundings.
+    config._experts_implementation = "eager"
     whole: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     types = getattr(config, "layer_types", None) or ["full_attention"] * 4
     calls: list[tuple[Tensor, Tensor]] = []

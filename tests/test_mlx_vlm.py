@@ -18,6 +18,7 @@ from carnice_build.errors import PlanError
 
 pytest.importorskip("transformers")
 
+
 def test_one_recipe_makes_model_and_drafter(project: Project, vlm_zoo: Zoo) -> None:
     """The tower is with the model, the head alone in the other folder, under bare names."""
     model, drafter = map(read_all_tensors, built(project, vlm_zoo("qwen3_5")))
@@ -92,7 +93,7 @@ def test_a_tower_that_was_dropped_is_not_missed(project: Project, vlm_zoo: Zoo) 
 
 
 def test_without_a_head_there_is_no_drafter(project: Project, vlm_zoo: Zoo) -> None:
-    """A recipe that says what becomes of the head is refused then, at the place where it says so."""
+    """A recipe that says what becomes of the head is refused then, where it says so."""
     steps = [{"drop": {"match": "mtp.*"}}]
     _, drafter = built(project, vlm_zoo("qwen3_5"), steps=steps)
 

@@ -61,7 +61,7 @@ OPS: list[tuple[Op, dict[str, Any], tuple[TensorSpec, ...]]] = [
     (Embed(), {"dtype": "BF16"}, (IDS, TABLE)),
     (Forward(), FORWARD_PARAMS, (IDS, HIDDEN, WEIGHT)),
     (BlockQuantize(), {}, (WEIGHT, WEIGHT)),
-    (InputScales(), {"groups": [[0, 1], [2]]}, (AMAX,)),
+    (InputScales(), {"groups": [[0, 1], [2]], "shapes": [[], [4]]}, (AMAX,)),
 ]
 OTHER_VALUES = {
     "samples": 3,
@@ -82,6 +82,7 @@ OTHER_VALUES = {
     "device": "cuda",
     "processor": "x86_64 avx512f",
     "groups": [[0], [1, 2]],
+    "shapes": [[2], []],
 }
 IDENTIFIERS = [f"{op.name}-{index}" for index, (op, _, _) in enumerate(OPS)]
 

@@ -109,3 +109,15 @@ def test_a_folder_that_climbs_is_refused(project: Project, carnice: Carnice, fol
     check_refused_at_once(
         carnice("plan", "own"), project, "recipes/own.yaml:5:36: sources.body.folder"
     )
+
+
+def test_the_names_that_a_profile_has_are_told(project: Project, carnice: Carnice) -> None:
+    """`make all` builds those that there are stand-ins for, and asks no hub for others."""
+    project.recipe("own", OWN.replace("FOLDER", "own"))
+    every, some = (
+        carnice("names", *options).out.split() for options in ((), ("--profile", "demo"))
+    )
+
+    assert {"own", "mlx-4bit", "nvfp4-text-mtp"} < set(every)
+    assert {"mlx-4bit", "nvfp4-text-mtp"} < set(some)
+    assert not {"own", "int4-bf16-mtp"} & set(some)

@@ -12,18 +12,25 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 from auto_round import AutoRound, QuantizationScheme, RTNConfig, SignRoundConfig
+from auto_round.modeling.fused_moe.moe_experts_interface import (
+    LINEAR_LOOP_IMPL,
+    prepare_model_for_moe_quantization,
+)
 from torch import Tensor, nn
 
 from carnice_build.backends.layer import LayerRunner
+from carnice_build.models.base import STACK
 
 # Layers with as many bits are left alone.
 WHOLE = 16
@@ -42,8 +49,8 @@ class AutoRoundSettings:
 
     `iters` 0 rounds to nearest.
     `lr` None means 1 / iters, `minmax_lr` None means `lr`.
-    `layer_bits` gives single linears, by their names in the layer (`mlp.up_proj`),
-    other bits than `bits`; 16 leaves them alone.
+    `layer_bits` gives single linears, by their names in the layer (`mlp.up_proj`), or those of all
+    experts (`mlp.experts.*.up_proj`), other bits than `bits`; 16 leaves them alone.
     `amp` tunes a BF16 layer under autocast, as the library does by default; else all is float32.
     """
 
@@ -68,8 +75,9 @@ class AutoRoundSettings:
         return "bfloat16" if self.amp else "float32"
 
     def bits_of(self, linear: str) -> int:
-        """The bits of one linear of the layer."""
-        return self.layer_bits.get(linear, self.bits)
+        """The bits of one linear of the layer, which may be an expert's."""
+        of_all = self.layer_bits.get(stack_of(linear), self.bits)
+        return self.layer_bits.get(linear, of_all)
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ class QuantizedLinear:
 class TunedLayer:
     """What became of a layer.
 
-    `linears` holds the quantized ones, by their names in the layer.
+    `linears` holds the quantized ones, by their names in the layer, those of experts one by one.
     `outputs` and `quantized_outputs` are the next layer's `inputs` and `quantized_inputs`.
     The losses are mean squared errors of the layer's outputs over all samples: the quantized
     layer's on quantized inputs against the given layer's on full-precision inputs.
@@ -133,7 +141,7 @@ def tune_layer(
     _check_lengths(inputs, settings)
     inputs = [sample.to(runner.dtype) for sample in inputs]
     effective = inputs if quantized_inputs is None else list(quantized_inputs)
-    outputs = run_in_batches(runner, runner.layer(tensors), inputs, settings)
+    outputs = run_in_batches(runner, linear_layer(runner, tensors), inputs, settings)
 
     layer = _quantizable_layer(runner, tensors, settings)
     _round_to_nearest(layer, runner, settings)
@@ -168,9 +176,9 @@ def _quantizable_layer(
     runner: LayerRunner, tensors: Mapping[str, Tensor], settings: AutoRoundSettings
 ) -> nn.Module:
     """A layer whose weights may be overwritten, as the library does."""
-    layer = runner.layer({name: tensor.clone() for name, tensor in tensors.items()})
+    layer = linear_layer(runner, {name: tensor.clone() for name, tensor in tensors.items()})
     linears = dict(_linears(layer))
-    unknown = sorted(settings.layer_bits.keys() - linears.keys())
+    unknown = sorted(settings.layer_bits.keys() - linears.keys() - set(map(stack_of, linears)))
     if unknown:
         raise ValueError(f"layer_bits names {', '.join(unknown)}, no linear of the layer")
     odd = [
@@ -184,6 +192,26 @@ def _quantizable_layer(
             f"expected layer_bits {WHOLE} for it"
         )
     return layer
+
+
+def linear_layer(runner: LayerRunner, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The layer as the library tunes it: every expert's linears modules of their own."""
+    layer = runner.layer(tensors)
+    if prepare_model_for_moe_quantization(layer):
+        for module in layer.modules():
+            if hasattr(module, "is_concatenated"):
+                # The layer's own: what transformers' experts look up their forward by.
+                config: Any = module.config
+                config._experts_implementation = LINEAR_LOOP_IMPL
+    return layer
+
+
+def stack_of(linear: str) -> str:
+    """The name that all experts' linears have where `linear` is one expert's."""
+    return _NUMBER.sub(f".{STACK}.", linear)
+
+
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -285,7 +313,9 @@ def _library(
                 ),
                 alg_configs=config,
                 layer_config={
-                    f"{_PATH}.{name}": {"bits": bits} for name, bits in settings.layer_bits.items()
+                    f"{_PATH}.{name}": {"bits": settings.bits_of(name)}
+                    for name, _ in _linears(layer)
+                    if settings.bits_of(name) != settings.bits
                 },
                 nsamples=samples,
                 batch_size=settings.batch_size,
@@ -318,7 +348,8 @@ def _wrapped(layer: nn.Module, runner: LayerRunner, folder: str) -> Any:
     wrapper.model.layers = nn.ModuleList([layer])
     runner.config.save_pretrained(folder)
     wrapper.name_or_path = folder
-    wrapper.config = runner.config
+    # The library may change it.
+    wrapper.config = deepcopy(runner.config)
     wrapper.dtype = runner.dtype
     return wrapper
 

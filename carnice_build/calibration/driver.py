@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -158,7 +158,16 @@ class _Outline:
                 self.model.base_model(inputs_embeds=embedded, use_cache=False)
         except _Called as call:
             return call
-        raise BackendError(f"{type(self.model).__name__} of transformers never calls its layers")
+        except RuntimeError as error:  # of tensors without content
+            raise self.refusal(f"uses weights before its layers: {error}") from None
+        raise self.refusal("never calls its layers")
+
+    def refusal(self, what: str) -> BackendError:
+        """The error for a model whose layers cannot run one by one."""
+        return BackendError(
+            f"{type(self.model).__name__} of transformers {what}",
+            expected="a family whose layers are given nothing but what the layer before them made",
+        )
 
 
 @lru_cache(maxsize=1)
@@ -235,7 +244,17 @@ class LayerDriver:
     @torch.no_grad()
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """What `layer` makes of `hidden`, which begins at position 0, causally."""
-        result = layer(hidden, **self.arguments(hidden))
+        arguments = self.arguments(hidden)
+        try:
+            result = layer(hidden, **arguments)
+        except KeyError as missing:
+            shared = [
+                name for name, given in arguments.items() if isinstance(given, MutableMapping)
+            ]
+            if not shared:
+                raise
+            what = f"gives layer {self.number} {missing} of other layers in {shared[0]}"
+            raise self._outline.refusal(what) from None
         made: Tensor = result[0] if isinstance(result, tuple) else result
         return made
 
@@ -244,7 +263,4 @@ class LayerDriver:
 
     def _check(self, name: str, argument: Any) -> None:
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(argument)):
-            raise BackendError(
-                f"{type(self._outline.model).__name__} of transformers makes the {name} of its "
-                "layers with weights that are in none of them"
-            )
+            raise self._outline.refusal(f"makes {name} of its layers with weights of none of them")

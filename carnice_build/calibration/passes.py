@@ -191,7 +191,10 @@ def layer_memory(params: Mapping[str, Any], inputs: Sequence[TensorSpec], worksp
     """
     dtype = FLOAT_NAMES[params["dtype"]]
     weights = sum(spec.nbytes for spec in inputs[2:])
-    placed = sum(spec.size * ITEM_SIZE[dtype] for spec in inputs[2:] if spec.dtype != dtype)
+    named = zip(params["names"], inputs[2:], strict=True)
+    # What is cast is there twice, and so are stacks of experts, which transformers fuses.
+    twice = (spec for name, spec in named if spec.dtype != dtype or STACK in name)
+    placed = sum(spec.size * ITEM_SIZE[dtype] for spec in twice)
     return (128 << 20) + weights + placed + workspace
 
 

@@ -222,7 +222,15 @@ class _Given(nn.Module):
     """In the place of a model's body: its states are what it is given."""
 
     def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+        return _States(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+
+class _States(BaseModelOutputWithPast):
+    """What else a family's body gives, as the scores of its routers, is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from carnice_build.checkpoint.decodings import (
     unfit,
 )
 from carnice_build.checkpoint.rows import FillRows, RowReader
-from carnice_build.dtypes import ITEM_SIZE, NUMPY_NAME, TensorSpec
+from carnice_build.dtypes import ITEM_SIZE, NUMPY_NAME, shared_spec
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import Reader, SourceTensor
 
@@ -58,6 +58,11 @@ class DecodedFile:
     def path(self) -> None:
         """See `ByteSource.path`: there is no such file."""
         return
+
+    @property
+    def local(self) -> bool:
+        """True when all parts are."""
+        return all(part.file is not None and part.file.local for part in self._decoding.parts)
 
     @property
     def random_access(self) -> bool:
@@ -219,4 +224,4 @@ def _misfit(tensor: SourceTensor, expected: str) -> CheckpointError:
 def _decoded(name: str, decoding: Decoding, shape: tuple[int, ...]) -> SourceTensor:
     # A shape file has no bytes for any of its tensors.
     file = DecodedFile(decoding) if decoding.parts[0].file is not None else None
-    return SourceTensor(name, TensorSpec(decoding.dtype, shape), file, 0)
+    return SourceTensor(name, shared_spec(decoding.dtype, shape), file, 0)

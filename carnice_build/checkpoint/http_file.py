@@ -52,6 +52,7 @@ class Repository:
 class RemoteFile:
     """A file that is read where it is; see `ByteSource`."""
 
+    local = False
     random_access = False
 
     def __init__(self, repository: Repository, file: str, size: int, content: str) -> None:

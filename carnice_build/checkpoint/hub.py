@@ -76,6 +76,8 @@ def _read_headers(shards: Sequence[ByteSource]) -> Iterator[Header]:
 class HubFile:
     """A file of a repository: read from the Hugging Face cache, or where it is."""
 
+    local = False
+
     def __init__(
         self,
         repository: Repository,

@@ -63,12 +63,13 @@ class Profiles:
     def default(self, sources: Iterable[SourceSpec]) -> str:
         """The first profile that has all of these sources and their weights, or the first one."""
         sources = list(sources)
-        fitting = (
-            name
-            for name, table in self._tables.items()
-            if table.value == HUB or all(_lists(table, spec) for spec in sources)
-        )
+        fitting = (name for name in self._tables if self.has(name, sources))
         return next(fitting, next(iter(self._tables), ""))
+
+    def has(self, profile: str, sources: Iterable[SourceSpec]) -> bool:
+        """True when `profile` says where all of these are, with their weights."""
+        table = self.table(profile)
+        return table.value == HUB or all(_lists(table, spec) for spec in sources)
 
     def on_hub(self, model: str) -> str:
         """The first profile by which a model is on the hub; RecipeError when there is none."""

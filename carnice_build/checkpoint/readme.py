@@ -11,7 +11,7 @@ from carnice_build.checkpoint.source import read_all
 from carnice_build.errors import RecipeError
 from carnice_build.yaml_tree import MAX_BYTES, parse_tree
 
-_FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
+_FRONT = re.compile(r"\A\ufeff?---[ \t]*\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _MOST_README = 10 * MAX_BYTES
@@ -34,7 +34,8 @@ def read_readme(checkpoint: Checkpoint) -> Readme:
     file = checkpoint.assets.get("README.md")
     if file is None or file.size > _MOST_README:
         return Readme()
-    match = _FRONT.match(read_all(file).decode("utf-8", errors="replace"))
+    text = read_all(file).decode("utf-8", errors="replace").replace("\r\n", "\n")
+    match = _FRONT.match(text)
     if match is None:
         return Readme()
     try:

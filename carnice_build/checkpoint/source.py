@@ -20,6 +20,7 @@ _MOST_OF_A_POINTER = 1024
 class LocalFile:
     """A file on a local or mounted file system, opened on first read."""
 
+    local = True
     random_access = True
 
     def __init__(self, path: Path) -> None:
@@ -94,6 +95,7 @@ class LocalFile:
 class LostFile:
     """A link to nothing in the place of a file: an error as soon as anything of it is asked for."""
 
+    local = True
     random_access = True
 
     def __init__(self, path: Path) -> None:

@@ -90,6 +90,11 @@ class Stack:
         return
 
     @property
+    def local(self) -> bool:
+        """True when all files are."""
+        return all(file.local for file in self._files())
+
+    @property
     def random_access(self) -> bool:
         """True when it is so of all files."""
         return all(file.random_access for file in self._files())
@@ -191,6 +196,11 @@ class EveryRow:
     def path(self) -> None:
         """See `ByteSource.path`: there is no such file."""
         return
+
+    @property
+    def local(self) -> bool:
+        """As the tensor's file."""
+        return self._file.local
 
     @property
     def random_access(self) -> bool:

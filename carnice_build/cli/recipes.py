@@ -7,6 +7,7 @@ import typer
 from carnice_build.cli.arguments import (
     RECIPES,
     Json,
+    Profile,
     Recipes,
     Set,
     Variants,
@@ -54,8 +55,8 @@ def extras(variants: Variants, recipes: Recipes = RECIPES, assignments: Set = No
     )
 
 
-def names(recipes: Recipes = RECIPES) -> None:
-    """Print the names of all variants on one line."""
-    from carnice_build.recipe.loader import list_recipes
+def names(recipes: Recipes = RECIPES, profile: Profile = None) -> None:
+    """Print the names of all variants on one line; with a profile, those that it has."""
+    from carnice_build.commands.plan import names_of
 
-    typer.echo(" ".join(path.stem for path in list_recipes(recipes)))
+    typer.echo(" ".join(names_of(make_options(recipes=recipes, profile=profile))))

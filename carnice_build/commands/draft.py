@@ -28,9 +28,10 @@ class Section:
 class Draft:
     """A recipe to be written: what it extends, its sources, its steps, and other sections.
 
-    `about` are sentences for whoever reads it.
+    `title` and `about`, sentences, are for whoever reads it.
     """
 
+    title: str
     variant: str
     preset: str
     about: Sequence[str]
@@ -43,8 +44,9 @@ class Draft:
         return "\n".join(self._lines()) + "\n"
 
     def _lines(self) -> Iterator[str]:
+        yield f"# {self.title}, written by `carnice new`."
         for sentence in self.about:
-            yield from _comment(sentence)
+            yield from _wrapped(sentence, "# - ", "#   ")
         yield ""
         yield f"extends: {PREFIX}{self.preset}"
         yield ""
@@ -54,7 +56,7 @@ class Draft:
             yield ""
             yield "steps:"
             for step in self.steps:
-                yield from _comment(step.why, "  ")
+                yield from _comment(step.why)
                 yield f"  - {step.kind}: {_flow(step.params)}"
         for section in self.others:
             yield from _section(section)
@@ -64,19 +66,22 @@ def _section(section: Section) -> Iterator[str]:
     yield ""
     yield f"{section.name}:"
     for key, value in section.entries.items():
-        yield from _comment(section.why.get(key, ""), "  ")
+        yield from _comment(section.why.get(key, ""))
         yield f"  {key}: {_flow(value)}"
 
 
-def _comment(sentence: str, indent: str = "") -> Iterator[str]:
-    start = f"{indent}# "
-    first = sentence.partition(" ")[0]
-    text = sentence[:1].upper() + sentence[1:] if first.isalpha() else sentence
-    yield from wrap(
-        f"{text}." if text else "",
+def _comment(sentence: str) -> Iterator[str]:
+    if sentence:
+        capital = sentence[0].upper() if sentence.partition(" ")[0].isalpha() else sentence[0]
+        yield from _wrapped(f"{capital}{sentence[1:]}.", "  # ", "  # ")
+
+
+def _wrapped(text: str, first: str, later: str) -> list[str]:
+    return wrap(
+        text,
         _WIDTH,
-        initial_indent=start,
-        subsequent_indent=start,
+        initial_indent=first,
+        subsequent_indent=later,
         break_long_words=False,
         break_on_hyphens=False,
     )

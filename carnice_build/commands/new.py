@@ -15,9 +15,10 @@ from typing import Any
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import ToolFormat, tool_format
-from carnice_build.checkpoint.assets import Assets, Reads
+from carnice_build.checkpoint.assets import Assets, Reads, absent
 from carnice_build.checkpoint.checkpoint import Checkpoint, open_checkpoint, source_view
 from carnice_build.checkpoint.profiles import Profiles, Source
+from carnice_build.checkpoint.quantized import plain_config, stated_quantization
 from carnice_build.checkpoint.readme import Readme, read_readme
 from carnice_build.commands.draft import Draft, Section
 from carnice_build.commands.options import Options
@@ -25,12 +26,19 @@ from carnice_build.commands.plan import plan_variants
 from carnice_build.errors import CarniceError, CheckpointError, PlanError, RecipeError, nearest
 from carnice_build.graph import ActionGraph, View
 from carnice_build.models import UnknownFamily, architecture_of
-from carnice_build.models.base import QUANTIZATION, Architecture, Part, Role
+from carnice_build.models.base import Architecture, Part
 from carnice_build.models.untabled import Untabled
-from carnice_build.planning.planner import VariantPlan, unchecked
-from carnice_build.planning.repair import Repair, globs, leftovers, owners, renames, without
+from carnice_build.planning.planner import VariantPlan, unchecked, untabled
+from carnice_build.planning.repair import (
+    Repair,
+    globs,
+    leftovers,
+    outside,
+    owners,
+    renames,
+    without,
+)
 from carnice_build.recipe.merge import read_with_parents
-from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.presets import presets
 from carnice_build.recipe.schema import SourceSpec, check_name
 from carnice_build.steps.base import PlanContext
@@ -205,6 +213,7 @@ def _draft(
     if isinstance(architecture, Untabled):
         found.append(unchecked(architecture))
     steps, view = _repairs(checkpoint, architecture, view, knobs)
+    architecture = _architecture(checkpoint, view)
     head = _head(architecture, view, readme, knobs)
     if head.source is not None:
         sources[_BASE] = head.source
@@ -212,6 +221,7 @@ def _draft(
         steps += head.steps
     others = list(_ignored(architecture, view, knobs))
     found += [step.why for step in steps if step.why]
+    found += _vision(architecture, view)
     found += head.said
     template, sentence, unreadable = _tools(checkpoint)
     found += sentence
@@ -226,26 +236,25 @@ def _draft(
     others.append(_card(spec, readme))
     label = spec["model"] if "folder" not in spec else spec["folder"]
     told = {step.why for step in steps}
-    about = [f"{label} as {preset}, written by `carnice new`"]
-    about += [sentence for sentence in found if sentence not in told]
+    title = f"{label} as {preset}"
+    about = [sentence for sentence in found if sentence not in told]
     if "folder" not in spec:
         why[_BODY] = f"the commit that `{_MAIN}` was at"
-    return Draft(name, preset, about, Section("sources", sources, why), steps, others), found
+    return Draft(title, name, preset, about, Section("sources", sources, why), steps, others), found
 
 
 def _architecture(checkpoint: Checkpoint, view: View) -> Architecture:
     """The table of the model's family, or what names and shapes say of one without."""
     try:
-        return architecture_of(checkpoint.config, checkpoint.where)
+        return architecture_of(plain_config(checkpoint.config), checkpoint.where)
     except UnknownFamily:
-        shapes = {name: ref.spec.shape for name, ref in view.items()}
-        return Untabled(checkpoint.config, checkpoint.where, shapes)
+        return untabled(checkpoint, view)
 
 
 def _size(checkpoint: Checkpoint, architecture: Architecture, view: View) -> str:
     start = f"{architecture.name}: {plural(architecture.num_layers, 'layer')}"
     dtypes = ", ".join(sorted({ref.spec.dtype for ref in view.values()}))
-    if _is_quantized(checkpoint.config):
+    if stated_quantization(checkpoint.config) is not None:
         return f"{start}, quantized, in {dtypes}"
     count = sum(ref.spec.size for ref in view.values())
     shown = f"{count / 1e9:.1f} billion" if count >= 10**8 else f"{count:,}"
@@ -267,20 +276,34 @@ def _repairs(
             view = step.apply(view, context)
             steps.append(repair)
 
-    if _is_quantized(checkpoint.config):
+    if stated_quantization(checkpoint.config) is not None:
         why = "the source is quantized already: its weights are read as the floats they stand for"
         add([Repair("decode", {}, why)])
     add(renames(view, architecture))
     add(list(leftovers(view, architecture)))
-    if knobs["quantize"]["format"] == "mlx":
-        add(without(Part.VISION, view, architecture, "mlx-lm runs the text model alone"))
+    add(without(Part.VISION, view, architecture, _no_vision(checkpoint, knobs)))
     return steps, view
 
 
-def _is_quantized(config: Mapping[str, Any]) -> bool:
-    text = config.get("text_config")
-    sections = (config, text if isinstance(text, dict) else {})
-    return any(section.get(key) for section in sections for key in QUANTIZATION)
+def _no_vision(checkpoint: Checkpoint, knobs: Mapping[str, Any]) -> str:
+    """Why a vision tower is left out, empty when it stays."""
+    if knobs["quantize"]["format"] == "mlx":
+        return "mlx-lm runs the text model alone"
+    lacking = absent(checkpoint.assets, (Reads.PROCESSOR,), vision=True)
+    return f"{lacking[0]}, so it is left out" if lacking else ""
+
+
+def _vision(architecture: Architecture, view: View) -> list[str]:
+    """What may be done about a vision tower that is there."""
+    return [
+        f"the vision tower stays; the step `- drop: {{match: {_shown(step.params['match'])}}}` "
+        "makes a model for text alone"
+        for step in without(Part.VISION, view, architecture, "not wanted")
+    ]
+
+
+def _shown(match: str | list[str]) -> str:
+    return f"'{match}'" if isinstance(match, str) else str(match)
 
 
 @dataclass(frozen=True)
@@ -326,28 +349,9 @@ def _head(
 
 def _ignored(architecture: Architecture, view: View, knobs: Mapping[str, Any]) -> Iterator[Section]:
     """What a format that quantizes all linears must leave alone besides what the preset names."""
-    if "ignore" not in knobs["quantize"]:
-        return
-    known = owners(architecture, view)
-    modules = {fact.module: fact for name, fact in known.items() if name in view}
-    patterns = Patterns(knobs["quantize"]["ignore"])
-    outside = [
-        module
-        for module, fact in modules.items()
-        if fact.role is Role.LINEAR
-        and fact.part is not Part.LAYERS
-        and not patterns.matches(module)
-    ]
-    if outside:
-        found = [_regular(glob) for glob in globs(outside, modules)]
+    found = outside(architecture, view, knobs["quantize"].get("ignore", "*"))
+    if found:
         yield Section("quantize", {"ignore+": found}, {"ignore+": "outside of the decoder layers"})
-
-
-def _regular(glob: str) -> str:
-    """A glob for names below a path as llm-compressor spells it."""
-    if not glob.endswith(".*"):
-        return glob
-    return f"re:{re.escape(glob.removesuffix('*'))}.*"
 
 
 def _tools(checkpoint: Checkpoint) -> tuple[bool, list[str], str]:

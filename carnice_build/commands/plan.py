@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from carnice_build.checkpoint.profiles import Profiles, SourceFinder
 from carnice_build.commands.asking import Asking
+from carnice_build.commands.collector import no_collections
 from carnice_build.commands.options import Options
 from carnice_build.errors import PlanError, PluginError, nearest
 from carnice_build.graph import ActionGraph
@@ -28,6 +29,7 @@ class Plan:
     graph: ActionGraph
 
 
+@no_collections()
 def plan_variants(names: Sequence[str], options: Options) -> Plan:
     """Plan the named variants; raises a CarniceError for the first thing that is wrong."""
     if isinstance(names, str):
@@ -97,6 +99,7 @@ class PlanResult:
         return self.plan.variants
 
 
+@no_collections()
 def plan_and_survey(names: Sequence[str], options: Options | None = None) -> PlanResult:
     """Plan the named variants and ask the cache; an empty cache is made where there is none.
 
@@ -106,6 +109,20 @@ def plan_and_survey(names: Sequence[str], options: Options | None = None) -> Pla
     plan = plan_variants(names, options)
     with Store(options.cache) as store:
         return PlanResult(plan, survey(plan.variants, store))
+
+
+def names_of(options: Options) -> list[str]:
+    """The names of all variants, or of those whose models the profile has."""
+    paths = list_recipes(options.recipes)
+    if options.profile is None:
+        return [path.stem for path in paths]
+    profiles = Profiles(options.recipes)
+    recipes = (load_recipe(path, vocabulary()) for path in paths)
+    return [
+        recipe.variant
+        for recipe in recipes
+        if profiles.has(options.profile, recipe.sources.values())
+    ]
 
 
 def list_variants(options: Options, warn: Callable[[PluginError], None]) -> list[Recipe]:

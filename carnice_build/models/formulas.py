@@ -61,9 +61,13 @@ def compiled(text: str) -> _Compiled:
         raise FormulaError(f"has more than {MOST_CHARACTERS} characters")
     try:
         tree = ast.parse(text.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return _compile(tree.body)
+    except RecursionError:
+        raise FormulaError("nests too deeply") from None
+    except FormulaError:
+        raise
+    except (SyntaxError, ValueError, MemoryError):
         raise FormulaError("is no formula") from None
-    return _compile(tree.body)
 
 
 def evaluate(text: str, scope: Scope) -> Any:
@@ -72,7 +76,9 @@ def evaluate(text: str, scope: Scope) -> Any:
         return compiled(text)(scope)
     except ZeroDivisionError:
         raise FormulaError("divides by zero") from None
-    except (TypeError, LookupError, ValueError) as error:
+    except RecursionError:
+        raise FormulaError("nests too deeply") from None
+    except (TypeError, LookupError, ValueError, OverflowError) as error:
         if isinstance(error, FormulaError):
             raise
         raise FormulaError(f"has no value: {error}") from None
@@ -177,7 +183,14 @@ def _index(node: ast.Subscript) -> _Compiled:
 
 def _list(node: ast.List | ast.Tuple) -> _Compiled:
     items = [_compile(item) for item in node.elts]
-    return lambda scope: [item(scope) for item in items]
+    return lambda scope: [_plain(item(scope)) for item in items]
+
+
+def _plain(value: Any) -> Any:
+    # Lists of lists of lists, each made of one that was made before, could not be compared.
+    if isinstance(value, list | dict):
+        raise FormulaError("cannot hold a list in a list")
+    return value
 
 
 def _call(node: ast.Call) -> _Compiled:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+MTP_HEADS = "mtp.*"
+"""In a list: that MTP heads stay as they are, whatever the family calls their tensors."""
+
 KEEP_LISTS: Mapping[str, tuple[str, ...]] = {
     "modelopt-0.47": (
         "*block_sparse_moe.gate*",
@@ -18,7 +21,7 @@ KEEP_LISTS: Mapping[str, tuple[str, ...]] = {
         "*output_layer*",
         "*proj_out.*",
         "*router*",
-        "mtp.*",
+        MTP_HEADS,
         "output.*",
         "*embed_vision*",
         "*vision_tower*",

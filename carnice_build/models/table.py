@@ -20,6 +20,8 @@ from pydantic import ValidationError
 from carnice_build.errors import CheckpointError, RecipeError
 from carnice_build.models.base import (
     MOST_LAYERS,
+    ConfigReader,
+    FusedIn,
     Fusion,
     KvGeometry,
     Part,
@@ -29,7 +31,7 @@ from carnice_build.models.base import (
 )
 from carnice_build.models.formulas import FormulaError, evaluate, names_in
 from carnice_build.models.readers import reader_of
-from carnice_build.models.table_schema import Group, Row, Table
+from carnice_build.models.table_schema import FusedRow, Group, Row, Table
 from carnice_build.yaml_tree import Node, read_tree
 
 _MERGED = {"blocks", "defaults", "values"}
@@ -71,7 +73,6 @@ class TableFile:
             raise self.error(path, f"what {name!r} is follows from itself", "an end") from None
 
 
-@cache
 def load_table(path: Path) -> TableFile:
     """The table in the file `path`; RecipeError with file:line:column when it is none.
 
@@ -79,28 +80,39 @@ def load_table(path: Path) -> TableFile:
     those that ship, is taken where this one says nothing, and so is each of its `blocks`,
     `defaults` and `values`.
     """
+    # A table of one's own may have been edited since.
+    return _loaded(path, None if path.parent == SHIPPED else path.stat().st_mtime_ns)
+
+
+@cache
+def _loaded(path: Path, _: int | None) -> TableFile:
     tree = _whole(path, read_tree(path))
     try:
         found = TableFile(path.stem, Table.model_validate(tree.plain()), tree)
     except ValidationError as error:
         detail = error.errors()[0]
-        shown = ".".join(map(str, detail["loc"]))
+        # Without which of the kinds of items it is.
+        entry = [part for part in detail["loc"] if part not in ("row", "group")]
         message = detail["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{shown}: {message}", where=tree.find(detail["loc"]).where) from None
+        shown = ".".join(map(str, entry))
+        raise RecipeError(f"{shown}: {message}", where=tree.find(entry).where) from None
     found.check()
     return found
 
 
-def _whole(path: Path, tree: Node) -> Node:
+def _whole(path: Path, tree: Node, below: Sequence[Path] = ()) -> Node:
     if not isinstance(tree.value, dict) or "extends" not in tree.value:
         return tree
     other = tree.value["extends"]
-    parent = path.with_name(f"{other.value}.yaml")
-    if not parent.exists():
-        parent = SHIPPED / parent.name
-    if not re.fullmatch(r"\w+", str(other.value)) or not parent.exists():
-        raise RecipeError(f"there is no table {other.value!r}", where=other.where)
-    inherited = _whole(parent, read_tree(parent)).value
+    name = str(other.value)
+    folders = (path.parent, SHIPPED) if re.fullmatch(r"\w{1,100}", name) else ()
+    parents = (folder / f"{name}.yaml" for folder in folders)
+    # A table of one's own may have the name of the one that it extends.
+    parent = next((p for p in parents if p.is_file() and p not in (*below, path)), None)
+    if parent is None:
+        what = "extends itself" if name == path.stem else f"there is no table {name!r}"
+        raise RecipeError(what, where=other.where)
+    inherited = _whole(parent, read_tree(parent), (*below, path)).value
     assert isinstance(inherited, dict)
     own = {key: node for key, node in tree.value.items() if key != "extends"}
     for key in _MERGED & inherited.keys() & own.keys():
@@ -119,6 +131,11 @@ def _respelled(name: str, beginnings: Iterable[tuple[str, str]]) -> str | None:
         if name.startswith(start):
             return instead + name.removeprefix(start)
     return None
+
+
+def _fused(row: FusedRow, prefix: str) -> FusedIn:
+    turned = None if row.turned is None else prefix + row.turned
+    return FusedIn(prefix + row.name, row.part, row.of, row.turns, turned)
 
 
 def _load(path: Path, config: Mapping[str, Any], where: str) -> FamilyTable:
@@ -189,8 +206,7 @@ class FamilyTable:
 
     def _section_entry(self, section: str, entry: str) -> Any:
         name = f"{section}.{entry}"
-        root = self._reader.root
-        reader = root if section == "root" else root.section(section)
+        reader = self._section(section)
         value = reader.entries.get(entry)
         if value is not None:
             return value
@@ -209,6 +225,21 @@ class FamilyTable:
                 path, f"the formula {formula!r} {error}", f"one that fits {self._reader.root.where}"
             ) from None
 
+    def _default(self, name: str) -> str | int | None:
+        """The formula that stands for an entry which the config does not state."""
+        section, _, entry = name.rpartition(".")
+        if not section:
+            stated = self._reader.text_entries.get(entry)
+        elif section == "root" or self._reader.root.states(section):
+            stated = self._section(section).entries.get(entry)
+        else:
+            stated = None
+        return self._table.defaults.get(name) if stated is None else None
+
+    def _section(self, name: str) -> ConfigReader:
+        root = self._reader.root
+        return root if name == "root" else root.section(name)
+
     def _blame_config(self, formula: str, given: Container[str], least: int) -> None:
         """Raise CheckpointError for an entry that is no number where one is needed."""
         for name in names_in(formula):
@@ -216,6 +247,8 @@ class FamilyTable:
                 continue
             if name in self._table.values:
                 self._blame_config(str(self._table.values[name]), given, least)
+            elif (default := self._default(name)) is not None and not names_in(str(default)):
+                continue  # a number that the table has right, such as 0 for what is not there
             elif not isinstance(self.named(name, {}), list):
                 self._check_size(name, least)
 
@@ -246,14 +279,18 @@ class FamilyTable:
         section, _, entry = name.partition(".")
         if not entry:
             return self._reader.text.error(name, expected)
-        root = self._reader.root
-        reader = root if section == "root" else root.section(section)
-        return reader.error(entry, expected)
+        return self._section(section).error(entry, expected)
 
     def _check_size(self, name: str, least: int) -> None:
         value = self.named(name, {})
-        if type(value) is not int or not least <= value <= _MOST_SIZE:
-            raise self._entry_error(name, f"a count from {least} to {_MOST_SIZE}")
+        if type(value) is int and least <= value <= _MOST_SIZE:
+            return
+        expected = f"a count from {least} to {_MOST_SIZE}"
+        if (default := self._default(name)) is not None:
+            self._blame_config(str(default), {}, least)
+            what = f"the default {default!r} gives {value!r} for {self._reader.root.where}"
+            raise self._file.error(("defaults", name), what, expected)
+        raise self._entry_error(name, expected)
 
     def _size(self, formula: str | int, path: Sequence[str | int], given: Mapping[str, Any]) -> int:
         """A size of a tensor."""
@@ -377,10 +414,9 @@ class FamilyTable:
         shape = tuple(
             self._size(size, (*path, "shape", index), given) for index, size in enumerate(row.shape)
         )
-        fused = None
-        if row.fused is not None:
-            fused = (prefix + row.fused.name, row.fused.part, row.fused.of)
-        return TensorFact(prefix + row.name, shape, row.part or part, row.role, layer, fused)
+        fused = None if row.fused is None else _fused(row.fused, prefix)
+        name, own = prefix + row.name, row.part or part
+        return TensorFact(name, shape, own, row.role, layer, fused, row.optional)
 
     @property
     def ties(self) -> Mapping[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -145,15 +145,11 @@ def plan_variant(
             assert isinstance(step.params, Step)
             view = returned(step.params.apply(view, context), dict, "apply")
             files = returned(step.params.edit(files, context), Mapping, "edit")
-    view, notices = _without_ties(view, architecture, body.checkpoint.where)
+    view, notices = _without_copies(view, architecture, body.checkpoint.where)
     if isinstance(architecture, Untabled):
         # Steps may have changed names, which are all that is known of it.
-        architecture = _untabled(body.checkpoint, view)
+        architecture = untabled(body.checkpoint, view)
         notices = (*notices, unchecked(architecture))
-    if unread := [name for name in view if name in architecture.unread]:
-        view = {name: ref for name, ref in view.items() if name not in architecture.unread}
-        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-        notices = (*notices, f"{unread[0]}{more} of the source, which no model reads, are left out")
     view = gathered(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
     # From here on the model is the one that will be published.
@@ -248,9 +244,9 @@ def _architecture(checkpoint: Checkpoint, view: View, number_format: Format) -> 
     try:
         return architecture_of(plain_config(checkpoint.config), checkpoint.where)
     except UnknownFamily as error:
-        if not number_format.needs_table:
-            return _untabled(checkpoint, view)
         model_type = checkpoint.config.get("model_type")
+        if isinstance(model_type, str) and number_format.takes_untabled(model_type):
+            return untabled(checkpoint, view)
         remote = ", whose code is not transformers' own" if "auto_map" in checkpoint.config else ""
         raise UnknownFamily(
             error.what + remote, where=error.where, expected=_way_out(error, model_type)
@@ -268,7 +264,8 @@ def _way_out(error: UnknownFamily, model_type: object) -> str:
     )
 
 
-def _untabled(checkpoint: Checkpoint, view: View) -> Untabled:
+def untabled(checkpoint: Checkpoint, view: View) -> Untabled:
+    """What names and shapes say of a model whose family has no table."""
     shapes = {name: ref.spec.shape for name, ref in view.items()}
     return Untabled(plain_config(checkpoint.config), checkpoint.where, shapes)
 
@@ -309,10 +306,10 @@ def _located(recipe: Recipe, *path: str | int) -> Iterator[None]:
         raise error.revised(where=recipe.where(*path, *error.at)) from None
 
 
-def _without_ties(
+def _without_copies(
     view: View, architecture: Architecture, where: str
 ) -> tuple[View, tuple[str, ...]]:
-    """The view without tensors that are others by the config, and what to say of it.
+    """The view without what is another tensor, or read by nobody, and what to say of it.
 
     Loaders disagree about such a tensor when it is not what the config ties it to: transformers
     takes both, mlx-lm and vLLM leave it out.
@@ -328,7 +325,11 @@ def _without_ties(
                 expected="`tie_word_embeddings: false` there to keep it, or a `drop` step for it",
             )
         notices.append(f"{name} of the source is left out, because config.json ties it to {other}")
-    kept = {name: ref for name, ref in view.items() if name not in architecture.ties}
+    if unread := [name for name in view if name in architecture.unread]:
+        more = f" and {len(unread) - 1} more" if unread[1:] else ""
+        notices.append(f"{unread[0]}{more} are left out, because no model reads them")
+    left_out = {*architecture.ties, *architecture.unread}
+    kept = {name: ref for name, ref in view.items() if name not in left_out}
     return kept, tuple(notices)
 
 
@@ -359,9 +360,7 @@ def _check_files(
 
 
 def _check_names(conversion: Conversion) -> None:
-    seen: set[str] = set()
-    for tensor in conversion.tensors:
-        for name, _ in tensor.members:
-            if name in seen:
-                raise PlanError(f"two tensors of the output are named {name!r}")
-            seen.add(name)
+    names = [name for tensor in conversion.tensors for name, _ in tensor.members]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise PlanError(f"two tensors of the output are named {twice!r}")

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from carnice_build.graph import View
-from carnice_build.models.base import Architecture, Part, TensorFact
+from carnice_build.models.base import Architecture, Part, Role, TensorFact
 from carnice_build.planning.gather import names_of
 from carnice_build.planning.unknown import BUFFERS
+from carnice_build.recipe.patterns import Patterns
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ def leftovers(view: View, architecture: Architecture) -> Iterator[Repair]:
 
 
 def without(part: Part, view: View, architecture: Architecture, why: str) -> list[Repair]:
-    """A step that leaves out a part of the model, if the view has it."""
+    """A step that leaves out a part of the model, if the view has it and there is a reason."""
+    if not why:
+        return []
     known = owners(architecture, view)
     names = [name for name in view if name in known and known[name].part is part]
     return [dropped(names, view, why)] if names else []
@@ -132,6 +135,29 @@ def dropped(names: Collection[str], view: View, why: str) -> Repair:
     found = globs(names, view)
     match: Any = found[0] if len(found) == 1 else found
     return Repair("drop", {"match": match, "expect": len(names)}, why)
+
+
+def outside(architecture: Architecture, view: View, ignored: str | Sequence[str]) -> list[str]:
+    """Patterns for the linears outside of the decoder layers that are not `ignored` already."""
+    linears = {
+        fact.module: fact
+        for name, fact in owners(architecture, view).items()
+        if name in view and fact.role is Role.LINEAR
+    }
+    patterns = Patterns(ignored)
+    found = [
+        module
+        for module, fact in linears.items()
+        if fact.part is not Part.LAYERS and not patterns.matches(module)
+    ]
+    return [_regular(glob) for glob in globs(found, linears)]
+
+
+def _regular(glob: str) -> str:
+    """A glob for what is below a path, as llm-compressor would spell it."""
+    if not glob.endswith(".*"):
+        return glob
+    return f"re:{re.escape(glob.removesuffix('*'))}.*"
 
 
 def globs(names: Collection[str], among: Iterable[str]) -> list[str]:

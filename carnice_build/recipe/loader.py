@@ -66,7 +66,11 @@ class Recipe:
 def list_recipes(folder: Path) -> list[Path]:
     """The recipe files in `folder`; those whose name begins with `_` are parts of others."""
     if not folder.is_dir():
-        raise RecipeError("is not a folder of recipes", where=str(folder))
+        raise RecipeError(
+            "is not a folder of recipes",
+            where=str(folder),
+            expected="one with a first recipe, as `carnice new` writes it",
+        )
     return sorted(path for path in folder.glob("*.yaml") if not path.name.startswith("_"))
 
 

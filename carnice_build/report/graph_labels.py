@@ -11,6 +11,9 @@ from carnice_build.graph import Action
 _WORDS = {"bits": "{} bits", "group_size": "g{}", "dtype": "{}", "add": "+ {:g}"}
 """Parameters that are always said, and how."""
 
+_PLACE = "layer"
+"""A parameter that says where an action stands, which is not what it does."""
+
 _LONGEST = 20
 """Letters of a value that is said; a chat template or a list of names never is."""
 
@@ -84,7 +87,9 @@ def _short_ones(params: Mapping[str, Any]) -> dict[str, str]:
     return {
         key: text
         for key, value in params.items()
-        if isinstance(value, str | int | float) and len(text := _word(value)) <= _LONGEST
+        if key != _PLACE
+        and isinstance(value, str | int | float)
+        and len(text := _word(value)) <= _LONGEST
     }
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import BackendError
 from carnice_build.formats.checks import FormatChecks
+from carnice_build.formats.folder import read_object
 from carnice_build.formats.library import Library
+from carnice_build.models.base import QUANTIZATION
 from carnice_build.planning.planner import VariantPlan
+from carnice_build.tensors import Composite
 from carnice_build.verification import (
     acceptance,
     generate,
@@ -126,13 +129,15 @@ def _answer(engine: _Engine, task: Task) -> Answer:
 
 
 def _source_row(
-    engine: _Engine, model: str, variant: VariantPlan, tokenizer: Path, settings: RunSettings
+    engine: _Engine, model: str, variant: VariantPlan, folder: Path, settings: RunSettings
 ) -> PerplexityRow:
     def row(answer: Answer | None, missing: str = "") -> PerplexityRow:
         found = answer.perplexities if answer else ()
         return PerplexityRow(SOURCE, engine.library, found, missing, model)
 
     origins = source_tensors(variant)
+    if any(isinstance(origin.file, Composite) for origin in origins.values()):
+        return row(None, "experts of the source are not in the form that is loaded here")
     tensors = {
         canonical: (origin.file.name, origin.name)
         for canonical, origin in origins.items()
@@ -145,19 +150,18 @@ def _source_row(
     why_not = too_large(copies * sum(origin.spec.nbytes for origin in origins.values()))
     if why_not:
         return row(None, why_not)
-    source = SourceWeights(variant.config, tensors)
-    task = Task(
-        source, tokenizer, settings.text, settings.lengths, settings.samples, generate=False
-    )
+    # As published: the library may need entries that the source lacks.
+    config = read_object(folder / "config.json")
+    config = {key: value for key, value in config.items() if key not in QUANTIZATION}
+    source = SourceWeights(config, tensors)
+    task = Task(source, folder, settings.text, settings.lengths, settings.samples, generate=False)
     try:
         return row(_answer(engine, task))
     except BackendError as error:
         return row(None, str(error))
 
 
-def _acceptance(
-    variant: VariantPlan, folder: Path, settings: RunSettings, tables: Tables
-) -> Check:
+def _acceptance(variant: VariantPlan, folder: Path, settings: RunSettings, tables: Tables) -> Check:
     """The drafts that mlx-vlm accepts, beside our own count on the same weights."""
     if not variant.companions:
         return skipped(acceptance.NAME, "there is no drafter")

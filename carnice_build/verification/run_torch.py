@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from carnice_build.chat.files import TEMPLATE_NAME
-from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CarniceError
 from carnice_build.formats.checks import FormatChecks, TorchChecks
 from carnice_build.formats.folder import open_folder
@@ -152,7 +151,7 @@ class _Run:
         """What is compared, by the name of its row, the source first if it is here."""
         name, models = self.variant.name, {}
         tensors = source_tensors(self.variant)
-        if all(isinstance(tensor.file, LocalFile) for tensor in tensors.values()):
+        if all(tensor.file and tensor.file.local for tensor in tensors.values()):
             models[SOURCE] = StoredModel(self.variant.architecture, tensors)
         models[name] = self._dequantized()
         if self.checks.activations:

@@ -16,16 +16,17 @@ from carnice_build.verification.running import RunSettings, Tables
 
 @dataclass(frozen=True)
 class Runner:
-    """`run` makes the checks of these `names`, in their order."""
+    """`run` makes the checks of these `names`, in their order; some need the family's table."""
 
     names: tuple[str, ...]
     run: Callable[[FormatChecks, VariantPlan, Path, RunSettings, Tables], Iterator[Check]]
+    needs_table: bool
 
 
 RUNNERS: Mapping[Library, Runner] = {
-    Library.MLX_LM: Runner(run_mlx.NAMES, run_mlx.run_mlx),
-    Library.MLX_VLM: Runner(run_mlx.VLM_NAMES, run_mlx.run_mlx_vlm),
+    Library.MLX_LM: Runner(run_mlx.NAMES, run_mlx.run_mlx, needs_table=False),
+    Library.MLX_VLM: Runner(run_mlx.VLM_NAMES, run_mlx.run_mlx_vlm, needs_table=False),
     # What it is good for is seen with the model that it drafts for.
-    Library.MLX_VLM_DRAFTER: Runner((), lambda *_: iter(())),
-    Library.TRANSFORMERS: Runner(run_torch.NAMES, run_torch.run_torch),
+    Library.MLX_VLM_DRAFTER: Runner((), lambda *_: iter(()), needs_table=False),
+    Library.TRANSFORMERS: Runner(run_torch.NAMES, run_torch.run_torch, needs_table=True),
 }

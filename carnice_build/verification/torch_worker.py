@@ -20,7 +20,7 @@ from carnice_build.formats.checks import Rounding, TorchChecks
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.values import matrix, read_rows
 from carnice_build.graph import TensorData
-from carnice_build.models.base import Architecture, Part, Role
+from carnice_build.models.base import STACK, Architecture, Part, Role
 from carnice_build.tensors import SourceTensor
 from carnice_build.verification import fidelity
 from carnice_build.verification.fidelity import Fidelity
@@ -49,14 +49,24 @@ class StoredModel:
     activations: bool = False
 
     def tensor(self, name: str) -> Any:
-        """A torch tensor: dequantized to float32, or in its own type."""
+        """A torch tensor: dequantized to float32, or in its own type; a stack as one."""
+        import torch
+
+        if STACK not in name or name in self.tensors:
+            return self._one(name, name.rpartition(".")[0])
+        fact = self.architecture.tensors[name]
+        experts = (name.replace(STACK, str(number)) for number in range(fact.shape[0]))
+        return torch.stack([self._one(expert, fact.module) for expert in experts])
+
+    def _one(self, name: str, module: str) -> Any:
+        """A tensor of the folder; `module` is what the plan calls the one that owns it."""
         import torch
 
         from carnice_build.backends.tensors import as_tensor
 
-        module = name.rpartition(".")[0]
-        if self.checks and self.quantized and module in self.quantized:
-            values = self.checks.values(self.tensors, module, self.quantized[module])
+        owner, _, part = name.rpartition(".")
+        if self.checks and self.quantized and module in self.quantized and part == "weight":
+            values = self.checks.values(self.tensors, owner, self.quantized[module])
             return torch.from_numpy(values.rows(0, values.shape[0]))
         if name not in self.tensors:
             raise BackendError(f"tensor {name} is missing")

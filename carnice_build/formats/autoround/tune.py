@@ -29,7 +29,8 @@ class Tune(ProcessOp):
     Inputs: tokens; hidden states [samples, length, hidden] before the layer, of the model as it
     was and of the quantized one; the layer's tensors.
     Outputs: losses F32 [2], mean squared errors of the layer's outputs when rounded to nearest
-    and when tuned; then qweight, qzeros and scales of each linear.
+    and when tuned; then qweight, qzeros and scales of each linear, of a stack with the number of
+    experts in front.
     Parameters: `linears` to quantize, by their names in the layer; `settings`, those of
     `backends.autoround.AutoRoundSettings`; `names`, `layer`, `config`, `threads` and `processor`.
     """
@@ -46,9 +47,10 @@ class Tune(ProcessOp):
         weights = dict(zip(params["names"], inputs[3:], strict=True))
         group_size = params["settings"]["group_size"]
         packed = [
-            spec
+            TensorSpec(spec.dtype, (*experts, *spec.shape))
             for linear in params["linears"]
-            for spec in packed_specs(weights[f"{linear}.weight"], group_size)
+            for experts, weight in [_of_each(weights[f"{linear}.weight"])]
+            for spec in packed_specs(weight, group_size)
         ]
         return TensorSpec("F32", (2,)), *packed
 
@@ -117,6 +119,12 @@ class Advance(ProcessOp):
         end = 3 + len(params["names"])
         weights, packed = inputs[3:end], inputs[end:]
         advance(params, samples(inputs[0]), inputs[1:3], weights, packed, outputs, progress)
+
+
+def _of_each(weight: TensorSpec) -> tuple[tuple[int, ...], TensorSpec]:
+    """How many experts a weight is of, none for a matrix, and what each of them has."""
+    experts, matrix = weight.shape[:-2], weight.shape[-2:]
+    return experts, TensorSpec(weight.dtype, matrix)
 
 
 def _weights(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:

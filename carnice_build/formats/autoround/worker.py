@@ -12,7 +12,9 @@ from torch import Tensor
 from carnice_build.backends.autoround import (
     AutoRoundSettings,
     QuantizedLinear,
+    linear_layer,
     run_in_batches,
+    stack_of,
     tune_layer,
 )
 from carnice_build.backends.tensors import as_data
@@ -21,6 +23,7 @@ from carnice_build.calibration.layer_files import HiddenStates, layer_name, laye
 from carnice_build.dtypes import NUMPY_NAME
 from carnice_build.errors import CheckpointError
 from carnice_build.kernels.autoround import dequantize_rows, pack
+from carnice_build.models.base import STACK
 from carnice_build.tensor_file import TensorFile
 
 
@@ -43,7 +46,12 @@ def tune(
         raise CheckpointError(f"{layer_name(params, weights)}: {error}") from None
     outputs[0].write(np.array([tuned.nearest_loss, tuned.loss], np.float32))
     for index, name in enumerate(params["linears"]):
-        _write_packed(tuned.linears[name], outputs[1 + 3 * index : 4 + 3 * index])
+        files = outputs[1 + 3 * index : 4 + 3 * index]
+        if STACK in name:
+            parts = [item for key, item in tuned.linears.items() if stack_of(key) == name]
+            _write_packed(parts, files)
+        else:
+            _write_packed([tuned.linears[name]], files)
     progress()
 
 
@@ -65,7 +73,7 @@ def advance(
         for index, name in enumerate(params["linears"])
     }
     for source, target, changed in zip(hidden, outputs, ({}, quantized), strict=True):
-        layer = driver.layer(given | changed)
+        layer = linear_layer(driver, given | changed)
         states = list(HiddenStates(source, samples, driver.enter))
         for index, state in enumerate(run_in_batches(driver, layer, states, settings)):
             target.write_row(index, as_data(state[0]).array)
@@ -78,17 +86,21 @@ def _driver(params: Mapping[str, Any], settings: AutoRoundSettings) -> LayerDriv
 
 
 def _dequantized(files: Sequence[TensorFile]) -> Tensor:
-    """Float32 [out, in] of qweight, qzeros and scales."""
+    """Float32 [..., out, in] of qweight, qzeros and scales."""
     qweight, qzeros, scales = (file.read() for file in files)
-    weight = np.empty((qweight.shape[1], 8 * qweight.shape[0]), np.float32)
-    dequantize_rows(qweight, qzeros, scales, 0, weight)
+    *experts, rows, columns = qweight.shape
+    weight = np.empty((*experts, columns, 8 * rows), np.float32)
+    for index in np.ndindex(*experts):
+        dequantize_rows(qweight[index], qzeros[index], scales[index], 0, weight[index])
     return torch.from_numpy(weight)
 
 
-def _write_packed(linear: QuantizedLinear, files: Sequence[TensorFile]) -> None:
-    weight, scale = as_data(linear.weight), as_data(linear.scale)
+def _write_packed(linears: Sequence[QuantizedLinear], files: Sequence[TensorFile]) -> None:
     arrays = [np.empty(file.spec.shape, NUMPY_NAME[file.spec.dtype]) for file in files]
-    bad_index = pack(weight.array, weight.dtype, scale.array, 0, *arrays)
-    assert bad_index < 0, "a tuned weight lies beside its own grid"
+    for linear, index in zip(linears, np.ndindex(*files[0].spec.shape[:-2]), strict=True):
+        weight, scale = as_data(linear.weight), as_data(linear.scale)
+        packed = [array[index] for array in arrays]
+        bad_index = pack(weight.array, weight.dtype, scale.array, 0, *packed)
+        assert bad_index < 0, "a tuned weight lies beside its own grid"
     for file, array in zip(files, arrays, strict=True):
         file.write(array)

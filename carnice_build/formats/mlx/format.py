@@ -21,7 +21,7 @@ from carnice_build.formats.base import Companion, Conversion, Format, OutputTens
 from carnice_build.formats.blame import about_module
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.elementwise import Elementwise
-from carnice_build.formats.mlx.conversion import mlx_trace
+from carnice_build.formats.mlx.conversion import knows, mlx_trace
 from carnice_build.formats.mlx.files import mlx_files, section_of, short_section
 from carnice_build.formats.mlx.ops import (
     SUFFIXES,
@@ -84,6 +84,10 @@ class MlxFormat(Format):
     nonfinite: Literal["refuse", "zero"] = Field(
         "refuse", description="NaN and infinity in a weight stop the build, or count as 0."
     )
+
+    def takes_untabled(self, model_type: str) -> bool:
+        """See `Format.takes_untabled`."""
+        return knows(model_type, self.library)
 
     def engine_reads(self) -> Collection[Reads]:
         """A tokenizer, and a processor where there may be a tower: mlx-lm has none."""
@@ -152,7 +156,7 @@ class MlxFormat(Format):
         order = {name: index for index, name in enumerate(facts)}
         items = sorted(trace.tensors, key=lambda item: order[item.sources[0].name])
         weights = {
-            item.name: facts[item.sources[0].name] for item in items if self._fits(item, trace)
+            item.name: facts[item.sources[0].name] for item in items if item.module in trace.modules
         }
         rules = rules_by_module(self.rules, list(weights.values()), context)
         made = _Made(self, trace, view, context)
@@ -169,12 +173,6 @@ class MlxFormat(Format):
     def trace(self, view: View, context: PlanContext) -> Trace:
         """What becomes of the view."""
         return mlx_trace(view, context, self.library)
-
-    def _fits(self, item: Traced, trace: Trace) -> bool:
-        """Whether MLX would quantize the tensor: it skips inputs that make no whole groups."""
-        path, _, suffix = item.name.rpartition(".")
-        fits = item.spec.shape[-1:] and item.spec.shape[-1] % self.group_size == 0
-        return suffix == "weight" and path in trace.modules and bool(fits)
 
     def _settings(
         self, own: Mapping[str, Any], rules: Sequence[tuple[int, MlxRule]]
@@ -208,7 +206,7 @@ class _Made:
 
     def own(self, item: Traced) -> Mapping[str, Any]:
         """Bits and group size of a module by the model's own code, as far as it says."""
-        stated = self._trace.modules[item.name.rpartition(".")[0]]
+        stated = self._trace.modules[item.module]
         return {key: stated[key] for key in ("group_size", "bits") if key in stated}
 
     def add_plain(self, item: Traced, fact: TensorFact) -> None:
@@ -245,7 +243,7 @@ class _Made:
                 dtype = {"dtype": item.spec.dtype}
                 (ref,) = self._transformed(Transform(), item, refs, dtype)
                 made = self._affine(params, ref, item)
-        path = item.name.rpartition(".")[0]
+        path = item.module
         outputs = [
             OutputTensor(f"{path}.{suffix}", out, fact)
             for suffix, out in zip(SUFFIXES, made, strict=True)

@@ -10,7 +10,6 @@ from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Traced
 from carnice_build.models.base import Architecture
 
-
 DRAFTED = frozenset({"qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"})
 """The families whose MTP head mlx-vlm makes a drafter of, all in one way."""
 
@@ -35,6 +34,13 @@ def published(architecture: Architecture, target: Target) -> Mapping[str, Traced
 def published_drafter(architecture: Architecture) -> Mapping[str, Traced]:
     """As `published`, of the folder with the MTP head alone."""
     return _names(architecture, drafter_table())
+
+
+def known_names(architecture: Architecture) -> Mapping[str, Traced]:
+    """As `published`, whatever library a folder is for: no two call two tensors alike."""
+    heads = published_drafter(architecture) if architecture.name in DRAFTED else {}
+    targets = (published(architecture, target) for target in Target)
+    return dict(item for names in (heads, *targets) for item in names.items())
 
 
 def _names(architecture: Architecture, table: Table) -> Mapping[str, Traced]:

@@ -29,11 +29,11 @@ from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme, names, only_group, statements
 from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows
 from carnice_build.kernels import nvfp4
-from carnice_build.models.base import Architecture, Role
+from carnice_build.models.base import LINEARS, STACK, Architecture, Role
 from carnice_build.tensors import SourceTensor
 
 _CONFIG, _TWIN = "config.json", "hf_quant_config.json"
-_ROLES = (Role.LINEAR, Role.EMBEDDING, Role.CONV)
+_ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
 _SCALARS = (".weight_scale_2", ".input_scale")
 
 _FLOAT32_SLACK = 1.001
@@ -82,17 +82,20 @@ class Nvfp4Checks(TorchChecks):
         for name, tensor in folder.tensors.items():
             if name.endswith(_SCALARS) and not _is_scale(_read_scalar(tensor)):
                 yield f"tensor {name} is no positive number"
-        for fusion in architecture.fusions:
+        for parts in _fused(architecture):
             for part in _SCALARS:
-                yield from _shared(folder, fusion.parts, part)
+                yield from _shared(folder, parts, part)
 
     def values(self, tensors: Tensors, module: str, scheme: Scheme) -> Nvfp4Values:
         """See `FormatChecks.values`."""
         return Nvfp4Values(tensors, module)
 
     def input_rounding(self, tensors: Tensors, module: str) -> Rounding:
-        """See `TorchChecks.input_rounding`: rounded in blocks under the static `input_scale`."""
-        scale = _scalar(tensors, f"{module}.input_scale")
+        """See `TorchChecks.input_rounding`: rounded in blocks under the static `input_scale`.
+
+        All experts have one.
+        """
+        scale = _scalar(tensors, f"{module.replace(STACK, '0')}.input_scale")
 
         def rounded(rows: Floats) -> Floats:
             out = np.empty_like(rows)
@@ -183,6 +186,15 @@ def _read_scalar(tensor: SourceTensor) -> float:
     buffer = bytearray(4)
     tensor.file.read_into(tensor.offset, memoryview(buffer))
     return float(struct.unpack("<f", buffer)[0])
+
+
+def _fused(architecture: Architecture) -> Iterator[Sequence[str]]:
+    """What engines fuse; of experts, the linears of each."""
+    for fusion in architecture.fusions:
+        stacked = STACK in fusion.module
+        count = architecture.built[f"{fusion.parts[0]}.weight"].shape[0] if stacked else 1
+        for number in range(count):
+            yield [part.replace(STACK, str(number)) for part in fusion.parts]
 
 
 def _shared(folder: ModelFolder, parts: Sequence[str], part: str) -> Iterator[str]:

@@ -3,6 +3,8 @@
 A linear weight becomes packed E2M1 codes, an E4M3 scale a block and one float32 scale a tensor.
 Linears that read the same input share the latter, and the scale of that input, which comes from
 a calibration: serving engines run them as one.
+Each expert of a layer has scales of its own for its weights; that of the input is one for all
+experts, whichever of them a token was sent to.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from carnice_build.formats.nvfp4.ops import BLOCK, BlockQuantize, InputScales
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import LINEARS, Role, TensorFact
-from carnice_build.models.kept import KEEP_LISTS
+from carnice_build.models.base import LINEARS, Part, Role, TensorFact
+from carnice_build.models.kept import KEEP_LISTS, MTP_HEADS
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
 from carnice_build.serving.profile import Serving, ServingProfiles
@@ -115,17 +117,24 @@ class Nvfp4Format(Format):
             )
         ]
         check_fusions(chosen, view, context.architecture)
+        figures = {
+            f"tokens sent to each expert of layer {layer}": counts
+            for layer, counts in activations.experts.items()
+        }
         return Conversion(
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
             quantized=dict.fromkeys(chosen, SCHEME),
             ignored=unquantized_modules(context.architecture, chosen, _PLAIN_ROLES),
+            figures=figures,
         )
 
     def _quantized(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
-        names = [fact.name for fact in facts]
-        left = set(Patterns(list(KEEP_LISTS[self.defaults])).select(names))
-        left |= kept(self.keep, names)
+        names, patterns = [fact.name for fact in facts], KEEP_LISTS[self.defaults]
+        left = set(Patterns(list(patterns)).select(names)) | kept(self.keep, names)
+        if MTP_HEADS in patterns:
+            # Their names differ from family to family.
+            left |= {fact.name for fact in facts if fact.part is Part.MTP}
         for fact in facts:
             if fact.role is Role.LINEAR and fact.name not in left:
                 yield fact
@@ -147,11 +156,14 @@ def _layer(
     if not groups:
         return {}
     amax, linears = activations.amax(layer)
-    indices = [
-        [index for fact in group for index, linear in enumerate(linears) if linear == fact.module]
-        for group in groups
-    ]
-    scales = context.graph.add(InputScales(), {"groups": indices}, amax)
+    places: dict[str, list[int]] = {}
+    for index, linear in enumerate(linears):
+        places.setdefault(linear, []).append(index)
+    params = {
+        "groups": [[index for fact in group for index in places[fact.module]] for group in groups],
+        "shapes": [view[group[0].name].spec.shape[:-2] for group in groups],
+    }
+    scales = context.graph.add(InputScales(), params, amax)
     return {
         fact.module: tensors
         for group, scale in zip(groups, scales, strict=True)

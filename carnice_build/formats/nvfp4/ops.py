@@ -63,24 +63,25 @@ class BlockQuantize(ArrayOp):
 class InputScales(ArrayOp):
     """The static scales of activations: amax / (6 * 448), one for each group of linears.
 
-    Input: amax F32 [linears].  Outputs: F32 [] for each entry of `groups`, a list of the indices
-    into amax that share a scale.
+    Input: amax F32 [linears], 0 for an expert that no token was sent to.
+    Outputs: for each entry of `groups`, a list of the indices into amax that share a scale, that
+    scale in F32 of the shape that `shapes` has there: [], or [experts] to be published for each.
     """
 
     name = "nvfp4.input_scales"
-    version = 1
+    version = 2
     libraries = ("numpy",)
 
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
-        """One scalar a group."""
-        return tuple(TensorSpec("F32", ()) for _ in params["groups"])
+        """One scalar a group, or as many copies as there are experts."""
+        return tuple(TensorSpec("F32", tuple(shape)) for shape in params["shapes"])
 
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Fill the scalars; raises NonFiniteValue, and BadInput for what is no magnitude."""
+        """Fill the outputs; raises NonFiniteValue, and BadInput for what is no magnitude."""
         from carnice_build.kernels.elementwise import non_finite_index
         from carnice_build.kernels.nvfp4 import input_scale
 

@@ -1,0 +1,273 @@
+"""What a family table may not say, and what no config can make of its formulas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import TABLED
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from zoo import FAMILIES
+
+from carnice_build.errors import CarniceError, CheckpointError, RecipeError
+from carnice_build.models import architecture_of, known_types
+from carnice_build.models.formulas import FormulaError, compiled, evaluate
+from carnice_build.models.table import SHIPPED, FamilyTable
+
+TABLE = """\
+about: A family.
+defaults:
+  inner: 2 * hidden_size
+values:
+  wide: inner + 1
+kind: "'full'"
+model:
+  - {name: embed.weight, part: embed, role: embedding, shape: [8, hidden_size]}
+  - {repeat: layers, prefix: 'layers.{}.', rows: layer, part: layers}
+blocks:
+  layer:
+    - {name: norm.weight, role: norm, shape: [hidden_size]}
+    - {name: up.weight, role: linear, shape: [wide, hidden_size]}
+"""
+CONFIG = {"hidden_size": 16, "layers": 2, "name": "text", "many": [1, 2]}
+
+
+def table(folder: Path, text: str = TABLE, config: Mapping[str, Any] = CONFIG) -> FamilyTable:
+    """The table of `text`, evaluated."""
+    path = folder / "family.yaml"
+    path.write_text(text, encoding="utf-8")
+    found = FamilyTable(path, config, "config.json")
+    assert found.built
+    return found
+
+
+def test_the_table_of_these_tests_is_one(tmp_path: Path) -> None:
+    """Values and defaults follow from what the config states."""
+    found = table(tmp_path)
+
+    assert (33, 16) == found.tensors["layers.1.up.weight"].shape
+
+
+LIES = {
+    "a formula that is none": ("shape: [wide,", "shape: [2 *,", 13, "'2 *' is no formula"),
+    "one that calls": ("shape: [wide,", "shape: [open(1),", 13, "may call min, max, len, int"),
+    "one that reaches out": ("2 * hidden_size", "hidden_size.real.imag", 3, "one dot"),
+    "one that is too long": ("2 * hidden_size", "1" + "+1" * 200, 3, "400 characters"),
+    "one of text": ("2 * hidden_size", "2 * 'x'", 3, "cannot count with 'x'"),
+    "one that divides by zero": ("2 * hidden_size", "hidden_size // 0", 3, "divides by zero"),
+    "one that has no such item": ("2 * hidden_size", "many[2]", 3, "has no value"),
+    "a size that is none": ("shape: [wide,", "shape: [0 * wide,", 13, "gives 0 for config.json"),
+    "a default that is no size": ("2 * hidden_size", "-2 * hidden_size", 3, "gives -32"),
+    "a tensor twice": ("name: up.weight", "name: norm.weight", 13, "'layers.0.norm.weight' once"),
+    "no such block": ("rows: layer", "rows: layers", 9, "there is no block 'layers'"),
+    "no layers": ("part: layers", "part: mtp", 8, "has no decoder layers"),
+    "an unknown role": ("role: linear", "role: lineal", 13, "'embedding', 'linear'"),
+    "an unknown key": ("kind:", "kinds:", 6, "Extra inputs"),
+    "a kind that is no name": ("\"'full'\"", "layer", 6, "gives 0 for layer 0"),
+    "an end that is not there": ("2 * hidden_size", "wide", 3, "'inner' is follows from itself"),
+    "another that is not there": ("about:", "extends: other\nabout:", 1, "no table 'other'"),
+    "itself": ("about:", "extends: family\nabout:", 1, "extends itself"),
+    "another elsewhere": ("about:", "extends: ../other\nabout:", 1, "no table '../other'"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_table_that_lies_is_told_where(tmp_path: Path, lie: str) -> None:
+    """File and line of the entry, and what is wrong with it."""
+    old, new, line, said = LIES[lie]
+    assert old in TABLE
+    with pytest.raises(RecipeError) as raised:
+        table(tmp_path, TABLE.replace(old, new))
+
+    assert f"family.yaml:{line}:" in str(raised.value)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"hidden_size": "16"},
+        {"hidden_size": 0},
+        {"hidden_size": 2**40},
+        {"hidden_size": True},
+        {"hidden_size": [16]},
+        {"layers": 0},
+        {"layers": 10**6},
+        {"layers": "2"},
+        {"inner": "x"},
+    ],
+    ids=str,
+)
+def test_a_config_that_lies_is_told_by_its_entry(
+    tmp_path: Path, entries: dict[str, object]
+) -> None:
+    """The table is right, so that the error is of the config."""
+    (name,) = entries
+    with pytest.raises(CheckpointError, match=f"config.json: config entry {name} is"):
+        table(tmp_path, config={**CONFIG, **entries})
+
+
+def test_a_list_of_layers_is_as_long_as_the_model(tmp_path: Path) -> None:
+    """What each layer is, the config says for all of them."""
+    text = TABLE.replace("\"'full'\"", "names[layer]")
+    with pytest.raises(CheckpointError, match=r"config entry names is .* expected 2 entries"):
+        table(tmp_path, text, {**CONFIG, "names": ["full"]})
+
+
+def test_a_table_of_ones_own_comes_first_and_may_extend_ours(tmp_path: Path) -> None:
+    """What it does not say is taken from the other, block by block."""
+    (tmp_path / "family.yaml").write_text("about: Mine.\nextends: llama\ndefaults: {head_dim: 4}\n")
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    found = FamilyTable(tmp_path / "family.yaml", config, "config.json")
+
+    assert (8, 16) == found.tensors["model.layers.0.self_attn.q_proj.weight"].shape
+
+
+# --- formulas -------------------------------------------------------------------------------------
+
+HOSTILE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**200), 2**200)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.just("9" * 5000),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+NAMES = ("a", "b", "c")
+ATOMS = st.sampled_from([*NAMES, "0", "1", "-3", "2.5", "10 ** 9", "'x'", "None", "a.b", "[]"])
+OPERATORS = ["+", "-", "*", "//", "/", "%", "**", "<<", "<", "==", "in", "and", "or"]
+EXPRESSIONS = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from(OPERATORS), inner).map(
+            lambda parts: "({} {} {})".format(*parts)
+        ),
+        st.tuples(inner, inner).map(lambda parts: "{}[{}]".format(*parts)),
+        st.tuples(inner, inner, inner).map(lambda parts: "({} if {} else {})".format(*parts)),
+        st.tuples(st.sampled_from(["min", "max", "len", "int", "not ", "-", "print"]), inner).map(
+            lambda parts: "{}({})".format(*parts)
+        ),
+        st.lists(inner, max_size=3).map(lambda parts: f"[{', '.join(parts)}]"),
+    ),
+    max_leaves=12,
+)
+
+
+class Names:
+    """A scope of names, which counts what it is asked."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    def value(self, name: str) -> Any:
+        if name not in self.values:
+            raise FormulaError("has no such name")
+        return self.values[name]
+
+
+@settings(max_examples=400)
+@given(EXPRESSIONS, st.fixed_dictionaries(dict.fromkeys(NAMES, HOSTILE)))
+@example("a * 10 ** 9", {"a": "x"})
+@example("int(a)", {"a": float("inf")})
+@example("a % b", {"a": "%999999999d", "b": 1})
+@example("a == b", {"a": [[1]] * 3, "b": [[1]] * 3})
+def test_a_formula_has_a_value_or_says_that_it_has_none(text: str, values: dict[str, Any]) -> None:
+    """Whatever a config holds, nothing else is raised, and no number grows without bounds."""
+    try:
+        found = evaluate(text, Names(values))
+    except FormulaError:
+        return
+
+    assert not isinstance(found, int) or abs(found) <= 2**80 or found in _integers(values)
+
+
+def _integers(value: Any) -> list[int]:
+    """The numbers that a config states, and those that its texts spell."""
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in _integers(item)]
+    if isinstance(value, list):
+        return [number for item in value for number in _integers(item)]
+    return [int(value)] if isinstance(value, int) or str(value).isdecimal() else []
+
+
+@given(st.text(max_size=60))
+def test_no_text_is_more_than_a_formula(text: str) -> None:
+    """It is one that these names suffice for, or none at all."""
+    try:
+        compiled(text)
+    except FormulaError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('true')",
+        "().__class__.__bases__[0].__subclasses__()",
+        "[x for x in range(9)]",
+        "(lambda: 1)()",
+        "f'{a}'",
+        "a := 1",
+        "2 ** 99999999",
+        "1 << 99999999",
+        "len(*a)",
+        "max(a, key=len)",
+        "a[1:2]",
+        "a.b.c",
+        "b'x'",
+        "1j",
+        "...",
+        "await a",
+        "{1: 2}",
+    ],
+)
+def test_what_is_no_formula_never_runs(text: str) -> None:
+    """Calls of anything but four functions, attributes, comprehensions, powers: all are refused."""
+    with pytest.raises(FormulaError):
+        evaluate(text, Names({"a": [1, 2], "b": 1}))
+
+
+@settings(max_examples=25)
+@given(st.data())
+@pytest.mark.parametrize("family", TABLED)
+def test_no_config_makes_a_table_that_ships_fail_otherwise(family: str, data: Any) -> None:
+    """Entries that hold anything, or are missing: the model is known, or one sentence says why."""
+    entry = FAMILIES[family]
+    config = {"model_type": entry.model_type, **json.loads(json.dumps(entry.config))}
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for _ in range(data.draw(st.integers(1, 3))):
+        section = data.draw(st.sampled_from(sections))
+        name = data.draw(st.sampled_from(sorted(section)))
+        if name != "model_type":
+            section[name] = data.draw(HOSTILE)
+    try:
+        architecture = architecture_of(config, "config.json")
+        found = (architecture.tensors, architecture.fusions, architecture.smoothing)
+        found += (architecture.kv_geometry, architecture.published_config(set()))
+        found += (architecture.shared_inputs(0), architecture.text_config)
+    except CarniceError as error:
+        assert len(str(error)) < 10_000
+    else:
+        assert all(item is not None for item in found)
+
+
+@pytest.mark.parametrize("model_type", known_types())
+def test_a_bare_config_is_a_model_or_one_sentence(model_type: str) -> None:
+    """With a type and nothing else: defaults fill what is missing, or it is told."""
+    try:
+        found = architecture_of({"model_type": model_type}, "config.json")
+    except CarniceError as error:
+        assert "config.json: " in str(error)
+    else:
+        assert found.tensors
+
+
+def test_tables_that_ship_are_files_of_their_own() -> None:
+    """The folder holds tables, each under the name of a model type."""
+    assert {path.stem for path in SHIPPED.iterdir()} == set(known_types())
