@@ -30,7 +30,7 @@ class Role(StrEnum):
     ROUTER = "router"
     """A matrix that says which experts a token goes to, or how much of a shared one it gets."""
     EXPERTS = "experts"
-    """All experts of a layer as [experts, inputs, outputs], which no format takes as a stack."""
+    """All experts of a layer as one tensor [experts, inputs, outputs], which is no stack."""
     BIAS = "bias"
     NORM = "norm"
     CONV = "conv"
@@ -45,6 +45,9 @@ QUANTIZABLE = (Role.EMBEDDING, Role.LINEAR)
 
 LINEARS = (Role.LINEAR, Role.ROUTER)
 """What engines build as linears, and take for quantized unless a config says otherwise."""
+
+MULTIPLIED = (Role.LINEAR, Role.EXPERTS)
+"""What inputs are multiplied with, for one linear or for many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,11 @@ class TensorFact:
     def module(self) -> str:
         """The path of the module that owns the tensor."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def weights_of(self) -> str:
+        """What inputs are multiplied in by these weights: a module, or all experts of a layer."""
+        return self.name.removesuffix(".weight")
 
     @property
     def stacked(self) -> bool:

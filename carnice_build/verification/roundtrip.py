@@ -136,6 +136,9 @@ class _Comparison:
                 # The structure check names it.
                 return _Finding(skipped=True)
         module = tensors[0].name.rpartition(".")[0]
+        if tensors[0].fact.name in self._quantized:
+            # Experts that are one tensor, and no module by themselves.
+            module = tensors[0].fact.name
         try:
             if module in self._quantized and len(tensors) > 1:
                 return self._packed(module, tensors)

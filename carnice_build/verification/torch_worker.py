@@ -68,6 +68,10 @@ class StoredModel:
         if self.checks and self.quantized and module in self.quantized and part == "weight":
             values = self.checks.values(self.tensors, owner, self.quantized[module])
             return torch.from_numpy(values.rows(0, values.shape[0]))
+        if self.checks and self.quantized and name in self.quantized:
+            values = self.checks.values(self.tensors, name, self.quantized[name])
+            shape = self.architecture.tensors[name].shape
+            return torch.from_numpy(values.rows(0, values.shape[0])).view(shape)
         if name not in self.tensors:
             raise BackendError(f"tensor {name} is missing")
         spec = self.tensors[name].spec
@@ -117,13 +121,14 @@ def measure_perplexities(
 
     tokens = _tokens(tokenizer, text)
     sources = {name: model.source() for name, model in models.items()}
+    arithmetic = _arithmetic(next(iter(models.values())), threads)
     found: dict[str, list[Perplexity]] = {name: [] for name in models}
     for length in lengths:
         sequences = cut(tokens, length, samples or SAMPLES_ON_CPU)
         if not sequences:
             continue
         rows = [torch.tensor(row) for row in sequences]
-        for name, item in measure(sources, rows, _arithmetic(threads)).items():
+        for name, item in measure(sources, rows, arithmetic).items():
             found[name].append(Perplexity(length, len(rows), item.perplexity, item.error, item.kl))
     return found
 
@@ -135,7 +140,7 @@ def generate(model: StoredModel, tokenizer: Path, threads: int) -> Generation:
     from carnice_build.verification import quality
 
     loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
-    return quality.generate(model.source(), loaded, _arithmetic(threads))
+    return quality.generate(model.source(), loaded, _arithmetic(model, threads))
 
 
 def measure_acceptance(
@@ -154,7 +159,7 @@ def measure_acceptance(
     from carnice_build.calibration.text_model import OpenModel, ResidentModel
     from carnice_build.verification.drafting import acceptance
 
-    arithmetic = _arithmetic(threads)
+    arithmetic = _arithmetic(model, threads)
     tokens = _tokens(tokenizer, text)
     count = samples or PROMPTS
     stride = max(PROMPT_LENGTH, len(tokens) // count)
@@ -183,7 +188,7 @@ def measure_fidelity(
     return fidelity.measure(
         sources,
         loaded,
-        _arithmetic(threads),
+        _arithmetic(next(iter(models.values())), threads),
         answered=max(2, round(share * fidelity.ANSWERED)),
         read=max(2, round(share * fidelity.READ)),
     )
@@ -219,7 +224,8 @@ def _tokens(tokenizer: Path, text: Path) -> list[int]:
     return found
 
 
-def _arithmetic(threads: int) -> Any:
-    from carnice_build.calibration.driver import Arithmetic
+def _arithmetic(model: StoredModel, threads: int) -> Any:
+    """As models run here, each with the attention that transformers has for it."""
+    from carnice_build.calibration.driver import Arithmetic, usual_attention
 
-    return Arithmetic("float32", "sdpa", threads)
+    return Arithmetic("float32", usual_attention(model.architecture.text_config), threads)

@@ -24,7 +24,7 @@ import numpy as np
 from carnice_build.formats.checks import FolderReader, Rounding, Tensors, TorchChecks
 from carnice_build.formats.exclusions import ignore_problems
 from carnice_build.formats.folder import ModelFolder, read_object, section
-from carnice_build.formats.nvfp4.ops import BLOCK
+from carnice_build.formats.nvfp4.ops import BLOCK, published
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme, names, only_group, statements
 from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows
@@ -34,7 +34,7 @@ from carnice_build.tensors import SourceTensor
 
 _CONFIG, _TWIN = "config.json", "hf_quant_config.json"
 _ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
-_SCALARS = (".weight_scale_2", ".input_scale")
+_SCALARS = ("weight_scale_2", "input_scale")
 
 _FLOAT32_SLACK = 1.001
 """The quantizer computes in float32, so a weight halfway between codes may go either way."""
@@ -86,16 +86,17 @@ class Nvfp4Checks(TorchChecks):
             for part in _SCALARS:
                 yield from _shared(folder, parts, part)
 
-    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> Nvfp4Values:
+    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> Nvfp4Values | Nvfp4Experts:
         """See `FormatChecks.values`."""
-        return Nvfp4Values(tensors, module)
+        return (Nvfp4Experts if module in tensors else Nvfp4Values)(tensors, module)
 
     def input_rounding(self, tensors: Tensors, module: str) -> Rounding:
         """See `TorchChecks.input_rounding`: rounded in blocks under the static `input_scale`.
 
         All experts have one.
         """
-        scale = _scalar(tensors, f"{module.replace(STACK, '0')}.input_scale")
+        path = module.replace(STACK, "0")
+        scale = _scalar(tensors, published(path, "input_scale", path in tensors))
 
         def rounded(rows: Floats) -> Floats:
             out = np.empty_like(rows)
@@ -141,6 +142,56 @@ class Nvfp4Values:
         """See `QuantizedValues.allowance`."""
         blocks = source.reshape(-1, BLOCK)
         return allowance(blocks, self._scale_2).reshape(source.shape)
+
+
+class Nvfp4Experts:
+    """The weights of all experts as one tensor [experts, in, out], a row for each expert.
+
+    Blocks lie along the inputs.
+    """
+
+    tolerated = 0.0
+
+    def __init__(self, tensors: Tensors, name: str) -> None:
+        """Take what belongs to `name`; Incomparable when it does not fit together."""
+        try:
+            self._packed, self._scales = (
+                tensors[published(name, part, True)] for part in ("weight", "weight_scale")
+            )
+        except KeyError:
+            raise Incomparable(f"{name} is not in NVFP4") from None
+        experts, halves, self._outs = self._packed.spec.shape
+        self._ins = 2 * halves
+        self.shape = experts, self._ins * self._outs
+        if self._scales.spec.shape != (experts, self._ins // BLOCK, self._outs):
+            raise Incomparable(f"{name} has no scale for each block of {BLOCK}")
+        self._scale_2 = _scalar(tensors, published(name, "weight_scale_2", True))
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The experts from `start` to `stop`, dequantized."""
+        return self._turned(np.stack([self._expert(index) for index in range(start, stop)]))
+
+    def allowance(self, source: Floats, start: int) -> Floats:
+        """See `QuantizedValues.allowance`."""
+        weights = source.reshape(len(source), self._ins, self._outs).swapaxes(1, 2)
+        allowed = allowance(weights.reshape(-1, BLOCK), self._scale_2)
+        return self._turned(allowed.reshape(weights.shape))
+
+    def _expert(self, index: int) -> Floats:
+        """[out, in]."""
+        packed, scales = (
+            np.ascontiguousarray(
+                read_rows(item, item.spec, index, index + 1).array.reshape(item.spec.shape[1:]).T
+            )
+            for item in (self._packed, self._scales)
+        )
+        out = np.empty((self._outs, self._ins), np.float32)
+        nvfp4.dequantize_rows(packed, scales, self._scale_2, out)
+        return out
+
+    def _turned(self, experts: Floats) -> Floats:
+        """From [experts, out, in] to rows of [in, out]."""
+        return np.ascontiguousarray(experts.swapaxes(1, 2)).reshape(len(experts), -1)
 
 
 def allowance(blocks: Floats, scale_2: float) -> Floats:
@@ -199,8 +250,9 @@ def _fused(architecture: Architecture) -> Iterator[Sequence[str]]:
 
 def _shared(folder: ModelFolder, parts: Sequence[str], part: str) -> Iterator[str]:
     """Engines that fuse linears take the scale of one of them for all."""
-    there = [module + part for module in parts if module + part in folder.tensors]
+    names = [f"{module}.{part}" for module in parts]
+    there = [name for name in names if name in folder.tensors]
     found = {name: _read_scalar(folder.tensors[name]) for name in there}
     if len(set(found.values())) > 1:
         shown = ", ".join(f"{name} {value}" for name, value in found.items())
-        yield f"fused linears differ in {part[1:]}: {shown}"
+        yield f"fused linears differ in {part}: {shown}"

@@ -28,11 +28,17 @@ from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
 from carnice_build.formats.keep import kept
 from carnice_build.formats.nvfp4.files import modelopt_files
-from carnice_build.formats.nvfp4.ops import BLOCK, BlockQuantize, InputScales
+from carnice_build.formats.nvfp4.ops import (
+    BLOCK,
+    BlockQuantize,
+    ExpertsQuantize,
+    InputScales,
+    published,
+)
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import LINEARS, Part, Role, TensorFact
+from carnice_build.models.base import LINEARS, MULTIPLIED, Part, Role, TensorFact
 from carnice_build.models.kept import KEEP_LISTS, MTP_HEADS
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
@@ -97,7 +103,7 @@ class Nvfp4Format(Format):
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor of the view under its own name, the linears quantized."""
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
-        chosen = {fact.module: fact for fact in self._quantized(facts)}
+        chosen = {fact.weights_of: fact for fact in self._quantized(facts)}
         activations = Activations(Calibration(view, context.calibrated()))
         made: dict[str, list[OutputTensor]] = {}
         for layer in range(context.architecture.num_layers):
@@ -111,8 +117,8 @@ class Nvfp4Format(Format):
             tensor
             for fact in facts
             for tensor in (
-                made[fact.module]
-                if chosen.get(fact.module) is fact
+                made[fact.weights_of]
+                if chosen.get(fact.weights_of) is fact
                 else [OutputTensor(fact.name, view[fact.name], fact)]
             )
         ]
@@ -136,7 +142,7 @@ class Nvfp4Format(Format):
             # Their names differ from family to family.
             left |= {fact.name for fact in facts if fact.part is Part.MTP}
         for fact in facts:
-            if fact.role is Role.LINEAR and fact.name not in left:
+            if fact.role in MULTIPLIED and fact.name not in left:
                 yield fact
 
 
@@ -148,10 +154,8 @@ def _layer(
     context: PlanContext,
 ) -> dict[str, list[OutputTensor]]:
     """The tensors of each quantized module of a decoder layer."""
-    groups = [
-        [chosen[module] for module in group if module in chosen]
-        for group in context.architecture.shared_inputs(layer)
-    ]
+    shared = [*context.architecture.shared_inputs(layer), *_experts(chosen, layer)]
+    groups = [[chosen[module] for module in group if module in chosen] for group in shared]
     groups = [group for group in groups if group]
     if not groups:
         return {}
@@ -160,22 +164,38 @@ def _layer(
     for index, linear in enumerate(linears):
         places.setdefault(linear, []).append(index)
     params = {
-        "groups": [[index for fact in group for index in places[fact.module]] for group in groups],
-        "shapes": [view[group[0].name].spec.shape[:-2] for group in groups],
+        "groups": [
+            [index for fact in group for index in places[fact.weights_of]] for group in groups
+        ],
+        "shapes": [
+            view[group[0].name].spec.shape[:1] if group[0].stacked else () for group in groups
+        ],
     }
     scales = context.graph.add(InputScales(), params, amax)
     return {
-        fact.module: tensors
+        fact.weights_of: tensors
         for group, scale in zip(groups, scales, strict=True)
         for fact, tensors in _group(group, scale, view, context)
     }
 
 
+def _experts(chosen: Mapping[str, TensorFact], layer: int) -> Iterator[list[str]]:
+    """The weights of a layer's experts that are one tensor alone."""
+    return (
+        [path] for path, fact in chosen.items() if fact.layer == layer and fact.role is Role.EXPERTS
+    )
+
+
 def _group(
     group: Sequence[TensorFact], input_scale: TensorRef, view: View, context: PlanContext
 ) -> Iterator[tuple[TensorFact, list[OutputTensor]]]:
-    with about_module(", ".join(fact.module for fact in group)):
-        made = context.graph.add_each(BlockQuantize(), {}, *(view[fact.name] for fact in group))
+    inputs = [view[fact.name] for fact in group]
+    alone = group[0].role is Role.EXPERTS
+    with about_module(", ".join(fact.weights_of for fact in group)):
+        if alone:
+            made = context.graph.add(ExpertsQuantize(), {}, *inputs)
+        else:
+            made = context.graph.add_each(BlockQuantize(), {}, *inputs)
     for number, fact in enumerate(group):
         parts = {
             "input_scale": input_scale,
@@ -183,7 +203,5 @@ def _group(
             "weight_scale": made[2 * number + 1],
             "weight_scale_2": made[-1],
         }
-        yield (
-            fact,
-            [OutputTensor(f"{fact.module}.{suffix}", ref, fact) for suffix, ref in parts.items()],
-        )
+        named = {published(fact.weights_of, part, alone): ref for part, ref in parts.items()}
+        yield fact, [OutputTensor(name, ref, fact) for name, ref in named.items()]

@@ -12,6 +12,14 @@ from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, r
 BLOCK = 16
 
 
+def published(path: str, part: str, alone: bool) -> str:
+    """The name of a `part` of what is quantized at `path`.
+
+    `alone` is for the weights of all experts as one tensor, which have the path for a name.
+    """
+    return f"{path}.{part}" if not alone else f"{path}_{part}" if part != "weight" else path
+
+
 class BlockQuantize(ArrayOp):
     """NVFP4 weights of linears that share their second-level scale, bit for bit modelopt's.
 
@@ -58,6 +66,53 @@ class BlockQuantize(ArrayOp):
         for number, weight in enumerate(inputs):
             packed, scales = (output.array for output in outputs[2 * number : 2 * number + 2])
             nvfp4.quantize_rows(weight.array, weight.dtype, float(scale_2), packed, scales)
+
+
+class ExpertsQuantize(ArrayOp):
+    """NVFP4 weights of all experts as one tensor, bit for bit modelopt's: blocks lie along inputs.
+
+    Input: weights [experts, in, out].
+    Outputs: packed U8 [experts, in / 2, out]; scales F8_E4M3 [experts, in / 16, out]; the scale
+    that all experts share, F32 [].
+    """
+
+    name = "nvfp4.quantize_experts"
+    version = 1
+    libraries = ("numba", "numpy")
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Packed weights, scales, and the scale of all."""
+        experts, _, outs = inputs[0].shape
+        turned = TensorSpec(inputs[0].dtype, (outs, inputs[0].shape[1]))
+        packed, scales, scale_2 = BlockQuantize().infer(params, [turned])
+        return (
+            TensorSpec(packed.dtype, (experts, packed.shape[1], outs)),
+            TensorSpec(scales.dtype, (experts, scales.shape[1], outs)),
+            scale_2,
+        )
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Quantize one expert after another; raises NonFiniteValue."""
+        import numpy as np
+
+        from carnice_build.kernels import nvfp4
+
+        weights = inputs[0]
+        peak, bad_index = nvfp4.amax(weights.array, weights.dtype)
+        require_finite(bad_index)
+        scale_2 = nvfp4.weight_scale_2(peak)
+        outputs[2].array[...] = scale_2
+        for index, expert in enumerate(weights.array):
+            rows = np.ascontiguousarray(expert.T)
+            packed = np.empty((len(rows), rows.shape[1] // 2), np.uint8)
+            scales = np.empty((len(rows), rows.shape[1] // BLOCK), np.uint8)
+            nvfp4.quantize_rows(rows, weights.dtype, float(scale_2), packed, scales)
+            outputs[0].array[index] = packed.T
+            outputs[1].array[index] = scales.T
 
 
 class InputScales(ArrayOp):
