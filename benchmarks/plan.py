@@ -65,11 +65,11 @@ CASES = (
     Case("qwen3.6-40b-deckard"),
     Case("gemma-4-31b"),
     Case("qwen3.6-35b-a3b"),
-    Case("gpt-oss-120b"),
+    Case("gpt-oss-120b", steps="[{decode: {}}]"),
     Case("qwen3-235b-a22b"),
     Case("glm-4.6"),
-    Case("deepseek-v3"),
-    Case("kimi-k2", steps="[{drop: {match: '*.inv_freq'}}]"),
+    Case("deepseek-v3", steps="[{decode: {}}]"),
+    Case("kimi-k2", steps="[{drop: {match: '*.inv_freq'}}, {decode: {}}]"),
 )
 
 PHASES = (

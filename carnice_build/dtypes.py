@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 
 ITEM_SIZE: dict[str, int] = {
@@ -74,3 +74,12 @@ class TensorSpec:
     def row_bytes(self) -> int:
         """Bytes of one index along the first axis; all bytes for a scalar."""
         return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
+
+
+@lru_cache(maxsize=4096)
+def shared_spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
+    """One object for all tensors of a type and shape, of which a large model has few.
+
+    What follows from a spec is counted once, and equal ones are seen to be so at once.
+    """
+    return TensorSpec(dtype, shape)

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from carnice_build.dtypes import ITEM_SIZE, TensorSpec
+from carnice_build.dtypes import ITEM_SIZE, TensorSpec, shared_spec
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def members(name: str, spec: TensorSpec) -> Sequence[tuple[str, TensorSpec]]:
     if "*" not in name:
         return [(name, spec)]
     start, _, end = name.partition("*")
-    one = TensorSpec(spec.dtype, spec.shape[1:])
+    one = shared_spec(spec.dtype, spec.shape[1:])
     return [(f"{start}{index}{end}", one) for index in range(spec.shape[0])]
 
 

@@ -25,6 +25,7 @@ from tiny import Tensor, read_all_tensors, read_json
 
 from carnice_build.formats.registry import FORMATS
 from carnice_build.models import GROUP as FAMILIES
+from carnice_build.models import known_types
 from carnice_build.planning.vocabulary import vocabulary
 from carnice_build.recipe.schema import json_schema
 from carnice_build.steps.registry import STEPS
@@ -302,6 +303,13 @@ def test_every_fact_of_a_family_is_told() -> None:
     facts = {name for name in members()["Architecture"] if not name.startswith("_")}
 
     assert set() == {name for name in facts if f"`{name}`" not in page}
+
+
+def test_every_family_is_told() -> None:
+    """models.md names each model type that has a table."""
+    page = shown("models.md")
+
+    assert set() == {name for name in known_types() if f"`{name}`" not in page}
 
 
 def test_changes_are_told_once() -> None:

@@ -130,6 +130,39 @@ def test_a_range_stands_for_its_numbers(
     assert max(map(len, names)) == len(names[-1])
 
 
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("qwen3.6-35b-a3b", ""),
+        ("qwen3-235b-a22b", ""),
+        ("glm-4.6", ""),
+        ("gemma-4-31b", ""),
+        ("deepseek-v3", "{decode: {}}"),
+        ("kimi-k2", "{drop: {match: '*.inv_freq'}}, {decode: {}}"),
+    ],
+)
+def test_large_models_are_planned_tensor_by_tensor(tmp_path: Path, name: str, steps: str) -> None:
+    """The tables know every tensor of the published checkpoints, and miss none."""
+    recipe = tmp_path / "recipes" / "large.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text(
+        "variant: large\ndescription: a large model\nsources: {body: {model: it/self}}\n"
+        f"steps: [{steps}]\nquantize: {{format: fp8-dynamic}}\n"
+    )
+    (recipe.parent / "_profiles.yaml").write_text("demo: hub\n")
+    body = SHAPES / f"{name}.json"
+    options = Options(recipes=recipe.parent, sources={"body": body})
+    planned = plan_variants(["large"], options).variants[0]
+    ends = ("_scale_inv", ".inv_freq")
+    counted = (
+        tensor.spec.size
+        for tensor in planned.body.tensors.values()
+        if not tensor.name.endswith(ends)
+    )
+
+    assert planned.conversion.parameters == sum(counted)
+
+
 @pytest.mark.parametrize(("name", "count"), [("qwen3.6-27b", 1199), ("qwen3.6-40b-deckard", 1623)])
 def test_the_table_derives_every_tensor_from_the_config(name: str, count: int) -> None:
     """Names and shapes of the architecture table are those that transformers makes."""

@@ -13,7 +13,7 @@ from samples import OPS, OpSample, each
 from carnice_build import keys
 from carnice_build.dtypes import TensorSpec
 from carnice_build.formats.mlx.ops import AffineQuantize
-from carnice_build.graph import Action, ActionGraph, ActionOutput, Op, TensorRef
+from carnice_build.graph import Action, ActionGraph, ActionOutput, Op, Stacked, TensorRef
 from carnice_build.keys import DigestSink
 from carnice_build.planning.explain import FactsSink
 from carnice_build.tensors import SourceTensor
@@ -101,7 +101,9 @@ def test_versions_are_in_the_key(sample: OpSample, monkeypatch: pytest.MonkeyPat
         with monkeypatch.context() as patch:
             patch.setattr(keys, "library_version", updated(library))
             found.add(action(op, sample.params, *specs).key(digests))
-    monkeypatch.setattr(type(op), "version", op.version + 1)
+    # What is made of another op has its version, which is no fact of the class.
+    owner = op if isinstance(op, Stacked) else type(op)
+    monkeypatch.setattr(owner, "version", op.version + 1)
     found.add(action(op, sample.params, *specs).key(digests))
 
     assert len(found) == 2 + len(op.libraries)

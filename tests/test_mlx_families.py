@@ -134,7 +134,7 @@ def model_of(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, Tens
     specs = {}
     for fact in architecture.tensors.values():
         names = [*Numbered({fact.name: TensorSpec("BF16", fact.shape)}).tensors]
-        names += [fact.fused[0]] if fact.fused else []
+        names += [fact.fused.name] if fact.fused else []
         if held := [name for name in names if name in stored]:
             specs[fact.name] = TensorSpec(stored[held[0]].dtype, fact.shape)
     return config, architecture, specs
@@ -190,20 +190,16 @@ def test_what_a_table_makes_of_the_config_loads(zoo: Zoo, tmp_path: Path, family
 # --- plans and builds ----------------------------------------------------------------------------
 
 
-def recipe(project: Project, **knobs: Any) -> None:
+def recipe(project: Project, *steps: dict[str, Any], **knobs: Any) -> None:
     """A recipe `family`, whose source is to be given."""
     content = {
         "variant": "family",
         "description": "a family",
         "sources": {"body": {"model": "example/family"}},
+        "steps": steps,
         "quantize": {"format": "mlx", "bits": 4, **knobs},
     }
     write_json(project.recipes / "family.yaml", content)
-
-
-BUILT: Sequence[tuple[str, Layout]] = [
-    (family, layout) for family, layout in TAKEN if FAMILIES[family].model_type in KNOWN
-]
 
 
 def quantized_source(folder: Path) -> bool:
@@ -211,15 +207,15 @@ def quantized_source(folder: Path) -> bool:
     return "quantization_config" in json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize(("family", "layout"), BUILT)
+@pytest.mark.parametrize(("family", "layout"), TAKEN)
 def test_a_built_folder_is_what_mlx_lm_converts(
     project: Project, zoo: Zoo, family: str, layout: Layout
 ) -> None:
-    """The program's own folder, from a plan of the family, has mlx-lm's tensors; it verifies."""
+    """The program's own folder has mlx-lm's tensors, with or without a table; it verifies."""
+    if family == "gpt_oss":
+        pytest.skip("mlx-lm takes its experts in MXFP4 alone, and keeps them so")
     folder = zoo(family, layout)
-    if quantized_source(folder):
-        pytest.skip("the source is quantized already")
-    recipe(project)
+    recipe(project, *([{"decode": {}}] if quantized_source(folder) else []))
     options = project.options(sources={"body": folder})
     build_variants(["family"], options)
     theirs = converted(folder, project.root / "theirs")

@@ -450,7 +450,7 @@ REFUSALS: dict[str, tuple[list[str], Callable[[Path], None] | None, tuple[str, .
         ("of other shapes than its config says",),
     ),
     "an unknown family": (
-        ["a", "--from", "MODEL", "--as", "mlx-4bit"],
+        ["a", "--from", "MODEL", "--as", "w4a16-awq"],
         mystery,
         ("unknown model_type 'mystery'", "fp8-dynamic, build without one"),
     ),

@@ -51,7 +51,7 @@ def add(*names: str) -> Callable[[dict[str, Tensor]], None]:
 # --- the model type ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "qwen3_6", "qwen", ""])
+@pytest.mark.parametrize("model_type", ["gptx", "qwen3_6", "qwen4", ""])
 def test_another_family_is_not_to_be_relabelled(
     one: Project, carnice: Carnice, model_type: str
 ) -> None:

@@ -110,6 +110,7 @@ def smooth_layer(
         LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
         _check_all_found(mappings, search.scales)
         if settings.norms == "library":
+            _follow(mappings, search.scales, modules)
             with HooksMixin.disable_hooks():
                 _put_outputs(runner, layer, inputs, put_output)
     if settings.norms == "exact":
@@ -149,7 +150,7 @@ def _each_mapping(
             if own
             else _each(mapping.balance, modules)
         )
-        yield SmoothingMapping(smooth, tuple(balance))
+        yield SmoothingMapping(smooth, tuple(balance), tuple(_each(mapping.follow, modules)))
 
 
 def _stacked(
@@ -193,14 +194,31 @@ def apply_smoothing(
         names = (mapping.smooth, *mapping.balance)
         if mapping.smooth in scales and all(f"{name}.weight" in tensors for name in names):
             vector = scales[mapping.smooth].numpy()
-            for name in mapping.balance:
-                _rewrite(result, name, smoothing.multiply_columns, vector)
-            if mapping.smooth not in norms:
-                _rewrite(result, mapping.smooth, smoothing.divide_rows, vector)
+            for name in (*mapping.balance, *mapping.follow):
+                _rewrite(result, f"{name}.weight", smoothing.multiply_columns, vector)
+            for own in ("weight", "bias") if mapping.smooth not in norms else ():
+                if f"{mapping.smooth}.{own}" in result:
+                    _rewrite(result, f"{mapping.smooth}.{own}", smoothing.divide_rows, vector)
     for name in norms:
         divisor = scales[name].numpy() if name in scales else None
-        _rewrite(result, name, smoothing.smooth_gain, divisor, settings.norms == "exact")
+        exact = settings.norms == "exact"
+        _rewrite(result, f"{name}.weight", smoothing.smooth_gain, divisor, exact)
     return result
+
+
+def _follow(
+    mappings: Iterable[SmoothingMapping],
+    scales: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+) -> None:
+    """Multiply what reads what was smoothed, and the library has not told of."""
+    for mapping in mappings:
+        for name in mapping.follow:
+            weight: Any = modules[name].weight
+            found = {name: weight.detach()}
+            _rewrite(found, name, smoothing.multiply_columns, scales[mapping.smooth].numpy())
+            with torch.no_grad():
+                weight.copy_(found[name])
 
 
 class _Search(AWQModifier):
@@ -316,10 +334,9 @@ def _put_outputs(
 
 
 def _rewrite(
-    tensors: dict[str, Tensor], module: str, kernel: Callable[..., int], *parameters: Any
+    tensors: dict[str, Tensor], name: str, kernel: Callable[..., int], *parameters: Any
 ) -> None:
-    """Replace a module's weight by what a kernel of `smoothing` makes of it."""
-    name = f"{module}.weight"
+    """Replace a tensor by what a kernel of `smoothing` makes of it."""
     source = as_data(tensors[name])
     out = np.empty_like(source.array)
     experts = range(len(out)) if out.ndim > 2 else (...,)

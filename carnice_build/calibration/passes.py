@@ -202,8 +202,7 @@ def layer_memory(params: Mapping[str, Any], inputs: Sequence[TensorSpec], worksp
 class LayerPart:
     """A decoder layer as actions on it need it: its tensors, and what decides how it computes.
 
-    `names` are those of `weights` within the layer, `linears` those of its linear modules, and
-    `experts` those of the weights of all experts that are one tensor alone;
+    `names` are those of `weights` within the layer, `linears` those of its linear modules;
     `params` holds what every forward pass through the layer depends on.
     `workspace` are the bytes that one sample of full length needs inside the layer.
     """
@@ -211,7 +210,6 @@ class LayerPart:
     prefix: str
     names: tuple[str, ...]
     linears: tuple[str, ...]
-    experts: tuple[str, ...]
     weights: tuple[TensorRef, ...]
     params: Mapping[str, Any]
     workspace: int
@@ -254,7 +252,6 @@ class Calibration:
             prefix,
             names,
             tuple(module.removeprefix(prefix) for module in linears),
-            tuple(fact.name.removeprefix(prefix) for fact in facts if fact.role is Role.EXPERTS),
             tuple(self._view[fact.name] for fact in facts),
             {
                 "names": list(names),
@@ -342,8 +339,7 @@ class Activations:
     def amax(self, layer: int) -> tuple[TensorRef, tuple[str, ...]]:
         """The largest inputs of a layer's linears, F32 [linears], and the linears' module paths.
 
-        A stack has an entry for each expert, all under its own path; experts that are one tensor
-        alone have one under its name.
+        A stack has an entry for each expert, all under its own path.
         """
         while len(self._amax) <= layer:
             self._forward(len(self._amax))
@@ -352,16 +348,15 @@ class Activations:
     def _forward(self, number: int) -> None:
         calibration = self._calibration
         layer = calibration.layer(number)
-        linears = [*layer.linears, *layer.experts]
-        params = {**layer.params, "linears": linears}
-        op = ForwardExperts if any(STACK in name for name in linears) else Forward
+        params = {**layer.params, "linears": list(layer.linears)}
+        op = ForwardExperts if any(STACK in name for name in layer.linears) else Forward
         inputs = calibration.tokens, self._hidden[number], *layer.weights
         hidden, amax, *experts = calibration.graph.add(op(layer.workspace), params, *inputs)
         self._hidden.append(hidden)
         counts = linear_counts(params, [ref.spec for ref in inputs])
         modules = (
             layer.prefix + name
-            for name, count in zip(linears, counts, strict=True)
+            for name, count in zip(layer.linears, counts, strict=True)
             for _ in range(count)
         )
         self._amax.append((amax, tuple(modules)))

@@ -27,7 +27,7 @@ from carnice_build.calibration.driver import (
 from carnice_build.calibration.watch import Watch, WeightPlaces
 from carnice_build.calibration.weights import Owners, Placing
 from carnice_build.errors import BackendError, nearest
-from carnice_build.models.base import MULTIPLIED, STACK, Architecture, Part, TensorFact
+from carnice_build.models.base import STACK, Architecture, Part, Role, TensorFact
 
 InputTransform = Callable[[Tensor], Tensor]
 """From the input of a linear to what the linear shall see, of the same shape and type."""
@@ -60,8 +60,7 @@ class OpenModel:
         self.architecture = source.architecture
         self.arithmetic = arithmetic
         self._source = source
-        facts = self._facts(Part.LAYERS)
-        linears = [fact.weights_of for fact in facts if fact.role in MULTIPLIED]
+        linears = [fact.module for fact in self._facts(Part.LAYERS) if fact.role is Role.LINEAR]
         for module in source.input_transforms:
             if module not in linears:
                 raise BackendError(

@@ -30,9 +30,6 @@ from transformers.core_model_loading import (
 
 from carnice_build.models.base import STACK
 
-_EXPERTS = 3
-"""Axes of the weights of all experts; their biases have one less."""
-
 Owners = tuple[tuple[str, ...], ...]
 """The linears whose weights a parameter holds: for each expert, or for all of it in one entry."""
 
@@ -85,12 +82,11 @@ class Placing:
         """By each tensor of the model that is weights, the linears that these are of.
 
         Linears are named as `tensors` are, each expert's by its number.
-        Experts that a checkpoint holds as one tensor alone, [experts, in, out], are one linear.
         """
         return {
             name: tuple(_linears_of(target, tensors))
             for name, target in self._targets(tensors).items()
-            if all(_is_weight(source, tensors[source]) for source in _names(target))
+            if all(source.endswith(".weight") for source in _names(target))
         }
 
     def _targets(self, names: Iterable[str]) -> dict[str, _Target]:
@@ -133,10 +129,6 @@ class Placing:
             converter.collected_tensors[pattern] = parts[0] if STACK in names[0] else parts
         made = converter.convert(name, model=self._model, config=self._model.config)
         return {key: item[0] if isinstance(item, list) else item for key, item in made.items()}
-
-
-def _is_weight(name: str, tensor: Tensor) -> bool:
-    return name.endswith(".weight") or tensor.ndim == _EXPERTS
 
 
 def _starts(name: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ from carnice_build.checkpoint.decodings import (
     unfit,
 )
 from carnice_build.checkpoint.rows import FillRows, RowReader
-from carnice_build.dtypes import ITEM_SIZE, NUMPY_NAME, TensorSpec
+from carnice_build.dtypes import ITEM_SIZE, NUMPY_NAME, shared_spec
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import Reader, SourceTensor
 
@@ -224,4 +224,4 @@ def _misfit(tensor: SourceTensor, expected: str) -> CheckpointError:
 def _decoded(name: str, decoding: Decoding, shape: tuple[int, ...]) -> SourceTensor:
     # A shape file has no bytes for any of its tensors.
     file = DecodedFile(decoding) if decoding.parts[0].file is not None else None
-    return SourceTensor(name, TensorSpec(decoding.dtype, shape), file, 0)
+    return SourceTensor(name, shared_spec(decoding.dtype, shape), file, 0)

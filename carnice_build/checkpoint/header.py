@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
 from carnice_build.checkpoint.json import DuplicateKey, parse_json
 from carnice_build.checkpoint.source import refuse_pointer
-from carnice_build.dtypes import ITEM_SIZE, TensorSpec
+from carnice_build.dtypes import ITEM_SIZE, TensorSpec, shared_spec
 from carnice_build.errors import CheckpointError, nearest
 from carnice_build.recipe.patterns import MAX_NAME
 from carnice_build.tensors import Readable
@@ -133,13 +133,7 @@ def tensor_spec(where: str, name: str, dtype: object, shape: object) -> TensorSp
             where=where,
             nearest=nearest(dtype, ITEM_SIZE) if isinstance(dtype, str) else None,
         )
-    return _shared_spec(dtype, _shape(where, name, shape))
-
-
-@lru_cache(maxsize=4096)
-def _shared_spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-    """One object for all tensors of a type and shape: a model has few of these."""
-    return TensorSpec(dtype, shape)
+    return shared_spec(dtype, _shape(where, name, shape))
 
 
 def _is_count(value: object) -> bool:
@@ -189,22 +183,22 @@ def _check_coverage(source: Readable, entries: list[Entry], data_start: int) -> 
         )
 
 
-_compact = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
-
-
 def encode_header(tensors: Iterable[tuple[str, TensorSpec]], metadata: Mapping[str, str]) -> bytes:
     """Header bytes, length field included, for tensors laid out in the given order.
 
     The header is padded with spaces to a multiple of eight bytes, as the safetensors library does.
     """
-    entries = [f'"__metadata__":{_compact(dict(metadata))}'] if metadata else []
+    # A header of experts has some 100,000 entries: a text of each is quicker than a map.
+    entries = []
+    if metadata:
+        text = json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)
+        entries.append(f'"__metadata__":{text}')
     position = 0
     for name, spec in tensors:
         end = position + spec.nbytes
-        # A header of experts has some 100,000 entries: a text of each is quicker than a map.
         shape = ",".join(map(str, spec.shape))
         entries.append(
-            f'{_compact(name)}:{{"dtype":"{spec.dtype}","shape":[{shape}],'
+            f'{encode_basestring(name)}:{{"dtype":"{spec.dtype}","shape":[{shape}],'
             f'"data_offsets":[{position},{end}]}}'
         )
         position = end

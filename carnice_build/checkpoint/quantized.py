@@ -126,13 +126,16 @@ class _Parts:
         if found is not None:
             return found
         other = self._tensors[next(iter(self._parts.values()))]
-        wanted = self._stem + end
-        raise CheckpointError(
-            f"tensor {other.name!r} is of a quantized weight that lacks {wanted!r}",
-            where=other.file.name if other.file else None,
-            expected="it beside the others",
-            nearest=nearest(wanted, self._tensors),
-        )
+        raise _lacks(other, self._stem + end, self._tensors)
+
+
+def _lacks(other: SourceTensor, wanted: str, tensors: Tensors) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {other.name!r} is of a quantized weight that lacks {wanted!r}",
+        where=other.file.name if other.file else None,
+        expected="it beside the others",
+        nearest=nearest(wanted, tensors),
+    )
 
 
 # --- FP8 ------------------------------------------------------------------------------------------
@@ -166,10 +169,11 @@ def _in_fp8(
     for name, codes in tensors.items():
         if codes.spec.dtype != "F8_E4M3":
             continue
-        parts = {"": name} | {end: name + end for end in ends if name + end in tensors}
-        found = _Parts(name, tensors, parts, "")
-        scales = next((tensors[parts[end]] for end in ends if end in parts), None)
-        scales = scales or found.need(ends[0])
+        parts = {"": name}
+        parts |= {end: name + end for end in ends if name + end in tensors}
+        if len(parts) == 1:
+            raise _lacks(codes, name + ends[0], tensors)
+        scales = tensors[next(parts[end] for end in ends if end in parts)]
         yield Weight(name, parts, _fp8_decoder(name, codes, scales, block))
 
 
@@ -194,9 +198,9 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 
 
 def _mxfp4(tensors: Tensors, stated: Table, columns: Columns, where: str) -> Iterator[Weight]:
-    """gpt-oss: the experts of a layer in one tensor."""
-    for name, parts in _grouped(tensors, {_BLOCKS: "", _SCALES: ""}).items():
-        found = _Parts(name, tensors, parts, "")
+    """gpt-oss: the experts of a layer in one tensor, [experts, outputs, inputs] as of linears."""
+    for name, parts in _grouped(tensors, {_BLOCKS: _PLAIN, _SCALES: _PLAIN}).items():
+        found = _Parts(name, tensors, parts, _PLAIN)
         codes, scales = found.need(_BLOCKS), found.need(_SCALES)
         yield Weight(name, parts, _mxfp4_decoder(name, codes, scales))
 

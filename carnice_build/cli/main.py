@@ -12,6 +12,7 @@ from carnice_build.cli.build import build
 from carnice_build.cli.diff import diff
 from carnice_build.cli.ending import ending, prepare
 from carnice_build.cli.explain import explain
+from carnice_build.cli.family import family
 from carnice_build.cli.graph import graph
 from carnice_build.cli.new import new
 from carnice_build.cli.plan import plan
@@ -36,6 +37,7 @@ app.command()(verify)
 app.command()(report)
 app.command()(diff)
 app.command()(graph)
+app.command()(family)
 app.command(name="list")(list_variants)
 app.command()(schema)
 app.add_typer(cache.app, name="cache")

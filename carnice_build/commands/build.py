@@ -11,6 +11,7 @@ from resource import RUSAGE_CHILDREN, RUSAGE_SELF
 
 from carnice_build.calibration.tokens import Tokens
 from carnice_build.checkpoint.model_dtype import with_dtype
+from carnice_build.commands.collector import no_collections
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import CheckpointError, PlanError, together
@@ -125,7 +126,8 @@ def _check_files(variant: VariantPlan) -> None:
 def _build(
     plan: Plan, options: Options, store: Store, listen: Listener, start: float
 ) -> BuildResult:
-    status = survey(plan.variants, store)
+    with no_collections():
+        status = survey(plan.variants, store)
     packs = dict(status.finished)
     made: dict[str, float] = {}
     read_bytes = written_bytes = 0
@@ -160,6 +162,7 @@ def _build(
     )
 
 
+@no_collections()
 def _package(
     variant: VariantPlan,
     packs: dict[str, str],

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+FAMILIES = "_families"
+"""The folder, beside a project's recipes, of its tables of model families."""
+
 DEFAULT_MEMORY = 2 * 10**9
 
 
@@ -26,3 +29,10 @@ class Options:
     cache: Path = Path("cache")
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
     memory: int = DEFAULT_MEMORY
+
+    def __post_init__(self) -> None:
+        """From here on, the tables of model families in the project count."""
+        # What reads tables takes longer to load than `carnice --help` may take.
+        from carnice_build.models import use_tables
+
+        use_tables(self.recipes / FAMILIES)

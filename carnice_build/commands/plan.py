@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from carnice_build.checkpoint.profiles import Profiles, SourceFinder
 from carnice_build.commands.asking import Asking
+from carnice_build.commands.collector import no_collections
 from carnice_build.commands.options import Options
 from carnice_build.errors import PlanError, PluginError, nearest
 from carnice_build.graph import ActionGraph
@@ -25,6 +26,7 @@ class Plan:
     graph: ActionGraph
 
 
+@no_collections()
 def plan_variants(names: Sequence[str], options: Options) -> Plan:
     """Plan the named variants; raises a CarniceError for the first thing that is wrong."""
     if isinstance(names, str):
@@ -79,6 +81,7 @@ class PlanResult:
         return self.plan.variants
 
 
+@no_collections()
 def plan_and_survey(names: Sequence[str], options: Options | None = None) -> PlanResult:
     """Plan the named variants and ask the cache; an empty cache is made where there is none.
 

@@ -135,7 +135,7 @@ def _check(
             why_not = f"{variant.body.where} has shapes but no weights"
             yield skipped(roundtrip.NAME, why_not)
         runner = RUNNERS[checks.library]
-        untabled = isinstance(variant.architecture, Untabled)
+        untabled = runner.needs_table and isinstance(variant.architecture, Untabled)
         if how is None or untabled:
             why_not = "its family has no table" if untabled else "--no-run"
             yield from (skipped(name, why_not) for name in runner.names)

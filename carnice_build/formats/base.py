@@ -77,10 +77,9 @@ class Conversion:
 class Format(Strict):
     """A number format: its knobs, and how it turns a canonical view into published tensors."""
 
-    @property
-    def needs_table(self) -> bool:
-        """Whether it needs more of a model than the names and shapes of its tensors."""
-        return True
+    def takes_untabled(self, model_type: str) -> bool:
+        """Whether names and shapes of a model's tensors are enough, where its type has no table."""
+        return False
 
     def prepare(self, view: View, context: PlanContext) -> View:
         """The view as `convert` is to get it, and as checks compare what is published with it."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+import re
+from collections.abc import Collection, Container, Iterator, Mapping
 from typing import Any
 
-from carnice_build.formats.exclusions import ignore_problems, plain_modules
+from carnice_build.formats.exclusions import ignore_problems, modules_of, plain_modules
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.statements import names, statements, states
 from carnice_build.formats.variant import Variant
@@ -103,10 +104,19 @@ def ignored_modules(architecture: Architecture, quantized: Container[str]) -> li
     """
     head = [fact for fact in architecture.built.values() if fact.part is Part.MTP]
     plain = plain_modules(architecture, quantized, LINEARS)
-    roots = dict.fromkeys(fact.name.partition(".")[0] for fact in head)
-    modules = {fact.module for fact in head}
+    modules = {module for fact in head for module in modules_of(fact)}
     listed = [module for module in plain if module not in modules]
-    return [*listed, *(f"re:^{root}.*" for root in roots)]
+    return [*listed, *_pattern(modules)]
+
+
+def _pattern(modules: Collection[str]) -> list[str]:
+    """One pattern for all of an MTP head: of what its modules begin with and no other does."""
+    if not modules:
+        return []
+    paths = [module.split(".") for module in modules]
+    shared = [names[0] for names in zip(*paths, strict=False) if len(set(names)) == 1]
+    # A head that is one layer more of the model must not be taken for the layers before it.
+    return [f"re:^{shared[0]}.*" if len(shared) == 1 else f"re:^{re.escape('.'.join(shared))}\\..*"]
 
 
 def _stated(storage: str) -> dict[str, str]:

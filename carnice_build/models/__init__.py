@@ -26,13 +26,12 @@ class UnknownFamily(CheckpointError):
 Family = Callable[[Mapping[str, Any], str], Architecture]
 
 _TABLES: list[Path] = [SHIPPED]
-"""Folders of tables, those of a project first."""
+"""Folders of tables, that of a project first."""
 
 
 def use_tables(folder: Path) -> None:
-    """Look for tables in `folder`, too, and there before anywhere else."""
-    if folder not in _TABLES:
-        _TABLES.insert(0, folder)
+    """Look for tables in `folder`, that of a project, before those that ship."""
+    _TABLES[:] = [folder.resolve(), SHIPPED]
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:

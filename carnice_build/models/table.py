@@ -21,6 +21,7 @@ from carnice_build.errors import CheckpointError, RecipeError
 from carnice_build.models.base import (
     MOST_LAYERS,
     ConfigReader,
+    FusedIn,
     Fusion,
     KvGeometry,
     Part,
@@ -30,7 +31,7 @@ from carnice_build.models.base import (
 )
 from carnice_build.models.formulas import FormulaError, evaluate, names_in
 from carnice_build.models.readers import reader_of
-from carnice_build.models.table_schema import Group, Row, Table
+from carnice_build.models.table_schema import FusedRow, Group, Row, Table
 from carnice_build.yaml_tree import Node, read_tree
 
 _MERGED = {"blocks", "defaults", "values"}
@@ -72,7 +73,6 @@ class TableFile:
             raise self.error(path, f"what {name!r} is follows from itself", "an end") from None
 
 
-@cache
 def load_table(path: Path) -> TableFile:
     """The table in the file `path`; RecipeError with file:line:column when it is none.
 
@@ -80,14 +80,22 @@ def load_table(path: Path) -> TableFile:
     those that ship, is taken where this one says nothing, and so is each of its `blocks`,
     `defaults` and `values`.
     """
+    # A table of one's own may have been edited since.
+    return _loaded(path, None if path.parent == SHIPPED else path.stat().st_mtime_ns)
+
+
+@cache
+def _loaded(path: Path, _: int | None) -> TableFile:
     tree = _whole(path, read_tree(path))
     try:
         found = TableFile(path.stem, Table.model_validate(tree.plain()), tree)
     except ValidationError as error:
         detail = error.errors()[0]
-        shown = ".".join(map(str, detail["loc"]))
+        # Without which of the kinds of items it is.
+        entry = [part for part in detail["loc"] if part not in ("row", "group")]
         message = detail["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{shown}: {message}", where=tree.find(detail["loc"]).where) from None
+        shown = ".".join(map(str, entry))
+        raise RecipeError(f"{shown}: {message}", where=tree.find(entry).where) from None
     found.check()
     return found
 
@@ -123,6 +131,11 @@ def _respelled(name: str, beginnings: Iterable[tuple[str, str]]) -> str | None:
         if name.startswith(start):
             return instead + name.removeprefix(start)
     return None
+
+
+def _fused(row: FusedRow, prefix: str) -> FusedIn:
+    turned = None if row.turned is None else prefix + row.turned
+    return FusedIn(prefix + row.name, row.part, row.of, row.turns, turned)
 
 
 def _load(path: Path, config: Mapping[str, Any], where: str) -> FamilyTable:
@@ -401,10 +414,9 @@ class FamilyTable:
         shape = tuple(
             self._size(size, (*path, "shape", index), given) for index, size in enumerate(row.shape)
         )
-        fused = None
-        if row.fused is not None:
-            fused = (prefix + row.fused.name, row.fused.part, row.fused.of)
-        return TensorFact(prefix + row.name, shape, row.part or part, row.role, layer, fused)
+        fused = None if row.fused is None else _fused(row.fused, prefix)
+        name, own = prefix + row.name, row.part or part
+        return TensorFact(name, shape, own, row.role, layer, fused, row.optional)
 
     @property
     def ties(self) -> Mapping[str, str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from carnice_build.models.base import Part, Role
 from carnice_build.models.formulas import FormulaError, compiled
@@ -26,12 +26,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Fused(_Strict):
+class FusedRow(_Strict):
     """Another way in which checkpoints hold a stack of experts: as one tensor, whole or a part."""
 
     name: str = Field(description="Name of the tensor [experts, of * rows, columns].")
     part: int = Field(0, ge=0, description="Which part of each expert's rows this stack is.")
     of: int = Field(1, ge=1, description="How many stacks the tensor holds, one below another.")
+    turns: bool = Field(False, description="Their rows take turns instead.")
+    turned: str | None = Field(
+        None, description="Name of the tensor when it is [experts, columns, of * rows]."
+    )
 
 
 class Row(_Strict):
@@ -45,9 +49,12 @@ class Row(_Strict):
     when: Formula | None = Field(None, description="Whether the model has it.")
     part: Part | None = Field(None, description="The part it belongs to, outside of groups.")
     offset: bool = Field(False, description="A norm that stores w for a gain of 1 + w.")
+    optional: bool = Field(
+        False, description="Checkpoints may lack it: engines take another tensor in its place."
+    )
     unread: bool = Field(False, description="Checkpoints may hold it, but no model reads it.")
     wide: bool = Field(False, description="Libraries leave its type alone when they cast a model.")
-    fused: Fused | None = Field(None, description="For a stack: how else checkpoints hold it.")
+    fused: FusedRow | None = Field(None, description="For a stack: how else checkpoints hold it.")
 
 
 class Group(_Strict):
@@ -62,6 +69,18 @@ class Group(_Strict):
     given: dict[str, Formula] = Field(
         default_factory=dict, description="What names mean in these rows, such as `kind`."
     )
+
+
+def _which(item: Any) -> str:
+    return (
+        "group"
+        if isinstance(item, Group) or (isinstance(item, dict) and "repeat" in item)
+        else "row"
+    )
+
+
+Item = Annotated[Annotated[Row, Tag("row")] | Annotated[Group, Tag("group")], Discriminator(_which)]
+"""Groups have `repeat`, and so what is wrong in one is told as such."""
 
 
 class Text(_Strict):
@@ -118,7 +137,7 @@ class Table(_Strict):
     )
     kind: Formula = Field("'full'", description="The kind of decoder layer number `layer`.")
     blocks: dict[str, list[Row]] = Field(default_factory=dict)
-    model: list[Row | Group] = Field(description="What the model holds, in order.")
+    model: list[Item] = Field(description="What the model holds, in order.")
     inputs: list[list[str]] = Field(
         default_factory=list, description="Linears of a layer that read one input."
     )

@@ -7,81 +7,121 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
+from dataclasses import dataclass
 
 from carnice_build.checkpoint.stack import slab_stack, stacked
+from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.errors import PlanError, nearest, together
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, TensorFact
 from carnice_build.planning.unknown import unknown_tensors
 from carnice_build.tensors import SourceTensor
 
-Shapes = Mapping[str, Sequence[int]]
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a checkpoint holds the tensor of a fact: in tensors `names`, each of `shape`.
+
+    `refs` are those that are there; a checkpoint may hold a million, so they are looked up once.
+    If it is `fused` there is one tensor, with columns for rows if that is `turned`.
+    """
+
+    names: Sequence[str]
+    shape: tuple[int, ...]
+    refs: Sequence[TensorRef]
+    fused: bool = False
+    turned: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of them are there."""
+        return len(self.refs) == len(self.names)
 
 
 def gathered(view: View, architecture: Architecture, where: str) -> View:
     """The view by the names of the model's facts, in their order.
 
     Raises PlanError unless it holds the model's tensors, all of them, and no other.
-    Optional parts (the MTP head, the towers) may be absent, but only as a whole.
+    Optional parts (the MTP head, the towers) may be absent, but only as a whole, or but for what
+    is a copy of another tensor.
     """
-    names = {fact.name: names_of(fact, view) for fact in architecture.tensors.values()}
-    known = {name for shapes in names.values() for name in shapes}
-    if unknown := [name for name in view if name not in known]:
+    places = {fact.name: _place(fact, view) for fact in architecture.tensors.values()}
+    known = {name for place in places.values() for name in place.names}
+    if not view.keys() <= known:
+        unknown = [name for name in view if name not in known]
         raise unknown_tensors(unknown, architecture, where)
-    _check_shapes(view, names.values(), where)
-    _check_missing(view, architecture, names, where)
-    found: View = {}
-    for fact in architecture.tensors.values():
-        if all(name in view for name in names[fact.name]):
-            found[fact.name] = _ref(fact, list(names[fact.name]), view)
-    return found
+    _check_shapes(view, places.values(), where)
+    _check_missing(view, architecture, places, where)
+    facts = architecture.tensors
+    return {name: _ref(facts[name], place) for name, place in places.items() if place.whole}
 
 
-def names_of(fact: TensorFact, view: Container[str]) -> Shapes:
-    """The tensors of the checkpoint that hold those of a fact, with their shapes."""
+def names_of(fact: TensorFact, there: Container[str]) -> Sequence[str]:
+    """What a checkpoint, in which the names `there` are, calls the tensors of a fact."""
     if not fact.stacked:
-        return {fact.name: fact.shape}
-    count, rows, *rest = fact.shape
-    if fact.fused is not None and fact.fused[0] in view:
-        name, _, of = fact.fused
-        return {name: (count, of * rows, *rest)}
+        return [fact.name]
+    if name := _fused_name(fact, there):
+        return [name]
     start, _, end = fact.name.partition("*")
-    shape = fact.shape[1:]
-    return {f"{start}{index}{end}": shape for index in range(count)}
+    return [f"{start}{index}{end}" for index in range(fact.shape[0])]
 
 
-def _ref(fact: TensorFact, names: Sequence[str], view: View) -> TensorRef:
+def _fused_name(fact: TensorFact, there: Container[str]) -> str | None:
+    names = fact.fused.names if fact.fused else ()
+    return next((name for name in names if name in there), None)
+
+
+def _place(fact: TensorFact, view: View) -> _Place:
+    names = names_of(fact, view)
+    refs = [view[name] for name in names if name in view]
     if not fact.stacked:
-        return view[fact.name]
-    sources = [_source(name, view) for name in names]
-    if fact.fused is not None and names == [fact.fused[0]]:
-        rows = fact.shape[1]
-        first = fact.fused[1] * rows
-        whole = fact.fused[2] == 1
-        tensor = sources[0] if whole else slab_stack(fact.name, sources[0], first, first + rows)
-    else:
-        tensor = stacked(fact.name, sources)
+        return _Place(names, fact.shape, refs)
+    if fact.fused is None or not (name := _fused_name(fact, view)):
+        return _Place(names, fact.shape[1:], refs)
+    count, rows, *rest = fact.shape
+    if name == fact.fused.turned:
+        shape = (count, *rest, fact.fused.of * rows)
+        return _Place(names, shape, refs, fused=True, turned=True)
+    return _Place(names, (count, fact.fused.of * rows, *rest), refs, fused=True)
+
+
+def _ref(fact: TensorFact, place: _Place) -> TensorRef:
+    if not fact.stacked:
+        return place.refs[0]
+    sources = [ref.origin for ref in place.refs if isinstance(ref.origin, SourceTensor)]
+    if len(sources) < len(place.refs):
+        raise _computed(place)
+    tensor = _part(fact, sources[0], place) if place.fused else stacked(fact.name, sources)
     return TensorRef(tensor.spec, tensor)
 
 
-def _source(name: str, view: View) -> SourceTensor:
-    origin = view[name].origin
-    if not isinstance(origin, SourceTensor):
-        raise PlanError(
-            f"a step computes the weights of expert {name!r}",
-            expected="a step that leaves those of single experts as they are",
-        )
-    return origin
+def _part(fact: TensorFact, tensor: SourceTensor, place: _Place) -> SourceTensor:
+    assert fact.fused is not None
+    rows = fact.fused.rows(fact.shape[1])
+    if place.turned:
+        return turned_stack(fact.name, tensor, *rows)
+    return tensor if fact.fused.of == 1 else slab_stack(fact.name, tensor, *rows)
 
 
-def _check_shapes(view: View, facts: Iterable[Shapes], where: str) -> None:
-    expected = {
-        name: shape
-        for shapes in facts
-        for name, shape in shapes.items()
-        if name in view and view[name].spec.shape != tuple(shape)
-    }
+def _computed(place: _Place) -> PlanError:
+    pairs = zip(place.names, place.refs, strict=True)
+    name = next(name for name, ref in pairs if not isinstance(ref.origin, SourceTensor))
+    return PlanError(
+        f"a step computes the weights of expert {name!r}",
+        expected="a step that leaves those of single experts as they are",
+    )
+
+
+def _check_shapes(view: View, places: Collection[_Place], where: str) -> None:
+    expected: dict[str, tuple[int, ...]] = {}
+    for place in places:
+        if any(ref.spec.shape != place.shape for ref in place.refs):
+            expected |= {
+                name: place.shape
+                for name in place.names
+                if name in view and view[name].spec.shape != place.shape
+            }
 
     def error(name: str) -> PlanError:
         return PlanError(
@@ -96,15 +136,16 @@ def _check_shapes(view: View, facts: Iterable[Shapes], where: str) -> None:
 
 
 def _check_missing(
-    view: View, architecture: Architecture, names: Mapping[str, Shapes], where: str
+    view: View, architecture: Architecture, places: Mapping[str, _Place], where: str
 ) -> None:
     facts = architecture.tensors
-    present = {facts[fact].part for fact, own in names.items() if any(name in view for name in own)}
+    present = {facts[fact].part for fact, place in places.items() if place.refs}
     missing = [
         name
-        for fact, own in names.items()
+        for fact, place in places.items()
+        if not place.whole and (place.refs or not facts[fact].optional)
         if facts[fact].part in present or not architecture.optional(facts[fact])
-        for name in _missing_of(fact, own, view)
+        for name in _missing_of(fact, place, view)
     ]
 
     def error(name: str) -> PlanError:
@@ -114,7 +155,6 @@ def _check_missing(
         raise together(missing, error, f"{len(missing)} tensors are missing", where)
 
 
-def _missing_of(fact: str, names: Shapes, view: View) -> Sequence[str]:
-    missing = [name for name in names if name not in view]
+def _missing_of(fact: str, place: _Place, view: View) -> Sequence[str]:
     # Of a stack that is not there at all, its own name says more than that of each expert.
-    return [fact] if missing and len(missing) == len(names) else missing
+    return [name for name in place.names if name not in view] if place.refs else [fact]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -148,10 +148,6 @@ def plan_variant(
         # Steps may have changed names, which are all that is known of it.
         architecture = untabled(body.checkpoint, view)
         notices = (*notices, unchecked(architecture))
-    if unread := [name for name in view if name in architecture.unread]:
-        view = {name: ref for name, ref in view.items() if name not in architecture.unread}
-        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-        notices = (*notices, f"{unread[0]}{more} of the source, which no model reads, are left out")
     view = gathered(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
     # From here on the model is the one that will be published.
@@ -207,9 +203,9 @@ def _architecture(checkpoint: Checkpoint, view: View, number_format: Format) -> 
     try:
         return architecture_of(plain_config(checkpoint.config), checkpoint.where)
     except UnknownFamily as error:
-        if not number_format.needs_table:
-            return untabled(checkpoint, view)
         model_type = checkpoint.config.get("model_type")
+        if isinstance(model_type, str) and number_format.takes_untabled(model_type):
+            return untabled(checkpoint, view)
         remote = ", whose code is not transformers' own" if "auto_map" in checkpoint.config else ""
         raise UnknownFamily(
             error.what + remote, where=error.where, expected=_way_out(error, model_type)
@@ -323,9 +319,7 @@ def _check_files(
 
 
 def _check_names(conversion: Conversion) -> None:
-    seen: set[str] = set()
-    for tensor in conversion.tensors:
-        for name, _ in tensor.members:
-            if name in seen:
-                raise PlanError(f"two tensors of the output are named {name!r}")
-            seen.add(name)
+    names = [name for tensor in conversion.tensors for name, _ in tensor.members]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise PlanError(f"two tensors of the output are named {twice!r}")

@@ -112,17 +112,21 @@ def _variant_json(variant: VariantPlan, status: BuildStatus) -> dict[str, Any]:
         "kinds": [
             {**asdict(row), "bits_per_weight": row.bits} for row in kind_rows(variant, status)
         ],
-        "tensors": {
-            name: {
-                "dtype": spec.dtype,
-                "shape": list(spec.shape),
-                "file": variant.shard_name(index),
-            }
-            for index, layout in enumerate(variant.packs)
-            for slot in layout.slots
-            for name, spec in slot.tensor.members
-        },
+        "tensors": _tensors_json(variant),
     }
+
+
+def _tensors_json(variant: VariantPlan) -> dict[str, Any]:
+    """Every tensor of the folder by name; those of a stack share what is said of them."""
+    found: dict[str, Any] = {}
+    for index, layout in enumerate(variant.packs):
+        file = variant.shard_name(index)
+        for slot in layout.slots:
+            members = slot.tensor.members
+            spec = members[0][1]
+            item = {"dtype": spec.dtype, "shape": list(spec.shape), "file": file}
+            found |= dict.fromkeys((name for name, _ in members), item)
+    return found
 
 
 def plan_view(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> RenderableType:

@@ -13,6 +13,7 @@ from carnice_build.checkpoint.profiles import Source
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import ActionGraph, View
 from carnice_build.models.base import Architecture
+from carnice_build.models.untabled import Untabled
 from carnice_build.recipe.layers import LayerSpan, layers_in
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import Expectation, Strict
@@ -98,7 +99,7 @@ class PlanContext:
             wanted = expect
         elif expect is not None and self.profile in expect:
             wanted, why = expect[self.profile], f" for profile {self.profile}"
-        elif expect is not None and derive:
+        elif expect is not None and derive and not isinstance(self.architecture, Untabled):
             wanted = len(patterns.select(self.architecture.tensors))
             why = " by the checkpoint's config"
         if wanted is not None and found != wanted:
@@ -124,12 +125,13 @@ class Step(Strict):
 
 def require_match(patterns: Patterns, names: Sequence[str], what: str) -> list[str]:
     """The names that match; PlanError with the nearest name when a pattern matches none."""
+    found = patterns.select(names)
     for text in patterns.texts:
-        if Patterns(text).select(names):
+        if Patterns(text).select(found) if len(patterns.texts) > 1 else found:
             continue
         bare = text.strip("*.")
         # A glob such as `*.v_proj` names the end of a path, so ends are what it is compared with.
         depth = bare.count(".") + 1
         ends = {".".join(name.split(".")[-depth:]) for name in names}
         raise PlanError(f"{text} matches no {what}", nearest=nearest(bare, sorted(ends)))
-    return patterns.select(names)
+    return found

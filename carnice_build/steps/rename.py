@@ -31,10 +31,11 @@ class Rename(Step):
 
     def apply(self, view: View, context: PlanContext) -> View:
         """The view under its new names; PlanError when two tensors would share one."""
+        pattern = re.compile(self.pattern)
         renamed: View = {}
         changed = 0
         for name, ref in in_time(view.items()):
-            new_name = self._rewrite(name)
+            new_name = self._rewrite(pattern, name)
             if len(new_name) > MAX_NAME:
                 raise PlanError(
                     f"renaming {name!r} gives a name of {len(new_name)} characters",
@@ -53,8 +54,8 @@ class Rename(Step):
             context.check_count(self.expect, patterns, changed, derive=False)
         return renamed
 
-    def _rewrite(self, name: str) -> str:
+    def _rewrite(self, pattern: re.Pattern[str], name: str) -> str:
         try:
-            return re.sub(self.pattern, self.to, name, count=1)
+            return pattern.sub(self.to, name, count=1)
         except (re.error, IndexError) as error:
             raise PlanError(f"{self.to!r} is not a valid replacement: {error}") from None

@@ -95,9 +95,9 @@ def _load_source(source: SourceWeights) -> Any:
     files: dict[str, Any] = {
         path: mx.load(path) for path in {path for path, _ in source.tensors.values()}
     }
-    weights = model.sanitize(
-        {name: files[path][stored] for name, (path, stored) in source.tensors.items()}
-    )
+    weights = {name: files[path][stored] for name, (path, stored) in source.tensors.items()}
+    if hasattr(model, "sanitize"):
+        weights = model.sanitize(weights)
     dtype = config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
     if dtype:
         casts = getattr(model, "cast_predicate", lambda name: True)

@@ -9,8 +9,11 @@ from pathlib import Path
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import BackendError
 from carnice_build.formats.checks import FormatChecks
+from carnice_build.formats.folder import read_object
 from carnice_build.formats.library import Library
+from carnice_build.models.base import QUANTIZATION
 from carnice_build.planning.planner import VariantPlan
+from carnice_build.tensors import Composite
 from carnice_build.verification import generate, mlx_worker, perplexity
 from carnice_build.verification.process import Worker, installed
 from carnice_build.verification.result import Check, judged, skipped
@@ -70,13 +73,15 @@ def _run(task: mlx_worker.Task) -> mlx_worker.Answer:
 
 
 def _source_row(
-    model: str, variant: VariantPlan, tokenizer: Path, settings: RunSettings
+    model: str, variant: VariantPlan, folder: Path, settings: RunSettings
 ) -> PerplexityRow:
     def row(answer: mlx_worker.Answer | None, missing: str = "") -> PerplexityRow:
         found = answer.perplexities if answer else ()
         return PerplexityRow(SOURCE, Library.MLX_LM, found, missing, model)
 
     origins = source_tensors(variant)
+    if any(isinstance(origin.file, Composite) for origin in origins.values()):
+        return row(None, "experts of the source are not in the form that is loaded here")
     tensors = {
         canonical: (origin.file.name, origin.name)
         for canonical, origin in origins.items()
@@ -89,9 +94,12 @@ def _source_row(
     why_not = too_large(copies * sum(origin.spec.nbytes for origin in origins.values()))
     if why_not:
         return row(None, why_not)
-    source = mlx_worker.SourceWeights(variant.config, tensors)
+    # As published: mlx-lm may need entries that the source lacks.
+    config = read_object(folder / "config.json")
+    config = {key: value for key, value in config.items() if key not in QUANTIZATION}
+    source = mlx_worker.SourceWeights(config, tensors)
     task = mlx_worker.Task(
-        source, tokenizer, settings.text, settings.lengths, settings.samples, generate=False
+        source, folder, settings.text, settings.lengths, settings.samples, generate=False
     )
     try:
         return row(_run(task))

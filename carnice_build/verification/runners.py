@@ -16,13 +16,14 @@ from carnice_build.verification.running import RunSettings, Tables
 
 @dataclass(frozen=True)
 class Runner:
-    """`run` makes the checks of these `names`, in their order."""
+    """`run` makes the checks of these `names`, in their order; some need the family's table."""
 
     names: tuple[str, ...]
     run: Callable[[FormatChecks, VariantPlan, Path, RunSettings, Tables], Iterator[Check]]
+    needs_table: bool
 
 
 RUNNERS: Mapping[Library, Runner] = {
-    Library.MLX_LM: Runner(run_mlx.NAMES, run_mlx.run_mlx),
-    Library.TRANSFORMERS: Runner(run_torch.NAMES, run_torch.run_torch),
+    Library.MLX_LM: Runner(run_mlx.NAMES, run_mlx.run_mlx, needs_table=False),
+    Library.TRANSFORMERS: Runner(run_torch.NAMES, run_torch.run_torch, needs_table=True),
 }

@@ -68,10 +68,6 @@ class StoredModel:
         if self.checks and self.quantized and module in self.quantized and part == "weight":
             values = self.checks.values(self.tensors, owner, self.quantized[module])
             return torch.from_numpy(values.rows(0, values.shape[0]))
-        if self.checks and self.quantized and name in self.quantized:
-            values = self.checks.values(self.tensors, name, self.quantized[name])
-            shape = self.architecture.tensors[name].shape
-            return torch.from_numpy(values.rows(0, values.shape[0])).view(shape)
         if name not in self.tensors:
             raise BackendError(f"tensor {name} is missing")
         spec = self.tensors[name].spec

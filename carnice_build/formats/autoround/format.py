@@ -123,10 +123,9 @@ class AutoRoundFormat(Format):
         """As auto-round writes them and vLLM loads them."""
         return autoround_files(self, variant)
 
-    @property
-    def needs_table(self) -> bool:
-        """See `Format.needs_table`."""
-        return self.method != "nearest"
+    def takes_untabled(self, model_type: str) -> bool:
+        """See `Format.takes_untabled`."""
+        return self.method == "nearest"
 
     def card(self) -> Card:
         """See `Format.card`."""

@@ -136,10 +136,9 @@ class CompressedFormat(Format):
         """As llm-compressor saves them."""
         return compressed_files(self, variant)
 
-    @property
-    def needs_table(self) -> bool:
-        """See `Format.needs_table`."""
-        return self.smoothing is not None
+    def takes_untabled(self, model_type: str) -> bool:
+        """See `Format.takes_untabled`."""
+        return self.smoothing is None
 
     def card(self) -> Card:
         """See `Format.card`."""
@@ -254,6 +253,8 @@ class _Published:
             return self._packed(fact, ref, vectors, used)
         if vectors and fact.name == f"{module}.weight":
             (ref,) = self._graph.add(SmoothWeight(), used, ref, *vectors)
+        elif rows is not None and fact.role is Role.BIAS:
+            (ref,) = self._graph.add(SmoothWeight(), {"columns": False, "rows": True}, ref, rows)
         return [OutputTensor(fact.name, ref, fact)]
 
     def _norm(self, fact: TensorFact, ref: TensorRef, scales: TensorRef | None) -> TensorRef:

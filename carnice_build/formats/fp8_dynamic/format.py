@@ -50,10 +50,9 @@ class Fp8DynamicFormat(Format):
         """As llm-compressor saves them."""
         return fp8_files(variant)
 
-    @property
-    def needs_table(self) -> bool:
-        """See `Format.needs_table`."""
-        return False
+    def takes_untabled(self, model_type: str) -> bool:
+        """See `Format.takes_untabled`."""
+        return True
 
     def card(self) -> Card:
         """See `Format.card`."""

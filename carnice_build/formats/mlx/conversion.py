@@ -3,12 +3,16 @@
 A view has one spelling, whatever that of the checkpoint is; mlx-lm knows spellings of files.
 So it is asked about a made-up checkpoint with a tensor for each expert, and if it refuses that,
 about one with the tensors that some families fuse, and its answer is told in terms of the view.
+Of a model without a table all that is known is the checkpoint's own spelling, which comes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from carnice_build.dtypes import TensorSpec
@@ -24,7 +28,8 @@ from carnice_build.formats.mlx.trace import (
     parsed,
 )
 from carnice_build.graph import View
-from carnice_build.models.base import Architecture, TensorFact
+from carnice_build.models.base import Architecture, FusedIn, TensorFact
+from carnice_build.models.untabled import Untabled
 from carnice_build.steps.base import Ask, PlanContext, Question
 from carnice_build.tensors import members
 
@@ -48,6 +53,21 @@ def mlx_trace(view: View, context: PlanContext) -> Trace:
     return replace(trace, entries=entries)
 
 
+def knows(model_type: str) -> bool:
+    """Whether mlx-lm has a model of this type, as far as its files tell without being run.
+
+    True where it is not installed: whoever asks it then says so.
+    """
+    if not re.fullmatch(r"\w{1,100}", model_type):
+        return False
+    library = find_spec("mlx_lm")
+    if library is None or library.origin is None:
+        return True
+    folder = Path(library.origin).parent
+    renamed = (folder / "utils.py").read_text(encoding="utf-8")
+    return (folder / "models" / f"{model_type}.py").exists() or f'"{model_type}": "' in renamed
+
+
 def _uneven(architecture: Architecture) -> str | None:
     """Why mlx-lm cannot run the model; it takes its masks from the first layer of each kind."""
     kinds = [architecture.layer_kind(layer) for layer in range(architecture.num_layers)]
@@ -66,19 +86,18 @@ def _asked(specs: Mapping[str, TensorSpec], config: dict[str, Any], context: Pla
         # Of the spellings of this entry mlx-lm knows the one before transformers 5.
         config = {**config, "torch_dtype": architecture.dtype}
     facts = [architecture.tensors[name] for name in specs]
-    numbered = Numbered(specs)
-    answer = _ask(context.ask, config, numbered.tensors)
-    if isinstance(answer, Refusal) and any(fact.fused for fact in facts):
-        fused = Fused(specs, facts)
-        second = _ask(context.ask, config, fused.tensors)
-        if isinstance(second, Trace):
-            return told(second, fused.parts)
-    if isinstance(answer, Refusal):
-        raise PlanError(
-            f"mlx-lm does not take this model: {answer.reason}",
-            at=("format",),
-        )
-    return told(answer, {})
+    spellings: list[Numbered | Fused] = [Numbered(specs)]
+    if any(fact.fused for fact in facts):
+        spellings.append(Fused(specs, facts))
+    if isinstance(architecture, Untabled):
+        spellings.reverse()
+    reasons = []
+    for spelling in spellings:
+        answer = _ask(context.ask, config, spelling.tensors)
+        if isinstance(answer, Trace):
+            return told(answer, spelling.parts)
+        reasons.append(answer.reason)
+    raise PlanError(f"mlx-lm does not take this model: {reasons[0]}", at=("format",))
 
 
 def _ask(ask: Ask, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Trace | Refusal:
@@ -96,43 +115,60 @@ def _ask(ask: Ask, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec])
 
 
 class Numbered:
-    """A made-up checkpoint with a tensor for each expert."""
+    """A made-up checkpoint with a tensor for each expert; nothing in it has `parts`."""
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        self.parts: dict[str, Parts] = {}
         self.tensors = dict(
             member for name, spec in specs.items() for member in members(name, spec)
         )
 
 
-class Fused:
-    """A made-up checkpoint in which stacks are parts of what `TensorFact.fused` names.
+@dataclass(frozen=True)
+class Parts:
+    """The stacks of a fused tensor, in its order; their rows may take turns."""
 
-    `parts` are the stacks of each fused tensor, in its order.
-    """
+    stacks: Sequence[TracedSource]
+    turns: bool
+
+    def spans(self) -> Iterator[tuple[tuple[int, ...], ...]]:
+        """Where each lies: starts, stops and strides along every axis."""
+        experts, rows, *rest = self.stacks[0].spec.shape
+        of = len(self.stacks)
+        for part in range(of):
+            first, stop, step = FusedIn("", part, of, self.turns).rows(rows)
+            ones = [1] * len(rest)
+            yield (0, first, *[0] * len(rest)), (experts, stop, *rest), (1, step, *ones)
+
+
+class Fused:
+    """A made-up checkpoint in which stacks are parts of what `TensorFact.fused` names."""
 
     def __init__(self, specs: Mapping[str, TensorSpec], facts: Iterable[TensorFact]) -> None:
         self.tensors: dict[str, TensorSpec] = {}
-        self.parts: dict[str, Sequence[TracedSource]] = {}
+        self.parts: dict[str, Parts] = {}
         found: dict[str, dict[int, TracedSource]] = {}
+        turns: set[str] = set()
         for fact in facts:
             spec = specs[fact.name]
             if fact.fused is None:
                 self.tensors.update(members(fact.name, spec))
                 continue
-            name, part, of = fact.fused
-            experts, rows, columns = spec.shape
-            self.tensors[name] = TensorSpec(spec.dtype, (experts, of * rows, columns))
-            found.setdefault(name, {})[part] = TracedSource(fact.name, spec)
+            name, of = fact.fused.name, fact.fused.of
+            experts, rows, *rest = spec.shape
+            self.tensors[name] = TensorSpec(spec.dtype, (experts, of * rows, *rest))
+            found.setdefault(name, {})[fact.fused.part] = TracedSource(fact.name, spec)
+            turns |= {name} if fact.fused.turns else set()
         for name, parts in found.items():
-            self.parts[name] = [parts[index] for index in sorted(parts)]
+            self.parts[name] = Parts([parts[index] for index in sorted(parts)], name in turns)
 
 
-def told(trace: Trace, parts: Mapping[str, Sequence[TracedSource]]) -> Trace:
+def told(trace: Trace, parts: Mapping[str, Parts]) -> Trace:
     """The trace with the stacks of the view in the place of fused tensors."""
     return replace(trace, tensors=tuple(_told(item, parts) for item in trace.tensors))
 
 
-def _told(item: Traced, parts: Mapping[str, Sequence[TracedSource]]) -> Traced:
+def _told(item: Traced, parts: Mapping[str, Parts]) -> Traced:
     if not any(source.name in parts for source in item.sources):
         return item
     return _Retelling(item, parts).result()
@@ -141,7 +177,7 @@ def _told(item: Traced, parts: Mapping[str, Sequence[TracedSource]]) -> Traced:
 class _Retelling:
     """Writes a program anew, on other sources."""
 
-    def __init__(self, item: Traced, parts: Mapping[str, Sequence[TracedSource]]) -> None:
+    def __init__(self, item: Traced, parts: Mapping[str, Parts]) -> None:
         self._item = item
         self._parts = parts
         self._sources: dict[TracedSource, int] = {}
@@ -168,25 +204,23 @@ class _Retelling:
         if step.op != "slice":
             return None
         source = self._values[step.operands[0]].source
-        stacks = self._parts.get(source.name) if source else None
-        if stacks is None:
+        parts = self._parts.get(source.name) if source else None
+        if parts is None:
             return None
-        experts, rows, columns = stacks[0].spec.shape
-        for index, stack in enumerate(stacks):
-            span = (0, index * rows, 0), (experts, (index + 1) * rows, columns), (1, 1, 1)
-            if step.arguments == span:
-                return stack
-        return None
+        pairs = zip(parts.stacks, parts.spans(), strict=True)
+        return next((stack for stack, span in pairs if step.arguments == span), None)
 
     def _place(self, index: int) -> int:
         """The number of a value in the new program: of a source, or ~ that of a step."""
         value = self._values[index]
         if value.source is None:
             return value.step
-        stacks = self._parts.get(value.source.name, [value.source])
-        places = [self._sources.setdefault(stack, len(self._sources)) for stack in stacks]
+        parts = self._parts.get(value.source.name, Parts([value.source], turns=False))
+        places = [self._sources.setdefault(stack, len(self._sources)) for stack in parts.stacks]
         if len(places) == 1:
             return places[0]
+        if parts.turns:
+            raise PlanError(f"mlx-lm does not take {value.source.name} apart", at=("format",))
         whole = self._add(Step("concatenate", tuple(places), (1,)))
         self._values[index] = whole
         return whole.step

@@ -24,7 +24,11 @@ def older_entries(config: Mapping[str, Any], table: Table | None) -> dict[str, A
     text = config.get(_TEXT)
     section = text if isinstance(text, dict) else config
     found = {} if table is not None and table.rope_parameters else _rope(section)
+    top: dict[str, Any] = {}
     if table is not None:
+        if table.windows:
+            found = _rope_of_windows(section)
+        top = {name: section[name] for name in table.top if name in section and name not in config}
         for name, other in table.entries.items():
             if other in section:
                 found[name] = section[other]
@@ -32,9 +36,9 @@ def older_entries(config: Mapping[str, Any], table: Table | None) -> dict[str, A
             if name not in section and name not in found:
                 raise PlanError(f"config.json has no entry {name}, which mlx-lm needs")
     missing = {name: value for name, value in found.items() if name not in section}
-    if not missing:
-        return {}
-    return missing if section is config else {_TEXT: missing}
+    if section is config:
+        return missing
+    return {**top, _TEXT: missing} if missing else top
 
 
 def _rope(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,6 +51,16 @@ def _rope(section: Mapping[str, Any]) -> dict[str, Any]:
     if "partial_rotary_factor" in rope:
         found["partial_rotary_factor"] = rope["partial_rotary_factor"]
     return found
+
+
+def _rope_of_windows(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model with layers of two kinds, each with a theta of its own."""
+    rope = section.get("rope_parameters")
+    if not isinstance(rope, dict) or not {"full_attention", "sliding_attention"} <= rope.keys():
+        return {}
+    full = _rope({"rope_parameters": rope["full_attention"]})
+    window = _rope({"rope_parameters": rope["sliding_attention"]})
+    return {**full, "rope_local_base_freq": window.get("rope_theta")} if window else full
 
 
 def with_entries(config: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from carnice_build.formats.base import Conversion, Format, OutputTensor
 from carnice_build.formats.blame import about_module
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.elementwise import Elementwise
-from carnice_build.formats.mlx.conversion import mlx_trace
+from carnice_build.formats.mlx.conversion import knows, mlx_trace
 from carnice_build.formats.mlx.files import mlx_files, section_of
 from carnice_build.formats.mlx.ops import (
     SUFFIXES,
@@ -72,6 +72,10 @@ class MlxFormat(Format):
         "refuse", description="NaN and infinity in a weight stop the build, or count as 0."
     )
 
+    def takes_untabled(self, model_type: str) -> bool:
+        """See `Format.takes_untabled`."""
+        return knows(model_type)
+
     def engine_reads(self) -> Collection[Reads]:
         """A tokenizer: mlx-lm runs the text model alone, and its config has no vision tower."""
         return (Reads.TOKENIZER,)
@@ -112,7 +116,7 @@ class MlxFormat(Format):
         order = {name: index for index, name in enumerate(facts)}
         items = sorted(trace.tensors, key=lambda item: order[item.sources[0].name])
         weights = {
-            item.name: facts[item.sources[0].name] for item in items if self._fits(item, trace)
+            item.name: facts[item.sources[0].name] for item in items if item.module in trace.modules
         }
         rules = rules_by_module(self.rules, list(weights.values()), context)
         made = _Made(self, trace, view, context)
@@ -125,12 +129,6 @@ class MlxFormat(Format):
             else:
                 made.add_quantized(item, fact, settings)
         return made.conversion()
-
-    def _fits(self, item: Traced, trace: Trace) -> bool:
-        """Whether mlx-lm would quantize the tensor: it skips inputs that make no whole groups."""
-        path, _, suffix = item.name.rpartition(".")
-        fits = item.spec.shape[-1:] and item.spec.shape[-1] % self.group_size == 0
-        return suffix == "weight" and path in trace.modules and bool(fits)
 
     def _settings(
         self, own: Mapping[str, Any], rules: Sequence[tuple[int, MlxRule]]
@@ -164,7 +162,7 @@ class _Made:
 
     def own(self, item: Traced) -> Mapping[str, Any]:
         """Bits and group size of a module by the model's own code, as far as it says."""
-        stated = self._trace.modules[item.name.rpartition(".")[0]]
+        stated = self._trace.modules[item.module]
         return {key: stated[key] for key in ("group_size", "bits") if key in stated}
 
     def add_plain(self, item: Traced, fact: TensorFact) -> None:
@@ -201,7 +199,7 @@ class _Made:
                 dtype = {"dtype": item.spec.dtype}
                 (ref,) = self._transformed(Transform(), item, refs, dtype)
                 made = self._affine(params, ref, item)
-        path = item.name.rpartition(".")[0]
+        path = item.module
         outputs = [
             OutputTensor(f"{path}.{suffix}", out, fact)
             for suffix, out in zip(SUFFIXES, made, strict=True)

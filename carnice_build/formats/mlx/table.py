@@ -54,6 +54,12 @@ class Table(Strict):
         default_factory=dict, description="What the model's own code says of modules, by glob."
     )
     rope_parameters: bool = Field(False, description="It reads `rope_parameters`.")
+    windows: bool = Field(
+        False, description="Layers with a window have a theta of their own, `rope_local_base_freq`."
+    )
+    top: list[str] = Field(
+        default_factory=list, description="Entries of the text model that it reads at the top."
+    )
     entries: dict[str, str] = Field(
         default_factory=dict,
         description="Entries of config.json that it reads, by what else they may be called.",
@@ -96,7 +102,7 @@ def trace_of(
         if facts[name].part not in (Part.MTP, Part.VISION)
     )
     modules = {
-        item.name.removesuffix(".weight"): evaluated.settings(item.name.removesuffix(".weight"))
+        item.module: evaluated.settings(item.module)
         for item in found
         if evaluated.quantizable(item)
     }

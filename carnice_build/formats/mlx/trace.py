@@ -66,6 +66,11 @@ class Traced:
     steps: Steps = ()
 
     @property
+    def module(self) -> str:
+        """The path of the module whose weight it is; its own name if it is none."""
+        return self.name.removesuffix(".weight")
+
+    @property
     def kind(self) -> Kind:
         """See `Kind`."""
         ops = [step.op for step in self.steps]

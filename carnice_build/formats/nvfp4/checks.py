@@ -17,20 +17,23 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from carnice_build.checkpoint.stack import slab_stack
+from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.formats.checks import FolderReader, Rounding, Tensors, TorchChecks
 from carnice_build.formats.exclusions import ignore_problems
 from carnice_build.formats.folder import ModelFolder, read_object, section
-from carnice_build.formats.nvfp4.ops import BLOCK, published
+from carnice_build.formats.nvfp4.ops import BLOCK
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme, names, only_group, statements
 from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows
 from carnice_build.kernels import nvfp4
-from carnice_build.models.base import LINEARS, STACK, Architecture, Role
-from carnice_build.tensors import SourceTensor
+from carnice_build.models.base import LINEARS, STACK, Architecture, FusedIn, Role, TensorFact
+from carnice_build.tensors import SourceTensor, members
 
 _CONFIG, _TWIN = "config.json", "hf_quant_config.json"
 _ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
@@ -75,6 +78,7 @@ class Nvfp4Checks(TorchChecks):
         yield from statements(_CONFIG, stated, {"quant_method": "modelopt", **algorithm})
         yield from statements(_CONFIG, section(group, "weights"), blocks)
         yield from statements(_TWIN, twin, algorithm | blocks)
+        folder = replace(folder, tensors=self.by_module(folder.tensors, architecture))
         ignore = names(stated.get("ignore"))
         if set(ignore) != set(names(twin.get("exclude_modules"))):
             yield f"{_CONFIG} ignores other modules than {_TWIN} excludes"
@@ -86,17 +90,24 @@ class Nvfp4Checks(TorchChecks):
             for part in _SCALARS:
                 yield from _shared(folder, parts, part)
 
-    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> Nvfp4Values | Nvfp4Experts:
+    def by_module(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """See `FormatChecks.by_module`: the experts that are one tensor, apart."""
+        found = dict(tensors)
+        for fact in architecture.tensors.values():
+            if fact.stacked and fact.fused:
+                found |= _apart(fact, fact.fused, tensors)
+        return found
+
+    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> Nvfp4Values:
         """See `FormatChecks.values`."""
-        return (Nvfp4Experts if module in tensors else Nvfp4Values)(tensors, module)
+        return Nvfp4Values(tensors, module)
 
     def input_rounding(self, tensors: Tensors, module: str) -> Rounding:
         """See `TorchChecks.input_rounding`: rounded in blocks under the static `input_scale`.
 
         All experts have one.
         """
-        path = module.replace(STACK, "0")
-        scale = _scalar(tensors, published(path, "input_scale", path in tensors))
+        scale = _scalar(tensors, f"{module.replace(STACK, '0')}.input_scale")
 
         def rounded(rows: Floats) -> Floats:
             out = np.empty_like(rows)
@@ -144,54 +155,31 @@ class Nvfp4Values:
         return allowance(blocks, self._scale_2).reshape(source.shape)
 
 
-class Nvfp4Experts:
-    """The weights of all experts as one tensor [experts, in, out], a row for each expert.
+def _apart(
+    fact: TensorFact, fused: FusedIn, tensors: Tensors
+) -> Iterator[tuple[str, SourceTensor]]:
+    """What each expert has of the tensors that all have together, by its own names."""
+    experts, rows, *_ = fact.shape
+    width, chosen = fused.of * rows, fused.rows(rows)
+    whole = tensors.get(fused.name)
+    if whole and whole.spec.shape == (experts, width):
+        yield from _experts(slab_stack(fact.name, whole, *chosen))
+    if fused.turned is None:
+        return
+    for part, end in (("weight", ""), ("weight_scale", "_weight_scale")):
+        whole = tensors.get(f"{fused.turned}{end}")
+        if whole and whole.spec.shape[::2] == (experts, width):
+            yield from _experts(turned_stack(f"{fact.module}.{part}", whole, *chosen))
+    for part in _SCALARS:
+        if scalar := tensors.get(f"{fused.turned}_{part}"):
+            for index in range(experts):
+                yield f"{fact.module}.{part}".replace(STACK, str(index)), scalar
 
-    Blocks lie along the inputs.
-    """
 
-    tolerated = 0.0
-
-    def __init__(self, tensors: Tensors, name: str) -> None:
-        """Take what belongs to `name`; Incomparable when it does not fit together."""
-        try:
-            self._packed, self._scales = (
-                tensors[published(name, part, True)] for part in ("weight", "weight_scale")
-            )
-        except KeyError:
-            raise Incomparable(f"{name} is not in NVFP4") from None
-        experts, halves, self._outs = self._packed.spec.shape
-        self._ins = 2 * halves
-        self.shape = experts, self._ins * self._outs
-        if self._scales.spec.shape != (experts, self._ins // BLOCK, self._outs):
-            raise Incomparable(f"{name} has no scale for each block of {BLOCK}")
-        self._scale_2 = _scalar(tensors, published(name, "weight_scale_2", True))
-
-    def rows(self, start: int, stop: int) -> Floats:
-        """The experts from `start` to `stop`, dequantized."""
-        return self._turned(np.stack([self._expert(index) for index in range(start, stop)]))
-
-    def allowance(self, source: Floats, start: int) -> Floats:
-        """See `QuantizedValues.allowance`."""
-        weights = source.reshape(len(source), self._ins, self._outs).swapaxes(1, 2)
-        allowed = allowance(weights.reshape(-1, BLOCK), self._scale_2)
-        return self._turned(allowed.reshape(weights.shape))
-
-    def _expert(self, index: int) -> Floats:
-        """[out, in]."""
-        packed, scales = (
-            np.ascontiguousarray(
-                read_rows(item, item.spec, index, index + 1).array.reshape(item.spec.shape[1:]).T
-            )
-            for item in (self._packed, self._scales)
-        )
-        out = np.empty((self._outs, self._ins), np.float32)
-        nvfp4.dequantize_rows(packed, scales, self._scale_2, out)
-        return out
-
-    def _turned(self, experts: Floats) -> Floats:
-        """From [experts, out, in] to rows of [in, out]."""
-        return np.ascontiguousarray(experts.swapaxes(1, 2)).reshape(len(experts), -1)
+def _experts(stack: SourceTensor) -> Iterator[tuple[str, SourceTensor]]:
+    """The tensor of each expert."""
+    for index, (name, spec) in enumerate(members(stack.name, stack.spec)):
+        yield name, SourceTensor(name, spec, stack.file, stack.offset + index * spec.nbytes)
 
 
 def allowance(blocks: Floats, scale_2: float) -> Floats:

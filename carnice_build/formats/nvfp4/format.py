@@ -31,14 +31,14 @@ from carnice_build.formats.nvfp4.files import modelopt_files
 from carnice_build.formats.nvfp4.ops import (
     BLOCK,
     BlockQuantize,
-    ExpertsQuantize,
     InputScales,
-    published,
+    TakeTurns,
+    TurnsQuantize,
 )
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import LINEARS, MULTIPLIED, Part, Role, TensorFact
+from carnice_build.models.base import LINEARS, Part, Role, TensorFact
 from carnice_build.models.kept import KEEP_LISTS, MTP_HEADS
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
@@ -103,7 +103,7 @@ class Nvfp4Format(Format):
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor of the view under its own name, the linears quantized."""
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
-        chosen = {fact.weights_of: fact for fact in self._quantized(facts)}
+        chosen = {fact.module: fact for fact in self._quantized(facts)}
         activations = Activations(Calibration(view, context.calibrated()))
         made: dict[str, list[OutputTensor]] = {}
         for layer in range(context.architecture.num_layers):
@@ -113,15 +113,15 @@ class Nvfp4Format(Format):
                 f"{left[0]} is in no decoder layer, so it has no calibrated input",
                 expected="it among `keep`",
             )
-        tensors = [
-            tensor
-            for fact in facts
-            for tensor in (
-                made[fact.weights_of]
-                if chosen.get(fact.weights_of) is fact
-                else [OutputTensor(fact.name, view[fact.name], fact)]
-            )
-        ]
+        biases = _turned_biases(facts, chosen, view, context)
+        tensors: list[OutputTensor] = []
+        for fact in facts:
+            if chosen.get(fact.module) is fact:
+                tensors += made[fact.module]
+            elif fact.name in biases:
+                tensors += biases[fact.name]
+            else:
+                tensors.append(OutputTensor(fact.name, view[fact.name], fact))
         check_fusions(chosen, view, context.architecture)
         figures = {
             f"tokens sent to each expert of layer {layer}": counts
@@ -142,7 +142,7 @@ class Nvfp4Format(Format):
             # Their names differ from family to family.
             left |= {fact.name for fact in facts if fact.part is Part.MTP}
         for fact in facts:
-            if fact.role in MULTIPLIED and fact.name not in left:
+            if fact.role is Role.LINEAR and fact.name not in left:
                 yield fact
 
 
@@ -154,8 +154,10 @@ def _layer(
     context: PlanContext,
 ) -> dict[str, list[OutputTensor]]:
     """The tensors of each quantized module of a decoder layer."""
-    shared = [*context.architecture.shared_inputs(layer), *_experts(chosen, layer)]
-    groups = [[chosen[module] for module in group if module in chosen] for group in shared]
+    groups = [
+        [chosen[module] for module in group if module in chosen]
+        for group in context.architecture.shared_inputs(layer)
+    ]
     groups = [group for group in groups if group]
     if not groups:
         return {}
@@ -164,38 +166,37 @@ def _layer(
     for index, linear in enumerate(linears):
         places.setdefault(linear, []).append(index)
     params = {
-        "groups": [
-            [index for fact in group for index in places[fact.weights_of]] for group in groups
-        ],
+        "groups": [[index for fact in group for index in places[fact.module]] for group in groups],
         "shapes": [
-            view[group[0].name].spec.shape[:1] if group[0].stacked else () for group in groups
+            () if _turned(group[0]) else view[group[0].name].spec.shape[:-2] for group in groups
         ],
     }
     scales = context.graph.add(InputScales(), params, amax)
     return {
-        fact.weights_of: tensors
+        fact.module: tensors
         for group, scale in zip(groups, scales, strict=True)
         for fact, tensors in _group(group, scale, view, context)
     }
-
-
-def _experts(chosen: Mapping[str, TensorFact], layer: int) -> Iterator[list[str]]:
-    """The weights of a layer's experts that are one tensor alone."""
-    return (
-        [path] for path, fact in chosen.items() if fact.layer == layer and fact.role is Role.EXPERTS
-    )
 
 
 def _group(
     group: Sequence[TensorFact], input_scale: TensorRef, view: View, context: PlanContext
 ) -> Iterator[tuple[TensorFact, list[OutputTensor]]]:
     inputs = [view[fact.name] for fact in group]
-    alone = group[0].role is Role.EXPERTS
-    with about_module(", ".join(fact.weights_of for fact in group)):
-        if alone:
-            made = context.graph.add(ExpertsQuantize(), {}, *inputs)
-        else:
-            made = context.graph.add_each(BlockQuantize(), {}, *inputs)
+    if name := _turned(group[0]):
+        with about_module(", ".join(fact.module for fact in group)):
+            packed, scales, scale_2 = context.graph.add(TurnsQuantize(), {}, *inputs)
+        parts = {
+            f"{name}_input_scale": input_scale,
+            name: packed,
+            f"{name}_weight_scale": scales,
+            f"{name}_weight_scale_2": scale_2,
+        }
+        yield group[0], [OutputTensor(part, ref, group[0]) for part, ref in parts.items()]
+        yield from ((fact, []) for fact in group[1:])
+        return
+    with about_module(", ".join(fact.module for fact in group)):
+        made = context.graph.add_each(BlockQuantize(), {}, *inputs)
     for number, fact in enumerate(group):
         parts = {
             "input_scale": input_scale,
@@ -203,5 +204,33 @@ def _group(
             "weight_scale": made[2 * number + 1],
             "weight_scale_2": made[-1],
         }
-        named = {published(fact.weights_of, part, alone): ref for part, ref in parts.items()}
-        yield fact, [OutputTensor(name, ref, fact) for name, ref in named.items()]
+        yield (
+            fact,
+            [OutputTensor(f"{fact.module}.{suffix}", ref, fact) for suffix, ref in parts.items()],
+        )
+
+
+def _turned(fact: TensorFact) -> str | None:
+    """The one tensor that the library publishes experts as, where transformers has them so."""
+    return fact.fused.turned if fact.fused else None
+
+
+def _turned_biases(
+    facts: Sequence[TensorFact],
+    chosen: Mapping[str, TensorFact],
+    view: View,
+    context: PlanContext,
+) -> dict[str, list[OutputTensor]]:
+    """What is published of the biases of such experts, by the names of their facts."""
+    fused: dict[str, list[TensorFact]] = {}
+    for fact in facts:
+        owner = chosen.get(fact.module)
+        if fact.role is Role.BIAS and fact.fused and owner and _turned(owner):
+            fused.setdefault(fact.fused.name, []).append(fact)
+    found: dict[str, list[OutputTensor]] = {}
+    for name, group in fused.items():
+        refs = [view[fact.name] for fact in group]
+        ref = refs[0] if len(refs) == 1 else context.graph.add(TakeTurns(), {}, *refs)[0]
+        found |= {fact.name: [] for fact in group}
+        found[group[0].name] = [OutputTensor(name, ref, group[0])]
+    return found

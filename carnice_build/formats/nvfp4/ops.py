@@ -12,14 +12,6 @@ from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, r
 BLOCK = 16
 
 
-def published(path: str, part: str, alone: bool) -> str:
-    """The name of a `part` of what is quantized at `path`.
-
-    `alone` is for the weights of all experts as one tensor, which have the path for a name.
-    """
-    return f"{path}.{part}" if not alone else f"{path}_{part}" if part != "weight" else path
-
-
 class BlockQuantize(ArrayOp):
     """NVFP4 weights of linears that share their second-level scale, bit for bit modelopt's.
 
@@ -68,15 +60,15 @@ class BlockQuantize(ArrayOp):
             nvfp4.quantize_rows(weight.array, weight.dtype, float(scale_2), packed, scales)
 
 
-class ExpertsQuantize(ArrayOp):
-    """NVFP4 weights of all experts as one tensor, bit for bit modelopt's: blocks lie along inputs.
+class TurnsQuantize(ArrayOp):
+    """NVFP4 weights of all experts as one tensor with columns for rows, bit for bit modelopt's.
 
-    Input: weights [experts, in, out].
-    Outputs: packed U8 [experts, in / 2, out]; scales F8_E4M3 [experts, in / 16, out]; the scale
-    that all experts share, F32 [].
+    Inputs: stacks [experts, rows, columns], whose rows take turns.
+    Outputs, for n inputs: packed U8 [experts, columns / 2, n * rows]; scales F8_E4M3 [experts,
+    columns / 16, n * rows]; the scale that all experts share, F32 [].
     """
 
-    name = "nvfp4.quantize_experts"
+    name = "nvfp4.quantize_turns"
     version = 1
     libraries = ("numba", "numpy")
 
@@ -84,35 +76,64 @@ class ExpertsQuantize(ArrayOp):
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
         """Packed weights, scales, and the scale of all."""
-        experts, _, outs = inputs[0].shape
-        turned = TensorSpec(inputs[0].dtype, (outs, inputs[0].shape[1]))
-        packed, scales, scale_2 = BlockQuantize().infer(params, [turned])
-        return (
-            TensorSpec(packed.dtype, (experts, packed.shape[1], outs)),
-            TensorSpec(scales.dtype, (experts, scales.shape[1], outs)),
-            scale_2,
-        )
+        experts, rows, columns = inputs[0].shape
+        if any(spec != inputs[0] for spec in inputs):
+            raise PlanError("rows that take turns are as many in each stack")
+        whole = TensorSpec(inputs[0].dtype, (len(inputs) * rows, columns))
+        packed, scales, scale_2 = BlockQuantize().infer(params, [whole])
+        turned = (TensorSpec(spec.dtype, (experts, *spec.shape[::-1])) for spec in (packed, scales))
+        return (*turned, scale_2)
 
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Quantize one expert after another; raises NonFiniteValue."""
+        """Quantize one expert after another; raises NonFiniteValue, with the stack's number."""
         import numpy as np
 
         from carnice_build.kernels import nvfp4
 
-        weights = inputs[0]
-        peak, bad_index = nvfp4.amax(weights.array, weights.dtype)
-        require_finite(bad_index)
+        peak = 0.0
+        for operand, stack in enumerate(inputs):
+            amax, bad_index = nvfp4.amax(stack.array, stack.dtype)
+            if bad_index >= 0:
+                raise NonFiniteValue(bad_index, operand)
+            peak = max(peak, float(amax))
         scale_2 = nvfp4.weight_scale_2(peak)
         outputs[2].array[...] = scale_2
-        for index, expert in enumerate(weights.array):
-            rows = np.ascontiguousarray(expert.T)
-            packed = np.empty((len(rows), rows.shape[1] // 2), np.uint8)
-            scales = np.empty((len(rows), rows.shape[1] // BLOCK), np.uint8)
-            nvfp4.quantize_rows(rows, weights.dtype, float(scale_2), packed, scales)
+        columns = inputs[0].array.shape[2]
+        for index in range(len(inputs[0].array)):
+            rows = np.stack([stack.array[index] for stack in inputs], axis=1).reshape(-1, columns)
+            packed = np.empty((len(rows), columns // 2), np.uint8)
+            scales = np.empty((len(rows), columns // BLOCK), np.uint8)
+            nvfp4.quantize_rows(rows, inputs[0].dtype, float(scale_2), packed, scales)
             outputs[0].array[index] = packed.T
             outputs[1].array[index] = scales.T
+
+
+class TakeTurns(ArrayOp):
+    """Vectors of experts as one, in which their numbers take turns.
+
+    Inputs: n stacks [experts, size] of one type.  Output: [experts, n * size].
+    """
+
+    name = "nvfp4.take_turns"
+    version = 1
+    libraries = ("numpy",)
+    rowwise = True
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """As wide as all together."""
+        experts, size = inputs[0].shape
+        return (TensorSpec(inputs[0].dtype, (experts, len(inputs) * size)),)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Copy."""
+        for number, stack in enumerate(inputs):
+            outputs[0].array[:, number :: len(inputs)] = stack.array
 
 
 class InputScales(ArrayOp):

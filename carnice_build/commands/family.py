@@ -1,0 +1,126 @@
+"""Writing a table for a model family that has none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from carnice_build.checkpoint.json import json_object
+from carnice_build.commands.options import FAMILIES, Options
+from carnice_build.errors import BackendError, CarniceError, CheckpointError, RecipeError
+from carnice_build.models.derive import Derivation, default_of
+from carnice_build.models.table import FamilyTable
+from carnice_build.models.write_table import Facts, table_text
+
+if TYPE_CHECKING:
+    from carnice_build.backends.skeletons import Skeletons
+
+MISSING = "torch is not installed: pip install 'carnice-build[torch]'"
+
+
+@dataclass(frozen=True)
+class WrittenTable:
+    """A table that was written: where, what could not be known, and what a small model says of it.
+
+    Of `tensors` that transformers would save, `differing` do not come out of the table so.
+    """
+
+    path: Path
+    unknown: tuple[str, ...]
+    tensors: int
+    differing: tuple[str, ...]
+
+
+def write_family(model: str, out: Path | None, options: Options) -> WrittenTable:
+    """Write a table for `model`, a model type or the path of a config.json.
+
+    It goes to `out`, by default into the project's folder of tables.
+    CarniceError when it is there already, or when transformers has no such model.
+    """
+    model_type, entries = _config(model)
+    path = out or options.recipes / FAMILIES / f"{model_type}.yaml"
+    if path.exists():
+        raise RecipeError("is there already", where=str(path), expected="another --out")
+    try:
+        from carnice_build.backends.skeletons import Skeletons
+    except ImportError:
+        raise BackendError(MISSING) from None
+    skeletons = Skeletons(model_type, entries)
+    samples = list(skeletons.samples())
+    derivation = Derivation(samples, skeletons.owners())
+    text = table_text(derivation, _facts(model_type, skeletons))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    shapes = samples[0].shapes
+    differing = _differing(path, skeletons.config(), shapes)
+    return WrittenTable(path, tuple(derivation.unknown), len(shapes), tuple(differing))
+
+
+def _config(model: str) -> tuple[str, Mapping[str, Any]]:
+    if not model.endswith(".json"):
+        return model, {}
+    try:
+        entries = json_object(model, Path(model).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=model) from None
+    model_type = entries.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError("has no model_type", where=model)
+    return model_type, entries
+
+
+def _facts(model_type: str, skeletons: Skeletons) -> Facts:
+    defaults = {
+        skeletons.name(path): found
+        for path, value in skeletons.defaults.items()
+        if (found := _default(value)) is not None
+    }
+    defaults |= {
+        name: found
+        for name, samples in skeletons.silent().items()
+        if (found := default_of(name, samples))
+    }
+    for name, other in skeletons.aliases.items():
+        if name in defaults and other not in defaults:
+            defaults[other], defaults[name] = defaults[name], other
+    return Facts(
+        model_type=model_type,
+        version=skeletons.version,
+        text_section=skeletons.text,
+        text_type=skeletons.text_type,
+        towers=tuple(name for name in skeletons.sections if name != skeletons.text),
+        ties=skeletons.ties(),
+        tied=skeletons.tied,
+        defaults=defaults,
+        unloaded=tuple(skeletons.unloaded()),
+    )
+
+
+def _default(value: Any) -> str | None:
+    """What stands for an entry in formulas; 0 for what is not there."""
+    if value is None or isinstance(value, bool | int):
+        return str(int(value or 0))
+    return "[]" if isinstance(value, list) else None
+
+
+def _differing(
+    path: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """The tensors that the table does not say of a model that has these `shapes`."""
+    try:
+        facts = FamilyTable(path, config, str(path)).tensors.values()
+    except CarniceError as error:
+        return [str(error)]
+    found: dict[str, tuple[int, ...]] = {}
+    for fact in facts:
+        if fact.fused and fact.fused.name in shapes:
+            count, rows, columns = fact.shape
+            found[fact.fused.name] = (count, rows * fact.fused.of, columns)
+        elif fact.stacked:
+            for expert in range(fact.shape[0]):
+                found[fact.name.replace("*", str(expert))] = fact.shape[1:]
+        else:
+            found[fact.name] = fact.shape
+    return [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]

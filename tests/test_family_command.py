@@ -1,0 +1,184 @@
+"""`carnice family`: a table from transformers alone, and tables of a project's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Finished, Project
+from test_tables import CASES, Case, expanded
+from tiny import write_json
+from zoo import write_zoo
+
+from carnice_build.commands.options import Options
+from carnice_build.commands.plan import plan_variants
+from carnice_build.models import architecture_of, table_of, use_tables
+from carnice_build.models.base import Part
+from carnice_build.models.fitting import fit
+from carnice_build.models.table import FamilyTable
+
+Carnice = Callable[..., Finished]
+
+WRITTEN = {
+    "llama": ["llama, sizes", "llama, biases"],
+    "gpt_oss": ["gpt_oss"],
+    "qwen3_moe": ["qwen3_moe, every other"],
+    "deepseek_v3": ["deepseek_v3, biases"],
+    "mistral3": ["mistral3"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to work in, whose tables are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    use_tables(Path("recipes"))
+
+
+@pytest.mark.parametrize("model_type", WRITTEN)
+def test_a_table_written_by_the_command_is_one(
+    folder: Path, carnice: Carnice, model_type: str
+) -> None:
+    """What transformers builds of other configs follows from it, and roles are those of ours."""
+    finished = carnice("family", model_type)
+    path = folder / "recipes" / "_families" / f"{model_type}.yaml"
+
+    assert 0 == finished.code, finished.err
+    assert str(path.relative_to(folder)) in finished.out
+    assert "do not come out" not in finished.out
+    for case in WRITTEN[model_type]:
+        made = CASES[case].made()
+        found = FamilyTable(path, made.config, case)
+        assert made.shapes == expanded(found, made.shapes)
+        ours = architecture_of(made.config, case)
+        shared = [
+            fact
+            for fact in found.built.values()
+            if fact.part is not Part.VISION and fact.name in ours.built
+        ]
+        assert shared
+        assert {fact.name: (fact.role, fact.part) for fact in shared} == {
+            fact.name: (ours.built[fact.name].role, ours.built[fact.name].part) for fact in shared
+        }
+
+
+def test_what_transformers_does_not_know_is_said(folder: Path, carnice: Carnice) -> None:
+    """The file says what to look at: an MTP head, layers whose kinds a config leaves open."""
+    finished = carnice("family", "qwen3_next", "--out", "mine.yaml")
+    said = [
+        line
+        for line in (folder / "mine.yaml").read_text(encoding="utf-8").splitlines()
+        if line.startswith("# not known: ")
+    ]
+
+    assert 0 == finished.code, finished.err
+    assert any("^mtp.*" in line for line in said)
+    assert any("layer_types" in line for line in said)
+    assert any("smoothing" in line for line in said)
+
+
+def test_a_table_that_is_there_is_not_overwritten(folder: Path, carnice: Carnice) -> None:
+    """Somebody may have worked on it."""
+    (folder / "mine.yaml").write_text("about: Mine.\n", encoding="utf-8")
+    finished = carnice("family", "llama", "--out", "mine.yaml")
+
+    assert 0 != finished.code
+    assert "mine.yaml: is there already" in finished.err
+    assert "about: Mine.\n" == (folder / "mine.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "no_such_type"}, "has no 'no_such_type'"),
+        ({"hidden_size": 4}, "has no model_type"),
+        (["llama"], "is not a JSON object"),
+        ({"model_type": "siglip"}, "has no language model of 'siglip'"),
+        (None, "cannot be read"),
+    ],
+    ids=["unknown", "without a type", "no object", "no language model", "not there"],
+)
+def test_what_is_no_model_is_one_sentence(
+    folder: Path, carnice: Carnice, config: Any, said: str
+) -> None:
+    """Nothing is written."""
+    if config is not None:
+        write_json(folder / "config.json", config)
+    finished = carnice("family", "config.json")
+
+    assert 0 != finished.code
+    assert said in finished.err
+    assert 1 == len(finished.err.strip().splitlines())
+    assert not (folder / "recipes").exists()
+
+
+def test_a_project_has_tables_of_its_own(folder: Path, carnice: Carnice) -> None:
+    """A checkpoint of a type without a table is planned as soon as the project has one."""
+    project = Project(folder)
+    write_zoo(folder / "source", "olmo2")
+    project.recipes.mkdir()
+    (project.recipes / "_profiles.yaml").write_text("demo:\n  tiny/olmo2: source\n")
+    project.recipe(
+        "int4",
+        "variant: int4\ndescription: Tiny\nquantize: {format: nvfp4}\n"
+        "calibration: {dataset: rows.jsonl, samples: 1, length: 8}\n"
+        "sources: {body: {model: tiny/olmo2}}\n",
+    )
+    (folder / "rows.jsonl").write_text('{"text": "words"}\n', encoding="utf-8")
+    unknown = carnice("plan", "int4")
+    written = carnice("family", "source/config.json")
+    plan = plan_variants(["int4"], Options(recipes=project.recipes))
+
+    assert "carnice family olmo2" in unknown.err
+    assert 0 == written.code, written.err
+    assert "olmo2" == plan.variants[0].architecture.name
+
+
+def test_the_tables_of_one_project_are_not_those_of_another(folder: Path) -> None:
+    """Whose recipes are read last, its tables count, as they are in its folder now."""
+    one, two = folder / "one", folder / "two"
+    for project, name in ((one, "first"), (two, "second")):
+        (project / "_families").mkdir(parents=True)
+        (project / "_families" / f"{name}.yaml").write_text("about: Mine.\nextends: llama\n")
+    Options(recipes=one)
+    Options(recipes=two)
+
+    assert table_of("first") is None
+    assert table_of("second") == (two / "_families" / "second.yaml").resolve()
+
+
+def test_an_edited_table_is_read_again(folder: Path) -> None:
+    """Whoever works on one sees what it says now."""
+    path = folder / "family.yaml"
+    config = Case("llama").made().config
+    sizes = []
+    for rows in (3, 7):
+        path.write_text(f"about: Mine.\nextends: llama\ndefaults: {{more: {rows}}}\n")
+        os.utime(path, ns=(rows, rows))
+        sizes.append(FamilyTable(path, config, "").named("more", {}))
+
+    assert [3, 7] == sizes
+
+
+@pytest.mark.parametrize(
+    ("target", "names", "formula"),
+    [
+        ([6, 10, 12], "ab", "a * b"),
+        ([7, 9, 11], "ab", "a + 2 * b"),
+        ([6, 10, 6], "a", "2 * a"),
+        ([12, 20, 12], "ac", "4 * a"),
+        ([4, 4, 4], "", "4"),
+        ([1, 5, 17], "abc", None),
+    ],
+)
+def test_formulas_are_the_simplest_that_fit(
+    target: list[int], names: str, formula: str | None
+) -> None:
+    """Products before sums, and numbers where nothing else changes."""
+    scopes = [{"a": 3, "b": 2, "c": 8}, {"a": 5, "b": 2, "c": 8}, {"a": 3, "b": 4, "c": 8}]
+
+    assert formula == fit(target, scopes, list(names))
