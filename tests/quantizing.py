@@ -13,7 +13,7 @@ from tiny import read_json, write_json
 
 Tensors = dict[str, Any]
 Quantized = tuple[Tensors, Any]
-"""The tensors of a weight, by what their names have after the module's, and its floats."""
+"""The tensors of a weight, by the ends of their names, and its floats; see `part_name`."""
 
 E4M3_LARGEST = 448
 
@@ -78,7 +78,7 @@ def _mxfp4(weight: Any) -> Quantized:
     blocks = source.reshape(rows, columns // 32, 16).clone()
     scales = torch.full((rows, columns // 32), 120, dtype=torch.uint8)
     floats = convert_moe_packed_tensors(blocks[None], scales[None])[0].T
-    return {"weight_blocks": blocks, "weight_scales": scales}, floats.contiguous()
+    return {"_blocks": blocks, "_scales": scales}, floats.contiguous()
 
 
 def _gptq(weight: Any) -> Quantized:
@@ -135,6 +135,11 @@ METHODS: Mapping[str, tuple[Mapping[str, Any], Callable[[Any], Quantized]]] = {
 """What a config says of each way to quantize a weight, and what does it."""
 
 
+def part_name(module: str, end: str) -> str:
+    """What a tensor of a quantized module is called."""
+    return module + end if end.startswith("_") else f"{module}.{end}"
+
+
 def quantize(folder: Path, method: str, modules: Callable[[str], bool]) -> Path:
     """Quantize the weights of some modules of the checkpoint in `folder`, whose copy beside it,
     `<folder>-decoded`, gets the floats that the library decodes them to.
@@ -150,7 +155,7 @@ def quantize(folder: Path, method: str, modules: Callable[[str], bool]) -> Path:
             module, _, end = name.rpartition(".")
             if end == "weight" and modules(module):
                 parts, floats = work(tensor)
-                quantized |= {f"{module}.{part}": item for part, item in parts.items()}
+                quantized |= {part_name(module, end): item for end, item in parts.items()}
                 decoded[name] = floats
             else:
                 quantized[name] = decoded[name] = tensor

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Finished, TinyCheckpoint
-from quantizing import METHODS, quantize
+from quantizing import METHODS, part_name, quantize
 from safetensors.torch import load_file, save_file
 from tiny import read_json, write_json
 
@@ -210,11 +210,13 @@ def rename(old: str, new: str) -> Change:
 
 
 def put(name: str, value: Callable[[Any], Any]) -> Change:
-    return lambda tensors: tensors.update({f"{PROJ}.{name}": value(tensors[f"{PROJ}.{name}"])})
+    return lambda tensors: tensors.update(
+        {part_name(PROJ, name): value(tensors[part_name(PROJ, name)])}
+    )
 
 
 def drop(name: str) -> Change:
-    return lambda tensors: tensors.pop(f"{PROJ}.{name}")
+    return lambda tensors: tensors.pop(part_name(PROJ, name))
 
 
 def filled(value: float) -> Callable[[Any], Any]:
@@ -265,8 +267,8 @@ DAMAGES: dict[str, tuple[str, Change, str]] = {
     ),
     "E8M0 that is no number": (
         "mxfp4",
-        put("weight_scales", filled(255)),
-        f"tensor '{PROJ}.weight_scales' holds NaN at element 0",
+        put("_scales", filled(255)),
+        f"tensor '{PROJ}_scales' holds NaN at element 0",
     ),
     "no shape": ("int4 group", drop("weight_shape"), f"lacks '{PROJ}.weight_shape'"),
     "another shape": (
@@ -289,11 +291,11 @@ DAMAGES: dict[str, tuple[str, Change, str]] = {
         put("weight_packed", lambda item: item.repeat(1, 2)),
         "expected what one of `config_groups` makes of a weight",
     ),
-    "no blocks": ("mxfp4", drop("weight_blocks"), f"lacks '{PROJ}.weight_blocks'"),
+    "no blocks": ("mxfp4", drop("_blocks"), f"lacks '{PROJ}_blocks'"),
     "scales of other groups": (
         "mxfp4",
-        put("weight_scales", lambda item: item[:, :2].contiguous()),
-        f"tensor '{PROJ}.weight_scales' is U8 [64, 2]; expected U8 [64, 4]",
+        put("_scales", lambda item: item[:, :2].contiguous()),
+        f"tensor '{PROJ}_scales' is U8 [64, 2]; expected U8 [64, 4]",
     ),
     "columns in another order": (
         "gptq",

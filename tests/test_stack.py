@@ -13,6 +13,7 @@ from carnice_build.checkpoint import stack as stack_module
 from carnice_build.checkpoint.header import read_header
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.checkpoint.stack import row_range, slab_rows, slab_stack, stacked
+from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import SourceTensor
@@ -169,6 +170,22 @@ def test_rows_may_lie_between_others(
     part, index = ups.located(3 * 4 + 2 * 4 + 1)
     assert ("gate_up[1, 1:7]", 4 * 4 + 1) == (part.name, index)
     assert gates.identity != ups.identity
+
+
+@pytest.mark.parametrize("columns", [range(5), range(1, 4), range(0, 5, 2), range(1, 5, 2)])
+def test_columns_may_be_read_as_rows(tmp_path: Path, columns: range) -> None:
+    """All of a matrix, some of them or every other, however they are read; each is told by name."""
+    tensor = write(tmp_path / "1.safetensors", "fused", shape=(3, 4, 5))["fused"]
+    matrices = np.frombuffer(content(tensor), "u2").reshape(3, 4, 5)
+    turned = turned_stack("e*", tensor, columns.start, columns.stop, columns.step)
+    whole = np.ascontiguousarray(matrices[:, :, list(columns)].transpose(0, 2, 1)).tobytes()
+
+    assert TensorSpec("BF16", (3, len(columns), 4)) == turned.spec
+    assert whole == content(turned)
+    for offset, step in ((0, 1), (3, 7), (8, 8), (len(whole) // 3, 100), (len(whole), 1)):
+        assert whole[offset:] == in_pieces(turned, offset, len(whole) - offset, step)
+    assert (tensor, 20 + 2 * 5 + columns[1]) == turned.located(4 * len(columns) + 4 + 2)
+    assert turned.identity != turned_stack("e*", tensor, 0, 2).identity
 
 
 def test_a_shape_file_has_stacks_without_bytes() -> None:

@@ -33,7 +33,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def respelled(shapes: Shapes, architecture: Architecture) -> Shapes:
     """With names of other spellings as the table has them."""
-    known = {fact.fused[0] for fact in architecture.built.values() if fact.fused}
+    known = {
+        name for fact in architecture.built.values() if fact.fused for name in fact.fused.names
+    }
     return {
         name if name in known else architecture.canonical_name(name) or name: shape
         for name, shape in shapes.items()
@@ -104,7 +106,7 @@ def test_a_damaged_checkpoint_is_refused(zoo: Path, family: str, layout: Layout)
 def _stack_of(name: str, architecture: Architecture) -> str | None:
     """The first of the stacks that a tensor holds."""
     stacks = (fact for fact in architecture.built.values() if fact.fused)
-    return next((fact.name for fact in stacks if fact.fused and fact.fused[0] == name), None)
+    return next((fact.name for fact in stacks if fact.fused and name in fact.fused.names), None)
 
 
 @pytest.mark.parametrize("family", TABLED)
@@ -152,7 +154,8 @@ def test_a_head_or_a_tower_may_be_left_out(zoo: Path, family: str, part: Part) -
     if not own:
         pytest.skip(f"has no {part}")
     names = {re.sub(r"\d+", "*", name) for name in own}
-    own += [fact.fused[0] for name in own if (fact := architecture.built[name]).fused]
+    stacks = [fused for name in own if (fused := architecture.built[name].fused)]
+    own += [name for fused in stacks for name in fused.names]
     expanded = {name for name in shapes if name in own or re.sub(r"\d+", "*", name) in names}
     expanded = {name for name in expanded if _part(name, architecture) is part}
     found = gathered(
@@ -173,7 +176,7 @@ def _part(name: str, architecture: Architecture) -> Part:
     """The part of a tensor that may be of an expert, or hold several stacks."""
     for fact in architecture.built.values():
         stack = re.escape(fact.name).replace(r"\*", r"\d+")
-        if re.fullmatch(stack, name) or (fact.fused and fact.fused[0] == name):
+        if re.fullmatch(stack, name) or (fact.fused and name in fact.fused.names):
             return fact.part
     raise AssertionError(name)
 
@@ -363,9 +366,12 @@ def expanded(architecture: Architecture, shapes: Shapes) -> Shapes:
             continue
         if not fact.stacked:
             found[fact.name] = fact.shape
-        elif fact.fused and fact.fused[0] in shapes:
+        elif fact.fused and fact.fused.name in shapes:
+            count, rows, *rest = fact.shape
+            found[fact.fused.name] = (count, rows * fact.fused.of, *rest)
+        elif fact.fused and fact.fused.turned in shapes:
             count, rows, columns = fact.shape
-            found[fact.fused[0]] = (count, rows * fact.fused[2], columns)
+            found[fact.fused.turned] = (count, columns, rows * fact.fused.of)
         else:
             for expert in range(fact.shape[0]):
                 found[fact.name.replace("*", str(expert))] = fact.shape[1:]
@@ -441,7 +447,7 @@ def _roles(name: str, owner: nn.Module, part: Part) -> set[Role]:
     if kind.endswith("Router"):
         return {Role.ROUTER} if weight else {Role.BIAS, Role.STATE}
     if kind.endswith("Experts"):
-        return {Role.BIAS} if name.endswith("_bias") else {Role.EXPERTS}
+        return {Role.BIAS, Role.LINEAR}
     return {Role.STATE}
 
 

@@ -34,6 +34,7 @@ from zoo_hub import (
     next_layer,
     noise_like,
     old_rope,
+    qwen3_moe_fp8,
     qwen3_moe_hub,
     qwen3_next_hub,
     qwen35_hub,
@@ -220,6 +221,12 @@ FAMILIES: dict[str, Family] = {
         {**_TEXT, **_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
         qwen3_moe_hub,
     ),
+    "qwen3_moe_fp8": Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {**_TEXT, **_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
+        qwen3_moe_fp8,
+    ),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", {**_TEXT, "tie_word_embeddings": True}, old_rope),
     "qwen2_moe": Family(
         "qwen2_moe",
@@ -404,7 +411,11 @@ def write_zoo(folder: Path, family: str, layout: Layout = "transformers") -> Pat
 
     A family whose published checkpoints are spelled as transformers writes them has one layout.
     """
-    entry = FAMILIES[family]
+    return write_family(folder, FAMILIES[family], layout)
+
+
+def write_family(folder: Path, entry: Family, layout: Layout = "transformers") -> Path:
+    """As `write_zoo`, of any family."""
     _save(entry, folder)
     if layout == "hub" and entry.hub is not None:
         _respell(folder, entry.hub)

@@ -79,6 +79,12 @@ def qwen3_moe_hub(tensors: Tensors, config: dict[str, Any]) -> None:
     config["num_experts"] = config.pop("num_local_experts")
 
 
+def qwen3_moe_fp8(tensors: Tensors, config: dict[str, Any]) -> None:
+    """FP8 in blocks of 128 by 128, as Qwen publishes it beside the floats: routers stay plain."""
+    qwen3_moe_hub(tensors, config)
+    _fp8_blocks(tensors, config, keep=("lm_head", "embed_tokens", "mlp.gate."))
+
+
 def qwen3_next_hub(tensors: Tensors, config: dict[str, Any]) -> None:
     """An MTP head like a decoder layer of full attention."""
     old_rope(tensors, config)

@@ -373,5 +373,6 @@ def _role(name: str, module: nn.Module, tensor: torch.Tensor, part: Part) -> Rol
     if kind.endswith("Router") and tensor.ndim == 2:
         return Role.ROUTER
     if tensor.ndim == 3 and kind.endswith("Experts"):
-        return Role.EXPERTS if getattr(module, "is_transposed", False) else Role.LINEAR
+        # What lies as columns is a part of a stack, which only a person can say.
+        return Role.STATE if getattr(module, "is_transposed", False) else Role.LINEAR
     return Role.STATE

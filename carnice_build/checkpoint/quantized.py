@@ -198,9 +198,9 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 
 
 def _mxfp4(tensors: Tensors, stated: Table, columns: Columns, where: str) -> Iterator[Weight]:
-    """gpt-oss: the experts of a layer in one tensor."""
-    for name, parts in _grouped(tensors, {_BLOCKS: "", _SCALES: ""}).items():
-        found = _Parts(name, tensors, parts, "")
+    """gpt-oss: the experts of a layer in one tensor, [experts, outputs, inputs] as of linears."""
+    for name, parts in _grouped(tensors, {_BLOCKS: _PLAIN, _SCALES: _PLAIN}).items():
+        found = _Parts(name, tensors, parts, _PLAIN)
         codes, scales = found.need(_BLOCKS), found.need(_SCALES)
         yield Weight(name, parts, _mxfp4_decoder(name, codes, scales))
 

@@ -115,9 +115,9 @@ def _differing(
         return [str(error)]
     found: dict[str, tuple[int, ...]] = {}
     for fact in facts:
-        if fact.fused and fact.fused[0] in shapes:
+        if fact.fused and fact.fused.name in shapes:
             count, rows, columns = fact.shape
-            found[fact.fused[0]] = (count, rows * fact.fused[2], columns)
+            found[fact.fused.name] = (count, rows * fact.fused.of, columns)
         elif fact.stacked:
             for expert in range(fact.shape[0]):
                 found[fact.name.replace("*", str(expert))] = fact.shape[1:]

@@ -29,8 +29,6 @@ class Role(StrEnum):
     """A matrix [rows, columns] that inputs are multiplied with, or a stack of such."""
     ROUTER = "router"
     """A matrix that says which experts a token goes to, or how much of a shared one it gets."""
-    EXPERTS = "experts"
-    """All experts of a layer as [experts, inputs, outputs], which no format takes as a stack."""
     BIAS = "bias"
     NORM = "norm"
     CONV = "conv"
@@ -48,13 +46,39 @@ LINEARS = (Role.LINEAR, Role.ROUTER)
 
 
 @dataclass(frozen=True, slots=True)
+class FusedIn:
+    """Another way in which checkpoints hold a stack of experts: in one tensor, with others perhaps.
+
+    Tensor `name` is [experts, of * rows, ...], of whose rows, in each expert, the stack has part
+    number `part`, below the parts before it; if they take `turns`, it has each `of`-th row.
+    The tensor called `turned` has columns for rows: [experts, columns, of * rows].
+    """
+
+    name: str
+    part: int = 0
+    of: int = 1
+    turns: bool = False
+    turned: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the tensor may be called."""
+        return (self.name,) if self.turned is None else (self.name, self.turned)
+
+    def rows(self, rows: int) -> tuple[int, int, int]:
+        """First, stop and step of a stack of so many `rows` among those of an expert."""
+        if self.turns:
+            return self.part, self.of * rows, self.of
+        return self.part * rows, (self.part + 1) * rows, 1
+
+
+@dataclass(frozen=True, slots=True)
 class TensorFact:
     """One tensor that an architecture calls for: canonical name, shape, part, role and layer.
 
     A `*` in the name stands for the number of an expert: such a fact is of a *stack*, which holds
     the weights of all experts of a layer, [experts, rows, columns].
-    `fused` is how else checkpoints hold a stack: the name of a tensor [experts, of * rows,
-    columns], which part of each expert's rows it is, and of how many.
+    `fused` is how else checkpoints hold it.
     One that is `optional` may be absent where the rest of its part is there: engines then take
     another tensor of the model in its place.
     """
@@ -64,7 +88,7 @@ class TensorFact:
     part: Part
     role: Role
     layer: int | None = None
-    fused: tuple[str, int, int] | None = None
+    fused: FusedIn | None = None
     optional: bool = False
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
@@ -21,6 +21,7 @@ from carnice_build.errors import CheckpointError, RecipeError
 from carnice_build.models.base import (
     MOST_LAYERS,
     ConfigReader,
+    FusedIn,
     Fusion,
     KvGeometry,
     Part,
@@ -30,7 +31,7 @@ from carnice_build.models.base import (
 )
 from carnice_build.models.formulas import FormulaError, evaluate, names_in
 from carnice_build.models.readers import reader_of
-from carnice_build.models.table_schema import Group, Row, Table
+from carnice_build.models.table_schema import FusedRow, Group, Row, Table
 from carnice_build.yaml_tree import Node, read_tree
 
 _MERGED = {"blocks", "defaults", "values"}
@@ -130,6 +131,11 @@ def _respelled(name: str, beginnings: Iterable[tuple[str, str]]) -> str | None:
         if name.startswith(start):
             return instead + name.removeprefix(start)
     return None
+
+
+def _fused(row: FusedRow, prefix: str) -> FusedIn:
+    turned = None if row.turned is None else prefix + row.turned
+    return FusedIn(prefix + row.name, row.part, row.of, row.turns, turned)
 
 
 def _load(path: Path, config: Mapping[str, Any], where: str) -> FamilyTable:
@@ -349,13 +355,38 @@ class FamilyTable:
     @cached_property
     def _rows(self) -> Mapping[str, tuple[TensorFact, Row]]:
         found: dict[str, tuple[TensorFact, Row]] = {}
+        fused: dict[str, list[tuple[Sequence[str | int], TensorFact]]] = {}
         for path, fact, row in self._facts():
             if fact.name in found:
                 raise self._file.error(
                     path, f"names the tensor {fact.name!r} once more", "each of them once"
                 )
             found[fact.name] = fact, row
+            if fact.fused is not None:
+                fused.setdefault(fact.fused.name, []).append((path, fact))
+        for name, stacks in fused.items():
+            self._check_fused(name, stacks)
         return found
+
+    def _check_fused(
+        self, name: str, stacks: Sequence[tuple[Sequence[str | int], TensorFact]]
+    ) -> None:
+        """Raise RecipeError unless the stacks that a tensor holds are all of it, each once."""
+        for path, fact in stacks:
+            if not fact.stacked:
+                what = f"{fact.name!r} is no stack, so that {name!r} cannot hold it"
+                raise self._file.error((*path, "fused"), what, "a `*` in its name")
+        path, last = stacks[-1]
+        wholes = {(fact.shape, fact.fused and replace(fact.fused, part=0)) for _, fact in stacks}
+        parts = sorted(fact.fused.part for _, fact in stacks if fact.fused)
+        assert last.fused is not None
+        if len(wholes) > 1 or parts != list(range(last.fused.of)):
+            shown = ", ".join(map(str, parts))
+            raise self._file.error(
+                (*path, "fused"),
+                f"of {name!r} there are the parts {shown}",
+                "stacks of one shape that are all of it, each once",
+            )
 
     def _facts(self) -> Iterator[tuple[Sequence[str | int], TensorFact, Row]]:
         for index, item in enumerate(self._table.model):
@@ -408,9 +439,7 @@ class FamilyTable:
         shape = tuple(
             self._size(size, (*path, "shape", index), given) for index, size in enumerate(row.shape)
         )
-        fused = None
-        if row.fused is not None:
-            fused = (prefix + row.fused.name, row.fused.part, row.fused.of)
+        fused = None if row.fused is None else _fused(row.fused, prefix)
         name, own = prefix + row.name, row.part or part
         return TensorFact(name, shape, own, row.role, layer, fused, row.optional)
 

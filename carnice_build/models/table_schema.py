@@ -26,12 +26,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Fused(_Strict):
+class FusedRow(_Strict):
     """Another way in which checkpoints hold a stack of experts: as one tensor, whole or a part."""
 
     name: str = Field(description="Name of the tensor [experts, of * rows, columns].")
     part: int = Field(0, ge=0, description="Which part of each expert's rows this stack is.")
     of: int = Field(1, ge=1, description="How many stacks the tensor holds, one below another.")
+    turns: bool = Field(False, description="Their rows take turns instead.")
+    turned: str | None = Field(
+        None, description="Name of the tensor when it is [experts, columns, of * rows]."
+    )
 
 
 class Row(_Strict):
@@ -50,7 +54,7 @@ class Row(_Strict):
     )
     unread: bool = Field(False, description="Checkpoints may hold it, but no model reads it.")
     wide: bool = Field(False, description="Libraries leave its type alone when they cast a model.")
-    fused: Fused | None = Field(None, description="For a stack: how else checkpoints hold it.")
+    fused: FusedRow | None = Field(None, description="For a stack: how else checkpoints hold it.")
 
 
 class Group(_Strict):

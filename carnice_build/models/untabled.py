@@ -15,6 +15,7 @@ from typing import Any
 from carnice_build.models.base import (
     QUANTIZATION,
     ConfigReader,
+    FusedIn,
     Fusion,
     KvGeometry,
     Part,
@@ -171,9 +172,7 @@ def _facts(shapes: Shapes) -> Iterator[TensorFact]:
             yield from stack
 
 
-def _fact(
-    name: str, shape: tuple[int, ...], fused: tuple[str, int, int] | None = None
-) -> TensorFact:
+def _fact(name: str, shape: tuple[int, ...], fused: FusedIn | None = None) -> TensorFact:
     part, role, layer = Part.BODY, Role.NORM if len(shape) == 1 else Role.STATE, None
     if numbers := _LAYER.search(name):
         part, layer = Part.LAYERS, int(numbers[1])
@@ -212,7 +211,7 @@ def _stacks(shapes: Shapes) -> Mapping[str, TensorFact | Sequence[TensorFact]]:
                 _fact(
                     f"{owner}.*.{part}.weight",
                     (shape[0], rows, shape[2]),
-                    (name, index, len(parts)),
+                    FusedIn(name, index, len(parts)),
                 )
                 for index, part in enumerate(parts)
             ] or [_fact(name, shape)]

@@ -11,6 +11,7 @@ from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from carnice_build.checkpoint.stack import slab_stack, stacked
+from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.errors import PlanError, nearest, together
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, TensorFact
@@ -23,12 +24,14 @@ class _Place:
     """Where a checkpoint holds the tensor of a fact: in tensors `names`, each of `shape`.
 
     `refs` are those that are there; a checkpoint may hold a million, so they are looked up once.
+    If it is `fused` there is one tensor, with columns for rows if that is `turned`.
     """
 
     names: Sequence[str]
     shape: tuple[int, ...]
     refs: Sequence[TensorRef]
     fused: bool = False
+    turned: bool = False
 
     @property
     def whole(self) -> bool:
@@ -58,15 +61,15 @@ def names_of(fact: TensorFact, there: Container[str]) -> Sequence[str]:
     """What a checkpoint, in which the names `there` are, calls the tensors of a fact."""
     if not fact.stacked:
         return [fact.name]
-    if _is_fused(fact, there):
-        assert fact.fused is not None
-        return [fact.fused[0]]
+    if name := _fused_name(fact, there):
+        return [name]
     start, _, end = fact.name.partition("*")
     return [f"{start}{index}{end}" for index in range(fact.shape[0])]
 
 
-def _is_fused(fact: TensorFact, there: Container[str]) -> bool:
-    return fact.fused is not None and fact.fused[0] in there
+def _fused_name(fact: TensorFact, there: Container[str]) -> str | None:
+    names = fact.fused.names if fact.fused else ()
+    return next((name for name in names if name in there), None)
 
 
 def _place(fact: TensorFact, view: View) -> _Place:
@@ -74,11 +77,13 @@ def _place(fact: TensorFact, view: View) -> _Place:
     refs = [view[name] for name in names if name in view]
     if not fact.stacked:
         return _Place(names, fact.shape, refs)
-    if not _is_fused(fact, view):
+    if fact.fused is None or not (name := _fused_name(fact, view)):
         return _Place(names, fact.shape[1:], refs)
-    assert fact.fused is not None
     count, rows, *rest = fact.shape
-    return _Place(names, (count, fact.fused[2] * rows, *rest), refs, fused=True)
+    if name == fact.fused.turned:
+        shape = (count, *rest, fact.fused.of * rows)
+        return _Place(names, shape, refs, fused=True, turned=True)
+    return _Place(names, (count, fact.fused.of * rows, *rest), refs, fused=True)
 
 
 def _ref(fact: TensorFact, place: _Place) -> TensorRef:
@@ -87,15 +92,19 @@ def _ref(fact: TensorFact, place: _Place) -> TensorRef:
     sources = [ref.origin for ref in place.refs if isinstance(ref.origin, SourceTensor)]
     if len(sources) < len(place.refs):
         raise _computed(place)
-    if place.fused:
+    if place.turned:
         assert fact.fused is not None
-        rows = fact.shape[1]
-        first = fact.fused[1] * rows
-        whole = fact.fused[2] == 1
-        tensor = sources[0] if whole else slab_stack(fact.name, sources[0], first, first + rows)
+        tensor = turned_stack(fact.name, sources[0], *fact.fused.rows(fact.shape[1]))
     else:
-        tensor = stacked(fact.name, sources)
+        tensor = part_of(fact, sources[0]) if place.fused else stacked(fact.name, sources)
     return TensorRef(tensor.spec, tensor)
+
+
+def part_of(fact: TensorFact, tensor: SourceTensor) -> SourceTensor:
+    """The stack of a fact in a tensor [experts, of * rows, ...] that holds several."""
+    if fact.fused is None or fact.fused.of == 1:
+        return tensor
+    return slab_stack(fact.name, tensor, *fact.fused.rows(fact.shape[1]))
 
 
 def _computed(place: _Place) -> PlanError:

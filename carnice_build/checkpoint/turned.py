@@ -1,0 +1,142 @@
+"""Matrices of a stack that lie with columns for rows in their file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from carnice_build.checkpoint.rows import FillRows, RowReader
+from carnice_build.dtypes import ITEM_SIZE, TensorSpec
+from carnice_build.tensors import ByteSource, Reader, SourceTensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+
+class Turned:
+    """Columns of the matrices [lines, columns] of a stack, as rows; see `ByteSource`.
+
+    A column is a piece of every line, so a matrix is read and held as a whole while its columns
+    are read.
+    """
+
+    def __init__(self, tensor: SourceTensor, columns: range) -> None:
+        """`tensor` [slabs, lines, columns] has bytes; of its columns, those that are chosen."""
+        self._tensor = tensor
+        self._columns = columns
+        self._slabs, self._lines, self._width = tensor.spec.shape
+        self._item = ITEM_SIZE[tensor.spec.dtype]
+        self._row_bytes = self._lines * self._item
+
+    @property
+    def _file(self) -> ByteSource:
+        assert self._tensor.file is not None
+        return self._tensor.file
+
+    @property
+    def name(self) -> str:
+        """That of the tensor's file."""
+        return self._file.name
+
+    @property
+    def size(self) -> int:
+        """Bytes of all chosen columns."""
+        return self._slabs * len(self._columns) * self._row_bytes
+
+    @property
+    def identity(self) -> str:
+        """The tensor's, and how it is turned."""
+        chosen = self._columns
+        how = f"{chosen.start}:{chosen.stop}:{chosen.step} of {list(self._tensor.spec.shape)}"
+        return f"turned|{how}|{self._tensor.identity}"
+
+    def path(self) -> None:
+        """See `ByteSource.path`: there is no such file."""
+        return
+
+    @property
+    def local(self) -> bool:
+        """True when the tensor's file is."""
+        return self._file.local
+
+    @property
+    def random_access(self) -> bool:
+        """False: a small read costs a matrix."""
+        return False
+
+    def locate(self, offset: int) -> tuple[SourceTensor, int]:
+        """See `Composite.locate`."""
+        row, inner = divmod(offset, self._row_bytes)
+        slab, column = divmod(row, len(self._columns))
+        line, rest = divmod(inner, self._item)
+        index = (slab * self._lines + line) * self._width + self._columns[column]
+        return self._tensor, index * self._item + rest
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """See `Readable.read_into`."""
+        with self.open_range(offset, len(buffer)) as read:
+            read(buffer)
+
+    @contextmanager
+    def open_range(self, offset: int, count: int) -> Iterator[Reader]:
+        """See `ByteSource.open_range`."""
+        if not count:
+            yield lambda buffer: None
+            return
+        first, skipped = divmod(offset, self._row_bytes)
+        stop = -(-(offset + count) // self._row_bytes)
+        slabs = range(first // len(self._columns), -(-stop // len(self._columns)))
+        slab_bytes = self._lines * self._width * self._item
+        start = self._tensor.offset + slabs.start * slab_bytes
+        with self._file.open_range(start, len(slabs) * slab_bytes) as read:
+            reader = RowReader(self._row_bytes, self._turning(read, first))
+            reader.skip(skipped)
+            yield reader.read
+
+    def _turning(self, read: Reader, at: int) -> FillRows:
+        """Reads of whole matrices that fill a buffer with columns, the first of which is `at`."""
+        import numpy as np
+
+        held: Array | None = None
+
+        def fill(buffer: memoryview) -> None:
+            nonlocal at, held
+            rows = np.frombuffer(buffer, np.uint8).reshape(-1, self._row_bytes)
+            done = 0
+            while done < len(rows):
+                first = at % len(self._columns)
+                if held is None or first == 0:
+                    held = self._matrix(read)
+                some = rows[done : done + len(held) - first]
+                some[:] = held[first : first + len(some)]
+                done, at = done + len(some), at + len(some)
+
+        return fill
+
+    def _matrix(self, read: Reader) -> Array:
+        """The chosen columns of the next matrix, [columns, bytes of a row]."""
+        import numpy as np
+
+        lines = np.empty((self._lines, self._width), f"u{self._item}")
+        read(lines.reshape(-1).view(np.uint8).data)
+        chosen = self._columns
+        columns = lines[:, chosen.start : chosen.stop : chosen.step].T
+        return np.ascontiguousarray(columns).view(np.uint8)
+
+
+def turned_stack(
+    name: str, tensor: SourceTensor, start: int, stop: int, step: int = 1
+) -> SourceTensor:
+    """Columns `start` to `stop`, or every `step`-th, of every matrix of [slabs, lines, columns].
+
+    As a stack [slabs, columns, lines] called `name`.
+    """
+    slabs, lines, width = tensor.spec.shape
+    columns = range(start, stop, step)
+    assert 0 <= start <= stop <= width, "columns beyond the matrix"
+    spec = TensorSpec(tensor.spec.dtype, (slabs, len(columns), lines))
+    file = Turned(tensor, columns) if tensor.file is not None else None
+    return SourceTensor(name, spec, file, 0)
