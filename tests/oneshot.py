@@ -78,14 +78,12 @@ def run_oneshot(
     model: Any = None,
     layer: str = "Qwen3_5DecoderLayer",
     mappings: Sequence[tuple[str, Sequence[str]]] | None = None,
-    ignore: Sequence[str] = (),
 ) -> Reference:
     """Smooth, quantize and save a whole model with one thread, one sample at a time.
 
     `token_rows`, in any order, take the place of `samples()`, and `model`, whose decoder layers
     are of the class `layer`, that of the demo.
     `mappings` are what is smoothed and what is balanced, the library's own if none are given.
-    `ignore` stays as it is beside what the published recipe ignores.
     """
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -109,7 +107,7 @@ def run_oneshot(
             processor=tokenizer(),
             recipe=[
                 AWQModifier(mappings=given),
-                QuantizationModifier(config_groups={"group_0": group}, ignore=[*IGNORE, *ignore]),
+                QuantizationModifier(config_groups={"group_0": group}, ignore=IGNORE),
             ],
             dataset=Dataset.from_list(rows),
             sequential_targets=[layer],
