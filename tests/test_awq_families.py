@@ -94,7 +94,16 @@ class Pair:
         return read_all_tensors(self.ours), {respelled(n, prefix): t for n, t in theirs.items()}
 
 
-@pytest.fixture(params=CASES, ids=name_of)
+def parameters() -> list[Any]:
+    """The cases, of which few are run every time."""
+    often = ("llama", "qwen3_moe")
+    return [
+        pytest.param(case, id=name_of(case), marks=() if case.family in often else pytest.mark.wide)
+        for case in CASES
+    ]
+
+
+@pytest.fixture(params=parameters())
 def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
     """A family's checkpoint, smoothed and quantized by us and by the library."""
     case: Case = request.param
