@@ -50,6 +50,8 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*
 _SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 _MAIN = "main"
 _BODY, _BASE = "body", "base"
+_MOST_BASES = 4
+"""Of the models that a card names as its base, those that are looked at for an MTP head."""
 
 
 @dataclass(frozen=True)
@@ -331,14 +333,16 @@ def _head(
     if there or not names:
         return _Head(["the MTP head stays as it is"] if there else [])
     tried = []
-    for model in readme.base_models:
+    for model in readme.base_models[:_MOST_BASES]:
         try:
             checkpoint, commit = _open_on_hub(model)
             base = architecture_of(checkpoint.config, checkpoint.where)
         except CarniceError as error:
             tried.append(f"{model} cannot be looked at ({error.sentence(model)})")
             continue
-        if any(name not in checkpoint.tensors for name in names):
+        if stated_quantization(checkpoint.config) is not None:
+            tried.append(f"{model} is quantized")
+        elif any(name not in checkpoint.tensors for name in names):
             tried.append(f"{model} has none either")
         elif base.dimensions != architecture.dimensions:
             tried.append(f"that of {model} is of another size")

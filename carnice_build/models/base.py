@@ -249,6 +249,9 @@ class Architecture(Protocol):
 QUANTIZATION = ("quantization_config", "quantization")
 """The entries of a config that say how weights are quantized; null or empty, they say nothing."""
 
+MOST_EXPERTS = 10_000
+"""In one layer; as with layers."""
+
 MOST_LAYERS = 10_000
 """No model comes near it; a config that says more would only exhaust memory."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -114,7 +114,9 @@ class Table(_Strict):
 
     about: str = Field(description="The family in a line, and where its facts come from.")
     text: Text = Text(section=None, type=None)
-    reader: str | None = Field(None, description="Code that reads the config; see `readers`.")
+    reader: Literal["gemma4", "qwen3_5"] | None = Field(
+        None, description="Code that reads the config; see `readers`."
+    )
     towers: list[str] = Field(
         default_factory=list, description="Sections of config.json with other parts, as vision."
     )
@@ -159,4 +161,6 @@ class Table(_Strict):
         default_factory=list,
         description="Beginnings of names in other checkpoints, and what they are called here.",
     )
-    drafter: str | None = Field(None, description="Code of the MTP head, as `module:Class`.")
+    drafter: Literal["qwen3_5"] | None = Field(
+        None, description="Code of the MTP head; see `drafters`."
+    )

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from carnice_build.models.base import (
+    MOST_LAYERS,
     QUANTIZATION,
     ConfigReader,
     FusedIn,
@@ -174,7 +175,7 @@ def _facts(shapes: Shapes) -> Iterator[TensorFact]:
 
 def _fact(name: str, shape: tuple[int, ...], fused: FusedIn | None = None) -> TensorFact:
     part, role, layer = Part.BODY, Role.NORM if len(shape) == 1 else Role.STATE, None
-    if numbers := _LAYER.search(name):
+    if (numbers := _LAYER.search(name)) and len(numbers[1]) < len(str(MOST_LAYERS)):
         part, layer = Part.LAYERS, int(numbers[1])
     if _TOWER.search(name):
         part, layer = Part.VISION, None
