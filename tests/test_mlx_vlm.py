@@ -6,6 +6,7 @@ What mlx-vlm itself has to say is in `test_mlx_vlm_parity`; nothing here needs i
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mlx_vlm_families import Zoo, built, config_of, families, options_for
 from tiny import Tensor, read_all_tensors, write_json
 
 from carnice_build.commands.build import build_variants
+from carnice_build.commands.explain import explain_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
@@ -63,6 +65,17 @@ def test_another_number_of_bits_for_the_head_makes_the_drafter_alone_anew(
     assert 0 == runs["seeing"]
     assert 0 < runs["seeing-mtp"]
     assert 8 == config_of(project.out / "seeing-mtp")["quantization"]["bits"]
+
+
+def test_the_key_that_says_the_drafters_bits_explains_them(project: Project, vlm_zoo: Zoo) -> None:
+    """Not that of the model's bits, from which they were taken before."""
+    folder = vlm_zoo("qwen3_5")
+    built(project, folder)
+    options = replace(options_for(project, folder), overrides=("quantize.mtp=8",))
+    _, drafter = explain_variants(["seeing"], options)
+
+    assert ["bits 4 -> 8"] == [reason.cause for reason in drafter.reasons]
+    assert ["--set quantize.mtp=8"] == [reason.where for reason in drafter.reasons]
 
 
 def test_a_plain_head_keeps_its_numbers(project: Project, vlm_zoo: Zoo) -> None:

@@ -90,6 +90,14 @@ class Format(Strict):
         """Whether names and shapes of a model's tensors are enough, where its type has no table."""
         return False
 
+    @classmethod
+    def keeps(cls, method: str) -> bool:
+        """Whether weights quantized by a `quant_method` are published with the codes they have.
+
+        A recipe of such a model without a step that decodes them is given `PlanContext.codes`.
+        """
+        return False
+
     def prepare(self, view: View, context: PlanContext) -> View:
         """The view as `convert` is to get it, and as checks compare what is published with it."""
         return view

@@ -22,11 +22,12 @@ from carnice_build.graph import Action, ActionGraph, ActionOutput, View
 from carnice_build.models import UnknownFamily, architecture_of
 from carnice_build.models.base import Architecture, Part
 from carnice_build.models.untabled import Untabled
+from carnice_build.planning.coded import coded, kept_as_they_are
 from carnice_build.planning.gather import gathered
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
-from carnice_build.steps.base import Ask, PlanContext, Step, unanswered
+from carnice_build.steps.base import Ask, Codes, PlanContext, Step, unanswered
 from carnice_build.tensors import SourceTensor
 
 if TYPE_CHECKING:
@@ -130,11 +131,13 @@ def plan_variant(
     """
     sources = {name: _find(finder, recipe, name) for name in recipe.sources}
     body = sources[recipe.body]
-    if not any(isinstance(step.params, Step) and step.params.decodes for step in recipe.steps):
-        _refuse_quantized(body.checkpoint)
-    view = source_view(body.checkpoint)
     assert isinstance(recipe.quantize, Format)
+    decodes = any(isinstance(step.params, Step) and step.params.decodes for step in recipe.steps)
+    keeps = not decodes and _keeps_codes(body.checkpoint, recipe.quantize)
+    view = source_view(body.checkpoint)
     architecture = _architecture(body.checkpoint, view, recipe.quantize)
+    if keeps and isinstance(architecture, Untabled):
+        raise _quantized_already(body.checkpoint)
     context = PlanContext(architecture, graph, body.profile, recipe.layers, sources, ask=ask)
     with failures_blamed(recipe.quantize):
         assets = Assets(body.checkpoint, recipe.quantize.engine_reads())
@@ -150,6 +153,10 @@ def plan_variant(
         # Steps may have changed names, which are all that is known of it.
         architecture = untabled(body.checkpoint, view)
         notices = (*notices, unchecked(architecture))
+    codes: Mapping[str, Codes] = {}
+    if keeps:
+        view, codes = coded(view, context)
+        notices = (*notices, kept_as_they_are(codes))
     view = gathered(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
     # From here on the model is the one that will be published.
@@ -157,7 +164,7 @@ def plan_variant(
         parts = {architecture.tensors[name].part for name in view}
         published = architecture.published_config(parts)
         architecture = architecture_of(published, body.checkpoint.where)
-    context = replace(context, architecture=architecture)
+    context = replace(context, architecture=architecture, codes=codes)
     dataset = None
     if recipe.calibration is not None:
         dataset = finder.find_dataset(recipe.calibration)
@@ -282,13 +289,21 @@ def _find(finder: SourceFinder, recipe: Recipe, name: str) -> Source:
     return finder.find(name, recipe.sources[name])
 
 
-def _refuse_quantized(body: Checkpoint) -> None:
+def _keeps_codes(body: Checkpoint, number_format: Format) -> bool:
+    """Whether the weights are quantized, and the format keeps them so; PlanError if it does not."""
     stated = stated_quantization(body.config)
     if stated is None:
-        return
+        return False
+    if number_format.keeps(str(stated.get("quant_method"))):
+        return True
+    raise _quantized_already(body)
+
+
+def _quantized_already(body: Checkpoint) -> PlanError:
+    stated = stated_quantization(body.config) or {}
     method = stated.get("quant_method") or "quantization_config"
     step = "a step `- decode: {}` to say that a quantized model is meant to be quantized again"
-    raise PlanError(
+    return PlanError(
         f"is quantized already ({method})",
         where=body.where,
         expected=step if method in METHODS else "the weights that it was quantized from",

@@ -117,13 +117,14 @@ def measure_perplexities(
 
     tokens = _tokens(tokenizer, text)
     sources = {name: model.source() for name, model in models.items()}
+    arithmetic = _arithmetic(next(iter(models.values())).architecture, threads)
     found: dict[str, list[Perplexity]] = {name: [] for name in models}
     for length in lengths:
         sequences = cut(tokens, length, samples or SAMPLES_ON_CPU)
         if not sequences:
             continue
         rows = [torch.tensor(row) for row in sequences]
-        for name, item in measure(sources, rows, _arithmetic(threads)).items():
+        for name, item in measure(sources, rows, arithmetic).items():
             found[name].append(Perplexity(length, len(rows), item.perplexity, item.error, item.kl))
     return found
 
@@ -135,7 +136,7 @@ def generate(model: StoredModel, tokenizer: Path, threads: int) -> Generation:
     from carnice_build.verification import quality
 
     loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
-    return quality.generate(model.source(), loaded, _arithmetic(threads))
+    return quality.generate(model.source(), loaded, _arithmetic(model.architecture, threads))
 
 
 def measure_acceptance(
@@ -167,7 +168,7 @@ def count_drafts(
     from carnice_build.calibration.text_model import OpenModel, ResidentModel
     from carnice_build.verification.drafting import acceptance
 
-    arithmetic = _arithmetic(threads)
+    arithmetic = _arithmetic(sources[0].architecture, threads)
     # First, for a head that nobody has code for is refused.
     drafters = [OpenModel(source, arithmetic).draft_head() for source in sources]
     target = ResidentModel(OpenModel(sources[0], arithmetic))
@@ -198,7 +199,7 @@ def measure_fidelity(
     return fidelity.measure(
         sources,
         loaded,
-        _arithmetic(threads),
+        _arithmetic(next(iter(models.values())).architecture, threads),
         answered=max(2, round(share * fidelity.ANSWERED)),
         read=max(2, round(share * fidelity.READ)),
     )
@@ -234,7 +235,8 @@ def _tokens(tokenizer: Path, text: Path) -> list[int]:
     return found
 
 
-def _arithmetic(threads: int) -> Any:
-    from carnice_build.calibration.driver import Arithmetic
+def _arithmetic(architecture: Architecture, threads: int) -> Any:
+    """As models run here, each with the attention that transformers has for it."""
+    from carnice_build.calibration.driver import Arithmetic, usual_attention
 
-    return Arithmetic("float32", "sdpa", threads)
+    return Arithmetic("float32", usual_attention(architecture.text_config), threads)

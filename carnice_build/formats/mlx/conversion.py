@@ -31,7 +31,7 @@ from carnice_build.formats.mlx.trace import (
 from carnice_build.graph import View
 from carnice_build.models.base import Architecture, FusedIn, TensorFact
 from carnice_build.models.untabled import Untabled
-from carnice_build.steps.base import Ask, PlanContext, Question
+from carnice_build.steps.base import PlanContext, Question
 from carnice_build.tensors import members
 
 TRACER_VERSION = 1
@@ -84,12 +84,12 @@ def _uneven(architecture: Architecture, target: Target) -> str | None:
 
 
 def _asked(
-    specs: Mapping[str, TensorSpec], config: dict[str, Any], context: PlanContext, target: Target
+    specs: Mapping[str, TensorSpec],
+    config: Mapping[str, Any],
+    context: PlanContext,
+    target: Target,
 ) -> Trace:
     architecture = context.architecture
-    if architecture.dtype:
-        # Of the spellings of this entry they know the one before transformers 5.
-        config = {**config, "torch_dtype": architecture.dtype}
     facts = [architecture.tensors[name] for name in specs]
     spellings: list[Numbered | Fused] = [Numbered(specs)]
     if any(fact.fused for fact in facts):
@@ -98,19 +98,31 @@ def _asked(
         spellings.reverse()
     reasons = []
     for spelling in spellings:
-        answer = _ask(context.ask, target, config, spelling.tensors)
+        answer = ask_mlx(context, config, spelling.tensors, target)
         if isinstance(answer, Trace):
             return told(answer, spelling.parts)
         reasons.append(answer.reason)
-    raise PlanError(f"{target} does not take this model: {reasons[0]}", at=("format",))
+    raise refused(reasons[0], target)
 
 
-def _ask(
-    ask: Ask, target: Target, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+def refused(reason: str, target: Target = Target.MLX_LM) -> PlanError:
+    """The error for a model that a library refuses, in its words."""
+    return PlanError(f"{target} does not take this model: {reason}", at=("format",))
+
+
+def ask_mlx(
+    context: PlanContext,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorSpec],
+    target: Target = Target.MLX_LM,
 ) -> Trace | Refusal:
+    """A library's answer about a checkpoint of these tensors."""
     answerer = ANSWERERS[target]
+    if dtype := context.architecture.dtype:
+        # Of the spellings of this entry they know the one before transformers 5.
+        config = {**config, "torch_dtype": dtype}
     rows = {name: [spec.dtype, list(spec.shape)] for name, spec in tensors.items()}
-    return ask(
+    return context.ask(
         Question(
             function=f"{answerer.module}:answer",
             arguments=(config, rows),

@@ -38,7 +38,7 @@ def _config(knobs: MlxFormat, variant: Variant) -> dict[str, Any]:
         if settings:
             config["generation_config"] = settings
         config |= {key: settings[key] for key in _GENERATION if key in settings}
-    quantization = {**section_of(knobs.whole), **variant.stated["modules"]}
+    quantization = {**variant.stated["whole"], **variant.stated["modules"]}
     config["quantization"] = config["quantization_config"] = quantization
     return dict(sorted(config.items()))
 

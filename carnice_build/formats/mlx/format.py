@@ -23,6 +23,7 @@ from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.mlx.conversion import knows, mlx_trace
 from carnice_build.formats.mlx.files import mlx_files, section_of, short_section
+from carnice_build.formats.mlx.kept import METHOD, codes_of, kept_trace
 from carnice_build.formats.mlx.ops import (
     SUFFIXES,
     AffineQuantize,
@@ -37,7 +38,7 @@ from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import ArrayOp, Op, Stacked, TensorRef, View
 from carnice_build.models.base import Part, TensorFact
-from carnice_build.steps.base import PlanContext
+from carnice_build.steps.base import Codes, PlanContext
 
 if TYPE_CHECKING:
     from carnice_build.formats.mlx.checks import MlxChecks, MlxReader
@@ -149,9 +150,20 @@ class MlxFormat(Format):
         """mlx is needed only when it is the backend."""
         return ("mlx",) if self.backend == "mlx" else ()
 
+    @classmethod
+    def keeps(cls, method: str) -> bool:
+        """MXFP4, as mlx-lm does."""
+        return method == METHOD
+
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor that the library keeps, under its MLX name."""
-        trace = self.trace(view, context)
+        if context.codes and self.library is not Target.MLX_LM:
+            raise PlanError(
+                f"{self.library} is not asked about what is quantized already",
+                expected="a step `- decode: {}`",
+                at=("target",),
+            )
+        trace = kept_trace(view, context) if context.codes else self.trace(view, context)
         facts = context.architecture.tensors
         order = {name: index for index, name in enumerate(facts)}
         items = sorted(trace.tensors, key=lambda item: order[item.sources[0].name])
@@ -162,6 +174,9 @@ class MlxFormat(Format):
         made = _Made(self, trace, view, context)
         for item in items:
             fact = facts[item.sources[0].name]
+            if fact.name in context.codes:
+                made.add_codes(item, fact, context.codes[fact.name])
+                continue
             chosen = rules[fact.module] if item.name in weights else None
             settings = None if chosen is None else self._settings(made.own(item), chosen)
             if settings is None:
@@ -230,6 +245,14 @@ class _Made:
             (ref,) = self._graph.add(Elementwise(), params, ref)
         return ref
 
+    def add_codes(self, item: Traced, fact: TensorFact, codes: Codes) -> None:
+        """Words or scales of a weight that stays quantized as it is; no action."""
+        path, _, suffix = item.name.rpartition(".")
+        stated = self._trace.quantized[path]
+        self._refs(item)
+        self._tensors.append(OutputTensor(item.name, codes_of(codes, suffix), fact))
+        self._quantized[path] = Scheme(stated["bits"], stated["group_size"], "float")
+
     def add_quantized(self, item: Traced, fact: TensorFact, settings: Settings) -> None:
         """A weight in packed groups, with scales and biases."""
         params = {**settings.values, "dtype": item.spec.dtype}
@@ -288,14 +311,19 @@ class _Made:
             parameters=sum(ref.spec.size for ref in self._kept.values()),
             quantized=self._quantized,
             causes=self._causes,
-            stated={"modules": self._modules(), "entries": self._trace.entries, **stated},
+            stated={
+                "whole": self._trace.stated or section_of(self._knobs.whole),
+                "modules": self._modules(),
+                "entries": self._trace.entries,
+                **stated,
+            },
         )
 
     def _modules(self) -> dict[str, Any]:
         """The entries of config.json about modules, as the library writes them.
 
         Modules that the model's own code treats otherwise are listed as that code says it; when
-        the recipe treats some otherwise, every one is listed.
+        the recipe treats some otherwise, or the source was quantized, every one is listed.
         """
         whole, modules = self._knobs.whole, self._trace.modules
         plain = Scheme(self._knobs.bits, self._knobs.group_size)
@@ -303,7 +331,9 @@ class _Made:
             path: replace(plain, **{k: v for k, v in own.items() if k in ("bits", "group_size")})
             for path, own in modules.items()
         }
-        chosen = self._quantized.items()
+        chosen = {path: own for path, own in self._quantized.items() if path in modules}.items()
+        if self._trace.stated is not None and all(own == expected[path] for path, own in chosen):
+            return {path: dict(modules[path]) or section_of(own) for path, own in chosen}
         if whole != plain or any(scheme != expected[path] for path, scheme in chosen):
             section = section_of if self._knobs.library is Target.MLX_LM else short_section
             return {path: section(scheme) for path, scheme in chosen}
