@@ -172,19 +172,19 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
 
 def _write_files(folder: Path, recipe: Recipe, demo: Path) -> None:
     config = model_config(recipe.size, vision=recipe.vision, mtp=recipe.mtp)
-    config = _with_token_ids(config, demo)
+    config = with_token_ids(config, demo)
     tensors = tensor_table(config, float32_state=recipe.float32_state)
     shards = split(tensors, recipe.shard_bytes)
     noise = Noise()
     sizes = {
-        shard: _write_shard(folder / shard, {name: tensors[name] for name in names}, noise)
+        shard: write_shard(folder / shard, {name: tensors[name] for name in names}, noise)
         for shard, names in shards.items()
     }
     for name in TEXT_FILES:
         if (demo / name).is_file():
             shutil.copyfile(demo / name, folder / name)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / INDEX, _index(tensors, shards, sizes, recipe))
+    write_json(folder / "config.json", config)
+    write_json(folder / INDEX, _index(tensors, shards, sizes, recipe))
 
 
 def split(tensors: Tensors, shard_bytes: int) -> dict[str, list[str]]:
@@ -205,7 +205,7 @@ def split(tensors: Tensors, shard_bytes: int) -> dict[str, list[str]]:
     }
 
 
-def _write_shard(path: Path, tensors: Tensors, noise: Noise) -> int:
+def write_shard(path: Path, tensors: Tensors, noise: Noise) -> int:
     """Write one safetensors file, wider dtypes first as the format's own writer does; its size."""
     ordered = dict(sorted(tensors.items(), key=lambda item: (-ITEM_BYTES[item[1][0]], item[0])))
     with path.open("wb") as file:
@@ -246,7 +246,7 @@ def _center(name: str) -> float:
     return 1.0 if around_one else 0.0
 
 
-def _with_token_ids(config: Config, demo: Path) -> Config:
+def with_token_ids(config: Config, demo: Path) -> Config:
     """The config with the special token ids of the tokenizer that goes with it."""
     known = json.loads((demo / "config.json").read_text(encoding="utf-8"))
     text = known.get("text_config", {})
@@ -271,7 +271,7 @@ def _index(
     }
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

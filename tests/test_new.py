@@ -294,6 +294,15 @@ def test_a_quantized_source_is_decoded(empty: Path, tmp_path: Path) -> None:
     assert "deepseek_v3: 4 layers, quantized, in BF16, F32, F8_E4M3" == new.found[0]
 
 
+def test_a_quantized_source_may_stay_so(empty: Path, tmp_path: Path) -> None:
+    """MXFP4 for MLX, which has it too: the recipe does not decode, and the plan says what stays."""
+    new = new_recipe("mine", str(write_zoo(tmp_path / "oss", "gpt_oss", "hub")), "mlx-4bit")
+    build_variants(["mine"])
+
+    assert "steps" not in written(new)
+    assert any("stay quantized as they are" in notice for notice in new.plan.notices)
+
+
 def test_draft_layers_are_ignored(empty: Path, tmp_path: Path) -> None:
     """GLM's MTP head is a layer beyond the last, which the preset cannot know."""
     new = new_recipe("mine", str(write_zoo(tmp_path / "glm", "glm4_moe", "hub")), "w4a16-rtn")

@@ -18,7 +18,9 @@ from zoo import write_zoo
 
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
+from carnice_build.commands.plan import plan_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.errors import PlanError
 from carnice_build.verification.result import Outcome
 
 QUANTS: dict[str, dict[str, Any]] = {
@@ -300,3 +302,31 @@ def test_mlx_of_decoded_gpt_oss_is_what_mlx_lm_converts(shop: Workshop) -> None:
 
     assert [] == list(differing(read_all_tensors(theirs), shop.tensors("mlx")))
     assert read_json(theirs / "config.json") == shop.config("mlx")
+
+
+def test_mlx_keeps_the_experts_of_gpt_oss_as_they_are(shop: Workshop) -> None:
+    """Without a step `decode`; the rest is quantized, and tensors and config are mlx-lm's."""
+    pytest.importorskip("mlx_lm")
+    from mlx_families import converted
+
+    source = write_zoo(shop.root / "source", "gpt_oss", "hub")
+    shop.build(source, "mlx")
+    theirs = converted(source, shop.root / "theirs")
+    (plan,) = plan_variants(["mlx"], shop.options(source)).variants
+
+    assert [] == list(differing(read_all_tensors(theirs), shop.tensors("mlx")))
+    assert read_json(theirs / "config.json") == shop.config("mlx")
+    assert any("stay quantized as they are" in notice for notice in plan.notices)
+    assert {"FP4 g32", "4-bit g64", "8-bit g64"} == set(
+        map(str, plan.conversion.quantized.values())
+    )
+
+
+@pytest.mark.parametrize("quant", ["fp8", "w4a16", "int4"])
+def test_other_formats_must_decode_gpt_oss(shop: Workshop, quant: str) -> None:
+    """They have no MXFP4 to keep the experts in, so quantizing them anew must be meant."""
+    pytest.importorskip("transformers")
+    source = write_zoo(shop.root / "source", "gpt_oss", "hub")
+
+    with pytest.raises(PlanError, match=r"is quantized already \(mxfp4\); expected a step `- dec"):
+        shop.build(source, quant)

@@ -87,6 +87,48 @@ def test_a_table_that_lies_is_told_where(tmp_path: Path, lie: str) -> None:
     assert said in str(raised.value)
 
 
+STACKS = """\
+    - name: e.*.gate.weight
+      role: linear
+      shape: [4, wide, hidden_size]
+      fused: {name: e.gate_up, of: 2}
+    - name: e.*.up.weight
+      role: linear
+      shape: [4, inner + 1, hidden_size]
+      fused: {name: e.gate_up, part: 1, of: 2}
+"""
+STACK_LIES = {
+    "half of a tensor": ("e.gate_up, part: 1, of: 2", "e.up", 17, "'layers.0.e.gate_up' there are"),
+    "the same half twice": ("part: 1", "part: 0", 21, "there are the parts 0, 0"),
+    "another number of halves": ("part: 1, of: 2", "part: 1, of: 3", 21, "the parts 0, 1"),
+    "a part beyond the last": ("part: 1, of: 2", "part: 2, of: 2", 21, "the parts 0, 2"),
+    "stacks of other shapes": ("inner + 1", "inner", 21, "stacks of one shape"),
+    "rows in turn and not": ("part: 1, of: 2", "part: 1, of: 2, turns: true", 21, "all of it"),
+    "no stack": ("e.*.up", "e.up", 21, "'layers.0.e.up.weight' is no stack"),
+}
+
+
+def test_stacks_are_all_of_a_tensor(tmp_path: Path) -> None:
+    """Such as gate and up."""
+    found = table(tmp_path, TABLE + STACKS)
+
+    assert (0, 1) == tuple(
+        fact.fused.part for fact in found.built.values() if fact.fused and fact.layer == 1
+    )
+
+
+@pytest.mark.parametrize("lie", STACK_LIES)
+def test_a_table_that_would_lose_experts_is_told_where(tmp_path: Path, lie: str) -> None:
+    """What no stack takes of a fused tensor would be lost, and what two take be there twice."""
+    old, new, line, said = STACK_LIES[lie]
+    assert old in STACKS
+    with pytest.raises(RecipeError) as raised:
+        table(tmp_path, TABLE + STACKS.replace(old, new))
+
+    assert f"family.yaml:{line}:" in str(raised.value)
+    assert said in str(raised.value)
+
+
 @pytest.mark.parametrize(
     "entries",
     [

@@ -24,6 +24,7 @@ from carnice_build.commands.draft import Draft, Section
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.errors import CarniceError, CheckpointError, PlanError, RecipeError, nearest
+from carnice_build.formats.registry import FORMATS
 from carnice_build.graph import ActionGraph, View
 from carnice_build.models import UnknownFamily, architecture_of
 from carnice_build.models.base import Architecture, Part
@@ -90,7 +91,7 @@ def new_recipe(name: str, model: str, preset: str, options: Options | None = Non
         profile = _profile(spec, options.recipes)
     with _written(path, draft.text()):
         looked = replace(options, profile=profile, sources={}, overrides=(), stream=True)
-        (plan,) = plan_variants([name], looked).variants
+        plan, *_ = plan_variants([name], looked).variants
     return NewRecipe(path, plan, found, plan.format.extras(), profile)
 
 
@@ -276,9 +277,13 @@ def _repairs(
             view = step.apply(view, context)
             steps.append(repair)
 
-    if stated_quantization(checkpoint.config) is not None:
+    stated = stated_quantization(checkpoint.config)
+    if stated is not None:
         why = "the source is quantized already: its weights are read as the floats they stand for"
         add([Repair("decode", {}, why)])
+        if FORMATS[knobs["quantize"]["format"]].keeps(str(stated.get("quant_method"))):
+            # The plan says that they stay.
+            steps.clear()
     add(renames(view, architecture))
     add(list(leftovers(view, architecture)))
     add(without(Part.VISION, view, architecture, _no_vision(checkpoint, knobs)))

@@ -74,11 +74,28 @@ class Conversion:
     stated: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Companion:
+    """A folder that is built along with another, whose name it has with `suffix` behind it."""
+
+    suffix: str
+    description: str
+    format: Format
+
+
 class Format(Strict):
     """A number format: its knobs, and how it turns a canonical view into published tensors."""
 
     def takes_untabled(self, model_type: str) -> bool:
         """Whether names and shapes of a model's tensors are enough, where its type has no table."""
+        return False
+
+    @classmethod
+    def keeps(cls, method: str) -> bool:
+        """Whether weights quantized by a `quant_method` are published with the codes they have.
+
+        A recipe of such a model without a step that decodes them is given `PlanContext.codes`.
+        """
         return False
 
     def prepare(self, view: View, context: PlanContext) -> View:
@@ -92,6 +109,13 @@ class Format(Strict):
     @abstractmethod
     def files(self, variant: Variant) -> Mapping[str, bytes]:
         """The files beside the weights that are this format's, by name: config.json at least."""
+
+    def companions(self, view: View, context: PlanContext) -> Sequence[Companion]:
+        """Further folders that are built along, of the same view.
+
+        PlanError when a knob asks for one that cannot be.
+        """
+        return ()
 
     def card(self) -> Card:
         """What the model card says of the format: what it says of all, unless there is more."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
@@ -355,13 +355,38 @@ class FamilyTable:
     @cached_property
     def _rows(self) -> Mapping[str, tuple[TensorFact, Row]]:
         found: dict[str, tuple[TensorFact, Row]] = {}
+        fused: dict[str, list[tuple[Sequence[str | int], TensorFact]]] = {}
         for path, fact, row in self._facts():
             if fact.name in found:
                 raise self._file.error(
                     path, f"names the tensor {fact.name!r} once more", "each of them once"
                 )
             found[fact.name] = fact, row
+            if fact.fused is not None:
+                fused.setdefault(fact.fused.name, []).append((path, fact))
+        for name, stacks in fused.items():
+            self._check_fused(name, stacks)
         return found
+
+    def _check_fused(
+        self, name: str, stacks: Sequence[tuple[Sequence[str | int], TensorFact]]
+    ) -> None:
+        """Raise RecipeError unless the stacks that a tensor holds are all of it, each once."""
+        for path, fact in stacks:
+            if not fact.stacked:
+                what = f"{fact.name!r} is no stack, so that {name!r} cannot hold it"
+                raise self._file.error((*path, "fused"), what, "a `*` in its name")
+        path, last = stacks[-1]
+        wholes = {(fact.shape, fact.fused and replace(fact.fused, part=0)) for _, fact in stacks}
+        parts = sorted(fact.fused.part for _, fact in stacks if fact.fused)
+        assert last.fused is not None
+        if len(wholes) > 1 or parts != list(range(last.fused.of)):
+            shown = ", ".join(map(str, parts))
+            raise self._file.error(
+                (*path, "fused"),
+                f"of {name!r} there are the parts {shown}",
+                "stacks of one shape that are all of it, each once",
+            )
 
     def _facts(self) -> Iterator[tuple[Sequence[str | int], TensorFact, Row]]:
         for index, item in enumerate(self._table.model):
@@ -520,7 +545,7 @@ class FamilyTable:
     def smoothing(self) -> Sequence[SmoothingMapping]:
         """What AWQ may smooth."""
         return tuple(
-            SmoothingMapping(item.smooth, tuple(item.balance), tuple(item.follow))
+            SmoothingMapping(item.smooth, tuple(item.balance))
             for index, item in enumerate(self._table.smoothing)
             if item.when is None or self._evaluate(item.when, ("smoothing", index, "when"))
         )
@@ -559,10 +584,6 @@ class FamilyTable:
         if (known := _respelled(name, self._table.spellings)) in self.built:
             return known
         return self._by_bare_name.get(_WRONG_PREFIX.sub("", name))
-
-    def torch_name(self, name: str) -> str:
-        """Without a wrapper around text model and towers."""
-        return _respelled(name, self._table.torch) or name
 
     def offset_norm(self, name: str) -> bool:
         """True for the norms that store w with a gain of 1 + w."""

@@ -92,16 +92,19 @@ def _ref(fact: TensorFact, place: _Place) -> TensorRef:
     sources = [ref.origin for ref in place.refs if isinstance(ref.origin, SourceTensor)]
     if len(sources) < len(place.refs):
         raise _computed(place)
-    tensor = _part(fact, sources[0], place) if place.fused else stacked(fact.name, sources)
+    if place.turned:
+        assert fact.fused is not None
+        tensor = turned_stack(fact.name, sources[0], *fact.fused.rows(fact.shape[1]))
+    else:
+        tensor = part_of(fact, sources[0]) if place.fused else stacked(fact.name, sources)
     return TensorRef(tensor.spec, tensor)
 
 
-def _part(fact: TensorFact, tensor: SourceTensor, place: _Place) -> SourceTensor:
-    assert fact.fused is not None
-    rows = fact.fused.rows(fact.shape[1])
-    if place.turned:
-        return turned_stack(fact.name, tensor, *rows)
-    return tensor if fact.fused.of == 1 else slab_stack(fact.name, tensor, *rows)
+def part_of(fact: TensorFact, tensor: SourceTensor) -> SourceTensor:
+    """The stack of a fact in a tensor [experts, of * rows, ...] that holds several."""
+    if fact.fused is None or fact.fused.of == 1:
+        return tensor
+    return slab_stack(fact.name, tensor, *fact.fused.rows(fact.shape[1]))
 
 
 def _computed(place: _Place) -> PlanError:

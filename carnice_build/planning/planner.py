@@ -10,23 +10,24 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.calibration.source import CalibrationSource
-from carnice_build.checkpoint.assets import Assets, absent, damaged
+from carnice_build.checkpoint.assets import Assets, absent, damaged, taken_over
 from carnice_build.checkpoint.checkpoint import Checkpoint, read_samples, source_view
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.generation import with_generation
 from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.checkpoint.quantized import METHODS, plain_config, stated_quantization
 from carnice_build.errors import PlanError, together
-from carnice_build.formats.base import Conversion, Format
+from carnice_build.formats.base import Companion, Conversion, Format
 from carnice_build.graph import Action, ActionGraph, ActionOutput, View
 from carnice_build.models import UnknownFamily, architecture_of
 from carnice_build.models.base import Architecture, Part
 from carnice_build.models.untabled import Untabled
+from carnice_build.planning.coded import coded, kept_as_they_are
 from carnice_build.planning.gather import gathered
 from carnice_build.planning.layout import PackLayout, pack_layouts
 from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
-from carnice_build.steps.base import Ask, PlanContext, Step, unanswered
+from carnice_build.steps.base import Ask, Codes, PlanContext, Step, unanswered
 from carnice_build.tensors import SourceTensor
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class VariantPlan:
     `files` holds the small files that are taken from the body, as the steps left them;
     `serving` what its launches follow from, when it has any; `dataset` what it is calibrated on;
     `notices` what a person may want to know before a build.
+    `companions` are variants that are built along with this one, from the same view.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class VariantPlan:
     serving: ServingFacts | None
     dataset: Dataset | None
     notices: tuple[str, ...]
+    companions: tuple[VariantPlan, ...] = ()
 
     @property
     def name(self) -> str:
@@ -128,11 +131,13 @@ def plan_variant(
     """
     sources = {name: _find(finder, recipe, name) for name in recipe.sources}
     body = sources[recipe.body]
-    if not any(isinstance(step.params, Step) and step.params.decodes for step in recipe.steps):
-        _refuse_quantized(body.checkpoint)
-    view = source_view(body.checkpoint)
     assert isinstance(recipe.quantize, Format)
+    decodes = any(isinstance(step.params, Step) and step.params.decodes for step in recipe.steps)
+    keeps = not decodes and _keeps_codes(body.checkpoint, recipe.quantize)
+    view = source_view(body.checkpoint)
     architecture = _architecture(body.checkpoint, view, recipe.quantize)
+    if keeps and isinstance(architecture, Untabled):
+        raise _quantized_already(body.checkpoint)
     context = PlanContext(architecture, graph, body.profile, recipe.layers, sources, ask=ask)
     with failures_blamed(recipe.quantize):
         assets = Assets(body.checkpoint, recipe.quantize.engine_reads())
@@ -148,6 +153,10 @@ def plan_variant(
         # Steps may have changed names, which are all that is known of it.
         architecture = untabled(body.checkpoint, view)
         notices = (*notices, unchecked(architecture))
+    codes: Mapping[str, Codes] = {}
+    if keeps:
+        view, codes = coded(view, context)
+        notices = (*notices, kept_as_they_are(codes))
     view = gathered(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
     # From here on the model is the one that will be published.
@@ -155,7 +164,7 @@ def plan_variant(
         parts = {architecture.tensors[name].part for name in view}
         published = architecture.published_config(parts)
         architecture = architecture_of(published, body.checkpoint.where)
-    context = replace(context, architecture=architecture)
+    context = replace(context, architecture=architecture, codes=codes)
     dataset = None
     if recipe.calibration is not None:
         dataset = finder.find_dataset(recipe.calibration)
@@ -171,11 +180,50 @@ def plan_variant(
         context = replace(context, calibration=source)
     with _located(recipe, "quantize"), failures_blamed(recipe.quantize):
         view = returned(recipe.quantize.prepare(view, context), dict, "prepare")
+        companions = returned(recipe.quantize.companions(view, context), Sequence, "companions")
+    plan = _formatted(recipe, view, files, context, dataset)
+    along = tuple(
+        _formatted(_named(recipe, item), view, _read(files, item.format), context, None)
+        for item in companions
+    )
+    return replace(plan, notices=notices, companions=along)
+
+
+def _named(recipe: Recipe, companion: Companion) -> Recipe:
+    """The recipe as that of the companion, which has no launches of its own."""
+    suffix, repo, title = companion.suffix, recipe.card.repo, recipe.card.title
+    named = {"repo": repo and repo + suffix, "title": title and title + suffix}
+    return replace(
+        recipe,
+        variant=recipe.variant + suffix,
+        description=companion.description,
+        quantize=companion.format,
+        package=recipe.package.model_copy(update={"serve": []}),
+        card=recipe.card.model_copy(update=named),
+    )
+
+
+def _read(files: Mapping[str, bytes], number_format: Format) -> Mapping[str, bytes]:
+    """Those of the files that the format's engine reads."""
+    return {name: files[name] for name in taken_over(files, number_format.engine_reads())}
+
+
+def _formatted(
+    recipe: Recipe,
+    view: View,
+    files: Mapping[str, bytes],
+    context: PlanContext,
+    dataset: Dataset | None,
+) -> VariantPlan:
+    """What the recipe's format makes of the view."""
+    assert isinstance(recipe.quantize, Format)
+    body = context.sources[recipe.body].checkpoint
+    with _located(recipe, "quantize"), failures_blamed(recipe.quantize):
         conversion = returned(recipe.quantize.convert(view, context), Conversion, "convert")
         metadata = returned(recipe.quantize.metadata(), Mapping, "metadata")
     _check_names(conversion)
     with failures_blamed(recipe.quantize):
-        _check_files(body.checkpoint, files, recipe.quantize, conversion)
+        _check_files(body, files, recipe.quantize, conversion)
     packs = pack_layouts(conversion.tensors, recipe.package.shard, metadata)
     serving = None
     if recipe.package.serve:
@@ -184,18 +232,18 @@ def plan_variant(
 
         with _located(recipe, "package", "serve"):
             size = sum(pack.size for pack in packs)
-            serving = plan_serving(recipe, architecture, conversion, files, size)
+            serving = plan_serving(recipe, context.architecture, conversion, files, size)
     return VariantPlan(
         recipe=recipe,
-        sources=sources,
-        architecture=architecture,
+        sources=context.sources,
+        architecture=context.architecture,
         view=view,
         conversion=conversion,
         packs=tuple(packs),
         files=files,
         serving=serving,
         dataset=dataset,
-        notices=notices,
+        notices=(),
     )
 
 
@@ -241,13 +289,21 @@ def _find(finder: SourceFinder, recipe: Recipe, name: str) -> Source:
     return finder.find(name, recipe.sources[name])
 
 
-def _refuse_quantized(body: Checkpoint) -> None:
+def _keeps_codes(body: Checkpoint, number_format: Format) -> bool:
+    """Whether the weights are quantized, and the format keeps them so; PlanError if it does not."""
     stated = stated_quantization(body.config)
     if stated is None:
-        return
+        return False
+    if number_format.keeps(str(stated.get("quant_method"))):
+        return True
+    raise _quantized_already(body)
+
+
+def _quantized_already(body: Checkpoint) -> PlanError:
+    stated = stated_quantization(body.config) or {}
     method = stated.get("quant_method") or "quantization_config"
     step = "a step `- decode: {}` to say that a quantized model is meant to be quantized again"
-    raise PlanError(
+    return PlanError(
         f"is quantized already ({method})",
         where=body.where,
         expected=step if method in METHODS else "the weights that it was quantized from",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from carnice_build.calibration.source import CalibrationSource
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.profiles import Source
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import ActionGraph, View
 from carnice_build.models.base import Architecture
@@ -17,6 +18,7 @@ from carnice_build.models.untabled import Untabled
 from carnice_build.recipe.layers import LayerSpan, layers_in
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import Expectation, Strict
+from carnice_build.tensors import SourceTensor
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
@@ -53,8 +55,24 @@ def unanswered(question: Question[T], /) -> T:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """A quantized weight as the checkpoint has it, for formats that keep it so.
+
+    `stored` are its tensors there, by their names; `parts` those of a fact alone, which may be one
+    of several stacks in them, by the ends of the names.
+    """
+
+    stored: Mapping[str, TensorSpec]
+    parts: Mapping[str, SourceTensor]
+
+
+@dataclass(frozen=True)
 class PlanContext:
-    """What steps and formats may know besides the view: facts of the model, and the graph."""
+    """What steps and formats may know besides the view: facts of the model, and the graph.
+
+    `codes` are the weights, by the names of the view, that are to be published as they are; the
+    view has the floats that they stand for.
+    """
 
     architecture: Architecture
     graph: ActionGraph
@@ -63,6 +81,7 @@ class PlanContext:
     sources: Mapping[str, Source]
     calibration: CalibrationSource | None = None
     ask: Ask = unanswered
+    codes: Mapping[str, Codes] = field(default_factory=dict)
 
     @property
     def body(self) -> Checkpoint:

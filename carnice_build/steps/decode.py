@@ -42,6 +42,10 @@ class Decode(Step):
 
     def apply(self, view: View, context: PlanContext) -> View:
         """The view with each decoded weight in the place of its first tensor."""
+        return self._decoded(view, self._chosen(self.weights(view, context), context))
+
+    def weights(self, view: View, context: PlanContext) -> Mapping[str, Weight]:
+        """The quantized weights of a view, by their plain names."""
         body = context.body
         stated = stated_quantization(body.config)
         if stated is None:
@@ -57,9 +61,7 @@ class Decode(Step):
             fact = context.architecture.tensors.get(name)
             return fact.shape[-1] if fact else None
 
-        weights = quantized_weights(tensors, stated, columns, body.where)
-        chosen = self._chosen(weights, context)
-        return self._decoded(view, chosen)
+        return quantized_weights(tensors, stated, columns, body.where)
 
     def _chosen(self, weights: Mapping[str, Weight], context: PlanContext) -> list[Weight]:
         patterns = Patterns(self.match or "*")

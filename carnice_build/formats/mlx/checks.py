@@ -1,4 +1,4 @@
-"""Format `mlx`: config.json as mlx-lm reads it, and the bound of affine group quantization.
+"""Format `mlx`: config.json as MLX's libraries read it, and the bound of affine group quantization.
 
 - A group spans R = max - min in top = 2^bits - 1 steps.  mlx then moves zero onto a step: with x
   steps between zero and the end of larger magnitude (x >= top/2), each becomes x / rint(x) as
@@ -13,7 +13,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -21,11 +22,13 @@ import numpy as np
 
 from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.formats.base import OutputTensor
-from carnice_build.formats.checks import FolderReader, FormatChecks, Tensors
+from carnice_build.formats.checks import FolderReader, FormatChecks, QuantizedValues, Tensors
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.library import Library
-from carnice_build.formats.mlx.names import published
+from carnice_build.formats.mlx.names import published, published_drafter
 from carnice_build.formats.mlx.ops import SUFFIXES, Transform, TransformQuantize
+from carnice_build.formats.mlx.target import Target
+from carnice_build.formats.mlx.trace import Traced
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme
 from carnice_build.formats.values import (
@@ -33,16 +36,23 @@ from carnice_build.formats.values import (
     HALF_SMALLEST,
     Floats,
     Incomparable,
+    Values,
     as_float32,
     matrix,
     read_rows,
 )
 from carnice_build.graph import ActionOutput, Stacked, TensorData, TensorRef
 from carnice_build.kernels.affine import dequantize_rows
+from carnice_build.kernels.decode import mxfp4_rows
 from carnice_build.kernels.elementwise import cast, zero_non_finite
-from carnice_build.models.base import Architecture
+from carnice_build.models.base import Architecture, Part, TensorFact
 
 Shape = tuple[int, ...]
+
+AFFINE, MXFP4 = "affine", "mxfp4"
+"""What config.json calls the modes of modules."""
+
+MXFP4_SUFFIXES, MXFP4_GROUP = SUFFIXES[:2], 32
 
 _SMALLEST_STEP = 1.5e-7
 """mlx takes no step below 1e-7; moving zero onto one makes it at most half as long again."""
@@ -52,25 +62,34 @@ _FLOAT32_SLACK = 1.001
 
 
 class MlxReader(FolderReader):
-    """Folders of mlx-lm, quantized."""
+    """Folders of mlx-lm and mlx-vlm, quantized."""
 
     suffixes = SUFFIXES
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Folders of mlx-lm have a section `quantization`."""
+        """They have a section `quantization`."""
         return isinstance(config.get("quantization"), dict)
 
     def scheme(self, module: str) -> Scheme | None:
         """The module's own bits and group size, else those of the model."""
-        return as_scheme(_stated(self.config, module), "bits")
+        stated = _stated(self.config, module)
+        scheme = as_scheme(stated, "bits")
+        if scheme is not None and stated.get("mode", AFFINE) != AFFINE:
+            return replace(scheme, kind="float")
+        return scheme
 
-    def values(self, tensors: Tensors, module: str) -> AffineValues:
+    def values(self, tensors: Tensors, module: str) -> Values:
         """See `FolderReader.values`."""
         scheme = self.scheme(module)
         if scheme is None:
             raise Incomparable(f"config.json does not say how {module} is stored")
-        return AffineValues(tensors, module, scheme)
+        mode = _stated(self.config, module).get("mode", AFFINE)
+        if mode == AFFINE:
+            return AffineValues(tensors, module, scheme)
+        if mode == MXFP4:
+            return Mxfp4Values(tensors, module)
+        raise Incomparable(f"{module} is of mode {mode!r}")
 
 
 def _stated(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
@@ -82,27 +101,37 @@ class MlxChecks(FormatChecks):
     """Folders that mlx-lm loads; their names are mlx-lm's."""
 
     library = Library.MLX_LM
+    target = Target.MLX_LM
 
     def __init__(self, *, zero: bool) -> None:
         """With `zero`, NaN and infinity in a weight count as 0."""
         self._zero = zero
 
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
-        """config.json held against the tensors, as mlx-lm will when it loads the folder."""
-        config = folder.config
-        if not isinstance(config.get("quantization"), dict):
+        """config.json held against the tensors, as the library will when it loads the folder."""
+        if not isinstance(folder.config.get("quantization"), dict):
             yield "config.json has no section quantization"
             return
+        yield from self._stated_problems(folder, architecture)
+
+    def _stated_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
+        config = folder.config
         if config["quantization"] != config.get("quantization_config"):
             yield "config.json: quantization and quantization_config differ"
-        for item in published(architecture).values():
+        for item in self.published(architecture, folder):
             yield from _module(folder, item.name, item.spec.shape)
         for path, settings in config["quantization"].items():
             if isinstance(settings, dict) and f"{path}.scales" not in folder.tensors:
                 yield f"config.json states bits for {path}, which is not quantized"
 
-    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> MlxValues:
+    def published(self, architecture: Architecture, folder: ModelFolder) -> Iterable[Traced]:
+        """What the folder must hold."""
+        return published(architecture, self.target).values()
+
+    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> QuantizedValues:
         """See `FormatChecks.values`."""
+        if scheme.kind == "float":
+            return Mxfp4Values(tensors, module)
         return MlxValues(tensors, module, scheme)
 
     def compared(self, tensors: Sequence[OutputTensor]) -> None:
@@ -116,6 +145,44 @@ class MlxChecks(FormatChecks):
         if self._zero and source.dtype in WIDE_FLOATS:
             return TensorData(source.dtype, zero_non_finite(source.array, source.dtype))
         return source
+
+
+class MlxVlmChecks(MlxChecks):
+    """Folders that mlx-vlm loads."""
+
+    library = Library.MLX_VLM
+    target = Target.MLX_VLM
+
+    def published(self, architecture: Architecture, folder: ModelFolder) -> Iterable[Traced]:
+        """With the towers, unless all were left out: mlx-vlm then runs the model without."""
+        items = published(architecture, self.target).items()
+        facts = architecture.built
+        towers = [item for name, item in items if _is_tower(facts.get(name))]
+        if any(item.name in folder.tensors for item in towers):
+            return [item for _, item in items]
+        return [item for name, item in items if not _is_tower(facts.get(name))]
+
+
+def _is_tower(fact: TensorFact | None) -> bool:
+    return fact is not None and fact.part is Part.VISION
+
+
+class MlxDrafterChecks(MlxChecks):
+    """Folders with an MTP head alone, which mlx-vlm loads as a drafter."""
+
+    library = Library.MLX_VLM_DRAFTER
+
+    def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
+        """See `FormatChecks.config_problems`; a drafter may be plain."""
+        if "quantization" in folder.config:
+            yield from self._stated_problems(folder, architecture)
+        else:
+            for item in self.published(architecture, folder):
+                yield from _module(folder, item.name, item.spec.shape)
+
+    def published(self, architecture: Architecture, folder: ModelFolder) -> Iterable[Traced]:
+        """See `MlxChecks.published`."""
+        return published_drafter(architecture).values()
 
 
 def _transforms(ref: TensorRef) -> bool:
@@ -176,6 +243,38 @@ class MlxValues(AffineValues):
         return allowance(groups, self.bits, self.dtype).reshape(source.shape)
 
 
+class Mxfp4Values:
+    """A module whose codes in MXFP4 are those of the source, which loses nothing."""
+
+    tolerated = 0.0
+
+    def __init__(self, tensors: Tensors, module: str) -> None:
+        """Take `module`'s weight and scales; Incomparable when they do not fit together."""
+        try:
+            self._words, self._scales = (tensors[f"{module}.{end}"] for end in MXFP4_SUFFIXES)
+        except KeyError:
+            raise Incomparable(f"{module} is not in MXFP4") from None
+        words, grid = self._words.spec.shape, self._scales.spec.shape
+        types = self._words.spec.dtype, self._scales.spec.dtype
+        if types != ("U32", "U8") or words != (*grid[:-1], grid[-1] * MXFP4_GROUP // 8):
+            raise Incomparable(f"{module} is not in groups of {MXFP4_GROUP}")
+        self.shape = matrix(TensorSpec("U8", (*grid[:-1], grid[-1] * MXFP4_GROUP)))
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The rows from `start` to `stop`, as floats."""
+        words, scales = (
+            read_rows(tensor, tensor.spec, start, stop).array.reshape(stop - start, -1)
+            for tensor in (self._words, self._scales)
+        )
+        out = np.empty((stop - start, self.shape[1]), np.float32)
+        mxfp4_rows(words.view(np.uint8), scales, "F32", out)
+        return out
+
+    def allowance(self, source: Floats, start: int) -> Floats:
+        """See `QuantizedValues.allowance`: nothing was rounded."""
+        return np.zeros_like(source)
+
+
 def allowance(groups: Floats, bits: int, dtype: str) -> Floats:
     """The most that each weight of `groups` [n, group size] may be off; see the module's text.
 
@@ -227,7 +326,7 @@ def _quantized_module(folder: ModelFolder, module: str, shape: Shape) -> Iterato
             f"{list(shape)}, but its weight is {list(shapes[0])} "
             f"and its scales are {list(shapes[1])}"
         )
-    if settings.get("mode", "affine") != "affine":
+    if settings.get("mode", AFFINE) != AFFINE:
         yield f"config.json states mode {settings['mode']!r} for {module}"
 
 

@@ -1,0 +1,39 @@
+"""Weights of a quantized checkpoint that are to be published with the codes that they have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from carnice_build.graph import View
+from carnice_build.planning.gather import part_of
+from carnice_build.steps.base import Codes, PlanContext
+from carnice_build.steps.decode import Decode
+from carnice_build.tensors import SourceTensor
+
+
+def coded(view: View, context: PlanContext) -> tuple[View, Mapping[str, Codes]]:
+    """The view with floats for its quantized weights, and the codes by the names of their facts.
+
+    So the weights are checked as any others are, and what is published can be compared with them.
+    """
+    decode = Decode.model_validate({})
+    weights = decode.weights(view, context)
+    codes: dict[str, Codes] = {}
+    for fact in context.architecture.tensors.values():
+        weight = weights.get(fact.fused.name if fact.fused else fact.name)
+        if weight is None:
+            continue
+        origins = {end: view[name].origin for end, name in weight.parts.items()}
+        tensors = {end: item for end, item in origins.items() if isinstance(item, SourceTensor)}
+        codes[fact.name] = Codes(
+            {weight.parts[end]: item.spec for end, item in tensors.items()},
+            {end: part_of(fact, item) for end, item in tensors.items()},
+        )
+    return decode.apply(view, context), codes
+
+
+def kept_as_they_are(codes: Mapping[str, Codes]) -> str:
+    """What a plan says of them."""
+    first, *more = codes
+    others = f" and {len(more)} more" if more else ""
+    return f"{first}{others} stay quantized as they are; a step `decode` would quantize them anew"
