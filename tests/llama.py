@@ -154,6 +154,10 @@ class Llama:
     def token_bytes(self, kind: str, width: int) -> int:
         return 4 * width * (self._intermediate + self._hidden)
 
+    @property
+    def drafts(self) -> bool:
+        return False
+
     def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
         raise NotImplementedError("a Llama has no MTP head")
 

@@ -238,6 +238,10 @@ class Architecture(Protocol):
         Without the weights, and without the scores that eager attention writes down.
         """
 
+    @property
+    def drafts(self) -> bool:
+        """Whether it is known what an MTP head computes, so that there is a `draft_head`."""
+
     def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
         """The MTP head as a torch module, in workers; see `verification.drafting.DraftHead`.
 

@@ -613,6 +613,11 @@ class FamilyTable:
         """True for the tensors whose type libraries leave alone when they cast a model."""
         return name in self._rows and self._rows[name][1].wide
 
+    @property
+    def drafts(self) -> bool:
+        """See `Architecture.drafts`."""
+        return self._table.drafter is not None
+
     def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
         """See `Architecture.draft_head`."""
         if self._table.drafter is None:

@@ -157,6 +157,11 @@ class Untabled:
         """Nothing is calibrated without a table."""
         raise NotImplementedError(self.name)
 
+    @property
+    def drafts(self) -> bool:
+        """Nothing is known of heads."""
+        return False
+
     def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
         """Nothing is run without a table."""
         raise NotImplementedError(self.name)
