@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,7 +93,7 @@ class ArrayOp(Op):
     by `apply_rows`: for outputs in which a row of the input is a column, say.
     """
 
-    rowwise: ClassVar[bool] = False
+    rowwise: bool = False
     transposed: ClassVar[bool] = False
 
     def apply_rows(
@@ -136,19 +136,21 @@ class ArrayOp(Op):
 
 
 class Stacked(ArrayOp):
-    """An op applied to each index of the first axis of all its inputs, which are stacks.
+    """An op applied to each index of the first axis of its inputs, which are stacks.
 
     What it makes of each lies in one tensor, in the same order.
+    Inputs that are `shared`, by their number, are the same for all; the first never is.
     """
 
     name = "stack"
     version = 1
-    rowwise = True
 
-    def __init__(self, op: ArrayOp) -> None:
-        """Its name, and what else identifies an op, follow from those of `op`."""
+    def __init__(self, op: ArrayOp, shared: Collection[int] = ()) -> None:
+        """Its name, and what else identifies an op, follow from those of `op` and from `shared`."""
         self.op = op
-        self.name = f"{op.name}.stack"
+        self.shared = frozenset(shared)
+        self.rowwise = not shared
+        self.name = ".".join([op.name, "stack", *map(str, sorted(shared))])
         self.version = op.version
         self.libraries = op.libraries
         self.figures = op.figures
@@ -157,12 +159,18 @@ class Stacked(ArrayOp):
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
         """What the op infers of one index, with the first axis before it."""
-        counts = {spec.shape[:1] for spec in inputs}
+        counts = {spec.shape[:1] for number, spec in enumerate(inputs) if number not in self.shared}
         if len(counts) != 1 or () in counts:
             shapes = " and ".join(str(list(spec.shape)) for spec in inputs)
             raise PlanError(f"{self.name} cannot take {shapes}", expected="stacks of one length")
         (count,) = counts
-        each = self.op.infer(params, [TensorSpec(spec.dtype, spec.shape[1:]) for spec in inputs])
+        each = self.op.infer(
+            params,
+            [
+                spec if number in self.shared else TensorSpec(spec.dtype, spec.shape[1:])
+                for number, spec in enumerate(inputs)
+            ],
+        )
         return tuple(TensorSpec(spec.dtype, (*count, *spec.shape)) for spec in each)
 
     def apply(
@@ -173,39 +181,42 @@ class Stacked(ArrayOp):
     ) -> None:
         """Apply the op to one index after another; what it raises says which it was."""
         for index in range(len(inputs[0].array)):
-            with _placed(inputs, index):
-                self.op.apply(
-                    params,
-                    [_slab(item, index) for item in inputs],
-                    [_slab(item, index) for item in outputs],
-                )
+            with self._placed(inputs, index):
+                made = [_slab(item, index) for item in outputs]
+                self.op.apply(params, self._each(inputs, index), made)
 
     def check(self, params: Mapping[str, Any], inputs: Sequence[TensorData]) -> None:
         """Check one index after another."""
         for index in range(len(inputs[0].array)):
-            with _placed(inputs, index):
-                self.op.check(params, [_slab(item, index) for item in inputs])
+            with self._placed(inputs, index):
+                self.op.check(params, self._each(inputs, index))
+
+    def _each(self, inputs: Sequence[TensorData], index: int) -> list[TensorData]:
+        return [
+            item if number in self.shared else _slab(item, index)
+            for number, item in enumerate(inputs)
+        ]
+
+    @contextmanager
+    def _placed(self, inputs: Sequence[TensorData], index: int) -> Iterator[None]:
+        """Tell what the op raises about index `index` of stacks as a thing of the stacks."""
+
+        def start(operand: int) -> int:
+            array = inputs[operand].array
+            return 0 if operand in self.shared else index * (array.size // len(array))
+
+        try:
+            yield
+        except NonFiniteValue as error:
+            raise NonFiniteValue(start(error.operand) + error.index, error.operand) from None
+        except BadInput as error:
+            raise error.at(start(error.operand)) from None
 
 
 def _slab(stack: TensorData, index: int) -> TensorData:
     """A view of one index of the first axis; of no axis where the stack has one."""
     array = stack.array
     return TensorData(stack.dtype, array[index : index + 1].reshape(array.shape[1:]))
-
-
-@contextmanager
-def _placed(inputs: Sequence[TensorData], index: int) -> Iterator[None]:
-    """Tell what an op raises about index `index` of stacks as a thing of the stacks."""
-
-    def start(operand: int) -> int:
-        return index * (inputs[operand].array.size // len(inputs[operand].array))
-
-    try:
-        yield
-    except NonFiniteValue as error:
-        raise NonFiniteValue(start(error.operand) + error.index, error.operand) from None
-    except BadInput as error:
-        raise error.at(start(error.operand)) from None
 
 
 class ProcessOp(Op):

@@ -147,3 +147,18 @@ def carnice(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
         return Finished(code, out.getvalue(), err.getvalue())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def vlm_zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`vlm_zoo(case)`: a tiny checkpoint with a tower, made once; not to be changed."""
+    from mlx_vlm_families import write_vlm
+
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = write_vlm(tmp_path_factory.mktemp(name) / "checkpoint", name)
+        return made[name]
+
+    return make

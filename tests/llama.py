@@ -133,9 +133,6 @@ class Llama:
     def keeps_dtype(self, name: str) -> bool:
         return False
 
-    def torch_name(self, name: str) -> str:
-        return name
-
     def offset_norm(self, name: str) -> bool:
         return False
 

@@ -23,6 +23,8 @@ from carnice_build.formats.mlx.trace import Refusal, Trace, Traced, TracedSource
 from carnice_build.graph import TensorData
 from carnice_build.kernels.affine import quantize_rows
 from carnice_build.kernels.elementwise import cast
+from carnice_build.models import architecture_of
+from carnice_build.models.base import Architecture
 from carnice_build.steps.base import Question
 
 GROUP, BITS = 64, 4
@@ -62,6 +64,20 @@ def converted(folder: Path, target: Path) -> Path:
     with contextlib.redirect_stdout(io.StringIO()):
         convert(str(folder), str(target), quantize=True, q_bits=BITS)
     return target
+
+
+def model_of(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, TensorSpec]]:
+    """The config, the architecture, and the tensors of a checkpoint by their canonical names."""
+    config = json.loads((folder / "config.json").read_text())
+    architecture = architecture_of(config, "config.json")
+    stored = read_all_tensors(folder)
+    specs = {}
+    for fact in architecture.tensors.values():
+        names = [*Numbered({fact.name: TensorSpec("BF16", fact.shape)}).tensors]
+        names += [fact.fused.name] if fact.fused else []
+        if held := [name for name in names if name in stored]:
+            specs[fact.name] = TensorSpec(stored[held[0]].dtype, fact.shape)
+    return config, architecture, specs
 
 
 def replayed(trace: Trace, folder: Path) -> dict[str, Tensor]:

@@ -77,20 +77,23 @@ def run_oneshot(
     token_rows: Sequence[Tensor] | None = None,
     model: Any = None,
     layer: str = "Qwen3_5DecoderLayer",
+    mappings: Sequence[tuple[str, Sequence[str]]] | None = None,
 ) -> Reference:
     """Smooth, quantize and save a whole model with one thread, one sample at a time.
 
     `token_rows`, in any order, take the place of `samples()`, and `model`, whose decoder layers
     are of the class `layer`, that of the demo.
+    `mappings` are what is smoothed and what is balanced, the library's own if none are given.
     """
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
-    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
 
     torch.set_num_threads(1)
     model = model or whole_model("bfloat16", "eager")
+    given = mappings and [AWQMapping(smooth, list(balance)) for smooth, balance in mappings]
     group = {"targets": ["Linear"], "weights": {**WEIGHTS, "observer": observer}}
     rows = [
         {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)}
@@ -103,7 +106,7 @@ def run_oneshot(
             model=model,
             processor=tokenizer(),
             recipe=[
-                AWQModifier(),
+                AWQModifier(mappings=given),
                 QuantizationModifier(config_groups={"group_0": group}, ignore=IGNORE),
             ],
             dataset=Dataset.from_list(rows),

@@ -33,7 +33,7 @@ from carnice_build.formats.mlx.ops import (
     Transform,
     TransformQuantize,
 )
-from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales
+from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales, TakeTurns, TurnsQuantize
 from carnice_build.graph import Op, Stacked, TensorData
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Part, Role
@@ -280,6 +280,8 @@ OPS: Sequence[OpSample] = [
     OpSample(
         Stacked(BlockQuantize()), {}, drawn(("BF16", (9, 4, 32)), ("BF16", (9, 2, 32))), _STACKED
     ),
+    OpSample(TurnsQuantize(), {}, drawn(("BF16", (3, 9, 32)), ("BF16", (3, 9, 32)))),
+    OpSample(TakeTurns(), {}, drawn(("BF16", (3, 9)), ("BF16", (3, 9)))),
     OpSample(
         InputScales(),
         {"groups": [[0, 2], [1]], "shapes": [[], [2]]},

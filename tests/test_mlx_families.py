@@ -25,15 +25,21 @@ from carnice_build.errors import BackendError, PlanError
 from carnice_build.formats.mlx.conversion import Fused, Numbered, told
 from carnice_build.formats.mlx.entries import older_entries, with_entries
 from carnice_build.formats.mlx.table import TABLES, table_of, trace_of
+from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Kind, Refusal, Trace, parsed
-from carnice_build.models import architecture_of
-from carnice_build.models.base import Architecture
 from carnice_build.steps.base import Question
 
 pytest.importorskip("mlx_lm")
 pytest.importorskip("transformers")
 
-from mlx_families import asked, converted, listed_modules, replayed, trace_of_folder
+from mlx_families import (
+    asked,
+    converted,
+    listed_modules,
+    model_of,
+    replayed,
+    trace_of_folder,
+)
 
 Zoo = Callable[[str, Layout], Path]
 
@@ -126,20 +132,6 @@ TABLED = sorted(path.stem for path in TABLES.glob("*.yaml"))
 KNOWN = sorted(path.stem for path in (REPOSITORY / "carnice_build/models/tables").glob("*.yaml"))
 
 
-def model_of(folder: Path) -> tuple[dict[str, Any], Architecture, dict[str, TensorSpec]]:
-    """The config, the architecture, and the tensors of a checkpoint by their canonical names."""
-    config = json.loads((folder / "config.json").read_text())
-    architecture = architecture_of(config, "config.json")
-    stored = read_all_tensors(folder)
-    specs = {}
-    for fact in architecture.tensors.values():
-        names = [*Numbered({fact.name: TensorSpec("BF16", fact.shape)}).tensors]
-        names += [fact.fused.name] if fact.fused else []
-        if held := [name for name in names if name in stored]:
-            specs[fact.name] = TensorSpec(stored[held[0]].dtype, fact.shape)
-    return config, architecture, specs
-
-
 @pytest.mark.parametrize("family", [name for name in TABLED if name in KNOWN])
 def test_a_table_equals_the_trace_of_its_family(zoo: Zoo, tmp_path: Path, family: str) -> None:
     """For a model in the spelling of the hub: tensors, steps, types, and what is quantized how."""
@@ -150,7 +142,7 @@ def test_a_table_equals_the_trace_of_its_family(zoo: Zoo, tmp_path: Path, family
         for name, spec in specs.items()
     }
     config = {key: value for key, value in config.items() if key != "quantization_config"}
-    table = table_of(family)
+    table = table_of(family, Target.MLX_LM)
     assert table is not None
     ours = trace_of(table, specs, architecture.tensors, architecture.dtype)
     facts = [architecture.tensors[name] for name in specs]
@@ -170,7 +162,7 @@ def test_a_table_equals_the_trace_of_its_family(zoo: Zoo, tmp_path: Path, family
 def test_what_a_table_makes_of_the_config_loads(zoo: Zoo, tmp_path: Path, family: str) -> None:
     """A config that transformers 5 saved gets the entries without which mlx-lm refuses it."""
     config, architecture, specs = model_of(zoo(family, "transformers"))
-    table = table_of(family)
+    table = table_of(family, Target.MLX_LM)
     try:
         entries = older_entries(config, table)
     except PlanError as error:

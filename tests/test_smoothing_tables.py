@@ -73,8 +73,8 @@ def test_a_smoothed_layer_computes_the_same(
         tried |= {mapping.smooth for mapping in mappings}
         scales = {}
         for mapping in mappings:
-            shape = tensors[f"{mapping.smooth}.weight"].shape
-            size = shape if len(shape) == 1 else shape[:-1]
+            divided = tensors[f"{mapping.smooth}.weight"].shape
+            size = *divided[:-2], tensors[f"{mapping.balance[0]}.weight"].shape[-1]
             scales[mapping.smooth] = (torch.rand(size, generator=random) + 0.5).double()
         settings = AwqSettings(tuple(mappings), norms="exact")
         smoothed = apply_smoothing(tensors, scales, settings, norms)

@@ -411,7 +411,11 @@ def write_zoo(folder: Path, family: str, layout: Layout = "transformers") -> Pat
 
     A family whose published checkpoints are spelled as transformers writes them has one layout.
     """
-    entry = FAMILIES[family]
+    return write_family(folder, FAMILIES[family], layout)
+
+
+def write_family(folder: Path, entry: Family, layout: Layout = "transformers") -> Path:
+    """As `write_zoo`, of any family."""
     _save(entry, folder)
     if layout == "hub" and entry.hub is not None:
         _respell(folder, entry.hub)

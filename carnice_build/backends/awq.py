@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from carnice_build.backends.compressed import WeightScheme, quiet
-from carnice_build.backends.layer import LayerRunner
+from carnice_build.backends.layer import LayerRunner, module_paths
 from carnice_build.backends.tensors import as_data, as_tensor
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
@@ -74,7 +74,8 @@ def smooth_layer(
     """Search the smoothing of a layer, and give the smoothed layer's outputs to `put_output`.
 
     `tensors` are the layer's, named relative to it, and stay as they are; `quantized` are those
-    of its linears that will be quantized.
+    of its linears that will be quantized.  Modules are named as the tensors are, here and in the
+    settings.
     `inputs` are hidden states [1, length, hidden], one per sample; each is read twice, in order,
     and may be loaded as late as that.  `put_output` gets the index of a sample and what the next
     layer reads for it, [1, length, hidden], in order.
@@ -92,32 +93,35 @@ def smooth_layer(
     # A layer that the library has hooked is held by reference cycles: let the last one go first.
     gc.collect()
     layer = _linear_layer(runner, {name: tensor.clone() for name, tensor in tensors.items()})
-    modules = dict(layer.named_modules())
-    chosen = list(_each(quantized, modules))
+    paths = module_paths(runner, tensors)
+    chosen = list(_each(quantized, paths))
     mappings = [
         mapping
         for stacked in settings.mappings
-        for mapping in mappings_of_layer(list(_each_mapping(stacked, modules)), modules, chosen)
+        for mapping in mappings_of_layer(list(_each_mapping(stacked, paths)), paths, chosen)
     ]
     norms = offset_norms(layer)
     if settings.norms == "exact":
         for name in norms:
-            modules[name].float()
-    search = _Search.of(mappings, settings, _kept_in(scratch) if scratch else _kept_as_is)
-    with quiet(), _calibrating(layer, [search, _quantizer(settings.scheme, chosen)]):
+            layer.get_submodule(name).float()
+    search = _Search.of(mappings, paths, settings, _kept_in(scratch) if scratch else _kept_as_is)
+    quantizer = _quantizer(settings.scheme, [paths[name] for name in chosen])
+    with quiet(), _calibrating(layer, [search, quantizer]):
         for hidden in inputs:
             runner.run(layer, hidden)
         LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
-        _check_all_found(mappings, search.scales)
+        scales = {
+            name: search.scales[path] for name, path in paths.items() if path in search.scales
+        }
+        _check_all_found(mappings, scales)
         if settings.norms == "library":
-            _follow(mappings, search.scales, modules)
             with HooksMixin.disable_hooks():
                 _put_outputs(runner, layer, inputs, put_output)
     if settings.norms == "exact":
         del layer
-        smoothed = apply_smoothing(tensors, search.scales, settings, norms)
+        smoothed = apply_smoothing(tensors, _stacked(settings.mappings, scales), settings, norms)
         _put_outputs(runner, _linear_layer(runner, smoothed), inputs, put_output)
-    return _stacked(settings.mappings, search.scales)
+    return _stacked(settings.mappings, scales)
 
 
 def _linear_layer(runner: LayerRunner, tensors: Mapping[str, Tensor]) -> Any:
@@ -150,7 +154,7 @@ def _each_mapping(
             if own
             else _each(mapping.balance, modules)
         )
-        yield SmoothingMapping(smooth, tuple(balance), tuple(_each(mapping.follow, modules)))
+        yield SmoothingMapping(smooth, tuple(balance))
 
 
 def _stacked(
@@ -194,7 +198,7 @@ def apply_smoothing(
         names = (mapping.smooth, *mapping.balance)
         if mapping.smooth in scales and all(f"{name}.weight" in tensors for name in names):
             vector = scales[mapping.smooth].numpy()
-            for name in (*mapping.balance, *mapping.follow):
+            for name in mapping.balance:
                 _rewrite(result, f"{name}.weight", smoothing.multiply_columns, vector)
             for own in ("weight", "bias") if mapping.smooth not in norms else ():
                 if f"{mapping.smooth}.{own}" in result:
@@ -206,21 +210,6 @@ def apply_smoothing(
     return result
 
 
-def _follow(
-    mappings: Iterable[SmoothingMapping],
-    scales: Mapping[str, Tensor],
-    modules: Mapping[str, nn.Module],
-) -> None:
-    """Multiply what reads what was smoothed, and the library has not told of."""
-    for mapping in mappings:
-        for name in mapping.follow:
-            weight: Any = modules[name].weight
-            found = {name: weight.detach()}
-            _rewrite(found, name, smoothing.multiply_columns, scales[mapping.smooth].numpy())
-            with torch.no_grad():
-                weight.copy_(found[name])
-
-
 class _Search(AWQModifier):
     """The library's search, which tells what it finds and keeps what it caches where we say."""
 
@@ -229,9 +218,18 @@ class _Search(AWQModifier):
     _searching: bool = PrivateAttr(default=False)
 
     @classmethod
-    def of(cls, mappings: Iterable[SmoothingMapping], settings: AwqSettings, keep: Keep) -> _Search:
+    def of(
+        cls,
+        mappings: Iterable[SmoothingMapping],
+        paths: Mapping[str, str],
+        settings: AwqSettings,
+        keep: Keep,
+    ) -> _Search:
         search = cls(
-            mappings=[AWQMapping(mapping.smooth, list(mapping.balance)) for mapping in mappings],
+            mappings=[
+                AWQMapping(paths[mapping.smooth], [paths[name] for name in mapping.balance])
+                for mapping in mappings
+            ],
             offload_device=None,
             duo_scaling=settings.duo_scaling,
             n_grid=settings.n_grid,
@@ -339,7 +337,7 @@ def _rewrite(
     """Replace a tensor by what a kernel of `smoothing` makes of it."""
     source = as_data(tensors[name])
     out = np.empty_like(source.array)
-    experts = range(len(out)) if out.ndim > 2 else (...,)
+    experts = range(len(out)) if STACK in name else (...,)
     for expert in experts:
         own = (p[expert] if isinstance(p, np.ndarray) and p.ndim > 1 else p for p in parameters)
         if kernel(source.array[expert], source.dtype, *own, out[expert]) >= 0:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from carnice_build.backends.mlx_graph import build, written
 from carnice_build.dtypes import TensorSpec
@@ -33,12 +33,49 @@ def trace(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> str:
 
     Either `{"refusal": sentence}` with what mlx-lm says, or what `formats.mlx.trace` reads.
     """
+    return traced(MlxLm(), config, tensors)
+
+
+class Library:
+    """A library that makes MLX folders; `utils` is its module that loads models by `mx.load`."""
+
+    name: ClassVar[str]
+    utils: Any
+
+    def load(self, folder: Path) -> tuple[Any, Mapping[str, Any]]:
+        """The model, lazily, and its config."""
+        raise NotImplementedError
+
+    def predicate(self, model: Any) -> Callable[[str, Any], Any]:
+        """What says of each module whether it is quantized, and how where that is special."""
+        raise NotImplementedError
+
+
+class MlxLm(Library):
+    """mlx-lm, which runs text models."""
+
+    name = "mlx-lm"
+
+    def __init__(self) -> None:
+        self.utils = _mlx_lm_utils()
+
+    def load(self, folder: Path) -> tuple[Any, Mapping[str, Any]]:
+        """See `Library.load`."""
+        model, config = self.utils.load_model(folder, lazy=True)
+        return model, config
+
+    def predicate(self, model: Any) -> Callable[[str, Any], Any]:
+        """See `Library.predicate`."""
+        return getattr(model, "quant_predicate", None) or (lambda path, module: True)
+
+
+def traced(library: Library, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> str:
+    """What a library's `convert` makes of a checkpoint; see `trace`."""
     mx = _mlx()
-    utils = _mlx_lm_utils()
     names = list(tensors)
     arrays = [mx.zeros(spec.shape, _mlx_dtype(mx, spec.dtype)) for spec in tensors.values()]
     messages: list[Mapping[str, Any]] = []
-    loaded = _Loaded(utils, config, names)
+    loaded = _Loaded(library, config, names)
     with _stand_ins(mx):
         try:
             mx.export_function(messages.append, loaded, *arrays)
@@ -47,7 +84,7 @@ def trace(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> str:
         except Exception as error:
             if loaded.error is None:
                 raise BackendError(
-                    f"mlx cannot tell what mlx-lm does: {_sentence(error)}"
+                    f"mlx cannot tell what {library.name} does: {_sentence(error)}"
                 ) from None
     if loaded.error is not None:
         return json.dumps({"refusal": _sentence(loaded.error)})
@@ -69,10 +106,10 @@ def _sentence(error: Exception) -> str:
 
 
 class _Loaded:
-    """Loads the model from arrays, as `mlx_lm.convert` does before it quantizes."""
+    """Loads the model from arrays, as `convert` does before it quantizes."""
 
-    def __init__(self, utils: Any, config: Mapping[str, Any], names: Sequence[str]) -> None:
-        self._utils = utils
+    def __init__(self, library: Library, config: Mapping[str, Any], names: Sequence[str]) -> None:
+        self._library = library
         self._config = config
         self._names = names
         self.error: Exception | None = None
@@ -90,36 +127,34 @@ class _Loaded:
             raise
 
     def _load(self, weights: dict[str, Any]) -> list[Any]:
-        utils = self._utils
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "config.json").write_text(json.dumps(self._config), encoding="utf-8")
             # `load_model` looks for files, and reads them by `mx.load`, for which this stands in.
             (folder / "model.safetensors").touch()
-            utils.mx.load = lambda *_, **__: dict(weights)
-            model, config = utils.load_model(folder, lazy=True)
+            self._library.utils.mx.load = lambda *_, **__: dict(weights)
+            model, config = self._library.load(folder)
         self.stated = config.get("quantization")
         _cast(model, config)
-        predicate = getattr(model, "quant_predicate", None)
-        flatten = _module("mlx.utils").tree_flatten
-        is_module = _module("mlx.nn").Module.is_module
-        for path, module in flatten(model.leaf_modules(), is_leaf=is_module):
-            if hasattr(module, "to_quantized"):
-                verdict = predicate(path, module) if predicate else True
-                if verdict:
+        predicate = self._library.predicate(model)
+        flatten = module("mlx.utils").tree_flatten
+        is_module = module("mlx.nn").Module.is_module
+        for path, item in flatten(model.leaf_modules(), is_leaf=is_module):
+            if hasattr(item, "to_quantized"):
+                if verdict := predicate(path, item):
                     self.modules[path] = verdict if isinstance(verdict, dict) else {}
-            elif hasattr(module, "bits"):
+            elif hasattr(item, "bits"):
                 # Quantized by whoever made the checkpoint.
                 keys = ("group_size", "bits", "mode")
-                self.quantized[path] = {key: getattr(module, key) for key in keys}
+                self.quantized[path] = {key: getattr(item, key) for key in keys}
         parameters = flatten(model.parameters())
         self.parameters = [name for name, _ in parameters]
         return [array for _, array in parameters]
 
 
 def _cast(model: Any, config: Mapping[str, Any]) -> None:
-    """Cast parameters as `mlx_lm.convert` does."""
-    mx, map_with_path = _module("mlx.core"), _module("mlx.utils").tree_map_with_path
+    """Cast parameters as `convert` of mlx-lm and of mlx-vlm does."""
+    mx, map_with_path = module("mlx.core"), module("mlx.utils").tree_map_with_path
     dtype = config.get("torch_dtype", None)
     if dtype is None and (text := config.get("text_config", None)):
         dtype = text.get("dtype", None)
@@ -180,15 +215,15 @@ def _stand_ins(mx: Any) -> Iterator[None]:
 
 def _mlx() -> Any:
     try:
-        return _module("mlx.core")
+        return module("mlx.core")
     except ImportError:
         raise BackendError(
             "mlx is not installed", expected="pip install 'carnice-build[mlx]'"
         ) from None
 
 
-def _module(name: str) -> Any:
-    """A module of mlx, of whose types nothing is known."""
+def module(name: str) -> Any:
+    """A module of mlx or what is built on it, of whose types nothing is known."""
     return import_module(name)
 
 
@@ -206,4 +241,4 @@ def _mlx_lm_utils() -> Any:
         tokenizers.TokenizerWrapper = tokenizers.load = None  # type: ignore[attr-defined]
         sys.modules["mlx_lm"] = package
         sys.modules["mlx_lm.tokenizer_utils"] = tokenizers
-    return _module("mlx_lm.utils")
+    return module("mlx_lm.utils")

@@ -55,8 +55,7 @@ def skeleton(text_config: Mapping[str, Any], arithmetic: Arithmetic) -> Any:
     What no checkpoint holds, as the frequencies of rotary embeddings, is there; BackendError when
     transformers does not say how to make it, or lacks the attention for this model.
     """
-    config_class = CONFIG_MAPPING[text_config["model_type"]]
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    config_class, model_class = _classes(text_config)
     if arithmetic.attention == "sdpa" and not model_class._supports_sdpa:
         raise BackendError(
             f"transformers has no attention sdpa for {model_class.__name__}",
@@ -74,6 +73,17 @@ def skeleton(text_config: Mapping[str, Any], arithmetic: Arithmetic) -> Any:
     for path, module in model.named_modules():
         _revive(model, path, module, arithmetic.device)
     return model.requires_grad_(False).eval()
+
+
+def usual_attention(text_config: Mapping[str, Any]) -> Literal["sdpa", "eager"]:
+    """The attention that transformers takes for the model when nobody says which."""
+    return "sdpa" if _classes(text_config)[1]._supports_sdpa else "eager"
+
+
+def _classes(text_config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """transformers' config and causal language model of a `text_config`."""
+    config_class: Any = CONFIG_MAPPING[text_config["model_type"]]
+    return config_class, MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
 
 
 def _revive(model: Any, path: str, module: nn.Module, device: str) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from carnice_build.errors import CheckpointError, StoreError
 from carnice_build.formats.folder import ModelFolder, open_folder
-from carnice_build.formats.mlx.names import published
+from carnice_build.formats.mlx.names import known_names
 from carnice_build.formats.mlx.trace import Kind, Traced
 from carnice_build.formats.registry import packed_suffixes, readers_of
 from carnice_build.graph import NonFiniteValue
@@ -152,18 +152,18 @@ class _Opened:
         raise Incomparable(f"{names[0]} is stored in a way not known")
 
     def stores_gain(self, module: str) -> bool:
-        """True for a norm of which this folder has 1 + w, because it is one of mlx-lm."""
+        """True for a norm of which this folder has 1 + w, because it is one of MLX."""
         item = self.mlx_names.get(f"{module}.weight")
         return item is not None and item.kind is Kind.SHIFT and item.name in self.folder.tensors
 
     @cached_property
     def mlx_names(self) -> Mapping[str, Traced]:
-        """What a folder of mlx-lm would hold, by canonical name."""
-        return published(self.architecture)
+        """What a folder of MLX would hold, by canonical name."""
+        return known_names(self.architecture)
 
     @cached_property
     def canonical(self) -> Mapping[str, str]:
-        """The canonical names of what a folder of mlx-lm would hold, by its own names."""
+        """The canonical names of what a folder of MLX would hold, by its own names."""
         return {item.name: name for name, item in self.mlx_names.items()}
 
     def side(self, names: Sequence[str]) -> Side:

@@ -91,7 +91,7 @@ def new_recipe(name: str, model: str, preset: str, options: Options | None = Non
         profile = _profile(spec, options.recipes)
     with _written(path, draft.text()):
         looked = replace(options, profile=profile, sources={}, overrides=(), stream=True)
-        (plan,) = plan_variants([name], looked).variants
+        plan, *_ = plan_variants([name], looked).variants
     return NewRecipe(path, plan, found, plan.format.extras(), profile)
 
 

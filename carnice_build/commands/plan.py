@@ -20,7 +20,10 @@ from carnice_build.store.store import Store
 
 @dataclass(frozen=True)
 class Plan:
-    """Variants worked out together: equal actions are one action."""
+    """Variants worked out together: equal actions are one action.
+
+    Those that are built along with another come right after it.
+    """
 
     variants: tuple[VariantPlan, ...]
     graph: ActionGraph
@@ -37,15 +40,30 @@ def plan_variants(names: Sequence[str], options: Options) -> Plan:
     profiles = Profiles(options.recipes)
     finders: dict[str, SourceFinder] = {}
     ask = Asking(options.cache)
-    variants = []
+    variants: list[VariantPlan] = []
     for recipe in recipes:
         profile = options.profile or _default(profiles, recipe, options)
         if profile not in finders:
             finders[profile] = SourceFinder(
                 profiles, profile, options.sources, stream=options.stream
             )
-        variants.append(plan_variant(recipe, finders[profile], graph, ask))
+        variant = plan_variant(recipe, finders[profile], graph, ask)
+        variants += [variant, *variant.companions]
+    _check_companions(variants, options)
     return Plan(tuple(variants), graph)
+
+
+def _check_companions(variants: Sequence[VariantPlan], options: Options) -> None:
+    """Raise PlanError for what is built along with a variant, and is one of its own as well."""
+    known = {path.stem for path in list_recipes(options.recipes)}
+    for companion in (item for variant in variants for item in variant.companions):
+        if companion.name in known:
+            raise PlanError(
+                f"{companion.name} would be another folder of this variant, and there is a recipe "
+                "of that name",
+                where=companion.recipe.where("variant"),
+                expected="another name",
+            )
 
 
 def _default(profiles: Profiles, recipe: Recipe, options: Options) -> str:

@@ -74,6 +74,15 @@ class Conversion:
     stated: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Companion:
+    """A folder that is built along with another, whose name it has with `suffix` behind it."""
+
+    suffix: str
+    description: str
+    format: Format
+
+
 class Format(Strict):
     """A number format: its knobs, and how it turns a canonical view into published tensors."""
 
@@ -100,6 +109,13 @@ class Format(Strict):
     @abstractmethod
     def files(self, variant: Variant) -> Mapping[str, bytes]:
         """The files beside the weights that are this format's, by name: config.json at least."""
+
+    def companions(self, view: View, context: PlanContext) -> Sequence[Companion]:
+        """Further folders that are built along, of the same view.
+
+        PlanError when a knob asks for one that cannot be.
+        """
+        return ()
 
     def card(self) -> Card:
         """What the model card says of the format: what it says of all, unless there is more."""

@@ -33,9 +33,9 @@ class Card:
     tags: tuple[str, ...] = ()
 
 
-def own_template(package: str) -> str:
-    """The file `card.md.j2` of a format's package."""
-    return files(package).joinpath("card.md.j2").read_text("utf-8")
+def own_template(package: str, name: str = "card.md.j2") -> str:
+    """The file `name` of a format's package."""
+    return files(package).joinpath(name).read_text("utf-8")
 
 
 def render_card(card: Card, knobs: Format, variant: Variant) -> bytes:

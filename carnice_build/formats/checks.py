@@ -71,6 +71,10 @@ class FormatChecks(ABC):
         `architecture` is the one that config.json describes.
         """
 
+    def by_module(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """A folder's tensors by the names that they have where each module has its own."""
+        return tensors
+
     @abstractmethod
     def values(self, tensors: Tensors, module: str, scheme: Scheme) -> QuantizedValues:
         """The quantized `module`; Incomparable when its tensors do not fit together."""

@@ -9,4 +9,6 @@ class Library(StrEnum):
     """What computes a model's forward pass."""
 
     MLX_LM = "mlx-lm"
+    MLX_VLM = "mlx-vlm"
+    MLX_VLM_DRAFTER = "mlx-vlm drafter"
     TRANSFORMERS = "transformers"

@@ -34,12 +34,15 @@ def multiply_columns(weight: Array, dtype: str, scales: NDArray[np.float64], out
 
 
 def divide_rows(weight: Array, dtype: str, scales: NDArray[np.float64], out: Array) -> int:
-    """Write `weight` [rows, columns], or a norm's [rows], over `scales` [rows].
+    """Write `weight` [rows, columns], or a norm's or a bias's [rows], over `scales` [rows].
 
-    The rest as `multiply_columns`.
+    Fewer scales are those of the last rows.  The rest as `multiply_columns`.
     """
-    require("scales", scales, np.float64, weight.shape[:1])
-    divisors = scales if weight.ndim == 1 else scales[:, None]
+    rows = len(weight)
+    require("scales", scales, np.float64, (min(len(scales), rows),))
+    divisors = np.concatenate([np.ones(rows - len(scales)), scales])
+    if weight.ndim > 1:
+        divisors = divisors[:, None]
     return _in_blocks(weight, dtype, divisors, np.divide, out)
 
 

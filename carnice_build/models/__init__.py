@@ -29,6 +29,10 @@ _TABLES: list[Path] = [SHIPPED]
 """Folders of tables, that of a project first."""
 
 
+_DRAFTERS = ("qwen3_5_mtp",)
+"""Folders of an MTP head alone, for mlx-vlm; in their config is that of the text model."""
+
+
 def use_tables(folder: Path) -> None:
     """Look for tables in `folder`, that of a project, before those that ship."""
     _TABLES[:] = [folder.resolve(), SHIPPED]
@@ -41,6 +45,9 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     and when what a package announces is none; RecipeError for a table that is wrong.
     """
     model_type = config.get("model_type")
+    drafted = config.get("text_config")
+    if model_type in _DRAFTERS and isinstance(drafted, dict):
+        return architecture_of(drafted, f"{where}: text_config")
     if isinstance(model_type, str):
         if path := table_of(model_type):
             return FamilyTable(path, config, where)

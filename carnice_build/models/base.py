@@ -125,15 +125,16 @@ class KvGeometry:
 
 @dataclass(frozen=True, slots=True)
 class SmoothingMapping:
-    """The output of module `smooth` is divided, and what the modules `balance` read multiplied.
+    """The output of module `smooth` is divided, and the weights of `balance` multiplied.
 
-    Names are relative to the decoder layer, as in `mlp.up_proj`.
-    Those in `follow` read the same and must be multiplied too, but have no say in the factors.
+    Names are relative to the decoder layer, as in `mlp.up_proj`; `balance` is all that reads the
+    output, whether it is quantized or, as a router, never is.
+    What experts have of one kind is smoothed expert by expert where `smooth` is a stack, too.
+    A module of several in one, as `mlp.gate_up_proj`, is divided in its last rows.
     """
 
     smooth: str
     balance: tuple[str, ...]
-    follow: tuple[str, ...] = ()
 
 
 class Architecture(Protocol):
@@ -219,9 +220,6 @@ class Architecture(Protocol):
 
     def keeps_dtype(self, name: str) -> bool:
         """True for tensors whose type libraries leave alone when they cast a model."""
-
-    def torch_name(self, name: str) -> str:
-        """The name of a tensor of the text model in transformers' model of `text_config`."""
 
     def offset_norm(self, name: str) -> bool:
         """True for norms that store w for a gain of 1 + w."""

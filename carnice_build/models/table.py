@@ -545,7 +545,7 @@ class FamilyTable:
     def smoothing(self) -> Sequence[SmoothingMapping]:
         """What AWQ may smooth."""
         return tuple(
-            SmoothingMapping(item.smooth, tuple(item.balance), tuple(item.follow))
+            SmoothingMapping(item.smooth, tuple(item.balance))
             for index, item in enumerate(self._table.smoothing)
             if item.when is None or self._evaluate(item.when, ("smoothing", index, "when"))
         )
@@ -584,10 +584,6 @@ class FamilyTable:
         if (known := _respelled(name, self._table.spellings)) in self.built:
             return known
         return self._by_bare_name.get(_WRONG_PREFIX.sub("", name))
-
-    def torch_name(self, name: str) -> str:
-        """Without a wrapper around text model and towers."""
-        return _respelled(name, self._table.torch) or name
 
     def offset_norm(self, name: str) -> bool:
         """True for the norms that store w with a gain of 1 + w."""

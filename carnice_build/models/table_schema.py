@@ -96,10 +96,7 @@ class Smoothing(_Strict):
     """A mapping of AWQ, by module paths within a decoder layer."""
 
     smooth: str
-    balance: list[str]
-    follow: list[str] = Field(
-        default_factory=list, description="What reads the same, but the library forgets."
-    )
+    balance: list[str] = Field(description="All that reads its output; first what the library has.")
     when: Formula | None = None
 
 
@@ -157,10 +154,6 @@ class Table(_Strict):
     token_bytes: dict[str, Formula] = Field(
         default_factory=dict,
         description="Most bytes of a token in a layer, by kind, at `width` bytes an activation.",
-    )
-    torch: list[tuple[str, str]] = Field(
-        default_factory=list,
-        description="Beginnings of names, and what transformers' text model has there.",
     )
     spellings: list[tuple[str, str]] = Field(
         default_factory=list,

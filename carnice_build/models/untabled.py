@@ -138,10 +138,6 @@ class Untabled:
         """Only what libraries of quantization cast is cast: weights."""
         return not name.endswith("weight")
 
-    def torch_name(self, name: str) -> str:
-        """The same."""
-        return name
-
     def offset_norm(self, name: str) -> bool:
         """None is known."""
         return False

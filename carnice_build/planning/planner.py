@@ -10,14 +10,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.calibration.source import CalibrationSource
-from carnice_build.checkpoint.assets import Assets, absent, damaged
+from carnice_build.checkpoint.assets import Assets, absent, damaged, taken_over
 from carnice_build.checkpoint.checkpoint import Checkpoint, read_samples, source_view
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.generation import with_generation
 from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.checkpoint.quantized import METHODS, plain_config, stated_quantization
 from carnice_build.errors import PlanError, together
-from carnice_build.formats.base import Conversion, Format
+from carnice_build.formats.base import Companion, Conversion, Format
 from carnice_build.graph import Action, ActionGraph, ActionOutput, View
 from carnice_build.models import UnknownFamily, architecture_of
 from carnice_build.models.base import Architecture, Part
@@ -42,6 +42,7 @@ class VariantPlan:
     `files` holds the small files that are taken from the body, as the steps left them;
     `serving` what its launches follow from, when it has any; `dataset` what it is calibrated on;
     `notices` what a person may want to know before a build.
+    `companions` are variants that are built along with this one, from the same view.
     """
 
     recipe: Recipe
@@ -54,6 +55,7 @@ class VariantPlan:
     serving: ServingFacts | None
     dataset: Dataset | None
     notices: tuple[str, ...]
+    companions: tuple[VariantPlan, ...] = ()
 
     @property
     def name(self) -> str:
@@ -178,11 +180,50 @@ def plan_variant(
         context = replace(context, calibration=source)
     with _located(recipe, "quantize"), failures_blamed(recipe.quantize):
         view = returned(recipe.quantize.prepare(view, context), dict, "prepare")
+        companions = returned(recipe.quantize.companions(view, context), Sequence, "companions")
+    plan = _formatted(recipe, view, files, context, dataset)
+    along = tuple(
+        _formatted(_named(recipe, item), view, _read(files, item.format), context, None)
+        for item in companions
+    )
+    return replace(plan, notices=notices, companions=along)
+
+
+def _named(recipe: Recipe, companion: Companion) -> Recipe:
+    """The recipe as that of the companion, which has no launches of its own."""
+    suffix, repo, title = companion.suffix, recipe.card.repo, recipe.card.title
+    named = {"repo": repo and repo + suffix, "title": title and title + suffix}
+    return replace(
+        recipe,
+        variant=recipe.variant + suffix,
+        description=companion.description,
+        quantize=companion.format,
+        package=recipe.package.model_copy(update={"serve": []}),
+        card=recipe.card.model_copy(update=named),
+    )
+
+
+def _read(files: Mapping[str, bytes], number_format: Format) -> Mapping[str, bytes]:
+    """Those of the files that the format's engine reads."""
+    return {name: files[name] for name in taken_over(files, number_format.engine_reads())}
+
+
+def _formatted(
+    recipe: Recipe,
+    view: View,
+    files: Mapping[str, bytes],
+    context: PlanContext,
+    dataset: Dataset | None,
+) -> VariantPlan:
+    """What the recipe's format makes of the view."""
+    assert isinstance(recipe.quantize, Format)
+    body = context.sources[recipe.body].checkpoint
+    with _located(recipe, "quantize"), failures_blamed(recipe.quantize):
         conversion = returned(recipe.quantize.convert(view, context), Conversion, "convert")
         metadata = returned(recipe.quantize.metadata(), Mapping, "metadata")
     _check_names(conversion)
     with failures_blamed(recipe.quantize):
-        _check_files(body.checkpoint, files, recipe.quantize, conversion)
+        _check_files(body, files, recipe.quantize, conversion)
     packs = pack_layouts(conversion.tensors, recipe.package.shard, metadata)
     serving = None
     if recipe.package.serve:
@@ -191,18 +232,18 @@ def plan_variant(
 
         with _located(recipe, "package", "serve"):
             size = sum(pack.size for pack in packs)
-            serving = plan_serving(recipe, architecture, conversion, files, size)
+            serving = plan_serving(recipe, context.architecture, conversion, files, size)
     return VariantPlan(
         recipe=recipe,
-        sources=sources,
-        architecture=architecture,
+        sources=context.sources,
+        architecture=context.architecture,
         view=view,
         conversion=conversion,
         packs=tuple(packs),
         files=files,
         serving=serving,
         dataset=dataset,
-        notices=notices,
+        notices=(),
     )
 
 

@@ -27,6 +27,26 @@ def make_rows(
     ]
 
 
+def compared_rows(
+    variant: str,
+    by_default: Mapping[int, Drafts],
+    whole: Mapping[int, Drafts],
+    ours: Mapping[int, Drafts],
+) -> list[AcceptanceRow]:
+    """What mlx-vlm reports, as it runs by default and with `whole` prompts, beside our own count.
+
+    Our count may be empty, and then has no row.
+    """
+    nothing = {number: Drafts(item.steps, [0.0] * number) for number, item in by_default.items()}
+    rows = [
+        AcceptanceRow(variant, "head as packaged", by_default),
+        AcceptanceRow(variant, "prompt in one piece", whole),
+        AcceptanceRow(variant, "our own count", ours),
+        AcceptanceRow(variant, "no head", nothing),
+    ]
+    return [row for row in rows if row.drafts]
+
+
 def judge_acceptance(rows: Sequence[AcceptanceRow]) -> Check:
     """The check's result; the first row is the head as packaged, which must be of some use."""
     problems = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,12 +27,18 @@ def generate(model: Any, tokenizer: Any) -> Generation:
 
     Goes on after an end-of-turn token, so that as many steps are tried in every model.
     """
-    import mlx.core as mx
     from mlx_lm.generate import generate_step
+
+    return collected(tokenizer, generate_step(prompt(tokenizer), model, max_tokens=TOKENS))
+
+
+def collected(tokenizer: Any, steps: Iterable[tuple[Any, Any]]) -> Generation:
+    """What came of the steps of a library: tokens, each with log-probabilities of mlx."""
+    import mlx.core as mx
 
     tokens: list[Any] = []
     bad_step: int | None = None
-    for token, logprobs in generate_step(_prompt(tokenizer), model, max_tokens=TOKENS):
+    for token, logprobs in steps:
         tokens.append(token)
         # These are logits less their log-sum-exp: one that is not finite spoils them all.
         if bad_step is None and not mx.isfinite(logprobs).all().item():
@@ -39,7 +46,8 @@ def generate(model: Any, tokenizer: Any) -> Generation:
     return Generation(tokenizer.decode(tokens), len(tokens), bad_step)
 
 
-def _prompt(tokenizer: Any) -> Any:
+def prompt(tokenizer: Any) -> Any:
+    """The chat prompt's tokens, as mlx takes them."""
     import mlx.core as mx
 
     if tokenizer.chat_template is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,28 +56,33 @@ def run(task: Task) -> Answer:
     else:
         model, _ = load_model(task.model)
     generation = generate(model, tokenizer) if task.generate else None
-    perplexities: list[Perplexity] = []
-    if task.text is not None:
-        _widen_on_cpu(model)
-        tokens = tokenizer.encode(task.text.read_text(encoding="utf-8"))
-        samples = task.samples or (SAMPLES_ON_CPU if _on_cpu() else SAMPLES)
-        found = (measure(model, tokens, length, samples) for length in task.lengths)
-        perplexities = [item for item in found if item is not None]
-    return Answer(generation, perplexities)
+    widen_on_cpu(model)
+    return Answer(generation, perplexities(task, tokenizer, model))
 
 
-def _widen_on_cpu(model: Any) -> None:
+def perplexities(task: Task, tokenizer: Any, logits: Callable[[Any], Any]) -> list[Perplexity]:
+    """What the task asks for, of a model as what makes logits of tokens [rows, length]."""
+    if task.text is None:
+        return []
+    tokens = tokenizer.encode(task.text.read_text(encoding="utf-8"))
+    samples = task.samples or (SAMPLES_ON_CPU if on_cpu() else SAMPLES)
+    found = (measure(logits, tokens, length, samples) for length in task.lengths)
+    return [item for item in found if item is not None]
+
+
+def widen_on_cpu(model: Any) -> None:
     """Compute in float32 where there is no GPU: mlx's CPU kernels are several times slower in BF16.
 
     The weights keep their values, packed ones their bits.
     """
     import mlx.core as mx
 
-    if _on_cpu():
+    if on_cpu():
         model.set_dtype(mx.float32)
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether mlx has nothing else here."""
     import mlx.core as mx
 
     return bool(mx.default_device() == mx.Device(mx.cpu))

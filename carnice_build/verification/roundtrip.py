@@ -11,9 +11,10 @@ its weights in root mean square.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -82,8 +83,12 @@ def check_roundtrip(
         # One source may become two modules, each with its own scales.
         path = tensor.name.rpartition(".")[0]
         modules.setdefault((tensor.fact.name, path), []).append(tensor)
+    paths = {path for _, path in modules}
+    joined = {f"{module}.weight": module for module in comparison.quantized if module not in paths}
+    groups = [tensors for (name, _), tensors in modules.items() if name not in joined]
     with ThreadPoolExecutor(jobs) as pool:
-        found = list(pool.map(comparison.module, modules.values()))
+        found = list(pool.map(comparison.module, groups))
+        found += pool.map(comparison.joined, joined.values())
     errors = [item.module for item in found if item.module]
     plain = sum(1 for item in found if not item.module and not item.skipped)
     left_out = sum(item.skipped for item in found)
@@ -125,7 +130,8 @@ class _Comparison:
     def __init__(self, variant: VariantPlan, folder: ModelFolder, checks: FormatChecks) -> None:
         self._folder = folder
         self._checks = checks
-        self._quantized = variant.conversion.quantized
+        self._tensors = checks.by_module(folder.tensors, variant.architecture)
+        self.quantized = variant.conversion.quantized
         self._view = variant.view
 
     def module(self, tensors: Sequence[OutputTensor]) -> _Finding:
@@ -136,16 +142,13 @@ class _Comparison:
                 # The structure check names it.
                 return _Finding(skipped=True)
         module = tensors[0].name.rpartition(".")[0]
-        try:
-            if module in self._quantized and len(tensors) > 1:
-                return self._packed(module, tensors)
-            return self._equal(tensors)
-        except Incomparable:
-            return _Finding(skipped=True)
-        except NonFiniteValue:
-            return _Finding(f"the source of {tensors[0].name} holds NaN or infinity")
-        except CheckpointError as error:
-            return _Finding(f"{tensors[0].name} cannot be read: {error}")
+        packed = module in self.quantized and len(tensors) > 1
+        with_source = partial(self._packed, module) if packed else self._equal
+        return _tried(tensors[0].name, partial(with_source, tensors))
+
+    def joined(self, module: str) -> _Finding:
+        """Compare a quantized module that is published with others, as one tensor."""
+        return _tried(module, partial(self._rounded, module, f"{module}.weight"))
 
     def _equal(self, tensors: Sequence[OutputTensor]) -> _Finding:
         for tensor in tensors:
@@ -168,24 +171,39 @@ class _Comparison:
         taken_over = [item for item in tensors if isinstance(item.ref.origin, SourceTensor)]
         if (found := self._equal(taken_over)).problem:
             return found
-        source = self._view[tensors[0].fact.name]
-        scheme = self._quantized[module]
+        return self._rounded(module, tensors[0].fact.name)
+
+    def _rounded(self, module: str, name: str) -> _Finding:
+        """Compare the numbers of a quantized module with the source tensor `name`."""
+        source, scheme = self._view[name], self.quantized[module]
         total, allowed = _Sums(), 0.0
         if "*" in module:
             for index in range(source.spec.shape[0]):
                 one = module.replace("*", str(index))
-                values = self._checks.values(self._folder.tensors, one, scheme)
+                values = self._checks.values(self._tensors, one, scheme)
                 data = self._checks.prepared(ref_rows(source, index, index + 1))
                 total.add(as_float32(data).reshape(values.shape), values, 0)
                 allowed += values.tolerated * prod(values.shape)
         else:
-            values = self._checks.values(self._folder.tensors, module, scheme)
+            values = self._checks.values(self._tensors, module, scheme)
             allowed = values.tolerated * prod(values.shape)
             for start, stop in blocks(values.shape):
                 data = self._checks.prepared(ref_rows(source, start, stop))
                 total.add(as_float32(data), values, start)
         error = total.result(module, scheme.bits)
         return _Finding(_problem(error) if error.outside > allowed else None, error)
+
+
+def _tried(name: str, compare: Callable[[], _Finding]) -> _Finding:
+    """What comes of comparing `name`."""
+    try:
+        return compare()
+    except Incomparable:
+        return _Finding(skipped=True)
+    except NonFiniteValue:
+        return _Finding(f"the source of {name} holds NaN or infinity")
+    except CheckpointError as error:
+        return _Finding(f"{name} cannot be read: {error}")
 
 
 def _rank(item: ModuleError) -> float:

@@ -1,9 +1,10 @@
-"""Checks `generate` and `perplexity` by mlx-lm."""
+"""Checks `generate` and `perplexity` by mlx-lm and by mlx-vlm, and `mtp` by mlx-vlm."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from carnice_build.checkpoint.source import LocalFile
@@ -14,12 +15,21 @@ from carnice_build.formats.library import Library
 from carnice_build.models.base import QUANTIZATION
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.tensors import Composite
-from carnice_build.verification import generate, mlx_worker, perplexity
+from carnice_build.verification import (
+    acceptance,
+    generate,
+    mlx_vlm_worker,
+    mlx_worker,
+    perplexity,
+    torch_worker,
+)
+from carnice_build.verification.mlx_worker import Answer, SourceWeights, Task
 from carnice_build.verification.process import Worker, installed
 from carnice_build.verification.result import Check, judged, skipped
 from carnice_build.verification.running import (
     NO_TEXT,
     SOURCE,
+    Drafts,
     PerplexityRow,
     RunSettings,
     Tables,
@@ -28,7 +38,34 @@ from carnice_build.verification.running import (
 from carnice_build.verification.sources import source_tensors
 
 NAMES = (generate.NAME, perplexity.NAME)
-MISSING = "mlx is not installed: pip install 'carnice-build[mlx]'"
+VLM_NAMES = (*NAMES, acceptance.NAME)
+
+DRAFTS = (2, 3)
+"""Two are what mlx-vlm drafts when nobody says otherwise, three what is tried in torch."""
+
+PROMPTS = 8
+"""Half of what is tried in torch: mlx takes longer where there is no GPU."""
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """A library that runs MLX folders, and what runs it."""
+
+    library: Library
+    module: str
+    extra: str
+    run: Callable[[Task], Answer]
+
+    @property
+    def missing(self) -> str:
+        """Why nothing can be run, or nothing."""
+        if installed(self.module):
+            return ""
+        return f"{self.library} is not installed: pip install 'carnice-build[{self.extra}]'"
+
+
+_MLX_LM = _Engine(Library.MLX_LM, "mlx_lm", "mlx", mlx_worker.run)
+_MLX_VLM = _Engine(Library.MLX_VLM, "mlx_vlm", "mlxvlm", mlx_vlm_worker.run)
 
 
 def run_mlx(
@@ -39,19 +76,34 @@ def run_mlx(
     tables: Tables,
 ) -> Iterator[Check]:
     """Load the folder once for both checks; what was measured goes to `tables`."""
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    why_not = too_large(size) if installed("mlx_lm") else MISSING
+    yield from _run(_MLX_LM, variant, folder, settings, tables)
+
+
+def run_mlx_vlm(
+    checks: FormatChecks,
+    variant: VariantPlan,
+    folder: Path,
+    settings: RunSettings,
+    tables: Tables,
+) -> Iterator[Check]:
+    """As `run_mlx`, and then with the drafter that was built along."""
+    yield from _run(_MLX_VLM, variant, folder, settings, tables)
+    yield _acceptance(variant, folder, settings, tables)
+
+
+def _run(
+    engine: _Engine, variant: VariantPlan, folder: Path, settings: RunSettings, tables: Tables
+) -> Iterator[Check]:
+    why_not = engine.missing or too_large(_size(folder))
     if why_not:
         yield from (skipped(name, why_not) for name in NAMES)
         return
-    task = mlx_worker.Task(
-        folder, folder, settings.text, settings.lengths, settings.samples, generate=True
-    )
+    task = Task(folder, folder, settings.text, settings.lengths, settings.samples, generate=True)
     try:
-        answer = _run(task)
+        answer = _answer(engine, task)
     except BackendError as error:
         yield judged(
-            generate.NAME, [str(error)], f"{Library.MLX_LM} cannot load and run the folder"
+            generate.NAME, [str(error)], f"{engine.library} cannot load and run the folder"
         )
         yield skipped(perplexity.NAME, "the model does not run")
         return
@@ -61,23 +113,27 @@ def run_mlx(
         yield skipped(perplexity.NAME, NO_TEXT)
         return
     model = variant.recipe.sources[variant.recipe.body].model
-    if not tables.has_source(Library.MLX_LM, model):
-        tables.perplexities.append(_source_row(model, variant, folder, settings))
-    tables.perplexities.append(PerplexityRow(variant.name, Library.MLX_LM, answer.perplexities))
+    if not tables.has_source(engine.library, model):
+        tables.perplexities.append(_source_row(engine, model, variant, folder, settings))
+    tables.perplexities.append(PerplexityRow(variant.name, engine.library, answer.perplexities))
     yield perplexity.judge_perplexities(answer.perplexities)
 
 
-def _run(task: mlx_worker.Task) -> mlx_worker.Answer:
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _answer(engine: _Engine, task: Task) -> Answer:
     with Worker() as worker:
-        return worker.call(mlx_worker.run, task)
+        return worker.call(engine.run, task)
 
 
 def _source_row(
-    model: str, variant: VariantPlan, folder: Path, settings: RunSettings
+    engine: _Engine, model: str, variant: VariantPlan, folder: Path, settings: RunSettings
 ) -> PerplexityRow:
-    def row(answer: mlx_worker.Answer | None, missing: str = "") -> PerplexityRow:
+    def row(answer: Answer | None, missing: str = "") -> PerplexityRow:
         found = answer.perplexities if answer else ()
-        return PerplexityRow(SOURCE, Library.MLX_LM, found, missing, model)
+        return PerplexityRow(SOURCE, engine.library, found, missing, model)
 
     origins = source_tensors(variant)
     if any(isinstance(origin.file, Composite) for origin in origins.values()):
@@ -94,14 +150,51 @@ def _source_row(
     why_not = too_large(copies * sum(origin.spec.nbytes for origin in origins.values()))
     if why_not:
         return row(None, why_not)
-    # As published: mlx-lm may need entries that the source lacks.
+    # As published: the library may need entries that the source lacks.
     config = read_object(folder / "config.json")
     config = {key: value for key, value in config.items() if key not in QUANTIZATION}
-    source = mlx_worker.SourceWeights(config, tensors)
-    task = mlx_worker.Task(
-        source, folder, settings.text, settings.lengths, settings.samples, generate=False
-    )
+    source = SourceWeights(config, tensors)
+    task = Task(source, folder, settings.text, settings.lengths, settings.samples, generate=False)
     try:
-        return row(_run(task))
+        return row(_answer(engine, task))
     except BackendError as error:
         return row(None, str(error))
+
+
+def _acceptance(variant: VariantPlan, folder: Path, settings: RunSettings, tables: Tables) -> Check:
+    """The drafts that mlx-vlm accepts, beside our own count on the same weights."""
+    if not variant.companions:
+        return skipped(acceptance.NAME, "there is no drafter")
+    (drafter,) = variant.companions
+    head = folder.parent / drafter.name
+    why_not = _MLX_VLM.missing or too_large(_size(folder) + _size(head))
+    if why_not or settings.text is None:
+        return skipped(acceptance.NAME, why_not or NO_TEXT)
+    try:
+        with Worker() as worker:
+            prompts = worker.call(
+                torch_worker.prompts_of, folder, settings.text, settings.samples or PROMPTS
+            )
+            found = worker.call(mlx_vlm_worker.drafts, folder, head, prompts, DRAFTS)
+        ours = _counted(variant, folder, prompts, settings.threads)
+    except BackendError as error:
+        return judged(acceptance.NAME, [str(error)], "mlx-vlm cannot draft with the head")
+    rows = acceptance.compared_rows(variant.name, *found, ours)
+    tables.acceptances += rows
+    return acceptance.judge_acceptance(rows)
+
+
+def _counted(
+    variant: VariantPlan, folder: Path, prompts: list[list[int]], threads: int
+) -> dict[int, Drafts]:
+    """Our own count; nothing where there is no torch, or nobody who runs the family's head."""
+    from carnice_build.verification import mlx_stored
+
+    (drafter,) = variant.companions
+    # In float32, as it is needed.
+    too_much = too_large(4 * (variant.conversion.parameters + drafter.conversion.parameters))
+    if too_much or not (installed("torch") and installed("transformers")):
+        return {}
+    model = mlx_stored.stored(variant, drafter, folder)
+    with Worker() as worker:
+        return worker.call(mlx_stored.count, model, prompts, DRAFTS, threads)

@@ -142,7 +142,8 @@ class _Run:
         folder = open_folder(self.folder)
         architecture = architecture_of(folder.config, str(self.folder))
         quantized = self.variant.conversion.quantized
-        return StoredModel(architecture, folder.tensors, self.checks, quantized)
+        tensors = self.checks.by_module(folder.tensors, architecture)
+        return StoredModel(architecture, tensors, self.checks, quantized)
 
     def _served(self) -> StoredModel:
         return replace(self._dequantized(), activations=bool(self.checks.activations))

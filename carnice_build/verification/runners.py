@@ -25,5 +25,8 @@ class Runner:
 
 RUNNERS: Mapping[Library, Runner] = {
     Library.MLX_LM: Runner(run_mlx.NAMES, run_mlx.run_mlx, needs_table=False),
+    Library.MLX_VLM: Runner(run_mlx.VLM_NAMES, run_mlx.run_mlx_vlm, needs_table=False),
+    # What it is good for is seen with the model that it drafts for.
+    Library.MLX_VLM_DRAFTER: Runner((), lambda *_: iter(()), needs_table=False),
     Library.TRANSFORMERS: Runner(run_torch.NAMES, run_torch.run_torch, needs_table=True),
 }

@@ -8,10 +8,14 @@ from carnice_build.tensors import SourceTensor
 
 def source_tensors(variant: VariantPlan) -> dict[str, SourceTensor]:
     """The source tensor behind each tensor of the variant, by canonical name."""
-    names = dict.fromkeys(tensor.fact.name for tensor in variant.conversion.tensors)
+    published = {tensor.fact.module for tensor in variant.conversion.tensors}
+    # Several may be published as one tensor, which is told of the first.
+    modules = published | set(variant.conversion.quantized)
     found = {}
-    for name in names:
-        origin = variant.view[name].origin
+    for name, ref in variant.view.items():
+        if name.rpartition(".")[0] not in modules:
+            continue
+        origin = ref.origin
         while not isinstance(origin, SourceTensor):
             origin = origin.action.inputs[0].origin
         found[name] = origin

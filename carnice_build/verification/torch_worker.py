@@ -117,13 +117,14 @@ def measure_perplexities(
 
     tokens = _tokens(tokenizer, text)
     sources = {name: model.source() for name, model in models.items()}
+    arithmetic = _arithmetic(next(iter(models.values())).architecture, threads)
     found: dict[str, list[Perplexity]] = {name: [] for name in models}
     for length in lengths:
         sequences = cut(tokens, length, samples or SAMPLES_ON_CPU)
         if not sequences:
             continue
         rows = [torch.tensor(row) for row in sequences]
-        for name, item in measure(sources, rows, _arithmetic(threads)).items():
+        for name, item in measure(sources, rows, arithmetic).items():
             found[name].append(Perplexity(length, len(rows), item.perplexity, item.error, item.kl))
     return found
 
@@ -135,7 +136,7 @@ def generate(model: StoredModel, tokenizer: Path, threads: int) -> Generation:
     from carnice_build.verification import quality
 
     loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
-    return quality.generate(model.source(), loaded, _arithmetic(threads))
+    return quality.generate(model.source(), loaded, _arithmetic(model.architecture, threads))
 
 
 def measure_acceptance(
@@ -149,26 +150,41 @@ def measure_acceptance(
 
     The model continues `samples` prompts from all over the text, the same for both heads.
     """
+    heads = [model.source(), model.source(_rounded_head(model))]
+    prompts = prompts_of(tokenizer, text, samples or PROMPTS)
+    packaged, quantized = count_drafts(heads, prompts, DRAFTS, threads)
+    return packaged, quantized
+
+
+def count_drafts(
+    sources: Sequence[Any], prompts: Sequence[Sequence[int]], numbers: Sequence[int], threads: int
+) -> list[dict[int, Drafts]]:
+    """What is accepted of each head's drafts, by their number in a step.
+
+    `sources` are one model with different heads, which continues the prompts.
+    """
     import torch
 
     from carnice_build.calibration.text_model import OpenModel, ResidentModel
     from carnice_build.verification.drafting import acceptance
 
-    arithmetic = _arithmetic(threads)
-    tokens = _tokens(tokenizer, text)
-    count = samples or PROMPTS
-    stride = max(PROMPT_LENGTH, len(tokens) // count)
-    prompts = [tokens[start : start + PROMPT_LENGTH] for start in range(0, len(tokens), stride)]
-    target = ResidentModel(OpenModel(model.source(), arithmetic))
-    texts = [
-        target.continue_greedily(torch.tensor(prompt), NEW_TOKENS) for prompt in prompts[:count]
+    arithmetic = _arithmetic(sources[0].architecture, threads)
+    # First, for a head that nobody has code for is refused.
+    drafters = [OpenModel(source, arithmetic).draft_head() for source in sources]
+    target = ResidentModel(OpenModel(sources[0], arithmetic))
+    texts = [target.continue_greedily(torch.tensor(prompt), NEW_TOKENS) for prompt in prompts]
+    return [
+        {number: acceptance(drafter, target, texts, number) for number in numbers}
+        for drafter in drafters
     ]
 
-    def accepted(head: Any) -> dict[int, Drafts]:
-        drafter = OpenModel(head, arithmetic).draft_head()
-        return {number: acceptance(drafter, target, texts, number) for number in DRAFTS}
 
-    return accepted(model.source()), accepted(model.source(_rounded_head(model)))
+def prompts_of(tokenizer: Path, text: Path, count: int) -> list[list[int]]:
+    """As many prompts, from all over the text."""
+    tokens = _tokens(tokenizer, text)
+    stride = max(PROMPT_LENGTH, len(tokens) // count)
+    starts = range(0, len(tokens), stride)
+    return [tokens[start : start + PROMPT_LENGTH] for start in starts][:count]
 
 
 def measure_fidelity(
@@ -183,7 +199,7 @@ def measure_fidelity(
     return fidelity.measure(
         sources,
         loaded,
-        _arithmetic(threads),
+        _arithmetic(next(iter(models.values())).architecture, threads),
         answered=max(2, round(share * fidelity.ANSWERED)),
         read=max(2, round(share * fidelity.READ)),
     )
@@ -219,7 +235,8 @@ def _tokens(tokenizer: Path, text: Path) -> list[int]:
     return found
 
 
-def _arithmetic(threads: int) -> Any:
-    from carnice_build.calibration.driver import Arithmetic
+def _arithmetic(architecture: Architecture, threads: int) -> Any:
+    """As models run here, each with the attention that transformers has for it."""
+    from carnice_build.calibration.driver import Arithmetic, usual_attention
 
-    return Arithmetic("float32", "sdpa", threads)
+    return Arithmetic("float32", usual_attention(architecture.text_config), threads)

@@ -16,7 +16,7 @@ from typing import Any
 from carnice_build.calibration.passes import Calibration, layer_memory, samples
 from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import ProcessOp, TensorRef
-from carnice_build.models.base import Architecture, SmoothingMapping
+from carnice_build.models.base import Architecture
 from carnice_build.models.smoothing import mappings_of_layer
 from carnice_build.tensor_file import TensorFile
 
@@ -28,15 +28,14 @@ class Smooth(ProcessOp):
     Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors.
     Outputs: the smoothed layer's hidden states; scales F64 [channels], of a stack [E, channels],
     for each of `mappings`.
-    Parameters: `mappings`, each the name of a smoothed module, those it is balanced by, and, if
-    there are any, those that follow, within the layer; `quantized`, the linears that will be;
-    `scheme` (`num_bits`, `group_size`, `symmetric`), `n_grid`, `duo_scaling` and `norms` as in
-    `backends.awq.AwqSettings`; `names`, `layer`, `config`, `dtype`, `attention`, `threads`,
-    `device` and `processor`.
+    Parameters: `mappings`, each the name of a smoothed module and those it is balanced by, within
+    the layer; `quantized`, the linears that will be; `scheme` (`num_bits`, `group_size`,
+    `symmetric`), `n_grid`, `duo_scaling` and `norms` as in `backends.awq.AwqSettings`; `names`,
+    `layer`, `config`, `dtype`, `attention`, `threads`, `device` and `processor`.
     """
 
     name = "awq.smooth"
-    version = 2
+    version = 3
     libraries = (
         "llmcompressor",
         "compressed-tensors",
@@ -54,10 +53,12 @@ class Smooth(ProcessOp):
     ) -> tuple[TensorSpec, ...]:
         """Hidden states, and a vector for each mapping."""
         weights = dict(zip(params["names"], inputs[2:], strict=True))
-        smoothed = (weights[f"{smooth}.weight"].shape for smooth, *_ in params["mappings"])
-        # A norm's is [channels], a linear's [channels, in], a stack's [E, channels, in].
+        shapes = [
+            (weights[f"{smooth}.weight"].shape, weights[f"{balance[0]}.weight"].shape)
+            for smooth, balance in params["mappings"]
+        ]
         return inputs[1], *(
-            TensorSpec("F64", shape[: max(1, len(shape) - 1)]) for shape in smoothed
+            TensorSpec("F64", (*divided[:-2], multiplied[-1])) for divided, multiplied in shapes
         )
 
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
@@ -115,7 +116,7 @@ def search(
         params = {
             **layer.params,
             **settings,
-            "mappings": [_told(mapping) for mapping in mappings],
+            "mappings": [[mapping.smooth, list(mapping.balance)] for mapping in mappings],
             "quantized": chosen,
         }
         hidden, *found = calibration.graph.add(
@@ -123,11 +124,5 @@ def search(
         )
         for mapping, scales in zip(mappings, found, strict=True):
             rows[layer.prefix + mapping.smooth] = scales
-            readers = (*mapping.balance, *mapping.follow)
-            columns |= {layer.prefix + name: scales for name in readers}
+            columns |= {layer.prefix + name: scales for name in mapping.balance}
     return Scales(columns, rows)
-
-
-def _told(mapping: SmoothingMapping) -> list[str | list[str]]:
-    follow = [list(mapping.follow)] if mapping.follow else []
-    return [mapping.smooth, list(mapping.balance), *follow]

@@ -35,7 +35,7 @@ from carnice_build.formats.compressed_tensors.ops import (
 )
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
-from carnice_build.graph import TensorRef, View
+from carnice_build.graph import ArrayOp, Stacked, TensorRef, View
 from carnice_build.models.base import Part, Role, TensorFact
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns, Strict
@@ -111,7 +111,7 @@ class CompressedFormat(Format):
         "norms": "`awq: {norms: ...}`",
         "mappings": "nothing in its place: the model's family says what is smoothed",
         "sequential_targets": "nothing in its place: decoder layers are calibrated one at a time",
-        "moe_calibrate_all_experts": "nothing in its place: no model with experts is known yet",
+        "moe_calibrate_all_experts": "nothing in its place: every expert reads every token",
     }
 
     @model_validator(mode="after")
@@ -244,17 +244,17 @@ class _Published:
     def of(self, fact: TensorFact, ref: TensorRef) -> list[OutputTensor]:
         """What is published of a source tensor."""
         module = fact.module
-        columns, rows = self._scales.columns.get(module), self._scales.rows.get(module)
+        # A bias is part of what the module gives out, and has nothing to do with what it reads.
+        columns = self._scales.columns.get(module) if fact.name == f"{module}.weight" else None
+        rows = self._scales.rows.get(module)
         if fact.role is Role.NORM and self._architecture.offset_norm(fact.name):
             return [OutputTensor(fact.name, self._norm(fact, ref, rows), fact)]
         vectors = [scales for scales in (columns, rows) if scales is not None]
         used = {"columns": columns is not None, "rows": rows is not None}
         if self._quantized.get(module) is fact:
             return self._packed(fact, ref, vectors, used)
-        if vectors and fact.name == f"{module}.weight":
-            (ref,) = self._graph.add(SmoothWeight(), used, ref, *vectors)
-        elif rows is not None and fact.role is Role.BIAS:
-            (ref,) = self._graph.add(SmoothWeight(), {"columns": False, "rows": True}, ref, rows)
+        if vectors and fact.name.endswith((".weight", ".bias")):
+            (ref,) = self._graph.add(_of_each(SmoothWeight(), fact, vectors), used, ref, *vectors)
         return [OutputTensor(fact.name, ref, fact)]
 
     def _norm(self, fact: TensorFact, ref: TensorRef, scales: TensorRef | None) -> TensorRef:
@@ -278,8 +278,16 @@ class _Published:
         weights = self._knobs.weights
         params = {**used, "observer": weights.observer, "group_size": weights.group_size}
         with about_module(fact.module, _WEIGHTS):
-            made = self._graph.add_each(GroupQuantize(), params, ref, *vectors)
+            op = _of_each(GroupQuantize(), fact, vectors)
+            made = self._graph.add(op, params, ref, *vectors)
         return [
             OutputTensor(f"{fact.module}.{suffix}", output, fact)
             for suffix, output in zip(SUFFIXES, made, strict=True)
         ]
+
+
+def _of_each(op: ArrayOp, fact: TensorFact, scales: Sequence[TensorRef]) -> ArrayOp:
+    """`op` on a tensor and its scales; on each expert of a stack, who may share some."""
+    if not fact.stacked:
+        return op
+    return Stacked(op, [number for number, ref in enumerate(scales, 1) if len(ref.spec.shape) < 2])

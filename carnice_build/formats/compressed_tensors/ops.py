@@ -23,7 +23,7 @@ class GroupQuantize(ArrayOp):
     """An INT4 weight in the format pack-quantized, smoothed first if it is to be.
 
     Inputs: a weight [rows, columns]; scales F64 [columns] if `columns`; scales F64 [rows] if
-    `rows`.
+    `rows`, or of the last rows alone.
     Outputs: weight_packed I32 [rows, columns / 8]; weight_scale [rows, columns / group];
     weight_zero_point I32 [rows / 8, columns / group], unless `symmetric`; weight_shape I64 [2].
     Parameters: `observer`, `group_size`, `columns` and `rows`.
@@ -83,6 +83,7 @@ class SmoothWeight(ArrayOp):
     """A weight that is smoothed and stays unquantized; as `GroupQuantize` begins.
 
     Inputs and the parameters `columns` and `rows` as there; the output is as the weight.
+    A bias or a norm's gain [rows] has no `columns`.
     """
 
     name = "awq.weight"

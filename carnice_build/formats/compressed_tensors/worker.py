@@ -32,7 +32,7 @@ def smooth(
     settings = AwqSettings(
         scheme=WeightScheme(**params["scheme"]),
         mappings=tuple(
-            SmoothingMapping(name, *map(tuple, readers)) for name, *readers in params["mappings"]
+            SmoothingMapping(name, tuple(balance)) for name, balance in params["mappings"]
         ),
         n_grid=params["n_grid"],
         duo_scaling=params["duo_scaling"],
@@ -54,5 +54,5 @@ def smooth(
         put_output,
         Path(outputs[0].path).parent,
     )
-    for (name, *_), file in zip(params["mappings"], outputs[1:], strict=True):
+    for (name, _), file in zip(params["mappings"], outputs[1:], strict=True):
         file.write(as_data(scales[name]).array)

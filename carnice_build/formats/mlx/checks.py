@@ -1,4 +1,4 @@
-"""Format `mlx`: config.json as mlx-lm reads it, and the bound of affine group quantization.
+"""Format `mlx`: config.json as MLX's libraries read it, and the bound of affine group quantization.
 
 - A group spans R = max - min in top = 2^bits - 1 steps.  mlx then moves zero onto a step: with x
   steps between zero and the end of larger magnitude (x >= top/2), each becomes x / rint(x) as
@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -25,8 +25,10 @@ from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.checks import FolderReader, FormatChecks, QuantizedValues, Tensors
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.library import Library
-from carnice_build.formats.mlx.names import published
+from carnice_build.formats.mlx.names import published, published_drafter
 from carnice_build.formats.mlx.ops import SUFFIXES, Transform, TransformQuantize
+from carnice_build.formats.mlx.target import Target
+from carnice_build.formats.mlx.trace import Traced
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme
 from carnice_build.formats.values import (
@@ -43,7 +45,7 @@ from carnice_build.graph import ActionOutput, Stacked, TensorData, TensorRef
 from carnice_build.kernels.affine import dequantize_rows
 from carnice_build.kernels.decode import mxfp4_rows
 from carnice_build.kernels.elementwise import cast, zero_non_finite
-from carnice_build.models.base import Architecture
+from carnice_build.models.base import Architecture, Part, TensorFact
 
 Shape = tuple[int, ...]
 
@@ -60,13 +62,13 @@ _FLOAT32_SLACK = 1.001
 
 
 class MlxReader(FolderReader):
-    """Folders of mlx-lm, quantized."""
+    """Folders of mlx-lm and mlx-vlm, quantized."""
 
     suffixes = SUFFIXES
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Folders of mlx-lm have a section `quantization`."""
+        """They have a section `quantization`."""
         return isinstance(config.get("quantization"), dict)
 
     def scheme(self, module: str) -> Scheme | None:
@@ -99,24 +101,32 @@ class MlxChecks(FormatChecks):
     """Folders that mlx-lm loads; their names are mlx-lm's."""
 
     library = Library.MLX_LM
+    target = Target.MLX_LM
 
     def __init__(self, *, zero: bool) -> None:
         """With `zero`, NaN and infinity in a weight count as 0."""
         self._zero = zero
 
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
-        """config.json held against the tensors, as mlx-lm will when it loads the folder."""
-        config = folder.config
-        if not isinstance(config.get("quantization"), dict):
+        """config.json held against the tensors, as the library will when it loads the folder."""
+        if not isinstance(folder.config.get("quantization"), dict):
             yield "config.json has no section quantization"
             return
+        yield from self._stated_problems(folder, architecture)
+
+    def _stated_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
+        config = folder.config
         if config["quantization"] != config.get("quantization_config"):
             yield "config.json: quantization and quantization_config differ"
-        for item in published(architecture).values():
+        for item in self.published(architecture, folder):
             yield from _module(folder, item.name, item.spec.shape)
         for path, settings in config["quantization"].items():
             if isinstance(settings, dict) and f"{path}.scales" not in folder.tensors:
                 yield f"config.json states bits for {path}, which is not quantized"
+
+    def published(self, architecture: Architecture, folder: ModelFolder) -> Iterable[Traced]:
+        """What the folder must hold."""
+        return published(architecture, self.target).values()
 
     def values(self, tensors: Tensors, module: str, scheme: Scheme) -> QuantizedValues:
         """See `FormatChecks.values`."""
@@ -135,6 +145,44 @@ class MlxChecks(FormatChecks):
         if self._zero and source.dtype in WIDE_FLOATS:
             return TensorData(source.dtype, zero_non_finite(source.array, source.dtype))
         return source
+
+
+class MlxVlmChecks(MlxChecks):
+    """Folders that mlx-vlm loads."""
+
+    library = Library.MLX_VLM
+    target = Target.MLX_VLM
+
+    def published(self, architecture: Architecture, folder: ModelFolder) -> Iterable[Traced]:
+        """With the towers, unless all were left out: mlx-vlm then runs the model without."""
+        items = published(architecture, self.target).items()
+        facts = architecture.built
+        towers = [item for name, item in items if _is_tower(facts.get(name))]
+        if any(item.name in folder.tensors for item in towers):
+            return [item for _, item in items]
+        return [item for name, item in items if not _is_tower(facts.get(name))]
+
+
+def _is_tower(fact: TensorFact | None) -> bool:
+    return fact is not None and fact.part is Part.VISION
+
+
+class MlxDrafterChecks(MlxChecks):
+    """Folders with an MTP head alone, which mlx-vlm loads as a drafter."""
+
+    library = Library.MLX_VLM_DRAFTER
+
+    def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
+        """See `FormatChecks.config_problems`; a drafter may be plain."""
+        if "quantization" in folder.config:
+            yield from self._stated_problems(folder, architecture)
+        else:
+            for item in self.published(architecture, folder):
+                yield from _module(folder, item.name, item.spec.shape)
+
+    def published(self, architecture: Architecture, folder: ModelFolder) -> Iterable[Traced]:
+        """See `MlxChecks.published`."""
+        return published_drafter(architecture).values()
 
 
 def _transforms(ref: TensorRef) -> bool:

@@ -1,7 +1,7 @@
-"""What mlx-lm makes of a view: by the family's table, else by asking mlx-lm itself.
+"""What mlx-lm or mlx-vlm makes of a view: by the family's table, else by asking it.
 
-A view has one spelling, whatever that of the checkpoint is; mlx-lm knows spellings of files.
-So it is asked about a made-up checkpoint with a tensor for each expert, and if it refuses that,
+A view has one spelling, whatever that of the checkpoint is; libraries know spellings of files.
+So one is asked about a made-up checkpoint with a tensor for each expert, and if it refuses that,
 about one with the tensors that some families fuse, and its answer is told in terms of the view.
 Of a model without a table all that is known is the checkpoint's own spelling, which comes first.
 """
@@ -19,6 +19,7 @@ from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.mlx.entries import older_entries, with_entries
 from carnice_build.formats.mlx.table import table_of, trace_of
+from carnice_build.formats.mlx.target import ANSWERERS, Target
 from carnice_build.formats.mlx.trace import (
     Refusal,
     Step,
@@ -34,42 +35,44 @@ from carnice_build.steps.base import PlanContext, Question
 from carnice_build.tensors import members
 
 TRACER_VERSION = 1
-"""That of `backends.mlx_trace`, which no plan imports."""
+"""That of `backends.mlx_trace` and `mlx_vlm_trace`, which no plan imports."""
 
 
-def mlx_trace(view: View, context: PlanContext) -> Trace:
-    """What `mlx_lm.convert` makes of the view; PlanError with its words where it refuses."""
+def mlx_trace(view: View, context: PlanContext, target: Target) -> Trace:
+    """What the target's `convert` makes of the view; PlanError with its words where it refuses."""
     architecture = context.architecture
     specs = {name: view[name].spec for name in architecture.tensors if name in view}
-    table = table_of(architecture.name)
+    table = table_of(architecture.name, target)
     config = architecture.published_config({architecture.tensors[name].part for name in specs})
     entries = older_entries(config, table)
     if table is None:
-        trace = _asked(specs, with_entries(config, entries), context)
+        trace = _asked(specs, with_entries(config, entries), context, target)
     else:
-        if table.every_nth and (reason := _uneven(architecture)):
+        if table.every_nth and (reason := _uneven(architecture, target)):
             raise PlanError(reason, at=("format",))
         trace = trace_of(table, specs, architecture.tensors, architecture.dtype)
     return replace(trace, entries=entries)
 
 
-def knows(model_type: str) -> bool:
-    """Whether mlx-lm has a model of this type, as far as its files tell without being run.
+def knows(model_type: str, target: Target) -> bool:
+    """Whether the library has a model of this type, as far as its files tell without being run.
 
     True where it is not installed: whoever asks it then says so.
     """
     if not re.fullmatch(r"\w{1,100}", model_type):
         return False
-    library = find_spec("mlx_lm")
+    library = find_spec(target.replace("-", "_"))
     if library is None or library.origin is None:
         return True
     folder = Path(library.origin).parent
     renamed = (folder / "utils.py").read_text(encoding="utf-8")
-    return (folder / "models" / f"{model_type}.py").exists() or f'"{model_type}": "' in renamed
+    models = folder / "models"
+    files = (models / f"{model_type}.py", models / model_type / "__init__.py")
+    return any(path.exists() for path in files) or f'"{model_type}": "' in renamed
 
 
-def _uneven(architecture: Architecture) -> str | None:
-    """Why mlx-lm cannot run the model; it takes its masks from the first layer of each kind."""
+def _uneven(architecture: Architecture, target: Target) -> str | None:
+    """Why MLX cannot run the model; it takes its masks from the first layer of each kind."""
     kinds = [architecture.layer_kind(layer) for layer in range(architecture.num_layers)]
     full = [layer for layer, kind in enumerate(kinds) if kind == "full"]
     interval = full[0] + 1 if full else 0
@@ -77,11 +80,14 @@ def _uneven(architecture: Architecture) -> str | None:
         return None
     layers = ", ".join(map(str, full))
     found = f"layers {layers} have" if full else "no layer has"
-    return f"{found} full attention, and mlx-lm can only run a model of which every n-th has"
+    return f"{found} full attention, and {target} can only run a model of which every n-th has"
 
 
 def _asked(
-    specs: Mapping[str, TensorSpec], config: Mapping[str, Any], context: PlanContext
+    specs: Mapping[str, TensorSpec],
+    config: Mapping[str, Any],
+    context: PlanContext,
+    target: Target,
 ) -> Trace:
     architecture = context.architecture
     facts = [architecture.tensors[name] for name in specs]
@@ -92,34 +98,38 @@ def _asked(
         spellings.reverse()
     reasons = []
     for spelling in spellings:
-        answer = ask_mlx(context, config, spelling.tensors)
+        answer = ask_mlx(context, config, spelling.tensors, target)
         if isinstance(answer, Trace):
             return told(answer, spelling.parts)
         reasons.append(answer.reason)
-    raise refused(reasons[0])
+    raise refused(reasons[0], target)
 
 
-def refused(reason: str) -> PlanError:
-    """The error for a model that mlx-lm refuses, in its words."""
-    return PlanError(f"mlx-lm does not take this model: {reason}", at=("format",))
+def refused(reason: str, target: Target = Target.MLX_LM) -> PlanError:
+    """The error for a model that a library refuses, in its words."""
+    return PlanError(f"{target} does not take this model: {reason}", at=("format",))
 
 
 def ask_mlx(
-    context: PlanContext, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+    context: PlanContext,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorSpec],
+    target: Target = Target.MLX_LM,
 ) -> Trace | Refusal:
-    """mlx-lm's answer about a checkpoint of these tensors."""
+    """A library's answer about a checkpoint of these tensors."""
+    answerer = ANSWERERS[target]
     if dtype := context.architecture.dtype:
-        # Of the spellings of this entry mlx-lm knows the one before transformers 5.
+        # Of the spellings of this entry they know the one before transformers 5.
         config = {**config, "torch_dtype": dtype}
     rows = {name: [spec.dtype, list(spec.shape)] for name, spec in tensors.items()}
     return context.ask(
         Question(
-            function="carnice_build.backends.mlx_trace:answer",
+            function=f"{answerer.module}:answer",
             arguments=(config, rows),
-            libraries=("mlx-lm", "mlx"),
+            libraries=(target.value, "mlx"),
             version=TRACER_VERSION,
             parse=parsed,
-            extra="mlx",
+            extra=answerer.extra,
         )
     )
 

@@ -35,6 +35,9 @@ def older_entries(config: Mapping[str, Any], table: Table | None) -> dict[str, A
         for name in table.needs:
             if name not in section and name not in found:
                 raise PlanError(f"config.json has no entry {name}, which mlx-lm needs")
+        for name in table.sections:
+            if not config.get(name):
+                raise PlanError(f"config.json has no section {name}, which mlx-vlm needs")
     missing = {name: value for name, value in found.items() if name not in section}
     if section is config:
         return missing

@@ -1,8 +1,8 @@
-"""Format `mlx`: affine group quantization and the names, norms and types of mlx-lm.
+"""Format `mlx`: affine group quantization and the names, norms and types of mlx-lm or mlx-vlm.
 
-What `mlx_lm.convert` does to a checkpoint, written as actions: what a `trace` says of each tensor
+What their `convert` does to a checkpoint, written as actions: what a `trace` says of each tensor
 becomes nothing (another name or shape, or a stack), a small op (a cast, a norm + 1) or a program
-of mlx's primitives; then what mlx-lm quantizes is quantized.
+of mlx's primitives; then what they quantize is quantized.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pydantic import Field
 
 from carnice_build.checkpoint.assets import Reads
 from carnice_build.dtypes import WIDE_FLOATS
-from carnice_build.formats.base import Conversion, Format, OutputTensor
+from carnice_build.errors import PlanError
+from carnice_build.formats.base import Companion, Conversion, Format, OutputTensor
 from carnice_build.formats.blame import about_module
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.mlx.conversion import knows, mlx_trace
-from carnice_build.formats.mlx.files import mlx_files, section_of
+from carnice_build.formats.mlx.files import mlx_files, section_of, short_section
 from carnice_build.formats.mlx.kept import METHOD, codes_of, kept_trace
 from carnice_build.formats.mlx.ops import (
     SUFFIXES,
@@ -30,12 +31,13 @@ from carnice_build.formats.mlx.ops import (
     Transform,
     TransformQuantize,
 )
+from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Kind, Trace, Traced, as_params, from_params
 from carnice_build.formats.rules import Rule, Settings, choose, rules_by_module
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import ArrayOp, Op, Stacked, TensorRef, View
-from carnice_build.models.base import TensorFact
+from carnice_build.models.base import Part, TensorFact
 from carnice_build.steps.base import Codes, PlanContext
 
 if TYPE_CHECKING:
@@ -53,13 +55,24 @@ class MlxRule(Rule):
 
 
 class MlxFormat(Format):
-    """MLX affine quantization, as `mlx_lm.convert` does it."""
+    """MLX affine quantization, as `mlx_lm.convert` or `mlx_vlm.convert` does it."""
 
     format: Literal["mlx"]
+    target: Literal["mlx-lm", "mlx-vlm"] = Field(
+        "mlx-lm",
+        description="The library that the folder is for: mlx-lm, which runs the text model alone, "
+        "or mlx-vlm, for which the vision tower is kept, and the MTP head becomes a drafter in a "
+        "folder of its own, `VARIANT-mtp`.",
+    )
     bits: Bits = Field(description="Bits per weight where no rule says otherwise.")
     group_size: GroupSize = Field(64, description="Weights that share a scale and a bias.")
     rules: list[MlxRule] = Field(
         default_factory=list, description="Exceptions; the last rule that fits a module wins."
+    )
+    mtp: Literal["plain"] | Bits | None = Field(
+        None,
+        description="Bits per weight of the drafter, or `plain` for the MTP head as it is; the "
+        "bits that config.json states for the whole model if nothing is said.",
     )
     config_bits: Bits | None = Field(
         None,
@@ -75,19 +88,45 @@ class MlxFormat(Format):
 
     def takes_untabled(self, model_type: str) -> bool:
         """See `Format.takes_untabled`."""
-        return knows(model_type)
+        return knows(model_type, self.library)
 
     def engine_reads(self) -> Collection[Reads]:
-        """A tokenizer: mlx-lm runs the text model alone, and its config has no vision tower."""
-        return (Reads.TOKENIZER,)
+        """A tokenizer, and a processor where there may be a tower: mlx-lm has none."""
+        if self.library is Target.MLX_LM:
+            return (Reads.TOKENIZER,)
+        return (Reads.TOKENIZER, Reads.PROCESSOR)
+
+    @property
+    def library(self) -> Target:
+        """The library that the folder is for."""
+        return Target(self.target)
 
     def metadata(self) -> Mapping[str, str]:
-        """As mlx-lm marks its files."""
+        """As MLX marks its files."""
         return {"format": "mlx"}
 
     def files(self, variant: Variant) -> Mapping[str, bytes]:
-        """As mlx-lm writes and loads them."""
+        """As the library writes and loads them."""
         return mlx_files(self, variant)
+
+    def companions(self, view: View, context: PlanContext) -> Sequence[Companion]:
+        """The MTP head as a drafter, in folders for mlx-vlm."""
+        from carnice_build.formats.mlx.drafter import DRAFTED, MlxDrafter
+
+        if self.library is Target.MLX_LM:
+            why_not = "mlx-lm has no use for an MTP head: that takes `target: mlx-vlm`"
+        elif context.architecture.name not in DRAFTED:
+            why_not = f"mlx-vlm makes no drafter of a model of {context.architecture.name}"
+        elif not any(context.architecture.tensors[name].part is Part.MTP for name in view):
+            why_not = "there is no MTP head"
+        else:
+            bits = self.whole.bits if self.mtp in (None, "plain") else self.mtp
+            knobs = self.model_dump() | {"bits": bits, "rules": [], "config_bits": None}
+            drafter = MlxDrafter(**knobs, plain=self.mtp == "plain")
+            return (Companion("-mtp", drafter.about, drafter),)
+        if self.mtp is not None:
+            raise PlanError(why_not, at=("mtp",))
+        return ()
 
     def card(self) -> Card:
         """See `Format.card`."""
@@ -95,9 +134,10 @@ class MlxFormat(Format):
 
     def checks(self) -> MlxChecks:
         """See `Format.checks`."""
-        from carnice_build.formats.mlx.checks import MlxChecks
+        from carnice_build.formats.mlx.checks import MlxChecks, MlxVlmChecks
 
-        return MlxChecks(zero=self.nonfinite == "zero")
+        kind = MlxChecks if self.library is Target.MLX_LM else MlxVlmChecks
+        return kind(zero=self.nonfinite == "zero")
 
     @classmethod
     def reader(cls) -> type[MlxReader]:
@@ -116,8 +156,14 @@ class MlxFormat(Format):
         return method == METHOD
 
     def convert(self, view: View, context: PlanContext) -> Conversion:
-        """Every tensor that mlx-lm keeps, under its MLX name."""
-        trace = kept_trace(view, context) if context.codes else mlx_trace(view, context)
+        """Every tensor that the library keeps, under its MLX name."""
+        if context.codes and self.library is not Target.MLX_LM:
+            raise PlanError(
+                f"{self.library} is not asked about what is quantized already",
+                expected="a step `- decode: {}`",
+                at=("target",),
+            )
+        trace = kept_trace(view, context) if context.codes else self.trace(view, context)
         facts = context.architecture.tensors
         order = {name: index for index, name in enumerate(facts)}
         items = sorted(trace.tensors, key=lambda item: order[item.sources[0].name])
@@ -138,6 +184,10 @@ class MlxFormat(Format):
             else:
                 made.add_quantized(item, fact, settings)
         return made.conversion()
+
+    def trace(self, view: View, context: PlanContext) -> Trace:
+        """What becomes of the view."""
+        return mlx_trace(view, context, self.library)
 
     def _settings(
         self, own: Mapping[str, Any], rules: Sequence[tuple[int, MlxRule]]
@@ -263,7 +313,7 @@ class _Made:
         )
 
     def _modules(self) -> dict[str, Any]:
-        """The entries of config.json about modules, as mlx-lm writes them.
+        """The entries of config.json about modules, as the library writes them.
 
         Modules that the model's own code treats otherwise are listed as that code says it; when
         the recipe treats some otherwise, or the source was quantized, every one is listed.
@@ -278,5 +328,6 @@ class _Made:
         if self._trace.stated is not None and all(own == expected[path] for path, own in chosen):
             return {path: dict(modules[path]) or section_of(own) for path, own in chosen}
         if whole != plain or any(scheme != expected[path] for path, scheme in chosen):
-            return {path: section_of(scheme) for path, scheme in chosen}
+            section = section_of if self._knobs.library is Target.MLX_LM else short_section
+            return {path: section(scheme) for path, scheme in chosen}
         return {path: dict(modules[path]) for path, _ in chosen if modules[path]}

@@ -1,23 +1,53 @@
-"""The names in folders of mlx-lm, by the family's table; none of a family without one."""
+"""The names in folders of MLX, by the family's table; none of a family without one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from carnice_build.dtypes import TensorSpec
-from carnice_build.formats.mlx.table import table_of, trace_of
+from carnice_build.formats.mlx.table import Table, table_of, trace_of
+from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Traced
 from carnice_build.models.base import Architecture
 
+DRAFTED = frozenset({"qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"})
+"""The families whose MTP head mlx-vlm makes a drafter of, all in one way."""
 
-def published(architecture: Architecture) -> Mapping[str, Traced]:
+
+def drafter_table() -> Table:
+    """What becomes of the head of any of `DRAFTED`."""
+    table = table_of("qwen3_5_mtp", Target.MLX_VLM)
+    assert table is not None
+    return table
+
+
+def published(architecture: Architecture, target: Target) -> Mapping[str, Traced]:
     """What a folder holds of each tensor that the config calls for, by its canonical name.
 
+    What a folder holds twice is there a second time by its own name.
     Types are those of a model in BF16.
     """
-    table = table_of(architecture.name)
-    if table is None:
-        return {}
+    table = table_of(architecture.name, target)
+    return {} if table is None else _names(architecture, table)
+
+
+def published_drafter(architecture: Architecture) -> Mapping[str, Traced]:
+    """As `published`, of the folder with the MTP head alone."""
+    return _names(architecture, drafter_table())
+
+
+def known_names(architecture: Architecture) -> Mapping[str, Traced]:
+    """As `published`, whatever library a folder is for: no two call two tensors alike."""
+    heads = published_drafter(architecture) if architecture.name in DRAFTED else {}
+    targets = (published(architecture, target) for target in Target)
+    return dict(item for names in (heads, *targets) for item in names.items())
+
+
+def _names(architecture: Architecture, table: Table) -> Mapping[str, Traced]:
     facts = architecture.tensors
     specs = {name: TensorSpec("BF16", fact.shape) for name, fact in facts.items()}
-    return {item.sources[0].name: item for item in trace_of(table, specs, facts, None).tensors}
+    found: dict[str, Traced] = {}
+    for item in trace_of(table, specs, facts, None).tensors:
+        source = item.sources[0].name
+        found[item.name if source in found else source] = item
+    return found

@@ -1,9 +1,10 @@
-"""What mlx-lm makes of a family, as a table of ours: a trace without mlx.
+"""What mlx-lm or mlx-vlm makes of a family, as a table of ours: a trace without mlx.
 
-**A family with a file in `tables/` is converted by it, whether or not mlx is installed; any other
-is traced, which takes mlx** (`conversion`).  So what people build most never waits for mlx, and
-what a table cannot say (anything but other names, a 1 added, an axis of size 1 moved, experts
-stacked) is never guessed.  A test holds every table against the trace of its family.
+**A family with a file in `tables/` (`tables/mlx-vlm/` for mlx-vlm) is converted by it, whether or
+not mlx is installed; any other is traced, which takes mlx** (`conversion`).  So what people build
+most never waits for mlx, and what a table cannot say (anything but other names, a 1 added, an axis
+moved, experts stacked, a tensor twice) is never guessed.  A test holds every table against the
+trace of its family.
 
 Names are those of the family's architecture: a stack of experts has a `*`.
 """
@@ -11,6 +12,7 @@ Names are those of the family's architecture: a stack of experts has a `*`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from pydantic import Field, ValidationError
 
 from carnice_build.dtypes import FLOAT_NAMES, WIDE_FLOATS, TensorSpec
 from carnice_build.errors import RecipeError
+from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Step, Trace, Traced, TracedSource
 from carnice_build.models.base import Part, TensorFact
 from carnice_build.recipe.patterns import Patterns
@@ -27,14 +30,18 @@ from carnice_build.yaml_tree import read_tree
 
 TABLES = Path(__file__).parent / "tables"
 
+FOLDERS: Mapping[Target, Path] = {Target.MLX_LM: TABLES, Target.MLX_VLM: TABLES / "mlx-vlm"}
+
+_TEXT = (Part.EMBED, Part.LAYERS, Part.BODY, Part.HEAD)
+
 
 class Table(Strict):
-    """A family: globs of names of the source (`shift`, `fold`), or of MLX (the others).
+    """A family: globs of names of the source (`shift`, `last`), or of MLX (the others)."""
 
-    mlx-lm leaves out MTP heads and towers.
-    """
-
-    about: str = Field(description="Where in mlx-lm this is done.")
+    about: str = Field(description="Where in the library this is done.")
+    parts: tuple[Part, ...] = Field(
+        _TEXT, description="What it keeps: not the towers and the MTP head, unless they are named."
+    )
     rename: list[tuple[str, str]] = Field(
         default_factory=list,
         description="Beginnings of names and what stands there instead; the first that fits.",
@@ -43,8 +50,12 @@ class Table(Strict):
         default_factory=list, description="Pieces of names and what stands there instead, in turn."
     )
     shift: list[str] = Field(default_factory=list, description="Norms to which it adds 1.")
-    fold: list[str] = Field(
-        default_factory=list, description="Tensors whose last axis goes before the one before it."
+    last: list[str] = Field(
+        default_factory=list, description="Convolutions, whose axis number 1 goes last."
+    )
+    copies: dict[str, str] = Field(
+        default_factory=dict,
+        description="Tensors of the source that it writes a second time, and under which name.",
     )
     plain: list[str] = Field(
         default_factory=list, description="Weights of modules that cannot be quantized."
@@ -67,6 +78,9 @@ class Table(Strict):
     needs: list[str] = Field(
         default_factory=list, description="Entries without which it cannot load a model."
     )
+    sections: list[str] = Field(
+        default_factory=list, description="Sections without which it cannot load a model."
+    )
     every_nth: bool = Field(
         False,
         description="It can only run a model of which every n-th layer has full attention, for it "
@@ -75,9 +89,9 @@ class Table(Strict):
 
 
 @cache
-def table_of(family: str) -> Table | None:
+def table_of(family: str, target: Target) -> Table | None:
     """The table of a family by its model type; None when it has none."""
-    path = TABLES / f"{family}.yaml"
+    path = FOLDERS[target] / f"{family}.yaml"
     if not path.is_file():
         return None
     tree = read_tree(path)
@@ -94,19 +108,19 @@ def trace_of(
     facts: Mapping[str, TensorFact],
     dtype: str | None,
 ) -> Trace:
-    """What mlx-lm makes of these tensors, stacks of experts among them, cast to `dtype`."""
+    """What the library makes of these tensors, stacks among them, cast to `dtype`."""
     evaluated = _Evaluated(table, FLOAT_NAMES.get(dtype or ""))
-    found = tuple(
-        evaluated.traced(name, spec)
-        for name, spec in tensors.items()
-        if facts[name].part not in (Part.MTP, Part.VISION)
-    )
+    kept = {name: spec for name, spec in tensors.items() if facts[name].part in table.parts}
+    found = [evaluated.traced(name, spec) for name, spec in kept.items()]
+    for name, copy in table.copies.items():
+        if name in kept:
+            found.append(replace(evaluated.traced(name, kept[name]), name=copy))
     modules = {
         item.module: evaluated.settings(item.module)
         for item in found
         if evaluated.quantizable(item)
     }
-    return Trace(found, modules)
+    return Trace(tuple(found), modules)
 
 
 class _Evaluated:
@@ -116,7 +130,7 @@ class _Evaluated:
         self._table = table
         self._dtype = dtype
         self._shift = Patterns(table.shift)
-        self._fold = Patterns(table.fold)
+        self._last = Patterns(table.last)
         self._plain = Patterns(table.plain)
         self._uncast = Patterns(table.uncast)
         self._own = [(Patterns(glob), own) for glob, own in table.own.items()]
@@ -124,10 +138,12 @@ class _Evaluated:
     def traced(self, name: str, spec: TensorSpec) -> Traced:
         """What becomes of a tensor."""
         shape, steps = spec.shape, list[Step]()
-        if self._fold.matches(name):
-            *rest, before, last = shape
-            shape = (*rest, last, before)
-            steps.append(Step("reshape", (0,), (shape,)))
+        if self._last.matches(name):
+            axes = (0, *range(2, len(shape)), 1)
+            # No byte moves when all that moves is an axis of size 1.
+            same = shape[1] == 1
+            shape = tuple(shape[axis] for axis in axes)
+            steps.append(Step("reshape" if same else "transpose", (0,), (shape if same else axes,)))
         if self._shift.matches(name):
             steps.append(Step("add_number", (0,), (1.0,)))
         found = self._renamed(name)
@@ -146,7 +162,7 @@ class _Evaluated:
         return name
 
     def quantizable(self, item: Traced) -> bool:
-        """Whether mlx-lm quantizes the tensor's module."""
+        """Whether the library quantizes the tensor's module."""
         weight = item.name.endswith(".weight") and len(item.spec.shape) > 1 and not item.steps
         return weight and not self._plain.matches(item.name)
 

@@ -17,10 +17,13 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from carnice_build.checkpoint.stack import slab_stack
+from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.formats.checks import FolderReader, Rounding, Tensors, TorchChecks
 from carnice_build.formats.exclusions import ignore_problems
 from carnice_build.formats.folder import ModelFolder, read_object, section
@@ -29,12 +32,12 @@ from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme, names, only_group, statements
 from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows
 from carnice_build.kernels import nvfp4
-from carnice_build.models.base import LINEARS, STACK, Architecture, Role
-from carnice_build.tensors import SourceTensor
+from carnice_build.models.base import LINEARS, STACK, Architecture, FusedIn, Role, TensorFact
+from carnice_build.tensors import SourceTensor, members
 
 _CONFIG, _TWIN = "config.json", "hf_quant_config.json"
 _ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
-_SCALARS = (".weight_scale_2", ".input_scale")
+_SCALARS = ("weight_scale_2", "input_scale")
 
 _FLOAT32_SLACK = 1.001
 """The quantizer computes in float32, so a weight halfway between codes may go either way."""
@@ -75,6 +78,7 @@ class Nvfp4Checks(TorchChecks):
         yield from statements(_CONFIG, stated, {"quant_method": "modelopt", **algorithm})
         yield from statements(_CONFIG, section(group, "weights"), blocks)
         yield from statements(_TWIN, twin, algorithm | blocks)
+        folder = replace(folder, tensors=self.by_module(folder.tensors, architecture))
         ignore = names(stated.get("ignore"))
         if set(ignore) != set(names(twin.get("exclude_modules"))):
             yield f"{_CONFIG} ignores other modules than {_TWIN} excludes"
@@ -85,6 +89,14 @@ class Nvfp4Checks(TorchChecks):
         for parts in _fused(architecture):
             for part in _SCALARS:
                 yield from _shared(folder, parts, part)
+
+    def by_module(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """See `FormatChecks.by_module`: the experts that are one tensor, apart."""
+        found = dict(tensors)
+        for fact in architecture.tensors.values():
+            if fact.stacked and fact.fused:
+                found |= _apart(fact, fact.fused, tensors)
+        return found
 
     def values(self, tensors: Tensors, module: str, scheme: Scheme) -> Nvfp4Values:
         """See `FormatChecks.values`."""
@@ -143,6 +155,33 @@ class Nvfp4Values:
         return allowance(blocks, self._scale_2).reshape(source.shape)
 
 
+def _apart(
+    fact: TensorFact, fused: FusedIn, tensors: Tensors
+) -> Iterator[tuple[str, SourceTensor]]:
+    """What each expert has of the tensors that all have together, by its own names."""
+    experts, rows, *_ = fact.shape
+    width, chosen = fused.of * rows, fused.rows(rows)
+    whole = tensors.get(fused.name)
+    if whole and whole.spec.shape == (experts, width):
+        yield from _experts(slab_stack(fact.name, whole, *chosen))
+    if fused.turned is None:
+        return
+    for part, end in (("weight", ""), ("weight_scale", "_weight_scale")):
+        whole = tensors.get(f"{fused.turned}{end}")
+        if whole and whole.spec.shape[::2] == (experts, width):
+            yield from _experts(turned_stack(f"{fact.module}.{part}", whole, *chosen))
+    for part in _SCALARS:
+        if scalar := tensors.get(f"{fused.turned}_{part}"):
+            for index in range(experts):
+                yield f"{fact.module}.{part}".replace(STACK, str(index)), scalar
+
+
+def _experts(stack: SourceTensor) -> Iterator[tuple[str, SourceTensor]]:
+    """The tensor of each expert."""
+    for index, (name, spec) in enumerate(members(stack.name, stack.spec)):
+        yield name, SourceTensor(name, spec, stack.file, stack.offset + index * spec.nbytes)
+
+
 def allowance(blocks: Floats, scale_2: float) -> Floats:
     """The most that each weight of `blocks` [n, 16] may be off; see the module's text."""
     magnitude = np.abs(blocks)
@@ -199,8 +238,9 @@ def _fused(architecture: Architecture) -> Iterator[Sequence[str]]:
 
 def _shared(folder: ModelFolder, parts: Sequence[str], part: str) -> Iterator[str]:
     """Engines that fuse linears take the scale of one of them for all."""
-    there = [module + part for module in parts if module + part in folder.tensors]
+    names = [f"{module}.{part}" for module in parts]
+    there = [name for name in names if name in folder.tensors]
     found = {name: _read_scalar(folder.tensors[name]) for name in there}
     if len(set(found.values())) > 1:
         shown = ", ".join(f"{name} {value}" for name, value in found.items())
-        yield f"fused linears differ in {part[1:]}: {shown}"
+        yield f"fused linears differ in {part}: {shown}"

@@ -28,7 +28,13 @@ from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
 from carnice_build.formats.keep import kept
 from carnice_build.formats.nvfp4.files import modelopt_files
-from carnice_build.formats.nvfp4.ops import BLOCK, BlockQuantize, InputScales
+from carnice_build.formats.nvfp4.ops import (
+    BLOCK,
+    BlockQuantize,
+    InputScales,
+    TakeTurns,
+    TurnsQuantize,
+)
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
@@ -107,15 +113,15 @@ class Nvfp4Format(Format):
                 f"{left[0]} is in no decoder layer, so it has no calibrated input",
                 expected="it among `keep`",
             )
-        tensors = [
-            tensor
-            for fact in facts
-            for tensor in (
-                made[fact.module]
-                if chosen.get(fact.module) is fact
-                else [OutputTensor(fact.name, view[fact.name], fact)]
-            )
-        ]
+        biases = _turned_biases(facts, chosen, view, context)
+        tensors: list[OutputTensor] = []
+        for fact in facts:
+            if chosen.get(fact.module) is fact:
+                tensors += made[fact.module]
+            elif fact.name in biases:
+                tensors += biases[fact.name]
+            else:
+                tensors.append(OutputTensor(fact.name, view[fact.name], fact))
         check_fusions(chosen, view, context.architecture)
         figures = {
             f"tokens sent to each expert of layer {layer}": counts
@@ -161,7 +167,9 @@ def _layer(
         places.setdefault(linear, []).append(index)
     params = {
         "groups": [[index for fact in group for index in places[fact.module]] for group in groups],
-        "shapes": [view[group[0].name].spec.shape[:-2] for group in groups],
+        "shapes": [
+            () if _turned(group[0]) else view[group[0].name].spec.shape[:-2] for group in groups
+        ],
     }
     scales = context.graph.add(InputScales(), params, amax)
     return {
@@ -174,8 +182,21 @@ def _layer(
 def _group(
     group: Sequence[TensorFact], input_scale: TensorRef, view: View, context: PlanContext
 ) -> Iterator[tuple[TensorFact, list[OutputTensor]]]:
+    inputs = [view[fact.name] for fact in group]
+    if name := _turned(group[0]):
+        with about_module(", ".join(fact.module for fact in group)):
+            packed, scales, scale_2 = context.graph.add(TurnsQuantize(), {}, *inputs)
+        parts = {
+            f"{name}_input_scale": input_scale,
+            name: packed,
+            f"{name}_weight_scale": scales,
+            f"{name}_weight_scale_2": scale_2,
+        }
+        yield group[0], [OutputTensor(part, ref, group[0]) for part, ref in parts.items()]
+        yield from ((fact, []) for fact in group[1:])
+        return
     with about_module(", ".join(fact.module for fact in group)):
-        made = context.graph.add_each(BlockQuantize(), {}, *(view[fact.name] for fact in group))
+        made = context.graph.add_each(BlockQuantize(), {}, *inputs)
     for number, fact in enumerate(group):
         parts = {
             "input_scale": input_scale,
@@ -187,3 +208,29 @@ def _group(
             fact,
             [OutputTensor(f"{fact.module}.{suffix}", ref, fact) for suffix, ref in parts.items()],
         )
+
+
+def _turned(fact: TensorFact) -> str | None:
+    """The one tensor that the library publishes experts as, where transformers has them so."""
+    return fact.fused.turned if fact.fused else None
+
+
+def _turned_biases(
+    facts: Sequence[TensorFact],
+    chosen: Mapping[str, TensorFact],
+    view: View,
+    context: PlanContext,
+) -> dict[str, list[OutputTensor]]:
+    """What is published of the biases of such experts, by the names of their facts."""
+    fused: dict[str, list[TensorFact]] = {}
+    for fact in facts:
+        owner = chosen.get(fact.module)
+        if fact.role is Role.BIAS and fact.fused and owner and _turned(owner):
+            fused.setdefault(fact.fused.name, []).append(fact)
+    found: dict[str, list[OutputTensor]] = {}
+    for name, group in fused.items():
+        refs = [view[fact.name] for fact in group]
+        ref = refs[0] if len(refs) == 1 else context.graph.add(TakeTurns(), {}, *refs)[0]
+        found |= {fact.name: [] for fact in group}
+        found[group[0].name] = [OutputTensor(name, ref, group[0])]
+    return found

@@ -60,6 +60,82 @@ class BlockQuantize(ArrayOp):
             nvfp4.quantize_rows(weight.array, weight.dtype, float(scale_2), packed, scales)
 
 
+class TurnsQuantize(ArrayOp):
+    """NVFP4 weights of all experts as one tensor with columns for rows, bit for bit modelopt's.
+
+    Inputs: stacks [experts, rows, columns], whose rows take turns.
+    Outputs, for n inputs: packed U8 [experts, columns / 2, n * rows]; scales F8_E4M3 [experts,
+    columns / 16, n * rows]; the scale that all experts share, F32 [].
+    """
+
+    name = "nvfp4.quantize_turns"
+    version = 1
+    libraries = ("numba", "numpy")
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Packed weights, scales, and the scale of all."""
+        experts, rows, columns = inputs[0].shape
+        if any(spec != inputs[0] for spec in inputs):
+            raise PlanError("rows that take turns are as many in each stack")
+        whole = TensorSpec(inputs[0].dtype, (len(inputs) * rows, columns))
+        packed, scales, scale_2 = BlockQuantize().infer(params, [whole])
+        turned = (TensorSpec(spec.dtype, (experts, *spec.shape[::-1])) for spec in (packed, scales))
+        return (*turned, scale_2)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Quantize one expert after another; raises NonFiniteValue, with the stack's number."""
+        import numpy as np
+
+        from carnice_build.kernels import nvfp4
+
+        peak = 0.0
+        for operand, stack in enumerate(inputs):
+            amax, bad_index = nvfp4.amax(stack.array, stack.dtype)
+            if bad_index >= 0:
+                raise NonFiniteValue(bad_index, operand)
+            peak = max(peak, float(amax))
+        scale_2 = nvfp4.weight_scale_2(peak)
+        outputs[2].array[...] = scale_2
+        columns = inputs[0].array.shape[2]
+        for index in range(len(inputs[0].array)):
+            rows = np.stack([stack.array[index] for stack in inputs], axis=1).reshape(-1, columns)
+            packed = np.empty((len(rows), columns // 2), np.uint8)
+            scales = np.empty((len(rows), columns // BLOCK), np.uint8)
+            nvfp4.quantize_rows(rows, inputs[0].dtype, float(scale_2), packed, scales)
+            outputs[0].array[index] = packed.T
+            outputs[1].array[index] = scales.T
+
+
+class TakeTurns(ArrayOp):
+    """Vectors of experts as one, in which their numbers take turns.
+
+    Inputs: n stacks [experts, size] of one type.  Output: [experts, n * size].
+    """
+
+    name = "nvfp4.take_turns"
+    version = 1
+    libraries = ("numpy",)
+    rowwise = True
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """As wide as all together."""
+        experts, size = inputs[0].shape
+        return (TensorSpec(inputs[0].dtype, (experts, len(inputs) * size)),)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Copy."""
+        for number, stack in enumerate(inputs):
+            outputs[0].array[:, number :: len(inputs)] = stack.array
+
+
 class InputScales(ArrayOp):
     """The static scales of activations: amax / (6 * 448), one for each group of linears.
 

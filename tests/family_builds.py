@@ -1,0 +1,63 @@
+"""Recipes of a few lines, built of tiny checkpoints of many families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from zoo import FAMILIES, TOKENIZER, write_zoo
+
+from carnice_build.commands.build import build_variants
+from carnice_build.commands.options import Options
+from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.verification.result import Outcome
+
+
+def write_family(folder: Path, family: str, changes: Mapping[str, Any]) -> Path:
+    """The checkpoint of `family`, `changes` made in the config of its text model."""
+    entry = FAMILIES[family]
+    config = dict(entry.config)
+    if "text_config" in config:
+        config["text_config"] = {**config["text_config"], **changes}
+    else:
+        config |= changes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, family, replace(entry, config=config))
+        return write_zoo(folder, family)
+
+
+def write_texts(path: Path, count: int = 3) -> list[str]:
+    """Rows of plain text for a calibration, of several lengths."""
+    import json
+
+    text = (TOKENIZER.parent / "heldout.txt").read_text(encoding="utf-8")
+    rows = [text[400 * row : 400 * row + 120 + 40 * row] for row in range(count)]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def build_checked(root: Path, source: Path, variant: str, recipe: str) -> Path:
+    """The folder of a variant of the checkpoint `source`, which passes its checks.
+
+    `recipe` are the sections `quantize` and, if there are any, `calibration`.
+    """
+    recipes = root / "recipes"
+    recipes.mkdir(exist_ok=True)
+    (recipes / "_profiles.yaml").write_text("demo: {}\n")
+    (recipes / f"{variant}.yaml").write_text(
+        f"variant: {variant}\ndescription: A\nsources: {{body: {{model: a/b}}}}\n{recipe}"
+    )
+    options = Options(
+        recipes=recipes,
+        out=root / "out",
+        cache=root / "cache",
+        jobs=1,
+        sources={"body": source},
+    )
+    build_variants([variant], options)
+    (result,) = verify_variants([variant], options, VerifySettings(run=False)).variants
+    assert [] == [check for check in result.checks if check.outcome is Outcome.FAILED]
+    return root / "out" / variant
