@@ -16,7 +16,7 @@ BROWSER := tests/browser/node_modules/.package-lock.json
 FLAGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build all plan verify report list test lint suite test-newest update bench clean
+.PHONY: help build all plan verify report list test lint suite test-wide test-newest update bench clean
 
 ifdef variant
 .DEFAULT_GOAL := build
@@ -72,7 +72,10 @@ lint: $(VENV)/dev ## Check style and types
 	$(VENV)/bin/mypy
 
 suite: $(VENV)/dev $(BROWSER) ## Run all tests
-	$(VENV)/bin/pytest -n auto --dist loadfile
+	$(VENV)/bin/pytest -n auto --dist loadfile -m 'not wide'
+
+test-wide: $(VENV)/dev ## Run the widest comparisons with libraries
+	$(VENV)/bin/pytest -n auto --dist loadfile -m wide
 
 # A Chromium for the tests of the report's page; without one they are skipped.
 $(BROWSER): tests/browser/package-lock.json

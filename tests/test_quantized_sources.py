@@ -441,6 +441,7 @@ LIBRARIES: dict[str, tuple[Make, Make]] = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("quant", ["mlx", "int4"])
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_checkpoint_of_a_library_builds_as_its_floats(
