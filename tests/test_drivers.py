@@ -13,6 +13,7 @@ from driving import Checkpoint, tokens
 from torch import Tensor, nn
 from zoo import FAMILIES
 
+from carnice_build.calibration import driver as driver_module
 from carnice_build.calibration.driver import Arithmetic, LayerDriver, decoder_layers
 from carnice_build.calibration.text_model import OpenModel
 from carnice_build.calibration.watch import Seen, seen_inputs
@@ -106,6 +107,21 @@ def test_tables_name_what_the_whole_model_is_made_of(zoo: Any, family: str) -> N
         expected = checkpoint.whole(how)(sample[None], use_cache=False).logits
 
     assert torch.equal(expected, ending.scores(ending.states(hidden)))
+
+
+def test_a_sample_has_the_bits_that_it_has_alone(zoo: Any) -> None:
+    """Though rotary embeddings of this type remember the longest sample that they have seen."""
+    checkpoint, how = Checkpoint(zoo("llama").folder), arithmetic("llama", "float32")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = {**checkpoint.config, "rope_parameters": rope, "max_position_embeddings": 16}
+    checkpoint.__dict__["config"] = config
+    short, long = tokens(32), tokens(64)
+
+    together = [hidden[1] for hidden, _ in walk(checkpoint, how, [long, short])]
+    driver_module._outline.cache_clear()
+    alone = [hidden for (hidden,), _ in walk(checkpoint, how, [short])]
+
+    assert all(map(torch.equal, together, alone))
 
 
 def test_experts_one_by_one_are_those_of_a_stack(zoo: Any) -> None:

@@ -101,7 +101,7 @@ class Forward(ProcessOp):
     """
 
     name = "calibration.forward"
-    version = 2
+    version = 3
     # transformers takes the last two in place of its own code when they are there.
     libraries = ("torch", "transformers", "flash-linear-attention", "causal-conv1d")
     transient = frozenset({0})

@@ -36,7 +36,7 @@ class Tune(ProcessOp):
     """
 
     name = "autoround.tune"
-    version = 2
+    version = 3
     libraries = ("auto-round", *_LAYER_LIBRARIES)
     figures = frozenset({0})
 
@@ -88,7 +88,7 @@ class Advance(ProcessOp):
     """
 
     name = "autoround.advance"
-    version = 2
+    version = 3
     libraries = _LAYER_LIBRARIES
     transient = frozenset({0, 1})
 

@@ -35,7 +35,7 @@ class Smooth(ProcessOp):
     """
 
     name = "awq.smooth"
-    version = 3
+    version = 4
     libraries = (
         "llmcompressor",
         "compressed-tensors",
