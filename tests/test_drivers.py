@@ -15,11 +15,14 @@ from zoo import FAMILIES
 
 from carnice_build.calibration import driver as driver_module
 from carnice_build.calibration.driver import Arithmetic, LayerDriver, decoder_layers
+from carnice_build.calibration.passes import Forward, ForwardExperts
 from carnice_build.calibration.text_model import OpenModel
 from carnice_build.calibration.watch import Seen, seen_inputs
 from carnice_build.checkpoint.checkpoint import open_checkpoint
 from carnice_build.errors import BackendError
-from carnice_build.graph import TensorRef
+from carnice_build.formats.autoround.tune import Advance, Tune
+from carnice_build.formats.compressed_tensors.awq import Smooth
+from carnice_build.graph import ProcessOp, TensorRef
 from carnice_build.models import architecture_of, known_types
 from carnice_build.planning.gather import gathered
 from carnice_build.verification.torch_worker import StoredModel
@@ -122,6 +125,14 @@ def test_a_sample_has_the_bits_that_it_has_alone(zoo: Any) -> None:
     alone = [hidden for (hidden,), _ in walk(checkpoint, how, [short])]
 
     assert all(map(torch.equal, together, alone))
+
+
+@pytest.mark.parametrize("op", [Forward, ForwardExperts, Smooth, Tune, Advance])
+def test_whatever_transformers_may_take_for_a_layer_is_in_the_key(op: type[ProcessOp]) -> None:
+    """Of the packages that it looks for when it builds the layers of any family."""
+    optional = {"flash-linear-attention", "causal-conv1d", "mamba-ssm"}
+
+    assert {"torch", "transformers", *optional} <= set(op.libraries)
 
 
 def test_experts_one_by_one_are_those_of_a_stack(zoo: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from carnice_build.calibration.libraries import LAYER_LIBRARIES
 from carnice_build.calibration.source import CalibrationSource
 from carnice_build.calibration.tokens import PADDING, LongestFirst, Tokens
 from carnice_build.chat.files import template_files
@@ -102,8 +103,7 @@ class Forward(ProcessOp):
 
     name = "calibration.forward"
     version = 3
-    # transformers takes the last two in place of its own code when they are there.
-    libraries = ("torch", "transformers", "flash-linear-attention", "causal-conv1d")
+    libraries = LAYER_LIBRARIES
     transient = frozenset({0})
 
     workspace: int = 0
