@@ -333,6 +333,24 @@ def test_what_a_library_raises_is_one_sentence(tmp_path: Path) -> None:
         Asking(tmp_path)(what)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ImportError("no jinja2"), MemoryError()]
+)
+def test_what_this_machine_lacks_is_no_refusal(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Nothing is remembered of it, for the next time mlx-lm may take the model."""
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise error
+
+    for place in ("MlxLm.load", "_checkpoint"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"carnice_build.backends.mlx_trace.{place}", failing)
+            with pytest.raises((BackendError, type(error))):
+                trace_of_folder(zoo("llama", "hub"))
+
+
 def test_shapes_that_cost_nothing_are_no_program(zoo: Zoo) -> None:
     """A moved axis of size 1, a stack and a norm plus 1 take no steps of mlx's."""
     trace = trace_of_folder(zoo("qwen3_next", "hub"))
