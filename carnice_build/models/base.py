@@ -171,6 +171,10 @@ class Architecture(Protocol):
         language model.
         """
 
+    @property
+    def layer_config(self) -> Mapping[str, Any]:
+        """`text_config` without what announces an MTP head: all that decoder layers depend on."""
+
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         """The config.json of a folder that holds these `parts`, before any quantization.
 
@@ -237,6 +241,9 @@ class Architecture(Protocol):
 
         Without the weights, and without the scores that eager attention writes down.
         """
+
+    def attention_heads(self, kind: str) -> int:
+        """Heads of a layer of `kind` that score each token by all before it; 0 if none does."""
 
     @property
     def drafts(self) -> bool:

@@ -482,6 +482,12 @@ class FamilyTable:
             return reader.text_entries
         return {**reader.text_entries, "model_type": own}
 
+    @property
+    def layer_config(self) -> Mapping[str, Any]:
+        """See `Architecture.layer_config`."""
+        left_out = self._table.mtp_entries
+        return {key: value for key, value in self.text_config.items() if key not in left_out}
+
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         """See `Architecture.published_config`."""
         return self._reader.published(parts)
@@ -584,6 +590,12 @@ class FamilyTable:
             return 16 * width * self._size("hidden_size", ("dimensions",), {})
         given = {"width": width}
         return int(self._evaluate(table[name], ("token_bytes", name), given))
+
+    def attention_heads(self, kind: str) -> int:
+        """See `Architecture.attention_heads`."""
+        table = self._table.attention_heads
+        name = kind if kind in table else "any"
+        return self._count(table.get(name, "num_attention_heads"), ("attention_heads", name))
 
     # --- names --------------------------------------------------------------------------------
 

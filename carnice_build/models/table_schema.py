@@ -157,6 +157,10 @@ class Table(_Strict):
         default_factory=dict,
         description="Most bytes of a token in a layer, by kind, at `width` bytes an activation.",
     )
+    attention_heads: dict[str, Formula] = Field(
+        default_factory=dict,
+        description="Heads of a layer's attention, by kind; `num_attention_heads` if none.",
+    )
     spellings: list[tuple[str, str]] = Field(
         default_factory=list,
         description="Beginnings of names in other checkpoints, and what they are called here.",
@@ -164,3 +168,10 @@ class Table(_Strict):
     drafter: Literal["qwen3_5"] | None = Field(
         None, description="Code of the MTP head; see `drafters`."
     )
+
+    @property
+    def mtp_entries(self) -> tuple[str, ...]:
+        """`mtp_entry`, and the other name for it that transformers 5 has of some families."""
+        if self.mtp_entry is None:
+            return ()
+        return self.mtp_entry, str(self.defaults.get(self.mtp_entry))

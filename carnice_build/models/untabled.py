@@ -79,6 +79,11 @@ class Untabled:
         """See `Architecture.text_config`."""
         return self._text.entries
 
+    @property
+    def layer_config(self) -> Mapping[str, Any]:
+        """Nobody knows what announces an MTP head."""
+        return self.text_config
+
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         """As it is, but for how it was quantized."""
         return {key: value for key, value in self._source[0].items() if key not in QUANTIZATION}
@@ -154,6 +159,10 @@ class Untabled:
         return ()
 
     def token_bytes(self, kind: str, width: int) -> int:
+        """Nothing is calibrated without a table."""
+        raise NotImplementedError(self.name)
+
+    def attention_heads(self, kind: str) -> int:
         """Nothing is calibrated without a table."""
         raise NotImplementedError(self.name)
 
