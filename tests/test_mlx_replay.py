@@ -152,6 +152,17 @@ def params(steps: Steps, dtype: str = "BF16", nonfinite: str = "refuse") -> dict
     return {"steps": as_params(steps), "dtype": dtype, "nonfinite": nonfinite}
 
 
+def test_what_the_steps_make_on_the_way_is_declared() -> None:
+    """Each value that is kept, and the floats that sums are computed in."""
+    (item,) = (TensorSpec("BF16", (64, 256)),)
+    add = Step("add_number", (0,), (1.0,))
+    one, two = ((add,), (add, Step("transpose", (1,), ((1, 0),))))
+    needed = [Transform().workspace(params(steps), [item]) for steps in (one, two)]
+
+    assert needed[0] >= item.nbytes + 2 * 4 * item.size
+    assert needed[1] == needed[0] + item.nbytes
+
+
 def test_nan_is_refused_or_counts_as_zero() -> None:
     """As everywhere in the format."""
     source = TensorData("BF16", np.array([0x3F80, 0x7FC0], np.uint16))

@@ -9,8 +9,15 @@ from typing import Any
 from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.elementwise import cast_finite
-from carnice_build.formats.mlx.trace import from_params, infer
-from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, ProcessOp, TensorData, require_finite
+from carnice_build.formats.mlx.trace import from_params, infer, replay_bytes
+from carnice_build.graph import (
+    ArrayOp,
+    BadInput,
+    NonFiniteValue,
+    ProcessOp,
+    TensorData,
+    require_finite,
+)
 from carnice_build.tensor_file import TensorFile
 
 SUFFIXES = ("weight", "scales", "biases")
@@ -70,6 +77,12 @@ class Transform(ArrayOp):
         except ValueError as error:
             raise PlanError(f"mlx-lm's steps do not fit: {error}") from None
         return (TensorSpec(params["dtype"], made.shape),)
+
+    def workspace(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """The values of all steps, the last in one piece, and inputs without NaN."""
+        zeroed = sum(spec.nbytes for spec in inputs) if params["nonfinite"] == "zero" else 0
+        made = infer(from_params(params["steps"]), inputs).nbytes
+        return zeroed + replay_bytes(from_params(params["steps"]), inputs) + made
 
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
@@ -135,6 +148,11 @@ class TransformQuantize(ArrayOp):
             TensorSpec(spec.dtype, (*before, spec.shape[-1]))
             for spec in _affine_specs(params, [rows])
         )
+
+    def workspace(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """That of `mlx.transform`, and what it makes."""
+        (made,) = Transform().infer(params, inputs)
+        return Transform().workspace(params, inputs) + made.nbytes
 
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]

@@ -227,6 +227,25 @@ def infer(steps: Steps, sources: Sequence[TensorSpec]) -> TensorSpec:
     return values[-1] if steps else values[0]
 
 
+def replay_bytes(steps: Steps, sources: Sequence[TensorSpec]) -> int:
+    """Most bytes that the values of `steps` take: all are kept, and floats are widened to compute.
+
+    Views count as copies, for a later step may need one.
+    """
+    values, widened = list(sources), 0
+    for step in steps:
+        inputs = [values[index] for index in step.operands]
+        values.append(_inferred(step, inputs))
+        if step.op == "each":
+            inner = [TensorSpec(item.dtype, item.shape[1:]) for item in inputs]
+            once = replay_bytes(from_params(step.arguments[0]), inner)
+            # What each index made, which is then put together.
+            widened = max(widened, once + values[-1].nbytes)
+        else:
+            widened = max(widened, 4 * values[-1].size * (len(inputs) + 1))
+    return widened + sum(value.nbytes for value in values[len(sources) :])
+
+
 def _inferred(step: Step, inputs: Sequence[TensorSpec]) -> TensorSpec:
     found = _INFERRED[step.op](inputs, *step.arguments)
     if found is None:
