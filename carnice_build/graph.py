@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 
 class NonFiniteValue(Exception):
-    """An op met NaN or infinity at the flat `index` of its input number `operand`."""
+    """An op met NaN or infinity at the flat `index` of its input number `operand`.
 
-    def __init__(self, index: int, operand: int = 0) -> None:
+    Of no input, where it makes them of finite numbers.
+    """
+
+    def __init__(self, index: int, operand: int | None = 0) -> None:
         super().__init__(index, operand)
         self.index = index
         self.operand = operand
@@ -208,6 +211,8 @@ class Stacked(ArrayOp):
         try:
             yield
         except NonFiniteValue as error:
+            if error.operand is None:
+                raise
             raise NonFiniteValue(start(error.operand) + error.index, error.operand) from None
         except BadInput as error:
             raise error.at(start(error.operand)) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from driving import Checkpoint
 from family_builds import build_checked, write_family, write_texts
 from oneshot import IGNORE, run_oneshot, tokenizer
-from tiny import Tensor, bf16, read_all_tensors
+from tiny import Tensor, bf16, read_all_tensors, read_json
 
-from carnice_build.calibration.driver import Arithmetic
-from carnice_build.checkpoint.checkpoint import open_checkpoint
-from carnice_build.models import architecture_of
-from carnice_build.models.base import Architecture
+from carnice_build.calibration.driver import Arithmetic, decoder_layers
 
 RECIPE = """
 calibration: {{dataset: rows.jsonl, samples: 3, threads: 1, attention: eager}}
@@ -42,7 +40,10 @@ HEADS = {"num_key_value_heads": 4}
 
 @dataclass(frozen=True)
 class Case:
-    """A family, what is changed in its config, and whether the library's own mappings will do."""
+    """A family, what is changed in its config, and whether the library's own mappings will do.
+
+    If they will not, it is given those of our recipe.yaml.
+    """
 
     family: str
     own: bool = True
@@ -78,21 +79,80 @@ def name_of(case: Case) -> str:
     return f"{case.family}-{'-'.join(marks)}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_every_tensor_that_oneshot_writes_is_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
-) -> None:
-    """Packed weights of linears and experts, norms, routers, biases and what stays plain."""
+@dataclass(frozen=True)
+class Pair:
+    """Our folder and the library's, and the checkpoint that both are of."""
+
+    ours: Path
+    theirs: Path
+    source: Checkpoint
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Ours and theirs, named as in the checkpoint."""
+        prefix = self.source.prefix
+        theirs = read_all_tensors(self.theirs)
+        return read_all_tensors(self.ours), {respelled(n, prefix): t for n, t in theirs.items()}
+
+
+def parameters() -> list[Any]:
+    """The cases, of which few are run every time."""
+    often = ("llama", "qwen3_moe")
+    return [
+        pytest.param(case, id=name_of(case), marks=() if case.family in often else pytest.mark.wide)
+        for case in CASES
+    ]
+
+
+@pytest.fixture(params=parameters())
+def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    """A family's checkpoint, smoothed and quantized by us and by the library."""
+    case: Case = request.param
     monkeypatch.chdir(tmp_path)
-    source = write_family(tmp_path / "source", case.family, case.changes)
+    source = Checkpoint(write_family(tmp_path / "source", case.family, case.changes))
     texts = write_texts(tmp_path / "rows.jsonl")
     recipe = RECIPE.format(ignore=[*IGNORE, *OURS])
-    ours = read_all_tensors(build_checked(tmp_path, source, "awq", recipe))
-    theirs = oneshot_of(source, tmp_path / "theirs", texts, monkeypatch, own=case.own)
+    ours = build_checked(tmp_path, source.folder, "awq", recipe)
+    model = source.whole(Arithmetic("bfloat16", "eager", threads=1))
+    keep_masks(type(model), monkeypatch)
+    run_oneshot(
+        "mse",
+        tmp_path / "theirs",
+        [torch.tensor(tokenizer()(text)["input_ids"]) for text in texts],
+        model,
+        type(decoder_layers(model)[1][0]).__name__,
+        None if case.own else list(mappings_beside(ours)),
+    )
+    return Pair(ours, tmp_path / "theirs", source)
+
+
+def test_the_folder_is_that_of_oneshot(pair: Pair) -> None:
+    """Every tensor that it writes: of linears and experts, norms, routers, biases and the rest.
+
+    config.json states the same, and ignores what the library has no linear for besides.
+    """
+    ours, theirs = pair.tensors()
+    stated, library = (
+        read_json(folder / "config.json")["quantization_config"]
+        for folder in (pair.ours, pair.theirs)
+    )
+    ignored = set(stated.pop("ignore"))
+    plain = {respelled(name, pair.source.prefix) for name in library.pop("ignore")}
 
     assert len(theirs) > 20
     assert [] == [name for name in theirs if not same(ours.get(name), theirs[name])]
-    assert [] == sorted(name for name in set(ours) - set(theirs) if not is_tower(name))
+    assert [] == [name for name in set(ours) - set(theirs) if not is_tower(name)]
+    assert library == stated
+    assert plain <= ignored
+    assert [] == [name for name in ignored - plain if not (is_tower(name) or is_router(name))]
+
+
+def mappings_beside(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """What recipe.yaml in `folder` tells the library to smooth, by the names it has for modules."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    modifiers = recipe["default_stage"]["default_modifiers"]
+    for mapping in modifiers["AWQModifier"]["mappings"]:
+        smooth, *balance = map(library_name, (mapping["smooth_layer"], *mapping["balance_layers"]))
+        yield smooth, balance
 
 
 def same(ours: Tensor | None, theirs: Tensor) -> bool:
@@ -106,23 +166,8 @@ def is_tower(name: str) -> bool:
     return bool(re.search("visual|vision|multi_modal", name))
 
 
-def oneshot_of(
-    source: Path, folder: Path, texts: Sequence[str], monkeypatch: pytest.MonkeyPatch, *, own: bool
-) -> dict[str, Tensor]:
-    """What the library writes of the checkpoint's text model, named as the checkpoint is."""
-    checkpoint = Checkpoint(source)
-    opened = open_checkpoint(source)
-    architecture = architecture_of(opened.config, opened.where)
-    model = checkpoint.whole(Arithmetic("bfloat16", "eager", threads=1))
-    keep_masks(type(model), monkeypatch)
-    (layer,) = model._no_split_modules
-    rows = [torch.tensor(tokenizer()(text)["input_ids"]) for text in texts]
-    mappings = None if own else list(concrete(architecture))
-    run_oneshot("mse", folder, rows, model, layer, mappings)
-    return {
-        respelled(name, checkpoint.prefix): tensor
-        for name, tensor in read_all_tensors(folder).items()
-    }
+def is_router(name: str) -> bool:
+    return name.endswith((".gate", ".router", "_gate"))
 
 
 def keep_masks(model_class: type, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,44 +186,23 @@ def called(function: Callable[..., Any], **arguments: Any) -> Any:
     return function(**arguments)
 
 
-def concrete(architecture: Architecture) -> Iterator[tuple[str, list[str]]]:
-    """Our mappings layer by layer and expert by expert, by the names of the library's modules."""
-    facts = {fact.module: fact for fact in architecture.tensors.values()}
-    for mapping in architecture.smoothing:
-        for layer in range(architecture.num_layers):
-            prefix = architecture.layer_prefix(layer)
-            names = [prefix + name for name in (mapping.smooth, *mapping.balance)]
-            if not all(name in facts for name in names):
-                continue
-            counts = {facts[name].shape[0] for name in names if "*" in name}
-            experts = range(counts.pop() if counts else 1)
-            if "*" in mapping.smooth:
-                for expert in experts:
-                    smooth, *balance = (library_name(name, layer, expert) for name in names)
-                    yield smooth, balance
-            else:
-                smooth, *each = names
-                yield (
-                    library_name(smooth, layer, 0),
-                    [
-                        library_name(name, layer, expert)
-                        for name in each
-                        for expert in (experts if "*" in name else [0])
-                    ],
-                )
+RENAMED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""What the library calls the linears of a Mixtral's experts."""
 
 
-def library_name(name: str, layer: int, expert: int) -> str:
-    """A module's name in the model that the library sees."""
-    inner = name.partition(f"layers.{layer}.")[2].replace("*", str(expert))
-    inner = inner.replace("block_sparse_moe.", "mlp.")
-    for ours, theirs in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
-        inner = re.sub(rf"\.{ours}$", f".{theirs}", inner)
-    return f"model.layers.{layer}.{inner}"
+def library_name(pattern: str) -> str:
+    """A pattern for modules, by the names that they have in the model that the library sees."""
+    for ours, theirs in RENAMED.items():
+        pattern = pattern.replace(f".{ours}$", f".{theirs}$")
+    return pattern.replace("block_sparse_moe.", "mlp.")
 
 
 def respelled(name: str, prefix: str) -> str:
     """A tensor's name in the checkpoint, whose text model begins with `prefix`."""
     if name.startswith("lm_head") and prefix.startswith("language_model."):
         return f"language_model.{name}"
-    return re.sub(r"^model\.", prefix, name)
+    # Of a Mixtral the library gives back the name of the block, but not those of its linears.
+    if ".block_sparse_moe.experts." in name:
+        for ours, theirs in RENAMED.items():
+            name = name.replace(f".{theirs}.", f".{ours}.")
+    return re.sub(r"^model\.(language_model\.)?", prefix, name)

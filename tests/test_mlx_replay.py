@@ -165,6 +165,18 @@ def test_nan_is_refused_or_counts_as_zero() -> None:
     assert [0x4000, 0x3F80] == out.array.tolist()
 
 
+@pytest.mark.parametrize(("number", "dtype"), [(3e38, "BF16"), (1.0, "F16")])
+def test_what_the_steps_make_infinite_is_no_operands_fault(number: float, dtype: str) -> None:
+    """Neither their sum nor a cast of it: all that they are made of are numbers."""
+    sources = [TensorData("BF16", np.full(2, 0x7E80, np.uint16)) for _ in range(2)]
+    out = TensorData(dtype, np.empty(2, NUMPY_NAME[dtype]))
+    steps = (Step("add", (0, 1)), Step("add_number", (2,), (number,)))
+    with pytest.raises(NonFiniteValue) as caught:
+        Transform().apply(params(steps, dtype), sources, [out])
+
+    assert caught.value.operand is None
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -34,14 +34,18 @@ def as_facts(
 ) -> dict[str, Tensor]:
     """A layer's tensors in float32, experts that come in one tensor as the stacks that it holds."""
     prefix = architecture.layer_prefix(layer)
-    found = {name: tensor.float() for name, tensor in tensors.items()}
+    given = {prefix + name: tensor.float() for name, tensor in tensors.items()}
+    found = dict(given)
     for fact in architecture.tensors.values():
-        if fact.layer == layer and fact.fused and fact.fused[0].removeprefix(prefix) in tensors:
-            holder, part, of = fact.fused
-            whole = tensors[holder.removeprefix(prefix)].float()
-            found.pop(holder.removeprefix(prefix), None)
-            found[fact.name.removeprefix(prefix)] = whole.chunk(of, dim=1)[part].contiguous()
-    return found
+        holders = fact.fused.names if fact.layer == layer and fact.fused else ()
+        for holder in given.keys() & set(holders):
+            whole = given[holder]
+            if holder == fact.fused.turned:
+                whole = whole.transpose(1, 2)
+            first, stop, step = fact.fused.rows(fact.shape[1])
+            found.pop(holder, None)
+            found[fact.name] = whole[:, first:stop:step].contiguous()
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
 @pytest.mark.parametrize("family", [name for name in TABLED if name != "gemma4"])

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 from carnice_build.checkpoint.json import to_json
 from carnice_build.formats.compressed_config import arguments, compressed_config, recipe_file
 from carnice_build.formats.variant import Variant
+from carnice_build.models.base import STACK
 
 if TYPE_CHECKING:
     from carnice_build.formats.compressed_tensors.format import CompressedFormat
 
 STORAGE = "pack-quantized"
 """compressed-tensors' name of weights whose codes share words."""
+
+_NUMBER = r"\d+"
 
 
 def compressed_files(knobs: CompressedFormat, variant: Variant) -> dict[str, bytes]:
@@ -56,9 +59,11 @@ def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:
 
 
 def _mappings(variant: Variant) -> list[dict[str, Any]]:
-    """The library's mappings for this model.
+    """The mappings of this model as the library takes them.
 
-    Those of some layers alone name these by their numbers.
+    Those of some layers alone name these by their numbers, as the library's own do, and so do all
+    of a model with experts: beside a router, or in two kinds of layers, the last word of a name
+    does not tell modules apart.
     """
     architecture = variant.architecture
     modules = {fact.module for fact in architecture.tensors.values()}
@@ -71,11 +76,14 @@ def _mappings(variant: Variant) -> list[dict[str, Any]]:
             for layer in layers
             if modules.issuperset(architecture.layer_prefix(layer) + name for name in names)
         ]
-        if len(found) == len(layers):
+        if not found:
+            continue
+        if len(found) == len(layers) and not any(STACK in module for module in modules):
             smooth, *balance = (f"re:.*{name.rpartition('.')[2]}$" for name in names)
         else:
-            smooth = f"re:.*layers\\.({'|'.join(found)})\\.{mapping.smooth}$"
-            balance = [f"re:.*{name}$" for name in mapping.balance]
+            smooth, *balance = (f"{name.replace(STACK, _NUMBER)}$" for name in names)
+            smooth = f"re:.*layers\\.({'|'.join(found)})\\.{smooth}"
+            balance = [f"re:.*{name}" for name in balance]
         mappings.append(
             {"smooth_layer": smooth, "balance_layers": balance, "activation_hook_target": None}
         )

@@ -10,7 +10,7 @@ from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.elementwise import cast_finite
 from carnice_build.formats.mlx.trace import from_params, infer
-from carnice_build.graph import ArrayOp, NonFiniteValue, ProcessOp, TensorData, require_finite
+from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, ProcessOp, TensorData, require_finite
 from carnice_build.tensor_file import TensorFile
 
 SUFFIXES = ("weight", "scales", "biases")
@@ -79,7 +79,7 @@ class Transform(ArrayOp):
 
 
 def transform(params: Mapping[str, Any], inputs: Sequence[TensorData], output: TensorData) -> None:
-    """See `Transform`."""
+    """See `Transform`; what the steps make NaN or infinity of finite operands blames none."""
     import numpy as np
 
     from carnice_build.formats.mlx.replay import replay
@@ -95,15 +95,18 @@ def transform(params: Mapping[str, Any], inputs: Sequence[TensorData], output: T
         sources.append(TensorData(item.dtype, array))
     made = replay(from_params(params["steps"]), sources)
     array = np.ascontiguousarray(made.array)
+    if made.dtype in WIDE_FLOATS:
+        _require_finite(array, made.dtype, None)
     if made.dtype == output.dtype:
-        if made.dtype in WIDE_FLOATS:
-            _require_finite(array, made.dtype, 0)
         output.array[...] = array
-    else:
+        return
+    try:
         cast_finite(TensorData(made.dtype, array), output)
+    except BadInput as error:
+        raise NonFiniteValue(error.index, None) from None
 
 
-def _require_finite(array: Any, dtype: str, operand: int) -> None:
+def _require_finite(array: Any, dtype: str, operand: int | None) -> None:
     from carnice_build.kernels.elementwise import non_finite_index
 
     if (index := non_finite_index(array, dtype)) >= 0:
