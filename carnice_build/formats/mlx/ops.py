@@ -10,7 +10,14 @@ from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.elementwise import cast_finite
 from carnice_build.formats.mlx.trace import from_params, infer
-from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, ProcessOp, TensorData, require_finite
+from carnice_build.graph import (
+    ArrayOp,
+    BadInput,
+    NonFiniteValue,
+    ProcessOp,
+    TensorData,
+    require_finite,
+)
 from carnice_build.tensor_file import TensorFile
 
 SUFFIXES = ("weight", "scales", "biases")
