@@ -116,7 +116,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no experts": ({"num_local_experts": 0}, ("config entry num_local_experts is 0",)),
     "a vast number of them": (
         {"num_local_experts": 10**9},
-        ("calls for 1000000000 experts in", "no more than the 77 tensors"),
+        ("has 1000000000 experts in a layer by num_experts; expected at most 10000",),
     ),
     "sizes that are too large": ({"hidden_size": 2**40}, ("config entry hidden_size is",)),
 }

@@ -46,7 +46,6 @@ def gathered(view: View, architecture: Architecture, where: str) -> View:
     Optional parts (the MTP head, the towers) may be absent, but only as a whole, or but for what
     is a copy of another tensor.
     """
-    _check_counts(view, architecture, where)
     places = {fact.name: _place(fact, view) for fact in architecture.tensors.values()}
     known = {name for place in places.values() for name in place.names}
     if not view.keys() <= known:
@@ -58,28 +57,14 @@ def gathered(view: View, architecture: Architecture, where: str) -> View:
     return {name: _ref(facts[name], place) for name, place in places.items() if place.whole}
 
 
-def _check_counts(view: View, architecture: Architecture, where: str) -> None:
-    """Raise PlanError for more experts than there can be, before each is given a name."""
-    for fact in architecture.tensors.values():
-        if fact.stacked and fact.shape[0] > len(view) and not _fused_name(fact, view):
-            raise PlanError(
-                f"its config calls for {fact.shape[0]} experts in {fact.name!r}",
-                where=where,
-                expected=f"no more than the {len(view)} tensors that there are",
-            )
-
-
-def names_of(fact: TensorFact, there: Collection[str]) -> Sequence[str]:
-    """What a checkpoint, in which the names `there` are, calls the tensors of a fact.
-
-    Of more experts than it has tensors, not all are named.
-    """
+def names_of(fact: TensorFact, there: Container[str]) -> Sequence[str]:
+    """What a checkpoint, in which the names `there` are, calls the tensors of a fact."""
     if not fact.stacked:
         return [fact.name]
     if name := _fused_name(fact, there):
         return [name]
     start, _, end = fact.name.partition("*")
-    return [f"{start}{index}{end}" for index in range(min(fact.shape[0], len(there) + 1))]
+    return [f"{start}{index}{end}" for index in range(fact.shape[0])]
 
 
 def _fused_name(fact: TensorFact, there: Container[str]) -> str | None:
