@@ -99,7 +99,8 @@ class AutoRoundFormat(Format):
     plain: Literal["bfloat16", "float16"] | None = Field(
         None,
         description="Type of everything that is not quantized, which config.json then states; what "
-        "the source's states if none, or bfloat16 where that is neither.",
+        "the source's states if none, or bfloat16 where that is neither.  States that engines hold "
+        "in float32 stay so.",
     )
     tune: TuneSpec | None = Field(None, description="For method `tune`.")
     grid: GridSpec | None = Field(None, description="For method `merge`.")
@@ -172,7 +173,8 @@ class AutoRoundFormat(Format):
                     OutputTensor(f"{fact.module}.{suffix}", ref, fact) for suffix, ref in made
                 ]
             else:
-                tensors.append(OutputTensor(fact.name, cast(view[fact.name], plain, context), fact))
+                ref = _plain(view[fact.name], fact, plain, context)
+                tensors.append(OutputTensor(fact.name, ref, fact))
         return Conversion(
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
@@ -260,6 +262,13 @@ class AutoRoundFormat(Format):
             return FLOAT_NAMES[self.plain]
         stated = stated_dtype(context.body.config)
         return stated if stated in _PLAIN else "BF16"
+
+
+def _plain(ref: TensorRef, fact: TensorFact, dtype: str, context: PlanContext) -> TensorRef:
+    """What is published of a tensor that is not quantized; engines hold some states in F32."""
+    if ref.spec.dtype == "F32" and context.architecture.keeps_dtype(fact.name):
+        return ref
+    return cast(ref, dtype, context)
 
 
 def _of_one(spec: TensorSpec) -> TensorSpec:
