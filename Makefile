@@ -14,6 +14,7 @@ EDITABLE := $(PIP) --no-build-isolation --editable
 TORCH   ?= $(shell sed -n '/^torch==/p' constraints.txt)
 BROWSER := tests/browser/node_modules/.package-lock.json
 FLAGS   ?=
+COMMA   := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help build all plan verify report list test lint suite test-wide test-newest update bench clean
@@ -54,7 +55,7 @@ plan: $(VENV)/core ## Show what building variant=NAME would do
 	$(CARNICE) plan $(variant) $(FLAGS)
 
 verify: $(VENV)/core ## Check what was built as variant=NAME
-	$(EDITABLE) '.[mlx,torch]'
+	$(EDITABLE) '.[mlx,torch$(if $(findstring mlx-vlm,$(variant)),$(COMMA)mlxvlm)]'
 	$(CARNICE) verify $(variant) $(FLAGS)
 
 report: $(VENV)/core ## Put all that was built side by side in build/report

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 
 class NonFiniteValue(Exception):
-    """An op met NaN or infinity at the flat `index` of its input number `operand`."""
+    """An op met NaN or infinity at the flat `index` of its input number `operand`.
 
-    def __init__(self, index: int, operand: int = 0) -> None:
+    Of no input, where it makes them of finite numbers.
+    """
+
+    def __init__(self, index: int, operand: int | None = 0) -> None:
         super().__init__(index, operand)
         self.index = index
         self.operand = operand
@@ -106,6 +109,10 @@ class ArrayOp(Op):
         """Fill what follows from `rows`, number `first` and following; see `apply`."""
         raise NotImplementedError
 
+    def workspace(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """Most bytes that `apply` holds at once beside its inputs and outputs, if they are many."""
+        return 0
+
     def passes(self, digests: Sequence[str]) -> Sequence[int | None] | None:
         """For each output the input that it equals, None for zeros; None when it must be computed.
 
@@ -164,14 +171,18 @@ class Stacked(ArrayOp):
             shapes = " and ".join(str(list(spec.shape)) for spec in inputs)
             raise PlanError(f"{self.name} cannot take {shapes}", expected="stacks of one length")
         (count,) = counts
-        each = self.op.infer(
-            params,
-            [
-                spec if number in self.shared else TensorSpec(spec.dtype, spec.shape[1:])
-                for number, spec in enumerate(inputs)
-            ],
-        )
+        each = self.op.infer(params, self._one(inputs))
         return tuple(TensorSpec(spec.dtype, (*count, *spec.shape)) for spec in each)
+
+    def workspace(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """That of one index."""
+        return self.op.workspace(params, self._one(inputs))
+
+    def _one(self, inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
+        return [
+            spec if number in self.shared else TensorSpec(spec.dtype, spec.shape[1:])
+            for number, spec in enumerate(inputs)
+        ]
 
     def apply(
         self,
@@ -208,6 +219,8 @@ class Stacked(ArrayOp):
         try:
             yield
         except NonFiniteValue as error:
+            if error.operand is None:
+                raise
             raise NonFiniteValue(start(error.operand) + error.index, error.operand) from None
         except BadInput as error:
             raise error.at(start(error.operand)) from None

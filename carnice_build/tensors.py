@@ -27,6 +27,11 @@ class SourceTensor:
         origin = self.file.identity if self.file else f"shape|{self.name}"
         return f"{origin}|{self.offset}|{self.spec.nbytes}"
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that it takes to read it, beyond what is read."""
+        return self.file.held_bytes() if isinstance(self.file, Holding) else 0
+
     def located(self, index: int) -> tuple[SourceTensor, int]:
         """The checkpoint's own tensor that flat element `index` lies in, and its index there."""
         if not isinstance(self.file, Composite):
@@ -95,3 +100,11 @@ class Composite(Protocol):
 
     def locate(self, offset: int) -> tuple[SourceTensor, int]:
         """The tensor that byte `offset` lies in, and how many of its bytes lie before."""
+
+
+@runtime_checkable
+class Holding(Protocol):
+    """A `ByteSource` that takes memory while a range of it is open."""
+
+    def held_bytes(self) -> int:
+        """How much, beyond a block or two."""

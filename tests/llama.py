@@ -87,6 +87,10 @@ class Llama:
     def text_config(self) -> Mapping[str, Any]:
         return self._config.entries
 
+    @property
+    def layer_config(self) -> Mapping[str, Any]:
+        return self.text_config
+
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         return dict(self._config.entries)
 
@@ -153,6 +157,13 @@ class Llama:
 
     def token_bytes(self, kind: str, width: int) -> int:
         return 4 * width * (self._intermediate + self._hidden)
+
+    def attention_heads(self, kind: str) -> int:
+        return self._heads
+
+    @property
+    def drafts(self) -> bool:
+        return False
 
     def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
         raise NotImplementedError("a Llama has no MTP head")

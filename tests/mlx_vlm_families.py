@@ -49,15 +49,6 @@ def _with(family: str, **entries: Any) -> Family:
     return replace(found, config={**found.config, **entries})
 
 
-def _gemma3_hub(tensors: dict[str, Any], config: dict[str, Any]) -> None:
-    """The tower under the name that it had before transformers 5."""
-    respell = FAMILIES["gemma3"].hub
-    assert respell is not None
-    respell(tensors, config)
-    for name in [name for name in tensors if name.startswith("vision_tower.")]:
-        tensors[name.replace("vision_tower.", "vision_tower.vision_model.", 1)] = tensors.pop(name)
-
-
 def _gemma4_hub(tensors: dict[str, Any], config: dict[str, Any]) -> None:
     """Bounds of activations as training leaves them, not those of a model that saw nothing."""
     respell = FAMILIES["gemma4"].hub
@@ -76,10 +67,7 @@ def families() -> Mapping[str, Family]:
         "qwen3_5": FAMILIES["qwen3_5"],
         "qwen3_5_moe": FAMILIES["qwen3_5_moe"],
         # mlx-vlm looks for the size of an image in the text section.
-        "gemma3": replace(
-            _with("gemma3", text_config={**gemma3["text_config"], "mm_tokens_per_image": 4}),
-            hub=_gemma3_hub,
-        ),
+        "gemma3": _with("gemma3", text_config={**gemma3["text_config"], "mm_tokens_per_image": 4}),
         "gemma4": replace(
             _with("gemma4", vision_config=_GEMMA_VISION, audio_config=_GEMMA_AUDIO),
             hub=_gemma4_hub,

@@ -120,6 +120,18 @@ def content(tensor: SourceTensor, step: int | None = None) -> bytes:
     return bytes(buffer)
 
 
+def test_what_gptq_holds_is_declared(tmp_path: Path) -> None:
+    """Scales and zero points as four bytes each; the codes too, where reads are requests."""
+
+    class Requested(LocalFile):
+        random_access = False
+
+    local, requested = gptq(tmp_path / "1"), gptq(tmp_path / "2", Requested)
+
+    assert local.held_bytes >= 2 * 4 * 2 * 72
+    assert requested.held_bytes == local.held_bytes + 4 * 8 * 72
+
+
 @every_kind
 def test_any_range_in_any_pieces_is_the_same_bytes(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

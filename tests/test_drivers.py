@@ -13,12 +13,16 @@ from driving import Checkpoint, tokens
 from torch import Tensor, nn
 from zoo import FAMILIES
 
+from carnice_build.calibration import driver as driver_module
 from carnice_build.calibration.driver import Arithmetic, LayerDriver, decoder_layers
+from carnice_build.calibration.passes import Forward, ForwardExperts
 from carnice_build.calibration.text_model import OpenModel
 from carnice_build.calibration.watch import Seen, seen_inputs
 from carnice_build.checkpoint.checkpoint import open_checkpoint
 from carnice_build.errors import BackendError
-from carnice_build.graph import TensorRef
+from carnice_build.formats.autoround.tune import Advance, Tune
+from carnice_build.formats.compressed_tensors.awq import Smooth
+from carnice_build.graph import ProcessOp, TensorRef
 from carnice_build.models import architecture_of, known_types
 from carnice_build.planning.gather import gathered
 from carnice_build.verification.torch_worker import StoredModel
@@ -106,6 +110,29 @@ def test_tables_name_what_the_whole_model_is_made_of(zoo: Any, family: str) -> N
         expected = checkpoint.whole(how)(sample[None], use_cache=False).logits
 
     assert torch.equal(expected, ending.scores(ending.states(hidden)))
+
+
+def test_a_sample_has_the_bits_that_it_has_alone(zoo: Any) -> None:
+    """Though rotary embeddings of this type remember the longest sample that they have seen."""
+    checkpoint, how = Checkpoint(zoo("llama").folder), arithmetic("llama", "float32")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = {**checkpoint.config, "rope_parameters": rope, "max_position_embeddings": 16}
+    checkpoint.__dict__["config"] = config
+    short, long = tokens(32), tokens(64)
+
+    together = [hidden[1] for hidden, _ in walk(checkpoint, how, [long, short])]
+    driver_module._outline.cache_clear()
+    alone = [hidden for (hidden,), _ in walk(checkpoint, how, [short])]
+
+    assert all(map(torch.equal, together, alone))
+
+
+@pytest.mark.parametrize("op", [Forward, ForwardExperts, Smooth, Tune, Advance])
+def test_whatever_transformers_may_take_for_a_layer_is_in_the_key(op: type[ProcessOp]) -> None:
+    """Of the packages that it looks for when it builds the layers of any family."""
+    optional = {"flash-linear-attention", "causal-conv1d", "mamba-ssm"}
+
+    assert {"torch", "transformers", *optional} <= set(op.libraries)
 
 
 def test_experts_one_by_one_are_those_of_a_stack(zoo: Any) -> None:

@@ -89,7 +89,9 @@ SPECS = st.builds(
 
 
 @given(
-    tensors=st.dictionaries(NAMES.filter(lambda name: name != "__metadata__"), SPECS, max_size=8)
+    tensors=st.dictionaries(
+        NAMES.filter(lambda name: name != "__metadata__" and "*" not in name), SPECS, max_size=8
+    )
 )
 def test_any_layout_survives(tmp_path_factory: pytest.TempPathFactory, tensors: Any) -> None:
     """Any names, types and shapes are read back as they were written."""

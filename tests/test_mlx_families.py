@@ -6,8 +6,11 @@ The checkpoints are those of `zoo`, of many families, in the layouts of transfor
 from __future__ import annotations
 
 import json
+import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from carnice_build.formats.mlx.conversion import Fused, Numbered, told
 from carnice_build.formats.mlx.entries import older_entries, with_entries
 from carnice_build.formats.mlx.table import TABLES, table_of, trace_of
 from carnice_build.formats.mlx.target import Target
-from carnice_build.formats.mlx.trace import Kind, Refusal, Trace, parsed
+from carnice_build.formats.mlx.trace import Kind, Refusal, Trace, answered, parsed
 from carnice_build.steps.base import Question
 
 pytest.importorskip("mlx_lm")
@@ -59,8 +62,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return make
 
 
+FP8 = "qwen3_moe_fp8"
+"""A family whose FP8 it does not decode."""
+
 TAKEN: Sequence[tuple[str, Layout]] = [
-    *((family, "hub") for family, entry in FAMILIES.items() if entry.hub is not None),
+    *((family, "hub") for family, entry in FAMILIES.items() if entry.hub and family != FP8),
     ("deepseek_v3", "transformers"),
     ("gemma3_text", "transformers"),
     ("llama", "transformers"),
@@ -76,6 +82,7 @@ REFUSED: Sequence[tuple[str, Layout, str]] = [
     ("glm4_moe", "transformers", "rope_theta"),
     ("qwen3_5_moe", "transformers", "experts.0.down_proj.weight"),
     ("minimax", "transformers", "shared_intermediate_size"),
+    (FP8, "hub", "weight_scale_inv"),
 ]
 """Checkpoints that it does not take, and a word of what it says."""
 
@@ -204,10 +211,10 @@ def test_a_built_folder_is_what_mlx_lm_converts(
     project: Project, zoo: Zoo, family: str, layout: Layout
 ) -> None:
     """The program's own folder has mlx-lm's tensors, with or without a table; it verifies."""
-    if family == "gpt_oss":
-        pytest.skip("mlx-lm takes its experts in MXFP4 alone, and keeps them so")
     folder = zoo(family, layout)
-    recipe(project, *([{"decode": {}}] if quantized_source(folder) else []))
+    # mlx-lm keeps MXFP4, and so do we.
+    decodes = quantized_source(folder) and family != "gpt_oss"
+    recipe(project, *([{"decode": {}}] if decodes else []))
     options = project.options(sources={"body": folder})
     build_variants(["family"], options)
     theirs = converted(folder, project.root / "theirs")
@@ -298,8 +305,10 @@ def question(folder: Path) -> Question[Trace | Refusal]:
     """What is asked about a folder."""
     config = json.loads((folder / "config.json").read_text())
     rows = {name: [item.dtype, list(item.shape)] for name, item in read_all_tensors(folder).items()}
+    specs = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in rows.items()}
+    parse = partial(answered, tensors=specs)
     return Question(
-        "carnice_build.backends.mlx_trace:answer", (config, rows), ("mlx-lm",), 0, parsed, "mlx"
+        "carnice_build.backends.mlx_trace:answer", (config, rows), ("mlx-lm",), 0, parse, "mlx"
     )
 
 
@@ -312,6 +321,33 @@ def test_an_answer_that_somebody_damaged_is_asked_for_again(zoo: Zoo, tmp_path: 
         file.write_bytes(content)
 
         assert first == asking(what)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a link", "of another model", "of 7 bits"])
+def test_an_answer_that_does_not_fit_is_asked_for_again(
+    zoo: Zoo, tmp_path: Path, kind: str
+) -> None:
+    """Neither what is no file, nor what is none of this question."""
+    asking, what = Asking(tmp_path), question(zoo("qwen3_moe", "hub"))
+    first = asking(what)
+    (file,) = (tmp_path / "answers").iterdir()
+    table = json.loads(zlib.decompress(file.read_bytes()))
+    if kind == "of another model":
+        table["tensors"][0][3][0][0] += "s"
+    if kind == "of 7 bits":
+        next(iter(table["modules"].values()))["bits"] = 7
+    content = zlib.compress(json.dumps(table).encode())
+    file.unlink()
+    if kind == "a pipe":
+        os.mkfifo(file)
+    elif kind == "a link":
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        file.write_bytes(content)
+
+    assert first == asking(what)
+    assert file.is_file() and not file.is_symlink()
+    assert first == what.parse(zlib.decompress(file.read_bytes()).decode())
 
 
 def test_a_question_about_another_model_has_another_answer(zoo: Zoo, tmp_path: Path) -> None:
@@ -331,6 +367,24 @@ def test_what_a_library_raises_is_one_sentence(tmp_path: Path) -> None:
     what = Question("carnice_build.backends.mlx_trace:answer", ({},), ("mlx-lm",), 0, parsed, "mlx")
     with pytest.raises(BackendError):
         Asking(tmp_path)(what)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ImportError("no jinja2"), MemoryError()]
+)
+def test_what_this_machine_lacks_is_no_refusal(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Nothing is remembered of it, for the next time mlx-lm may take the model."""
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise error
+
+    for place in ("MlxLm.load", "_checkpoint"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"carnice_build.backends.mlx_trace.{place}", failing)
+            with pytest.raises((BackendError, type(error))):
+                trace_of_folder(zoo("llama", "hub"))
 
 
 def test_shapes_that_cost_nothing_are_no_program(zoo: Zoo) -> None:

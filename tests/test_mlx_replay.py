@@ -152,6 +152,17 @@ def params(steps: Steps, dtype: str = "BF16", nonfinite: str = "refuse") -> dict
     return {"steps": as_params(steps), "dtype": dtype, "nonfinite": nonfinite}
 
 
+def test_what_the_steps_make_on_the_way_is_declared() -> None:
+    """Each value that is kept, and the floats that sums are computed in."""
+    (item,) = (TensorSpec("BF16", (64, 256)),)
+    add = Step("add_number", (0,), (1.0,))
+    one, two = ((add,), (add, Step("transpose", (1,), ((1, 0),))))
+    needed = [Transform().workspace(params(steps), [item]) for steps in (one, two)]
+
+    assert needed[0] >= item.nbytes + 2 * 4 * item.size
+    assert needed[1] == needed[0] + item.nbytes
+
+
 def test_nan_is_refused_or_counts_as_zero() -> None:
     """As everywhere in the format."""
     source = TensorData("BF16", np.array([0x3F80, 0x7FC0], np.uint16))
@@ -163,6 +174,18 @@ def test_nan_is_refused_or_counts_as_zero() -> None:
 
     assert (1, 0) == (caught.value.index, caught.value.operand)
     assert [0x4000, 0x3F80] == out.array.tolist()
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(3e38, "BF16"), (1.0, "F16")])
+def test_what_the_steps_make_infinite_is_no_operands_fault(number: float, dtype: str) -> None:
+    """Neither their sum nor a cast of it: all that they are made of are numbers."""
+    sources = [TensorData("BF16", np.full(2, 0x7E80, np.uint16)) for _ in range(2)]
+    out = TensorData(dtype, np.empty(2, NUMPY_NAME[dtype]))
+    steps = (Step("add", (0, 1)), Step("add_number", (2,), (number,)))
+    with pytest.raises(NonFiniteValue) as caught:
+        Transform().apply(params(steps, dtype), sources, [out])
+
+    assert caught.value.operand is None
 
 
 @pytest.mark.parametrize(

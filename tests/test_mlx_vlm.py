@@ -5,16 +5,27 @@ What mlx-vlm itself has to say is in `test_mlx_vlm_parity`; nothing here needs i
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import Project
+from conftest import REPOSITORY, Project
 from mlx_vlm_families import Zoo, built, config_of, families, options_for
 from tiny import Tensor, read_all_tensors, write_json
 
 from carnice_build.commands.build import build_variants
+from carnice_build.commands.explain import explain_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
+from carnice_build.formats.mlx.names import drafter_table
+from carnice_build.formats.mlx.table import FOLDERS, table_of, trace_of
+from carnice_build.formats.mlx.target import Target
+from carnice_build.formats.mlx.trace import as_params
+from carnice_build.keys import canonical_json
+from carnice_build.models import architecture_of
+from carnice_build.store.digests import digest_bytes
 
 pytest.importorskip("transformers")
 
@@ -54,6 +65,17 @@ def test_another_number_of_bits_for_the_head_makes_the_drafter_alone_anew(
     assert 0 == runs["seeing"]
     assert 0 < runs["seeing-mtp"]
     assert 8 == config_of(project.out / "seeing-mtp")["quantization"]["bits"]
+
+
+def test_the_key_that_says_the_drafters_bits_explains_them(project: Project, vlm_zoo: Zoo) -> None:
+    """Not that of the model's bits, from which they were taken before."""
+    folder = vlm_zoo("qwen3_5")
+    built(project, folder)
+    options = replace(options_for(project, folder), overrides=("quantize.mtp=8",))
+    _, drafter = explain_variants(["seeing"], options)
+
+    assert ["bits 4 -> 8"] == [reason.cause for reason in drafter.reasons]
+    assert ["--set quantize.mtp=8"] == [reason.where for reason in drafter.reasons]
 
 
 def test_a_plain_head_keeps_its_numbers(project: Project, vlm_zoo: Zoo) -> None:
@@ -153,11 +175,34 @@ def test_a_head_that_is_never_tied_is_the_embedding(project: Project, vlm_zoo: Z
     assert module("model.embed_tokens") == module("lm_head")
 
 
+GOLDEN = json.loads((REPOSITORY / "tests" / "golden" / "mlx_vlm.json").read_text())
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_tables_say_what_they_said_when_they_were_held_against_mlx_vlm(name: str) -> None:
+    """Of models at full size: names, types, shapes, steps and modules, as one digest.
+
+    To be renewed only where `test_mlx_vlm_parity` passes.
+    """
+    shapes = json.loads((REPOSITORY / "benchmarks" / "shapes" / f"{name}.json").read_text())
+    architecture = architecture_of(shapes["config"], name)
+    specs = {key: TensorSpec("BF16", fact.shape) for key, fact in architecture.tensors.items()}
+    found = {}
+    for kind in ("model", "drafter"):
+        table = table_of(architecture.name, Target.MLX_VLM) if kind == "model" else drafter_table()
+        assert table is not None
+        trace = trace_of(table, specs, architecture.tensors, architecture.dtype)
+        rows = [
+            [item.name, item.spec.dtype, list(item.spec.shape), as_params(item.steps)]
+            for item in trace.tensors
+        ]
+        found[kind] = digest_bytes(canonical_json([rows, trace.modules]).encode())
+
+    assert GOLDEN[name] == found
+
+
 def test_cases_are_of_the_families_that_are_promised() -> None:
     """Every one that has a table is tried."""
-    from carnice_build.formats.mlx.table import FOLDERS
-    from carnice_build.formats.mlx.target import Target
-
     tables = {path.stem for path in FOLDERS[Target.MLX_VLM].glob("*.yaml")}
 
     assert tables - {"qwen3_5_mtp"} == {item.model_type for item in families().values()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from tiny import read_all_tensors
 
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.dtypes import TensorSpec
 from carnice_build.formats.mlx.conversion import Fused, Numbered, told
 from carnice_build.formats.mlx.table import table_of, trace_of
 from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Trace, parsed
+from carnice_build.models import architecture_of
 
 pytest.importorskip("mlx_vlm")
 
@@ -116,6 +119,30 @@ def test_a_table_equals_the_trace_of_its_family(vlm_zoo: Zoo, case: str) -> None
         second = parsed(trace(config, fused.tensors))
         assert isinstance(second, Trace)
         theirs = told(second, fused.parts)
+
+    assert {item.name: item for item in theirs.tensors} == {
+        item.name: item for item in ours.tensors
+    }
+    assert theirs.modules == ours.modules
+
+
+@pytest.mark.parametrize("name", ["qwen3.6-27b", "qwen3.6-35b-a3b", "gemma-4-31b"])
+def test_a_table_equals_the_trace_of_a_model_at_full_size(name: str) -> None:
+    """The one whose digest `test_mlx_vlm` knows."""
+    from carnice_build.backends.mlx_vlm_trace import trace
+
+    path = REPOSITORY / "benchmarks" / "shapes" / f"{name}.json"
+    config = json.loads(path.read_text())["config"]
+    architecture = architecture_of(config, name)
+    facts = architecture.tensors
+    specs = {key: TensorSpec("BF16", fact.shape) for key, fact in facts.items()}
+    table = table_of(architecture.name, Target.MLX_VLM)
+    assert table is not None
+    ours = trace_of(table, specs, facts, architecture.dtype)
+    fused = Fused(specs, facts.values())
+    answer = parsed(trace({**config, "torch_dtype": architecture.dtype}, fused.tensors))
+    assert isinstance(answer, Trace)
+    theirs = told(answer, fused.parts)
 
     assert {item.name: item for item in theirs.tensors} == {
         item.name: item for item in ours.tensors

@@ -46,6 +46,9 @@ CASES = [
     if family in known_types()
     for layout in ("transformers", "hub")
     if (family, layout) not in QUANTIZED_SOURCES
+    # The library cuts its experts in the middle, though gate and up take turns;
+    # `test_quantized_sources` holds them against `oneshot`.
+    and family != "gpt_oss"
     # This one takes a `rename` step, for transformers 5.17 names the tower otherwise than the hub.
     and (family, layout) != ("gemma3", "transformers")
 ]

@@ -603,3 +603,13 @@ def test_the_page_shows_what_is_written(empty: Path, carnice: Carnice) -> None:
 def test_options_need_no_profile() -> None:
     """Scripts that build what was written name no profile either."""
     assert Options().profile is None
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085", "\n", "\r"])
+def test_no_word_of_a_checkpoint_ends_a_comment(empty: Path, model: Path, end: str) -> None:
+    """Or a stranger's config.json would write entries of the recipe."""
+    reconfigure(model, model_type=f"x{end}description: theirs{end}layers: {{a: []}} #")
+    new = new_recipe("mine", str(model), "fp8-dynamic", Options())
+
+    assert "layers" not in written(new)
+    assert "theirs" != written(new).get("description")

@@ -7,14 +7,14 @@ by one, on one family.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny import Tensor, read_all_tensors, read_json, write_json
-from zoo import write_zoo
+from zoo import TOKENIZER_FILES, write_zoo
 
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
@@ -66,7 +66,10 @@ class Workshop:
         )
 
     def build(self, source: Path, quant: str, *steps: Any) -> BuildResult:
-        """Build a variant called `quant`, which passes its checks."""
+        """Build a variant called `quant`, which passes its checks.
+
+        Of what it reads it reads no float twice.
+        """
         recipe = {
             "variant": quant,
             "description": "A",
@@ -79,6 +82,8 @@ class Workshop:
         settings = VerifySettings(run=False)
         (result,) = verify_variants([quant], self.options(source), settings).variants
         assert [] == [check for check in result.checks if check.outcome is Outcome.FAILED]
+        (plan,) = plan_variants([quant], self.options(source)).variants
+        assert report.read_bytes <= sum(ref.spec.nbytes for ref in plan.view.values())
         return report
 
     def tensors(self, quant: str) -> dict[str, Tensor]:
@@ -330,3 +335,130 @@ def test_other_formats_must_decode_gpt_oss(shop: Workshop, quant: str) -> None:
 
     with pytest.raises(PlanError, match=r"is quantized already \(mxfp4\); expected a step `- dec"):
         shop.build(source, quant)
+
+
+# --- checkpoints of libraries ---------------------------------------------------------------------
+
+
+def by_model_free(scheme: Any) -> Callable[[Path, Path], None]:
+    """Quantized by llm-compressor."""
+
+    def make(folder: Path, target: Path) -> None:
+        from llmcompressor import model_free_ptq
+
+        model_free_ptq(folder, target, scheme=scheme, ignore=["lm_head", "re:.*embed_tokens"])
+
+    return make
+
+
+def by_modelopt(folder: Path, target: Path) -> None:
+    """Quantized to FP8, one scale for a weight, which is calibrated on a few tokens."""
+    import modelopt.torch.quantization as mtq
+    import torch
+    from modelopt.torch.export import export_hf_checkpoint
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    tokens = torch.arange(64)[None]
+    mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: model(tokens))
+    with torch.no_grad():
+        export_hf_checkpoint(model, export_dir=target)
+
+
+def by_autoround(packing: str) -> Callable[[Path, Path], None]:
+    """Rounded to nearest, in groups of 128."""
+
+    def make(folder: Path, target: Path) -> None:
+        from auto_round import AutoRound
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        rounded = AutoRound(model, tokenizer, bits=4, group_size=128, iters=0, disable_opt_rtn=True)
+        rounded.quantize_and_save(f"{target}-made", format=packing)
+        # It may make a folder in the folder.
+        (config,) = Path(f"{target}-made").rglob("config.json")
+        config.parent.rename(target)
+
+    return make
+
+
+def decoded_by_compressed_tensors(folder: Path, target: Path) -> None:
+    """In BF16, by the library's own decoder."""
+    from compressed_tensors.entrypoints.convert import (
+        CompressedTensorsDequantizer,
+        convert_checkpoint,
+    )
+
+    # Without it the library would look for the scales of norms.
+    converter = CompressedTensorsDequantizer(folder, ignore=["re:.*norm"])
+    convert_checkpoint(folder, target, converter)
+
+
+def decoded_by_formula(folder: Path, target: Path) -> None:
+    """In BF16: code, less its zero point, times scale, rounded once."""
+    shutil.copytree(folder, target)
+    stored, floats = {}, {}
+    for path in target.glob("*.safetensors*"):
+        stored |= load_file(path) if path.suffix == ".safetensors" else {}
+        path.unlink()
+    for name, tensor in stored.items():
+        module, _, end = name.rpartition(".")
+        if end == "qweight":
+            codes, scales = _unpacked(tensor, dim=0), stored[f"{module}.scales"].float()
+            zeros = _unpacked(stored[f"{module}.qzeros"], dim=1) + 1
+            rows = [item.repeat_interleave(128, 0) for item in (zeros, scales)]
+            floats[f"{module}.weight"] = ((codes - rows[0]) * rows[1]).T
+        elif f"{module}.weight_scale" in stored and end == "weight":
+            floats[name] = tensor.float() * stored[f"{module}.weight_scale"]
+        elif f"{module}.scales" not in stored and not end.endswith("_scale"):
+            floats[name] = tensor
+    made = {name: item.bfloat16().contiguous() for name, item in floats.items()}
+    save_file(made, target / "model.safetensors")
+    config = read_json(target / "config.json")
+    write_json(
+        target / "config.json", {k: v for k, v in config.items() if k != "quantization_config"}
+    )
+
+
+def _unpacked(words: Any, dim: int) -> Any:
+    """Codes of 4 bits along an axis, the lowest first."""
+    import torch
+
+    shifts = torch.arange(0, 32, 4)
+    found = words[..., None] >> shifts & 15
+    return found.transpose(1, 2).flatten(0, 1) if dim == 0 else found.flatten(1)
+
+
+Make = Callable[[Path, Path], None]
+LIBRARIES: dict[str, tuple[Make, Make]] = {
+    "compressed-tensors, fp8": (by_model_free("FP8_DYNAMIC"), decoded_by_compressed_tensors),
+    "compressed-tensors, blocks": (by_model_free("FP8_BLOCK"), decoded_by_compressed_tensors),
+    "compressed-tensors, int4": (by_model_free("W4A16"), decoded_by_compressed_tensors),
+    "modelopt": (by_modelopt, decoded_by_formula),
+    "auto-round": (by_autoround("auto_round"), decoded_by_formula),
+    "auto-round, gptq": (by_autoround("auto_gptq"), decoded_by_formula),
+}
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("quant", ["mlx", "int4"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_checkpoint_of_a_library_builds_as_its_floats(
+    shop: Workshop, library: str, quant: str
+) -> None:
+    """As the libraries write it, files and config."""
+    pytest.importorskip(library.partition(",")[0].replace("-", "_"))
+    make, decode = LIBRARIES[library]
+    source = write_zoo(shop.root / "source", "qwen3", "hub")
+    quantized, plain = shop.root / "quantized", shop.root / "plain"
+    make(source, quantized)
+    for name in TOKENIZER_FILES:
+        shutil.copy(source / name, quantized / name)
+    decode(quantized, plain)
+    shop.build(quantized, quant, {"decode": {}})
+    ours, config = shop.tensors(quant), shop.config(quant)
+    shop.build(plain, quant)
+
+    assert ours == shop.tensors(quant)
+    assert config == shop.config(quant)

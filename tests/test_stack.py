@@ -197,3 +197,14 @@ def test_a_shape_file_has_stacks_without_bytes() -> None:
     assert (None, (3, *SHAPE)) == (stack.file, stack.spec.shape)
     halves = slab_stack("gate", fused, 0, 3), slab_stack("up", fused, 3, 6)
     assert 4 == len({stack.identity, fused.identity, *(half.identity for half in halves)})
+
+
+def test_what_is_held_while_columns_are_read_is_declared(tmp_path: Path) -> None:
+    """A matrix and its columns, however many matrices there are, also behind other parts."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2 * 5 * 4 * 6))
+    tensor = SourceTensor("e", TensorSpec("BF16", (5, 4, 6)), LocalFile(path), 0)
+    turned = turned_stack("t", tensor, 0, 6)
+
+    assert 0 == tensor.held_bytes == stacked("s", [tensor, tensor]).held_bytes
+    assert 2 * 2 * 4 * 6 == turned.held_bytes == stacked("s", [turned, turned]).held_bytes

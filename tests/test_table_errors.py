@@ -313,3 +313,28 @@ def test_a_bare_config_is_a_model_or_one_sentence(model_type: str) -> None:
 def test_tables_that_ship_are_files_of_their_own() -> None:
     """The folder holds tables, each under the name of a model type."""
     assert {path.stem for path in SHIPPED.iterdir()} == set(known_types())
+
+
+@pytest.mark.parametrize("key", ["reader", "drafter"])
+def test_a_table_cannot_name_code_of_others(tmp_path: Path, key: str) -> None:
+    """What it may name is a word that this package knows."""
+    with pytest.raises(RecipeError, match=f"{key}: Input should be "):
+        table(tmp_path, f"{TABLE}{key}: payload:Payload\n")
+
+
+def test_values_built_of_values_are_evaluated_once(tmp_path: Path) -> None:
+    """However often the next asks for the one before; else forty would take days."""
+    chain = [f"  v{index}: v{index - 1} + v{index - 1}" for index in range(1, 40)]
+    values = "\n".join(["values:", "  v0: layer + 1", *chain, "  wide: v39 - v39 + 4"])
+    text = TABLE.replace("values:\n  wide: inner + 1", values)
+
+    assert (4, 16) == table(tmp_path, text).tensors["layers.1.up.weight"].shape
+
+
+def test_a_config_cannot_ask_for_experts_without_end(tmp_path: Path) -> None:
+    """Each would get a name."""
+    text = TABLE.replace("name: up.weight", "name: experts.*.up.weight")
+    text = text.replace("shape: [wide, hidden_size]", "shape: [count, wide, hidden_size]")
+
+    with pytest.raises(CheckpointError, match="4194304 experts in a layer by count"):
+        table(tmp_path, text, {**CONFIG, "count": 1 << 22}).tensors  # noqa: B018

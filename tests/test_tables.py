@@ -504,6 +504,45 @@ def test_modules_that_a_table_names_are_there(model_type: str) -> None:
     assert set() == named - rows
 
 
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        ({"model_type": "gemma3_text"}, {"sliding": 8, "full": 8}),
+        ({"model_type": "qwen3_next"}, {"linear": 0, "full": 16}),
+        (
+            {"model_type": "nemotron_h", "hybrid_override_pattern": "M*E-"},
+            {"linear": 0, "full": 32, "moe": 0, "mlp": 0},
+        ),
+    ],
+)
+def test_heads_score_tokens_in_layers_with_attention(
+    config: dict[str, Any], heads: dict[str, int]
+) -> None:
+    """As many as transformers has where the config is silent."""
+    architecture = architecture_of(config, "config.json")
+
+    assert heads == {kind: architecture.attention_heads(kind) for kind in heads}
+
+
+@pytest.mark.parametrize(
+    ("family", "entries"),
+    [
+        ("qwen3_5_text", ["mtp_num_hidden_layers"]),
+        ("glm4_moe", ["num_nextn_predict_layers", "num_mtp_layers"]),
+        ("nemotron_h", ["num_nextn_predict_layers"]),
+    ],
+)
+def test_a_layer_is_the_same_with_and_without_a_head(family: str, entries: list[str]) -> None:
+    """So variants with the MTP head and without share their calibration."""
+    entry = FAMILIES[family]
+    config = {"model_type": entry.model_type, **entry.config}
+    without = architecture_of(config, "config.json").layer_config
+    for name in entries:
+        for count in (0, 1):
+            found = architecture_of({**config, name: count}, "config.json").layer_config
+            assert without == found
+
+
 def test_smoothing_is_that_of_llm_compressor() -> None:
     """For dense models: the mappings that the library resolves for the class, where they fit."""
     from llmcompressor.modifiers.transform.awq.dynamic_mappings import (

@@ -75,19 +75,19 @@ def traced(library: Library, config: Mapping[str, Any], tensors: Mapping[str, Te
     names = list(tensors)
     arrays = [mx.zeros(spec.shape, _mlx_dtype(mx, spec.dtype)) for spec in tensors.values()]
     messages: list[Mapping[str, Any]] = []
-    loaded = _Loaded(library, config, names)
-    with _stand_ins(mx):
+    with tempfile.TemporaryDirectory() as folder, _stand_ins(mx):
+        loaded = _Loaded(library, _checkpoint(Path(folder), config), names)
         try:
             mx.export_function(messages.append, loaded, *arrays)
         except BackendError:
             raise
         except Exception as error:
-            if loaded.error is None:
+            if loaded.refusal is None:
                 raise BackendError(
                     f"mlx cannot tell what {library.name} does: {_sentence(error)}"
                 ) from None
-    if loaded.error is not None:
-        return json.dumps({"refusal": _sentence(loaded.error)})
+    if loaded.refusal is not None:
+        return json.dumps({"refusal": _sentence(loaded.refusal)})
     dtypes = {name: spec.dtype for name, spec in tensors.items()}
     nodes = build(messages, names, dtypes, lambda dtype: _NAMES[str(dtype).rpartition(".")[2]])
     result = {
@@ -105,14 +105,28 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {line[:300]}"
 
 
-class _Loaded:
-    """Loads the model from arrays, as `convert` does before it quantizes."""
+def _checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
+    """`folder` with what libraries look for before they read a file by `mx.load`."""
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "model.safetensors").touch()
+    return folder
 
-    def __init__(self, library: Library, config: Mapping[str, Any], names: Sequence[str]) -> None:
+
+_PASSING = (BackendError, ImportError, MemoryError, OSError)
+"""What says nothing of the model, but of this machine and of what is installed on it."""
+
+
+class _Loaded:
+    """Loads the model from arrays, as `convert` does before it quantizes.
+
+    `refusal` is what the library raised of the model, which it will raise each time.
+    """
+
+    def __init__(self, library: Library, folder: Path, names: Sequence[str]) -> None:
         self._library = library
-        self._config = config
+        self._folder = folder
         self._names = names
-        self.error: Exception | None = None
+        self.refusal: Exception | None = None
         self.parameters: list[str] = []
         self.modules: dict[str, Any] = {}
         self.quantized: dict[str, Any] = {}
@@ -120,20 +134,18 @@ class _Loaded:
 
     def __call__(self, *arrays: Any) -> list[Any]:
         """The model's parameters."""
+        weights = dict(zip(self._names, arrays, strict=True))
+        self._library.utils.mx.load = lambda *_, **__: dict(weights)
         try:
-            return self._load(dict(zip(self._names, arrays, strict=True)))
+            return self._load()
+        except _PASSING:
+            raise
         except Exception as error:
-            self.error = error
+            self.refusal = error
             raise
 
-    def _load(self, weights: dict[str, Any]) -> list[Any]:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "config.json").write_text(json.dumps(self._config), encoding="utf-8")
-            # `load_model` looks for files, and reads them by `mx.load`, for which this stands in.
-            (folder / "model.safetensors").touch()
-            self._library.utils.mx.load = lambda *_, **__: dict(weights)
-            model, config = self._library.load(folder)
+    def _load(self) -> list[Any]:
+        model, config = self._library.load(self._folder)
         self.stated = config.get("quantization")
         _cast(model, config)
         predicate = self._library.predicate(model)

@@ -147,6 +147,21 @@ class _Outline:
         self._wanted = 0
         for index, layer in enumerate(self.blanks):
             layers[index] = StandIn(layer, self._stand_in(index))
+        self._untouched = [
+            (module, dict(vars(module)), _copied(module._buffers))
+            for module in self.model.modules()
+        ]
+
+    def _forget(self) -> None:
+        """Make the model what it was before any call.
+
+        Rotary embeddings that follow the length, as `dynamic` ones, remember the longest sample.
+        """
+        for module, attributes, buffers in self._untouched:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(_copied(buffers))
 
     def _stand_in(self, index: int) -> Callable[..., Tensor]:
         names = list(inspect.signature(self.blanks[index].forward).parameters)
@@ -162,6 +177,7 @@ class _Outline:
 
     def call(self, index: int, embedded: Tensor) -> _Called:
         """What layer `index` is called with when the model reads `embedded`."""
+        self._forget()
         self._wanted = index
         try:
             with torch.no_grad():
@@ -178,6 +194,10 @@ class _Outline:
             f"{type(self.model).__name__} of transformers {what}",
             expected="a family whose layers are given nothing but what the layer before them made",
         )
+
+
+def _copied(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from carnice_build.calibration.libraries import LAYER_LIBRARIES
 from carnice_build.calibration.source import CalibrationSource
 from carnice_build.calibration.tokens import PADDING, LongestFirst, Tokens
 from carnice_build.chat.files import template_files
@@ -101,9 +102,8 @@ class Forward(ProcessOp):
     """
 
     name = "calibration.forward"
-    version = 2
-    # transformers takes the last two in place of its own code when they are there.
-    libraries = ("torch", "transformers", "flash-linear-attention", "causal-conv1d")
+    version = 3
+    libraries = LAYER_LIBRARIES
     transient = frozenset({0})
 
     workspace: int = 0
@@ -256,7 +256,7 @@ class Calibration:
             {
                 "names": list(names),
                 "layer": layer,
-                "config": _text_config(architecture.text_config),
+                "config": dict(architecture.layer_config),
                 "dtype": spec.dtype,
                 "attention": spec.attention,
                 "threads": spec.threads,
@@ -267,12 +267,11 @@ class Calibration:
         )
 
     def _workspace(self, kind: str) -> int:
-        length, spec = self.start.spec.shape[1], self._spec
-        token = self._architecture.token_bytes(kind, ITEM_SIZE[FLOAT_NAMES[spec.dtype]])
-        if kind != "linear" and spec.attention == "eager":
+        length, spec, architecture = self.start.spec.shape[1], self._spec, self._architecture
+        token = architecture.token_bytes(kind, ITEM_SIZE[FLOAT_NAMES[spec.dtype]])
+        if spec.attention == "eager":
             # The scores, their softmax in float32, and both once more on the way.
-            heads = int(self._architecture.text_config["num_attention_heads"])
-            token += 12 * heads * length
+            token += 12 * architecture.attention_heads(kind) * length
         return length * token
 
     def _embed(self) -> TensorRef:
@@ -362,11 +361,6 @@ class Activations:
         self._amax.append((amax, tuple(modules)))
         if experts:
             (self.experts[number],) = experts
-
-
-def _text_config(text_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The text config without what is about no decoder layer."""
-    return {key: value for key, value in text_config.items() if key != "mtp_num_hidden_layers"}
 
 
 def _tokenizer(body: Checkpoint) -> TensorRef:

@@ -71,6 +71,11 @@ class DecodedFile:
             part.file is not None and part.file.random_access for part in self._decoding.parts
         )
 
+    def held_bytes(self) -> int:
+        """See `Holding.held_bytes`."""
+        parts = self._decoding.parts
+        return self._decoding.held_bytes() + sum(part.held_bytes for part in parts)
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Readable.read_into`."""
         with self.open_range(offset, len(buffer)) as read:

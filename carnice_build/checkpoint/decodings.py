@@ -51,6 +51,10 @@ class Decoding(ABC):
         """What decides the floats besides the bytes of the parts, and their types and shapes."""
         return ""
 
+    def held_bytes(self) -> int:
+        """Memory while it is open, beyond blocks: all parts but the codes, as four bytes each."""
+        return sum(4 * part.spec.size for part in self.parts[1:])
+
     @abstractmethod
     def open(self, first: int, stop: int) -> AbstractContextManager[Fill]:
         """Read rows `first` to `stop` in order; the floats are as `dtypes.NUMPY_NAME` has them."""
@@ -294,6 +298,13 @@ class Gptq(Decoding):
         self._bits = bits
         self._above = above
         self._order = order
+
+    def held_bytes(self) -> int:
+        """See `Decoding.held_bytes`: with zero points unpacked, and perhaps the codes."""
+        words, _, scales = self.parts[:3]
+        by_request = words.file is not None and not words.file.random_access
+        codes = words.spec.nbytes if by_request else 0
+        return super().held_bytes() + 4 * scales.spec.size + codes
 
     def settings(self) -> str:
         """The bits of a code, and how zero points are stored."""

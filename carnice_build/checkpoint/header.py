@@ -127,6 +127,9 @@ def tensor_spec(where: str, name: str, dtype: object, shape: object) -> TensorSp
             where=where,
             expected=f"1 to {MAX_NAME}",
         )
+    if "*" in name:
+        # In names of ours it stands for the numbers of experts.
+        raise CheckpointError(f"has a tensor {name!r}", where=where, expected="names without *")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         raise CheckpointError(
             f"tensor {name!r} has the unknown dtype {dtype!r}",

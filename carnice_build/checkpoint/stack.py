@@ -104,6 +104,10 @@ class Stack:
         index, inner = divmod(offset, self._pieces[0].spec.nbytes)
         return self._pieces[index], inner
 
+    def held_bytes(self) -> int:
+        """See `Holding.held_bytes`: of one piece, for the next is opened when it is closed."""
+        return max(piece.held_bytes for piece in self._pieces)
+
     def _parts(self, offset: int, count: int) -> Iterator[_Run]:
         """The runs that hold `count` bytes from `offset` on, cut to them."""
         index = bisect_right(self._starts, offset) - 1
@@ -211,6 +215,10 @@ class EveryRow:
         """See `Composite.locate`."""
         row, inner = divmod(offset, self._row_bytes)
         return self._tensor, row * self._step * self._row_bytes + inner
+
+    def held_bytes(self) -> int:
+        """See `Holding.held_bytes`."""
+        return self._tensor.held_bytes
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Readable.read_into`."""

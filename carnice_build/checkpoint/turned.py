@@ -75,6 +75,11 @@ class Turned:
         index = (slab * self._lines + line) * self._width + self._columns[column]
         return self._tensor, index * self._item + rest
 
+    def held_bytes(self) -> int:
+        """See `Holding.held_bytes`: a matrix, and its columns as rows."""
+        matrix = self._lines * self._width * self._item
+        return matrix + len(self._columns) * self._row_bytes + self._tensor.held_bytes
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Readable.read_into`."""
         with self.open_range(offset, len(buffer)) as read:

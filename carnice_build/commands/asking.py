@@ -23,7 +23,7 @@ class Asking:
         self._cache = cache
 
     def __call__(self, question: Question[T], /) -> T:
-        """See `Ask`; an answer that was remembered needs no library at all."""
+        """See `Ask`; an answer is that of the installed versions, others are asked anew."""
         key = _key(question)
         text = read_answer(self._cache, key)
         if text is not None:

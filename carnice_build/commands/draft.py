@@ -77,8 +77,9 @@ def _comment(sentence: str) -> Iterator[str]:
 
 
 def _wrapped(text: str, first: str, later: str) -> list[str]:
+    # YAML ends a comment at more characters than Python ends a line.
     return wrap(
-        text,
+        "".join(char if char.isprintable() else "?" for char in text),
         _WIDTH,
         initial_indent=first,
         subsequent_indent=later,

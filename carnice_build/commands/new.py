@@ -50,6 +50,8 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*
 _SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 _MAIN = "main"
 _BODY, _BASE = "body", "base"
+_MOST_BASES = 4
+"""Of the models that a card names as its base, those that are looked at for an MTP head."""
 
 
 @dataclass(frozen=True)
@@ -290,9 +292,15 @@ def _repairs(
     return steps, view
 
 
+def _text_alone(knobs: Mapping[str, Any]) -> bool:
+    """Whether it is for mlx-lm, which knows neither towers nor MTP heads."""
+    quantize = knobs["quantize"]
+    return bool(quantize["format"] == "mlx" and quantize.get("target", "mlx-lm") == "mlx-lm")
+
+
 def _no_vision(checkpoint: Checkpoint, knobs: Mapping[str, Any]) -> str:
     """Why a vision tower is left out, empty when it stays."""
-    if knobs["quantize"]["format"] == "mlx":
+    if _text_alone(knobs):
         return "mlx-lm runs the text model alone"
     lacking = absent(checkpoint.assets, (Reads.PROCESSOR,), vision=True)
     return f"{lacking[0]}, so it is left out" if lacking else ""
@@ -326,19 +334,23 @@ def _head(
     known = owners(architecture, view)
     names = [name for name, fact in known.items() if fact.part is Part.MTP]
     there = [name for name in names if name in view]
-    if knobs["quantize"]["format"] == "mlx":
+    if _text_alone(knobs):
         return _Head(["mlx-lm leaves the MTP head out"] if there else [])
     if there or not names:
-        return _Head(["the MTP head stays as it is"] if there else [])
+        drafts = knobs["quantize"].get("target") == "mlx-vlm"
+        stays = "becomes a drafter, in a folder of its own" if drafts else "stays as it is"
+        return _Head([f"the MTP head {stays}"] if there else [])
     tried = []
-    for model in readme.base_models:
+    for model in readme.base_models[:_MOST_BASES]:
         try:
             checkpoint, commit = _open_on_hub(model)
             base = architecture_of(checkpoint.config, checkpoint.where)
         except CarniceError as error:
             tried.append(f"{model} cannot be looked at ({error.sentence(model)})")
             continue
-        if any(name not in checkpoint.tensors for name in names):
+        if stated_quantization(checkpoint.config) is not None:
+            tried.append(f"{model} is quantized")
+        elif any(name not in checkpoint.tensors for name in names):
             tried.append(f"{model} has none either")
         elif base.dimensions != architecture.dimensions:
             tried.append(f"that of {model} is of another size")

@@ -8,7 +8,14 @@ from carnice_build.tensors import SourceTensor
 
 
 def non_finite(action: Action, error: NonFiniteValue) -> CheckpointError:
-    """The error for NaN or infinity in an input of `action`."""
+    """The error for NaN or infinity in an input of `action`, or in what it makes of finite ones."""
+    if error.operand is None:
+        origins = [ref.origin for ref in action.inputs]
+        names = [repr(item.name) for item in origins if isinstance(item, SourceTensor)]
+        of = f" of {' and '.join(names)}" if names else ""
+        return CheckpointError(
+            f"{action.op.name} makes NaN or infinity{of}, though what it reads is finite"
+        )
     origin = action.inputs[error.operand].origin
     if isinstance(origin, SourceTensor):
         return not_finite(origin, error.index)

@@ -120,12 +120,19 @@ class Job:
             if isinstance(ref.origin, ActionOutput)
         ]
         outputs = sum(spec.nbytes for action in self.actions for spec in action.outputs)
-        return self.read_bytes + sum(made) + outputs
+        held = max((source.held_bytes for source in self.sources), default=0)
+        return self.read_bytes + sum(made) + outputs + held + self._workspace
+
+    @property
+    def _workspace(self) -> int:
+        """What the action that needs most takes beside its inputs and outputs."""
+        return max((_workspace(action) for action in self.actions), default=0)
 
     def _streaming_bytes(self, rows: int) -> int:
         """Beyond what all need: outputs that are held until the end, and rows that are blocks."""
         held = [item for item in self.actions if _is_transposed(item)]
         taken = STREAM_BYTES + sum(spec.nbytes for item in held for spec in item.outputs)
+        taken += self._workspace + sum(source.held_bytes for source in self.sources)
         row_bytes = self.read_bytes // rows
         if row_bytes > BLOCK_BYTES:
             flowing = (item for item in self.actions if not _is_transposed(item))
@@ -175,6 +182,12 @@ def _flowing_rows(action: Action, sources: Container[str]) -> int | None:
 
 def _is_transposed(action: Action) -> bool:
     return isinstance(action.op, ArrayOp) and action.op.transposed
+
+
+def _workspace(action: Action) -> int:
+    if not isinstance(action.op, ArrayOp):
+        return 0
+    return action.op.workspace(action.params, [ref.spec for ref in action.inputs])
 
 
 def _steps(action: Action) -> int:

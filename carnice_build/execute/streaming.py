@@ -130,6 +130,8 @@ class _FlowingAction:
         try:
             self._work(blocks)
         except NonFiniteValue as error:
+            if error.operand is None:
+                raise non_finite(self.action, error) from None
             index = self._inputs[error.operand][0].first_element + error.index
             raise non_finite(self.action, NonFiniteValue(index, error.operand)) from None
         except BadInput as error:

@@ -171,6 +171,10 @@ class Architecture(Protocol):
         language model.
         """
 
+    @property
+    def layer_config(self) -> Mapping[str, Any]:
+        """`text_config` without what announces an MTP head: all that decoder layers depend on."""
+
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         """The config.json of a folder that holds these `parts`, before any quantization.
 
@@ -238,6 +242,13 @@ class Architecture(Protocol):
         Without the weights, and without the scores that eager attention writes down.
         """
 
+    def attention_heads(self, kind: str) -> int:
+        """Heads of a layer of `kind` that score each token by all before it; 0 if none does."""
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it is known what an MTP head computes, so that there is a `draft_head`."""
+
     def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
         """The MTP head as a torch module, in workers; see `verification.drafting.DraftHead`.
 
@@ -248,6 +259,9 @@ class Architecture(Protocol):
 
 QUANTIZATION = ("quantization_config", "quantization")
 """The entries of a config that say how weights are quantized; null or empty, they say nothing."""
+
+MOST_EXPERTS = 10_000
+"""In one layer; as with layers."""
 
 MOST_LAYERS = 10_000
 """No model comes near it; a config that says more would only exhaust memory."""

@@ -62,9 +62,9 @@ class PlainReader:
         text = without_quantization(self.text)
         entry = self._table.mtp_entry
         if entry and Part.MTP not in parts and (entry in text or entry in self._table.defaults):
+            # Another name for it would contradict.
+            text = {key: text[key] for key in text if key not in self._table.mtp_entries[1:]}
             text[entry] = 0
-            # Another name for it, as transformers 5 has one, would contradict.
-            text.pop(str(self._table.defaults.get(entry)), None)
         if self.text is self.root:
             return text
         return {**without_quantization(self.root), str(self._table.text.section): text}

@@ -11,7 +11,6 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pydantic import ValidationError
 
 from carnice_build.errors import CheckpointError, RecipeError
 from carnice_build.models.base import (
+    MOST_EXPERTS,
     MOST_LAYERS,
     ConfigReader,
     FusedIn,
@@ -29,6 +29,7 @@ from carnice_build.models.base import (
     SmoothingMapping,
     TensorFact,
 )
+from carnice_build.models.drafters import drafter
 from carnice_build.models.formulas import FormulaError, evaluate, names_in
 from carnice_build.models.readers import reader_of
 from carnice_build.models.table_schema import FusedRow, Group, Row, Table
@@ -167,7 +168,7 @@ class FamilyTable:
         self._file = load_table(path)
         self._table = self._file.table
         self._reader = reader_of(config, where, self._table)
-        self._named: dict[str, Any] = {}
+        self._named: dict[tuple[str, frozenset[Any] | None], Any] = {}
         self._sizes: dict[str, int] = {}
         self.name = self._file.name
         self.dtype = self._reader.dtype
@@ -183,11 +184,16 @@ class FamilyTable:
 
     def named(self, name: str, given: Mapping[str, Any]) -> Any:
         """What a name means where some are `given`; CheckpointError when the config lacks it."""
-        if name in self._file.layered:
-            return self._evaluate(self._table.values[name], ("values", name), given)
-        if name not in self._named:
-            self._named[name] = self._find(name)
-        return self._named[name]
+        layered = name in self._file.layered
+        key = (name, frozenset(given.items()) if layered else None)
+        if key not in self._named:
+            value = self._table.values[name] if layered else None
+            self._named[key] = (
+                self._find(name)
+                if value is None
+                else self._evaluate(value, ("values", name), given)
+            )
+        return self._named[key]
 
     def _find(self, name: str) -> Any:
         table, entries = self._table, self._reader.text_entries
@@ -240,13 +246,21 @@ class FamilyTable:
         root = self._reader.root
         return root if name == "root" else root.section(name)
 
-    def _blame_config(self, formula: str, given: Container[str], least: int) -> None:
-        """Raise CheckpointError for an entry that is no number where one is needed."""
-        for name in names_in(formula):
+    def _blame_config(
+        self, formula: str, given: Container[str], least: int, seen: set[str] | None = None
+    ) -> None:
+        """Raise CheckpointError for an entry that is no number where one is needed.
+
+        Of values that are built of values, those `seen` are not asked again.
+        """
+        seen = set() if seen is None else seen
+        names = names_in(formula) - seen
+        seen |= names
+        for name in names:
             if name in given or name in self._table.towers:
                 continue
             if name in self._table.values:
-                self._blame_config(str(self._table.values[name]), given, least)
+                self._blame_config(str(self._table.values[name]), given, least, seen)
             elif (default := self._default(name)) is not None and not names_in(str(default)):
                 continue  # a number that the table has right, such as 0 for what is not there
             elif not isinstance(self.named(name, {}), list):
@@ -439,6 +453,12 @@ class FamilyTable:
         shape = tuple(
             self._size(size, (*path, "shape", index), given) for index, size in enumerate(row.shape)
         )
+        if "*" in row.name and shape[0] > MOST_EXPERTS:
+            raise CheckpointError(
+                f"has {shape[0]} experts in a layer by {row.shape[0]}",
+                where=self._reader.root.where,
+                expected=f"at most {MOST_EXPERTS}",
+            )
         fused = None if row.fused is None else _fused(row.fused, prefix)
         name, own = prefix + row.name, row.part or part
         return TensorFact(name, shape, own, row.role, layer, fused, row.optional)
@@ -461,6 +481,12 @@ class FamilyTable:
         if own is None or (reader.text is not reader.root and reader.text.states("model_type")):
             return reader.text_entries
         return {**reader.text_entries, "model_type": own}
+
+    @property
+    def layer_config(self) -> Mapping[str, Any]:
+        """See `Architecture.layer_config`."""
+        left_out = self._table.mtp_entries
+        return {key: value for key, value in self.text_config.items() if key not in left_out}
 
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         """See `Architecture.published_config`."""
@@ -565,6 +591,12 @@ class FamilyTable:
         given = {"width": width}
         return int(self._evaluate(table[name], ("token_bytes", name), given))
 
+    def attention_heads(self, kind: str) -> int:
+        """See `Architecture.attention_heads`."""
+        table = self._table.attention_heads
+        name = kind if kind in table else "any"
+        return self._count(table.get(name, "num_attention_heads"), ("attention_heads", name))
+
     # --- names --------------------------------------------------------------------------------
 
     def module_kind(self, name: str) -> str:
@@ -593,9 +625,13 @@ class FamilyTable:
         """True for the tensors whose type libraries leave alone when they cast a model."""
         return name in self._rows and self._rows[name][1].wide
 
+    @property
+    def drafts(self) -> bool:
+        """See `Architecture.drafts`."""
+        return self._table.drafter is not None
+
     def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
         """See `Architecture.draft_head`."""
         if self._table.drafter is None:
             raise NotImplementedError(f"{self.name} has no MTP head that could be run")
-        module, _, name = self._table.drafter.partition(":")
-        return getattr(import_module(module), name)(self.text_config, attention, tensors)
+        return drafter(self._table.drafter, self.text_config, attention, tensors)

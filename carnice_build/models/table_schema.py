@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -114,7 +114,9 @@ class Table(_Strict):
 
     about: str = Field(description="The family in a line, and where its facts come from.")
     text: Text = Text(section=None, type=None)
-    reader: str | None = Field(None, description="Code that reads the config; see `readers`.")
+    reader: Literal["gemma4", "qwen3_5"] | None = Field(
+        None, description="Code that reads the config; see `readers`."
+    )
     towers: list[str] = Field(
         default_factory=list, description="Sections of config.json with other parts, as vision."
     )
@@ -155,8 +157,21 @@ class Table(_Strict):
         default_factory=dict,
         description="Most bytes of a token in a layer, by kind, at `width` bytes an activation.",
     )
+    attention_heads: dict[str, Formula] = Field(
+        default_factory=dict,
+        description="Heads of a layer's attention, by kind; `num_attention_heads` if none.",
+    )
     spellings: list[tuple[str, str]] = Field(
         default_factory=list,
         description="Beginnings of names in other checkpoints, and what they are called here.",
     )
-    drafter: str | None = Field(None, description="Code of the MTP head, as `module:Class`.")
+    drafter: Literal["qwen3_5"] | None = Field(
+        None, description="Code of the MTP head; see `drafters`."
+    )
+
+    @property
+    def mtp_entries(self) -> tuple[str, ...]:
+        """`mtp_entry`, and the other name for it that transformers 5 has of some families."""
+        if self.mtp_entry is None:
+            return ()
+        return self.mtp_entry, str(self.defaults.get(self.mtp_entry))

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from carnice_build.models.base import (
+    MOST_LAYERS,
     QUANTIZATION,
     ConfigReader,
     FusedIn,
@@ -77,6 +78,11 @@ class Untabled:
     def text_config(self) -> Mapping[str, Any]:
         """See `Architecture.text_config`."""
         return self._text.entries
+
+    @property
+    def layer_config(self) -> Mapping[str, Any]:
+        """Nobody knows what announces an MTP head."""
+        return self.text_config
 
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         """As it is, but for how it was quantized."""
@@ -156,6 +162,15 @@ class Untabled:
         """Nothing is calibrated without a table."""
         raise NotImplementedError(self.name)
 
+    def attention_heads(self, kind: str) -> int:
+        """Nothing is calibrated without a table."""
+        raise NotImplementedError(self.name)
+
+    @property
+    def drafts(self) -> bool:
+        """Nothing is known of heads."""
+        return False
+
     def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
         """Nothing is run without a table."""
         raise NotImplementedError(self.name)
@@ -174,7 +189,7 @@ def _facts(shapes: Shapes) -> Iterator[TensorFact]:
 
 def _fact(name: str, shape: tuple[int, ...], fused: FusedIn | None = None) -> TensorFact:
     part, role, layer = Part.BODY, Role.NORM if len(shape) == 1 else Role.STATE, None
-    if numbers := _LAYER.search(name):
+    if (numbers := _LAYER.search(name)) and len(numbers[1]) < len(str(MOST_LAYERS)):
         part, layer = Part.LAYERS, int(numbers[1])
     if _TOWER.search(name):
         part, layer = Part.VISION, None

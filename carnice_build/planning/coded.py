@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from carnice_build.graph import View
 from carnice_build.planning.gather import part_of
@@ -32,8 +32,10 @@ def coded(view: View, context: PlanContext) -> tuple[View, Mapping[str, Codes]]:
     return decode.apply(view, context), codes
 
 
-def kept_as_they_are(codes: Mapping[str, Codes]) -> str:
-    """What a plan says of them."""
+def kept_as_they_are(codes: Mapping[str, Codes]) -> Iterator[str]:
+    """What a plan says of them, if there are any."""
+    if not codes:
+        return
     first, *more = codes
     others = f" and {len(more)} more" if more else ""
-    return f"{first}{others} stay quantized as they are; a step `decode` would quantize them anew"
+    yield f"{first}{others} stay quantized as they are; a step `decode` would quantize them anew"

@@ -156,7 +156,7 @@ def plan_variant(
     codes: Mapping[str, Codes] = {}
     if keeps:
         view, codes = coded(view, context)
-        notices = (*notices, kept_as_they_are(codes))
+        notices = (*notices, *kept_as_they_are(codes))
     view = gathered(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
     # From here on the model is the one that will be published.

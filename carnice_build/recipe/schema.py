@@ -180,7 +180,9 @@ class CardSpec(Strict):
     """Facts for the model card that no file of the checkpoint states."""
 
     title: str | None = Field(None, description="Heading; the model's and variant's names if none.")
-    license: str = Field("apache-2.0", description="Licence identifier of the hub.")
+    license: str = Field(
+        "unknown", description="Licence identifier of the hub, as the source's own page states it."
+    )
     language: list[str] = Field(default_factory=lambda: ["en"], description="Language codes.")
     tags: list[str] = Field(default_factory=list, description="Tags beside those of the format.")
     repo: str | None = Field(None, description="Where the variant will be published: owner/name.")

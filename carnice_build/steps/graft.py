@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from carnice_build.checkpoint.checkpoint import Checkpoint, source_view
+from carnice_build.checkpoint.quantized import stated_quantization
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import View
 from carnice_build.models import architecture_of
@@ -26,6 +27,13 @@ class Graft(Step):
     def apply(self, view: View, context: PlanContext) -> View:
         """The view with the tensors at its end; PlanError when they do not belong to this body."""
         checkpoint = self._checkpoint(context)
+        if stated_quantization(checkpoint.config) is not None:
+            raise PlanError(
+                "is quantized, so that its tensors are codes",
+                where=checkpoint.where,
+                expected="the model that it was quantized from",
+                at=("from",),
+            )
         _check_dimensions(checkpoint, context)
         patterns = Patterns(self.match)
         found = source_view(checkpoint)

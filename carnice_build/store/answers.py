@@ -5,18 +5,21 @@ Whoever reads one checks it, for anyone who can write to the cache can write non
 
 from __future__ import annotations
 
+import os
+import stat
 import zlib
 from pathlib import Path
 
-from carnice_build.store.files import write_atomically
+from carnice_build.store.files import NO_SURPRISE, write_atomically
 
 MAX_BYTES = 200_000_000
+"""Of an answer, packed or not: that of the largest models known takes a few."""
 
 
 def read_answer(root: Path, key: str) -> str | None:
     """The answer of this key; None when nobody asked before, or it is unreadable."""
     try:
-        packed = _path(root, key).read_bytes()
+        packed = _content(_path(root, key))
         return zlib.decompressobj().decompress(packed, MAX_BYTES).decode()
     except (OSError, ValueError, zlib.error):
         return None
@@ -30,6 +33,15 @@ def write_answer(root: Path, key: str, text: str) -> None:
         write_atomically(path, zlib.compress(text.encode(), 1))
     except OSError:
         return
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a regular file; OSError for anything else, which could be read without end."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | NO_SURPRISE), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
+            raise OSError(f"{path} is no answer")
+        return file.read(MAX_BYTES)
 
 
 def _path(root: Path, key: str) -> Path:

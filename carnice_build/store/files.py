@@ -19,6 +19,9 @@ from carnice_build.system import (
     write_at,
 )
 
+NO_SURPRISE = os.O_NOFOLLOW | os.O_NONBLOCK
+"""Neither follow a link out of the cache nor wait for the other end of a pipe."""
+
 
 @contextmanager
 def io_errors_named(where: Path) -> Iterator[None]:

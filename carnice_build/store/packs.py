@@ -18,14 +18,11 @@ from blake3 import blake3
 
 from carnice_build.checkpoint.header import MAX_HEADER_BYTES, Entry
 from carnice_build.errors import StoreError
-from carnice_build.store.files import copy_range, set_mode
+from carnice_build.store.files import NO_SURPRISE, copy_range, set_mode
 from carnice_build.store.locks import Taken, lock
 from carnice_build.system import make_durable, write_at
 
 _READ_SIZE = 1 << 20
-_NO_SURPRISE = os.O_NOFOLLOW | os.O_NONBLOCK
-"""Neither follow a link out of the cache nor wait for the other end of a pipe."""
-
 _FLUSH_BYTES = 64 << 20
 
 
@@ -97,7 +94,7 @@ class PartialPack:
         return False
 
     def _open(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | _NO_SURPRISE
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | NO_SURPRISE
         if self.path.is_symlink() or (self.path.exists() and not is_plain_file(self.path)):
             raise StoreError("is not a file", where=str(self.path), expected="nothing there")
         return os.open(self.path, flags, 0o644)

@@ -106,6 +106,9 @@ class _Run:
         """The drafts of the MTP head, as packaged and quantized."""
         if not any(tensor.fact.part is Part.MTP for tensor in self.variant.conversion.tensors):
             return skipped(acceptance.NAME, "the folder has no MTP head")
+        if not self.variant.architecture.drafts:
+            name = self.variant.architecture.name
+            return skipped(acceptance.NAME, f"nobody has written down what {name}'s head computes")
         why_not = too_large(self._whole_bytes())
         if why_not or self.settings.text is None:
             return skipped(acceptance.NAME, why_not or NO_TEXT)

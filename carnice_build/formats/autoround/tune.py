@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
+from carnice_build.calibration.libraries import LAYER_LIBRARIES
 from carnice_build.calibration.passes import Calibration, samples
 from carnice_build.dtypes import TensorSpec
 from carnice_build.formats.autoround.ops import packed_specs
 from carnice_build.graph import ProcessOp, TensorRef
 from carnice_build.tensor_file import TensorFile
 
-_LAYER_LIBRARIES = ("torch", "transformers", "flash-linear-attention", "causal-conv1d", "numba")
+_LIBRARIES = (*LAYER_LIBRARIES, "numba")
 
 
 class Tune(ProcessOp):
@@ -36,8 +37,8 @@ class Tune(ProcessOp):
     """
 
     name = "autoround.tune"
-    version = 2
-    libraries = ("auto-round", *_LAYER_LIBRARIES)
+    version = 3
+    libraries = ("auto-round", *_LIBRARIES)
     figures = frozenset({0})
 
     def infer(
@@ -88,8 +89,8 @@ class Advance(ProcessOp):
     """
 
     name = "autoround.advance"
-    version = 2
-    libraries = _LAYER_LIBRARIES
+    version = 3
+    libraries = _LIBRARIES
     transient = frozenset({0, 1})
 
     def infer(

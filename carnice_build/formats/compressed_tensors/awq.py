@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from carnice_build.calibration.libraries import LAYER_LIBRARIES
 from carnice_build.calibration.passes import Calibration, layer_memory, samples
 from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import ProcessOp, TensorRef
@@ -35,15 +36,8 @@ class Smooth(ProcessOp):
     """
 
     name = "awq.smooth"
-    version = 3
-    libraries = (
-        "llmcompressor",
-        "compressed-tensors",
-        "torch",
-        "transformers",
-        "flash-linear-attention",
-        "causal-conv1d",
-    )
+    version = 4
+    libraries = ("llmcompressor", "compressed-tensors", *LAYER_LIBRARIES)
     transient = frozenset({0})
 
     workspace: int = 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from carnice_build.formats.mlx.trace import (
     Trace,
     Traced,
     TracedSource,
-    parsed,
+    answered,
 )
 from carnice_build.graph import View
 from carnice_build.models.base import Architecture, FusedIn, TensorFact
@@ -128,7 +129,7 @@ def ask_mlx(
             arguments=(config, rows),
             libraries=(target.value, "mlx"),
             version=TRACER_VERSION,
-            parse=parsed,
+            parse=partial(answered, tensors=tensors),
             extra=answerer.extra,
         )
     )

@@ -15,10 +15,11 @@ from carnice_build.checkpoint.json import to_json
 from carnice_build.formats.base import Companion
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.mlx.files import section_of
-from carnice_build.formats.mlx.format import MlxFormat
+from carnice_build.formats.mlx.format import MlxFormat, MlxRule
 from carnice_build.formats.mlx.names import DRAFTED, drafter_table
 from carnice_build.formats.mlx.table import trace_of
 from carnice_build.formats.mlx.trace import Trace
+from carnice_build.formats.rules import Settings
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import View
 from carnice_build.steps.base import PlanContext
@@ -55,6 +56,15 @@ class MlxDrafter(MlxFormat):
         # Types stay as they are, whatever the config says of the model.
         found = trace_of(drafter_table(), specs, facts, None)
         return replace(found, modules={}) if self.plain else found
+
+    def _settings(
+        self, own: Mapping[str, Any], rules: Sequence[tuple[int, MlxRule]]
+    ) -> Settings | None:
+        """As those of a model, but that `mtp` may be what says the bits."""
+        chosen = super()._settings(own, rules)
+        if chosen is not None and self.mtp is not None:
+            chosen.causes["bits"] = ("mtp",)
+        return chosen
 
     def files(self, variant: Variant) -> Mapping[str, bytes]:
         """config.json, as mlx-vlm writes it."""

@@ -183,7 +183,8 @@ class MlxFormat(Format):
                 made.add_plain(item, fact)
             else:
                 made.add_quantized(item, fact, settings)
-        return made.conversion()
+        towers = any(fact.part is Part.VISION for fact in made.facts)
+        return made.conversion(towers=towers, drafter=bool(self.companions(view, context)))
 
     def trace(self, view: View, context: PlanContext) -> Trace:
         """What becomes of the view."""
@@ -298,8 +299,13 @@ class _Made:
         self._kept.update(refs)
         return list(refs.values())
 
-    def conversion(self) -> Conversion:
-        """All that was added."""
+    @property
+    def facts(self) -> Sequence[TensorFact]:
+        """What the tensors that were added stand for."""
+        return [tensor.fact for tensor in self._tensors]
+
+    def conversion(self, **stated: bool) -> Conversion:
+        """All that was added, with what else the card says of it."""
         return Conversion(
             tensors=self._tensors,
             parameters=sum(ref.spec.size for ref in self._kept.values()),
@@ -309,6 +315,7 @@ class _Made:
                 "whole": self._trace.stated or section_of(self._knobs.whole),
                 "modules": self._modules(),
                 "entries": self._trace.entries,
+                **stated,
             },
         )
 

@@ -14,6 +14,7 @@ from carnice_build.errors import PlanError
 from carnice_build.formats.mlx.conversion import Fused, ask_mlx, refused, told
 from carnice_build.formats.mlx.entries import older_entries, with_entries
 from carnice_build.formats.mlx.table import table_of
+from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Refusal, Trace, Traced, TracedSource
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import STACK
@@ -33,7 +34,7 @@ def kept_trace(view: View, context: PlanContext) -> Trace:
     Tensors of codes have for a source the weight that the codes are of.
     """
     architecture, codes = context.architecture, context.codes
-    table = table_of(architecture.name)
+    table = table_of(architecture.name, Target.MLX_LM)
     config = architecture.published_config({architecture.tensors[name].part for name in view})
     entries = older_entries(config, table)
     stated = {"quantization_config": stated_quantization(context.body.config)}

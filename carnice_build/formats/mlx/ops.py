@@ -9,8 +9,15 @@ from typing import Any
 from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.elementwise import cast_finite
-from carnice_build.formats.mlx.trace import from_params, infer
-from carnice_build.graph import ArrayOp, NonFiniteValue, ProcessOp, TensorData, require_finite
+from carnice_build.formats.mlx.trace import from_params, infer, replay_bytes
+from carnice_build.graph import (
+    ArrayOp,
+    BadInput,
+    NonFiniteValue,
+    ProcessOp,
+    TensorData,
+    require_finite,
+)
 from carnice_build.tensor_file import TensorFile
 
 SUFFIXES = ("weight", "scales", "biases")
@@ -71,6 +78,12 @@ class Transform(ArrayOp):
             raise PlanError(f"mlx-lm's steps do not fit: {error}") from None
         return (TensorSpec(params["dtype"], made.shape),)
 
+    def workspace(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """The values of all steps, the last in one piece, and inputs without NaN."""
+        zeroed = sum(spec.nbytes for spec in inputs) if params["nonfinite"] == "zero" else 0
+        made = infer(from_params(params["steps"]), inputs).nbytes
+        return zeroed + replay_bytes(from_params(params["steps"]), inputs) + made
+
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
@@ -79,7 +92,7 @@ class Transform(ArrayOp):
 
 
 def transform(params: Mapping[str, Any], inputs: Sequence[TensorData], output: TensorData) -> None:
-    """See `Transform`."""
+    """See `Transform`; what the steps make NaN or infinity of finite operands blames none."""
     import numpy as np
 
     from carnice_build.formats.mlx.replay import replay
@@ -95,15 +108,18 @@ def transform(params: Mapping[str, Any], inputs: Sequence[TensorData], output: T
         sources.append(TensorData(item.dtype, array))
     made = replay(from_params(params["steps"]), sources)
     array = np.ascontiguousarray(made.array)
+    if made.dtype in WIDE_FLOATS:
+        _require_finite(array, made.dtype, None)
     if made.dtype == output.dtype:
-        if made.dtype in WIDE_FLOATS:
-            _require_finite(array, made.dtype, 0)
         output.array[...] = array
-    else:
+        return
+    try:
         cast_finite(TensorData(made.dtype, array), output)
+    except BadInput as error:
+        raise NonFiniteValue(error.index, None) from None
 
 
-def _require_finite(array: Any, dtype: str, operand: int) -> None:
+def _require_finite(array: Any, dtype: str, operand: int | None) -> None:
     from carnice_build.kernels.elementwise import non_finite_index
 
     if (index := non_finite_index(array, dtype)) >= 0:
@@ -132,6 +148,11 @@ class TransformQuantize(ArrayOp):
             TensorSpec(spec.dtype, (*before, spec.shape[-1]))
             for spec in _affine_specs(params, [rows])
         )
+
+    def workspace(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """That of `mlx.transform`, and what it makes."""
+        (made,) = Transform().infer(params, inputs)
+        return Transform().workspace(params, inputs) + made.nbytes
 
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]

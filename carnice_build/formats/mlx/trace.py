@@ -21,6 +21,7 @@ from enum import StrEnum
 from typing import Any
 
 from carnice_build.dtypes import ITEM_SIZE, WIDE_FLOATS, TensorSpec
+from carnice_build.tensors import members
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,10 @@ class Step:
 
 
 Steps = tuple[Step, ...]
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (16, 32, 64, 128)
+"""What MLX has kernels for, in any of its modes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,29 @@ def parsed(text: str) -> Trace | Refusal:
         raise NotATrace(f"no trace: {error}") from None
 
 
+def answered(text: str, tensors: Mapping[str, TensorSpec]) -> Trace | Refusal:
+    """`parsed`, of a text that is about a checkpoint of these `tensors`; else NotATrace."""
+    found = parsed(text)
+    if isinstance(found, Trace):
+        for source in {source for item in found.tensors for source in item.sources}:
+            _require_asked(source, tensors)
+        for own in (*found.modules.values(), *found.quantized.values(), found.stated or {}):
+            if own.get("bits", 4) not in BITS or own.get("group_size", 64) not in GROUP_SIZES:
+                raise NotATrace(f"no trace: {own} is no quantization of MLX's")
+        if not all({"bits", "group_size"} <= own.keys() for own in found.quantized.values()):
+            raise NotATrace("no trace: does not say how modules are quantized")
+    return found
+
+
+def _require_asked(source: TracedSource, tensors: Mapping[str, TensorSpec]) -> None:
+    # A stack has no more members than there are tensors, and there may be no room for their names.
+    stacked = "*" in source.name
+    if stacked and not (source.spec.shape and source.spec.shape[0] <= len(tensors)):
+        raise NotATrace(f"no trace: {source.name} is no stack")
+    if any(tensors.get(name) != spec for name, spec in members(source.name, source.spec)):
+        raise NotATrace(f"no trace: {source.name} is not what was asked about")
+
+
 def _traced(row: Sequence[Any], programs: Sequence[Steps]) -> Traced:
     name, dtype, shape, sources, program = row
     found = tuple(TracedSource(key, _spec(kind, size)) for key, kind, size in sources)
@@ -197,6 +225,25 @@ def infer(steps: Steps, sources: Sequence[TensorSpec]) -> TensorSpec:
     for step in steps:
         values.append(_inferred(step, [values[index] for index in step.operands]))
     return values[-1] if steps else values[0]
+
+
+def replay_bytes(steps: Steps, sources: Sequence[TensorSpec]) -> int:
+    """Most bytes that the values of `steps` take: all are kept, and floats are widened to compute.
+
+    Views count as copies, for a later step may need one.
+    """
+    values, widened = list(sources), 0
+    for step in steps:
+        inputs = [values[index] for index in step.operands]
+        values.append(_inferred(step, inputs))
+        if step.op == "each":
+            inner = [TensorSpec(item.dtype, item.shape[1:]) for item in inputs]
+            once = replay_bytes(from_params(step.arguments[0]), inner)
+            # What each index made, which is then put together.
+            widened = max(widened, once + values[-1].nbytes)
+        else:
+            widened = max(widened, 4 * values[-1].size * (len(inputs) + 1))
+    return widened + sum(value.nbytes for value in values[len(sources) :])
 
 
 def _inferred(step: Step, inputs: Sequence[TensorSpec]) -> TensorSpec:

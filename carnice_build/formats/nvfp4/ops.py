@@ -131,8 +131,13 @@ class TakeTurns(ArrayOp):
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Copy."""
+        """Copy; raises NonFiniteValue, with the number of the stack."""
+        from carnice_build.kernels.elementwise import non_finite_index
+
         for number, stack in enumerate(inputs):
+            bad_index = non_finite_index(stack.array, stack.dtype)
+            if bad_index >= 0:
+                raise NonFiniteValue(bad_index, number)
             outputs[0].array[:, number :: len(inputs)] = stack.array
 
 
