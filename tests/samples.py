@@ -249,7 +249,8 @@ _TUNING = {
 }
 _PASSING = ("names", "layer", "config", "threads", "processor")
 _WORKSPACE = frozenset({"workspace"})
-_STACKED = frozenset({"op", "name", "version", "libraries", "figures"})
+# What is `shared` stands in the name, and what is row-wise follows from it.
+_STACKED = frozenset({"op", "name", "version", "libraries", "figures", "shared", "rowwise"})
 
 _TURNED = {
     "steps": [["transpose", [0], [0, 2, 1]], ["add_number", [1], 1.0]],

@@ -25,7 +25,7 @@ from carnice_build.recipe.loader import list_recipes
 from carnice_build.tensor_file import TensorFile
 
 PACKAGE = REPOSITORY / "carnice_build"
-ACCELERATORS = {"flash-linear-attention", "causal-conv1d"}
+ACCELERATORS = {"flash-linear-attention", "causal-conv1d", "mamba-ssm"}
 """Distributions that change bytes where somebody has them, and that nothing of ours asks for."""
 
 ON_FILES = [sample for sample in OPS if isinstance(sample.op, ProcessOp)]
