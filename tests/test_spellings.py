@@ -428,7 +428,10 @@ def test_layers_that_mlx_lm_cannot_tell_apart_are_refused(
     other = carnice("plan", RTN, "--source", f"body={source}", *nothing_to_keep)
 
     check_refused_at_once(
-        found, project, "mlx.yaml:", "full attention, and mlx-lm can only run a model of which"
+        found,
+        project,
+        "presets/mlx-4bit.yaml:",
+        "full attention, and mlx-lm can only run a model of which",
     )
     assert 0 == other.code, other.err
 

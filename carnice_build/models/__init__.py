@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,10 @@ _DRAFTERS = ("qwen3_5_mtp",)
 
 def use_tables(folder: Path) -> None:
     """Look for tables in `folder`, that of a project, before those that ship."""
-    _TABLES[:] = [folder.resolve(), SHIPPED]
+    # With the current folder gone, whoever asks for recipes says so.
+    with suppress(FileNotFoundError):
+        folder = folder.resolve()
+    _TABLES[:] = [folder, SHIPPED]
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
