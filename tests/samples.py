@@ -367,10 +367,7 @@ OPS: Sequence[OpSample] = [
         {
             **{name: _layer().params[name] for name in _PASSING},
             "linears": _TUNED,
-            "settings": {
-                **_TUNING,
-                "layer_bits": {name: 16 for name in _layer().linears if name not in _TUNED},
-            },
+            "settings": _TUNING,
         },
         _layer().inputs(2),
     ),

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from auto_round import AutoRound, RTNConfig
-from family_builds import build_checked
+import torch
+from auto_round import AutoRound, RTNConfig, SignRoundConfig
+from auto_round.algorithms.composer import AlgorithmComposer
+from driving import Checkpoint
+from family_builds import build_checked, write_family
+from oneshot import tokenizer
 from tiny import Tensor, bf16, read_all_tensors, read_json
-from zoo import FAMILIES, Layout, write_zoo
+from transformers import AutoTokenizer, set_seed
+from zoo import FAMILIES, TOKENIZER, Layout, write_zoo
 
-from carnice_build.models import known_types
+from carnice_build.calibration.driver import Arithmetic
+from carnice_build.checkpoint.checkpoint import open_checkpoint
+from carnice_build.models import architecture_of, known_types
+from carnice_build.models.base import Part, Role
+from carnice_build.recipe.patterns import Patterns
 
 NEAREST = "quantize: {format: autoround, method: nearest}\n"
 KEPT = {"gemma4": "quantize: {format: autoround, method: nearest, keep: ['*.per_layer_*']}\n"}
@@ -37,6 +49,33 @@ def marked(family: str, *values: Any) -> Any:
     marks = () if family in OFTEN else pytest.mark.wide
     return pytest.param(family, *values, marks=marks)
 
+
+TUNE = """
+calibration: {dataset: rows.jsonl, samples: 4, length: 32, threads: 1}
+quantize: {format: autoround, method: tune, tune: {iters: 4, lr: 0.03, batch_size: 2}}
+"""
+TEXTS, LENGTH = 4, 32
+
+TUNED = [
+    marked(family)
+    for family in (
+        "llama",
+        "qwen3",
+        "qwen3_moe",
+        "qwen2",
+        "mistral3",
+        "gemma3_text",
+        "phi3",
+        "glm4_moe",
+        "deepseek_v3",
+        "qwen3_5_moe",
+        "qwen3_next",
+        "mixtral",
+        "minimax_m2",
+        "nemotron_h",
+        "gpt_oss",
+    )
+]
 
 CASES = [
     marked(family, layout)
@@ -101,3 +140,118 @@ def floats(tensor: Tensor) -> np.ndarray[Any, Any]:
     if tensor.dtype == "F32":
         return np.frombuffer(tensor.data, np.float32)
     return (np.frombuffer(tensor.data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+# --- tuned blocks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", TUNED)
+def test_tuned_blocks_are_those_of_a_run_of_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switches: None, family: str
+) -> None:
+    """Codes and scales of every linear and every expert's, when every layer draws anew."""
+    monkeypatch.chdir(tmp_path)
+    source = Checkpoint(write_family(tmp_path / "source", family, {}))
+    texts = write_long_texts(tmp_path / "texts.json")
+    model, rows = tuned_by_the_library(source, tmp_path, monkeypatch, plain_of(source))
+    ordered = sorted(texts, key=lambda text: place_of(text, rows))[:TEXTS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ordered))
+    ours = read_all_tensors(build_checked(tmp_path, source.folder, "tuned", TUNE))
+
+    linears = {name: module for name, module in model.named_modules() if hasattr(module, "scale")}
+    packed = [name.removesuffix(".qweight") for name in ours if name.endswith(".qweight")]
+    assert len(linears) == len(packed)
+    for name in packed:
+        linear: Any = linears[library_path(name, source.prefix)]
+        scales = floats16(ours[f"{name}.scales"])
+        assert np.array_equal(linear.scale.float().T.numpy(), scales), name
+        step = linear.scale.float().repeat_interleave(128, dim=1)
+        codes = (linear.weight.float() / step).round() + 8
+        assert np.array_equal(codes.numpy(), codes_of(ours[f"{name}.qweight"])), name
+
+
+@pytest.fixture
+def switches() -> Iterator[None]:
+    """Sets back what the library's constructor switches on."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def plain_of(source: Checkpoint) -> list[str]:
+    """Modules of decoder layers that our format leaves alone, as the library's model has them."""
+    opened = open_checkpoint(source.folder)
+    architecture = architecture_of(opened.config, opened.where)
+    narrow = Patterns(list(architecture.narrow_linears))
+    return [
+        library_path(fact.module, source.prefix)
+        for name, fact in architecture.tensors.items()
+        if fact.part is Part.LAYERS and (fact.role is Role.ROUTER or narrow.matches(name))
+    ]
+
+
+def tuned_by_the_library(
+    source: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch, plain: list[str]
+) -> tuple[Any, list[list[int]]]:
+    """The whole model that auto-round tuned, and the samples that it took."""
+    compress = AlgorithmComposer.compress_block
+
+    def compress_anew(self: AlgorithmComposer, *args: Any, **options: Any) -> Any:
+        set_seed(42)
+        return compress(self, *args, **{**options, "input_ids": None})
+
+    monkeypatch.setattr(AlgorithmComposer, "compress_block", compress_anew)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
+    monkeypatch.setenv("AR_DISABLE_DATASET_SUBPROCESS", "1")
+    model = source.whole(Arithmetic("bfloat16", "sdpa", threads=1))
+    rows: list[list[int]] = []
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, inputs: rows.extend(inputs[0].tolist())
+    )
+    torch.set_num_threads(1)
+    library = AutoRound(
+        model,
+        tokenizer=AutoTokenizer.from_pretrained(source.folder),
+        alg_configs=SignRoundConfig(iters=4, lr=0.03),
+        layer_config={name: {"bits": 16} for name in plain},
+        dataset=str(folder / "texts.json"),
+        nsamples=TEXTS,
+        seqlen=LENGTH,
+        batch_size=2,
+        enable_torch_compile=False,
+        low_cpu_mem_usage=False,
+    )
+    quantized, _ = library.quantize()
+    return quantized, rows
+
+
+def write_long_texts(path: Path) -> list[str]:
+    """Texts of more than a sample's length, where the library looks for them."""
+    text = (TOKENIZER.parent / "heldout.txt").read_text(encoding="utf-8")
+    texts = [text[start : start + 1000] for start in range(0, 10_000, 1000)]
+    path.write_text(json.dumps([{"text": item} for item in texts]), encoding="utf-8")
+    return texts
+
+
+def place_of(text: str, rows: list[list[int]]) -> int:
+    """Which of the samples a text became, behind all of them for none."""
+    tokens = tokenizer()(text)["input_ids"][:LENGTH]
+    return rows.index(tokens) if tokens in rows else len(rows)
+
+
+def library_path(name: str, prefix: str) -> str:
+    """A module's path in transformers' text model."""
+    path = "model." + name.removeprefix(prefix)
+    for ours, theirs in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        path = re.sub(rf"(\.experts\.\d+)\.{ours}$", rf"\1.{theirs}", path)
+    return path.replace(".block_sparse_moe.", ".mlp.")
+
+
+def codes_of(qweight: Tensor) -> np.ndarray[Any, Any]:
+    """Codes 0 to 15 [out, in], unpacked without our kernels."""
+    words = np.frombuffer(qweight.data, np.uint32).reshape(qweight.shape)
+    nibbles = np.stack([words >> shift & 15 for shift in range(0, 32, 4)], axis=1)
+    return nibbles.reshape(-1, words.shape[1]).T
+
+
+def floats16(tensor: Tensor) -> np.ndarray[Any, Any]:
+    return np.frombuffer(tensor.data, np.float16).reshape(tensor.shape).astype(np.float32)

@@ -29,7 +29,7 @@ from auto_round.modeling.fused_moe.moe_experts_interface import (
 )
 from torch import Tensor, nn
 
-from carnice_build.backends.layer import LayerRunner
+from carnice_build.backends.layer import LayerRunner, module_paths
 from carnice_build.models.base import STACK
 
 # Layers with as many bits are left alone.
@@ -143,21 +143,22 @@ def tune_layer(
     effective = inputs if quantized_inputs is None else list(quantized_inputs)
     outputs = run_in_batches(runner, linear_layer(runner, tensors), inputs, settings)
 
-    layer = _quantizable_layer(runner, tensors, settings)
-    _round_to_nearest(layer, runner, settings)
+    names = {path: name for name, path in module_paths(runner, tensors).items()}
+    layer = _quantizable_layer(runner, tensors, names, settings)
+    _round_to_nearest(layer, runner, names, settings)
     nearest_outputs = run_in_batches(runner, layer, effective, settings)
     nearest_loss = _mean_squared_error(nearest_outputs, outputs)
     if not math.isfinite(nearest_loss):
         # The library would find no best iteration and return what it began with.
         raise ValueError("outputs of the layer are NaN or infinite on these samples")
     if not settings.iters:
-        linears = _quantized_linears(layer, settings)
+        linears = _quantized_linears(layer, names, settings)
         return TunedLayer(linears, outputs, nearest_outputs, nearest_loss, nearest_loss)
 
-    layer = _quantizable_layer(runner, tensors, settings)
-    tuned_outputs = _tune(layer, runner, inputs, quantized_inputs, outputs, settings)
+    layer = _quantizable_layer(runner, tensors, names, settings)
+    tuned_outputs = _tune(layer, runner, names, inputs, quantized_inputs, outputs, settings)
     loss = _mean_squared_error(tuned_outputs, outputs)
-    linears = _quantized_linears(layer, settings)
+    linears = _quantized_linears(layer, names, settings)
     return TunedLayer(linears, outputs, tuned_outputs, nearest_loss, loss)
 
 
@@ -173,12 +174,16 @@ def _check_lengths(inputs: Sequence[Tensor], settings: AutoRoundSettings) -> Non
 
 
 def _quantizable_layer(
-    runner: LayerRunner, tensors: Mapping[str, Tensor], settings: AutoRoundSettings
+    runner: LayerRunner,
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    settings: AutoRoundSettings,
 ) -> nn.Module:
     """A layer whose weights may be overwritten, as the library does."""
     layer = linear_layer(runner, {name: tensor.clone() for name, tensor in tensors.items()})
-    linears = dict(_linears(layer))
-    unknown = sorted(settings.layer_bits.keys() - linears.keys() - set(map(stack_of, linears)))
+    linears = {names[path]: linear for path, linear in _linears(layer)}
+    known = {name.removesuffix(".weight") for name in tensors} | set(names.values())
+    unknown = sorted(settings.layer_bits.keys() - known)
     if unknown:
         raise ValueError(f"layer_bits names {', '.join(unknown)}, no linear of the layer")
     odd = [
@@ -215,9 +220,9 @@ _NUMBER = re.compile(r"\.\d+\.")
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in layer.named_modules():
+    for path, module in layer.named_modules():
         if isinstance(module, nn.Linear):
-            yield name, module
+            yield path, module
 
 
 @torch.no_grad()
@@ -241,16 +246,20 @@ def _mean_squared_error(outputs: Sequence[Tensor], references: Sequence[Tensor])
     return squares / sum(output.numel() for output in outputs)
 
 
-def _round_to_nearest(layer: nn.Module, runner: LayerRunner, settings: AutoRoundSettings) -> None:
+def _round_to_nearest(
+    layer: nn.Module, runner: LayerRunner, names: Mapping[str, str], settings: AutoRoundSettings
+) -> None:
     # A module, not a folder's name, is what keeps the library off its "model-free" path, which
     # would quantize more than it was asked to.
-    with _library(layer, runner, RTNConfig(disable_opt_rtn=True), settings, samples=1) as library:
+    config = RTNConfig(disable_opt_rtn=True)
+    with _library(layer, runner, names, config, settings, samples=1) as library:
         library.quantize_block(layer, inputs=None)
 
 
 def _tune(
     layer: nn.Module,
     runner: LayerRunner,
+    names: Mapping[str, str],
     inputs: Sequence[Tensor],
     quantized_inputs: Sequence[Tensor] | None,
     references: Sequence[Tensor],
@@ -267,7 +276,7 @@ def _tune(
     )
     calls = [(((sample,), runner.arguments(sample)),) for sample in inputs]
     with (
-        _library(layer, runner, config, settings, samples=len(inputs)) as library,
+        _library(layer, runner, names, config, settings, samples=len(inputs)) as library,
         torch.enable_grad(),
     ):
         # The library empties the lists that it is given.
@@ -286,11 +295,15 @@ def _tune(
 def _library(
     layer: nn.Module,
     runner: LayerRunner,
+    names: Mapping[str, str],
     config: RTNConfig | SignRoundConfig,
     settings: AutoRoundSettings,
     samples: int,
 ) -> Iterator[Any]:
-    """auto-round, made for a model whose only layer is `layer`, and silent."""
+    """auto-round, made for a model whose only layer is `layer`, and silent.
+
+    `names` are those of its linears, by their paths in the layer.
+    """
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     logger = logging.getLogger("autoround")
@@ -313,9 +326,9 @@ def _library(
                 ),
                 alg_configs=config,
                 layer_config={
-                    f"{_PATH}.{name}": {"bits": settings.bits_of(name)}
-                    for name, _ in _linears(layer)
-                    if settings.bits_of(name) != settings.bits
+                    f"{_PATH}.{path}": {"bits": settings.bits_of(names[path])}
+                    for path, _ in _linears(layer)
+                    if settings.bits_of(names[path]) != settings.bits
                 },
                 nsamples=samples,
                 batch_size=settings.batch_size,
@@ -354,12 +367,14 @@ def _wrapped(layer: nn.Module, runner: LayerRunner, folder: str) -> Any:
     return wrapper
 
 
-def _quantized_linears(layer: nn.Module, settings: AutoRoundSettings) -> dict[str, QuantizedLinear]:
+def _quantized_linears(
+    layer: nn.Module, names: Mapping[str, str], settings: AutoRoundSettings
+) -> dict[str, QuantizedLinear]:
     """What the library left in the linears of `layer`."""
     return {
-        name: _quantized_linear(linear)
-        for name, linear in _linears(layer)
-        if settings.bits_of(name) < WHOLE
+        names[path]: _quantized_linear(linear)
+        for path, linear in _linears(layer)
+        if settings.bits_of(names[path]) < WHOLE
     }
 
 

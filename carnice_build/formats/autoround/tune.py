@@ -33,11 +33,12 @@ class Tune(ProcessOp):
     and when tuned; then qweight, qzeros and scales of each linear, of a stack with the number of
     experts in front.
     Parameters: `linears` to quantize, by their names in the layer; `settings`, those of
-    `backends.autoround.AutoRoundSettings`; `names`, `layer`, `config`, `threads` and `processor`.
+    `backends.autoround.AutoRoundSettings` but `layer_bits`; `names`, `layer`, `config`, `threads`
+    and `processor`.
     """
 
     name = "autoround.tune"
-    version = 3
+    version = 4
     libraries = ("auto-round", *_LIBRARIES)
     figures = frozenset({0})
 
@@ -137,7 +138,10 @@ class Tuning:
     """Tunes the layers of a model in turn, as far as somebody asks for them."""
 
     def __init__(self, calibration: Calibration, settings: Mapping[str, Any]) -> None:
-        """`settings` are those of `backends.autoround.AutoRoundSettings` but `layer_bits`."""
+        """`settings` are those of `backends.autoround.AutoRoundSettings` but `layer_bits`.
+
+        What is not to be quantized is none of the `linears` of a layer.
+        """
         self._calibration = calibration
         self._settings = settings
         # Behind the last layer nobody asks.
@@ -153,10 +157,9 @@ class Tuning:
         calibration = self._calibration
         layer = calibration.layer(number)
         chosen = [name for name in layer.linears if layer.prefix + name in linears]
-        kept = {name: 16 for name in layer.linears if name not in chosen}
         used = ("names", "layer", "config", "threads", "processor")
         params = {**{name: layer.params[name] for name in used}, "linears": chosen}
-        settings = {**self._settings, "layer_bits": kept}
+        settings = self._settings
         inputs = calibration.tokens, *self._hidden(), *layer.weights
         losses, *packed = calibration.graph.add(Tune(), {**params, "settings": settings}, *inputs)
         passing = {**params, **{name: settings[name] for name in ("batch_size", "amp")}}

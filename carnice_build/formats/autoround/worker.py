@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from carnice_build.backends.autoround import (
+    WHOLE,
     AutoRoundSettings,
     QuantizedLinear,
     linear_layer,
@@ -37,7 +38,9 @@ def tune(
 ) -> None:
     """Tune a layer; see `tune.Tune` for the parameters and the order of the files."""
     tensors = layer_tensors(params, weights)
-    settings = AutoRoundSettings(**params["settings"])
+    modules = (n.removesuffix(".weight") for n in params["names"] if n.endswith(".weight"))
+    kept = {module: WHOLE for module in modules if module not in params["linears"]}
+    settings = AutoRoundSettings(**params["settings"], layer_bits=kept)
     driver = _driver(params, settings)
     inputs, quantized = (list(HiddenStates(file, samples, driver.enter)) for file in hidden)
     try:
