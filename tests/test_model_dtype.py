@@ -84,7 +84,12 @@ def test_an_autoround_folder_is_of_the_type_that_its_config_states(
     folder = project.out / "rounded"
     card = (folder / "README.md").read_text()
 
-    assert {expected} == set(plain(read_all_tensors(folder)).values())
+    found = plain(read_all_tensors(folder))
+    # Engines hold this state in float32, so what is published so stays so.
+    states = {found.pop(name) for name in list(found) if name.endswith("A_log")}
+
+    assert {"F32" if source == "F32" else expected} == states
+    assert {expected} == set(found.values())
     assert expected == stated_dtype(read_json(folder / "config.json"))
     assert f"The MTP head is in {expected}, every one of its tensors" in card
 
