@@ -15,6 +15,7 @@ from typing import Any
 
 from carnice_build.errors import CheckpointError
 from carnice_build.models.base import Architecture
+from carnice_build.models.drafters import MLX_DRAFTER
 from carnice_build.models.table import SHIPPED, FamilyTable
 
 GROUP = "carnice_build.families"
@@ -28,10 +29,6 @@ Family = Callable[[Mapping[str, Any], str], Architecture]
 
 _TABLES: list[Path] = [SHIPPED]
 """Folders of tables, that of a project first."""
-
-
-_DRAFTERS = ("qwen3_5_mtp",)
-"""Folders of an MTP head alone, for mlx-vlm; in their config is that of the text model."""
 
 
 def use_tables(folder: Path) -> None:
@@ -50,7 +47,7 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     """
     model_type = config.get("model_type")
     drafted = config.get("text_config")
-    if model_type in _DRAFTERS and isinstance(drafted, dict):
+    if model_type == MLX_DRAFTER and isinstance(drafted, dict):
         return architecture_of(drafted, f"{where}: text_config")
     if isinstance(model_type, str):
         if path := table_of(model_type):

@@ -9,6 +9,12 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+MLX_DRAFTER = "qwen3_5_mtp"
+"""The model type of a folder of an MTP head alone, as mlx-vlm has it."""
+
+MLX_DRAFTED = frozenset({"qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"})
+"""Of what models mlx-vlm makes such a folder."""
+
 _DRAFTERS = {"qwen3_5": "carnice_build.models.qwen3_5_drafter"}
 """Modules with a class `Drafter`; each brings torch, so it is imported in workers alone."""
 

@@ -16,18 +16,17 @@ from carnice_build.formats.base import Companion
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.mlx.files import section_of
 from carnice_build.formats.mlx.format import MlxFormat, MlxRule
-from carnice_build.formats.mlx.names import DRAFTED, drafter_table
+from carnice_build.formats.mlx.names import drafter_table
 from carnice_build.formats.mlx.table import trace_of
 from carnice_build.formats.mlx.trace import Trace
 from carnice_build.formats.rules import Settings
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import View
+from carnice_build.models.drafters import MLX_DRAFTER
 from carnice_build.steps.base import PlanContext
 
 if TYPE_CHECKING:
     from carnice_build.formats.mlx.checks import MlxDrafterChecks
-
-__all__ = ["DRAFTED", "MlxDrafter"]
 
 
 class MlxDrafter(MlxFormat):
@@ -73,7 +72,7 @@ class MlxDrafter(MlxFormat):
     def _config(self, variant: Variant) -> dict[str, Any]:
         text = variant.config.get("text_config", variant.config)
         config = {
-            "model_type": "qwen3_5_mtp",
+            "model_type": MLX_DRAFTER,
             # A round of as many drafts as there are layers, and one more; the model adds one.
             "block_size": text["mtp_num_hidden_layers"] + 2,
             "text_config": text,

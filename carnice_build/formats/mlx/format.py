@@ -38,6 +38,7 @@ from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import ArrayOp, Op, Stacked, TensorRef, View
 from carnice_build.models.base import Part, TensorFact
+from carnice_build.models.drafters import MLX_DRAFTED
 from carnice_build.steps.base import Codes, PlanContext
 
 if TYPE_CHECKING:
@@ -111,11 +112,11 @@ class MlxFormat(Format):
 
     def companions(self, view: View, context: PlanContext) -> Sequence[Companion]:
         """The MTP head as a drafter, in folders for mlx-vlm."""
-        from carnice_build.formats.mlx.drafter import DRAFTED, MlxDrafter
+        from carnice_build.formats.mlx.drafter import MlxDrafter
 
         if self.library is Target.MLX_LM:
             why_not = "mlx-lm has no use for an MTP head: that takes `target: mlx-vlm`"
-        elif context.architecture.name not in DRAFTED:
+        elif context.architecture.name not in MLX_DRAFTED:
             why_not = f"mlx-vlm makes no drafter of a model of {context.architecture.name}"
         elif not any(context.architecture.tensors[name].part is Part.MTP for name in view):
             why_not = "there is no MTP head"

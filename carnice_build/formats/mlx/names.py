@@ -9,14 +9,12 @@ from carnice_build.formats.mlx.table import Table, table_of, trace_of
 from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Traced
 from carnice_build.models.base import Architecture
-
-DRAFTED = frozenset({"qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"})
-"""The families whose MTP head mlx-vlm makes a drafter of, all in one way."""
+from carnice_build.models.drafters import MLX_DRAFTED, MLX_DRAFTER
 
 
 def drafter_table() -> Table:
-    """What becomes of the head of any of `DRAFTED`."""
-    table = table_of("qwen3_5_mtp", Target.MLX_VLM)
+    """What becomes of the head of any of `MLX_DRAFTED`."""
+    table = table_of(MLX_DRAFTER, Target.MLX_VLM)
     assert table is not None
     return table
 
@@ -38,7 +36,7 @@ def published_drafter(architecture: Architecture) -> Mapping[str, Traced]:
 
 def known_names(architecture: Architecture) -> Mapping[str, Traced]:
     """As `published`, whatever library a folder is for: no two call two tensors alike."""
-    heads = published_drafter(architecture) if architecture.name in DRAFTED else {}
+    heads = published_drafter(architecture) if architecture.name in MLX_DRAFTED else {}
     targets = (published(architecture, target) for target in Target)
     return dict(item for names in (heads, *targets) for item in names.items())
 
