@@ -95,7 +95,16 @@ def _terminated(project: Project, carnice: Carnice, patch: Patch) -> int:
 
 
 Situation = Callable[[Project, Carnice, Patch], int]
+
+
+def _new_without_a_preset(project: Project, carnice: Carnice, patch: Patch) -> int:
+    finished = carnice("new", "mine", "--from", project.base, "--as", "mlx-4bits")
+    assert not (project.recipes / "mine.yaml").exists()
+    return finished.code
+
+
 PROMISES: list[tuple[str, str, int, list[Situation]]] = [
+    ("docs/new.md", "Each is one sentence and exit code 2", 2, [_new_without_a_preset]),
     ("docs/cache.md", "another layout version is refused with exit code 2", 2, [_another_layout]),
     ("docs/cache.md", "names what is damaged, exits 1 if anything is", 1, [_damaged_pack]),
     ("docs/cache.md", "while a build uses the cache (exit code 2)", 2, [_cache_in_use]),
