@@ -22,7 +22,7 @@ from carnice_build.store.upkeep import collect, find_damage, stats
 Contents = dict[str, bytes]
 
 contents = st.dictionaries(
-    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0*"), min_size=1, max_size=8),
     st.binary(min_size=1, max_size=200),
     min_size=1,
     max_size=5,
