@@ -18,17 +18,17 @@ from carnice_build.checkpoint.decodings import (
     Packed,
     unfit,
 )
-from carnice_build.checkpoint.rows import FillRows, RowReader
+from carnice_build.checkpoint.rows import FillRows, RowsFile
 from carnice_build.dtypes import ITEM_SIZE, NUMPY_NAME, shared_spec
 from carnice_build.errors import CheckpointError
-from carnice_build.tensors import Reader, SourceTensor
+from carnice_build.tensors import SourceTensor
 
 SCALE_TYPES = ("F32", "BF16", "F16")
 E2M1_GROUP = 32
 """Weights that share a scale in MXFP4."""
 
 
-class DecodedFile:
+class DecodedFile(RowsFile):
     """The floats that a quantized tensor stands for, as if a file held them; see `ByteSource`."""
 
     def __init__(self, decoding: Decoding) -> None:
@@ -55,10 +55,6 @@ class DecodedFile:
         shape = f"{how.dtype} {how.rows} {how.columns}"
         return f"decoded|{how.name} {how.version} {how.settings()}|{shape}|{parts}"
 
-    def path(self) -> None:
-        """See `ByteSource.path`: there is no such file."""
-        return
-
     @property
     def local(self) -> bool:
         """True when all parts are."""
@@ -76,23 +72,10 @@ class DecodedFile:
         parts = self._decoding.parts
         return self._decoding.held_bytes() + sum(part.held_bytes for part in parts)
 
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """See `Readable.read_into`."""
-        with self.open_range(offset, len(buffer)) as read:
-            read(buffer)
-
     @contextmanager
-    def open_range(self, offset: int, count: int) -> Iterator[Reader]:
-        """See `ByteSource.open_range`."""
-        if not count:
-            yield lambda buffer: None
-            return
-        first, skipped = divmod(offset, self._row_bytes)
-        stop = -(-(offset + count) // self._row_bytes)
+    def _open_rows(self, first: int, stop: int) -> Iterator[FillRows]:
         with self._decoding.open(first, stop) as fill:
-            reader = RowReader(self._row_bytes, self._into_bytes(fill))
-            reader.skip(skipped)
-            yield reader.read
+            yield self._into_bytes(fill)
 
     def _into_bytes(self, fill: Fill) -> FillRows:
         import numpy as np

@@ -16,7 +16,7 @@ from itertools import accumulate
 
 from blake3 import blake3
 
-from carnice_build.checkpoint.rows import FillRows, RowReader
+from carnice_build.checkpoint.rows import FillRows, RowsOfTensor
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import ByteSource, Reader, SourceTensor
@@ -166,26 +166,15 @@ class _Flow:
         self._open.close()
 
 
-class EveryRow:
+class EveryRow(RowsOfTensor):
     """Each `step`-th row of a tensor with bytes, [rows, ...], the first one too; see `ByteSource`.
 
     It reads the rows between them as well: those are few bytes, or one request.
     """
 
     def __init__(self, tensor: SourceTensor, step: int) -> None:
-        self._tensor = tensor
+        super().__init__(tensor, tensor.spec.row_bytes)
         self._step = step
-        self._row_bytes = tensor.spec.row_bytes
-
-    @property
-    def _file(self) -> ByteSource:
-        assert self._tensor.file is not None
-        return self._tensor.file
-
-    @property
-    def name(self) -> str:
-        """That of the tensor's file."""
-        return self._file.name
 
     @property
     def size(self) -> int:
@@ -196,15 +185,6 @@ class EveryRow:
     def identity(self) -> str:
         """The tensor's, and which of its rows."""
         return f"rows|{self._step} of {self._row_bytes}|{self._tensor.identity}"
-
-    def path(self) -> None:
-        """See `ByteSource.path`: there is no such file."""
-        return
-
-    @property
-    def local(self) -> bool:
-        """As the tensor's file."""
-        return self._file.local
 
     @property
     def random_access(self) -> bool:
@@ -220,25 +200,12 @@ class EveryRow:
         """See `Holding.held_bytes`."""
         return self._tensor.held_bytes
 
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """See `Readable.read_into`."""
-        with self.open_range(offset, len(buffer)) as read:
-            read(buffer)
-
     @contextmanager
-    def open_range(self, offset: int, count: int) -> Iterator[Reader]:
-        """See `ByteSource.open_range`."""
-        if not count:
-            yield lambda buffer: None
-            return
-        first, skipped = divmod(offset, self._row_bytes)
-        stop = -(-(offset + count) // self._row_bytes)
+    def _open_rows(self, first: int, stop: int) -> Iterator[FillRows]:
         start = self._tensor.offset + first * self._step * self._row_bytes
         span = ((stop - 1 - first) * self._step + 1) * self._row_bytes
         with self._file.open_range(start, span) as read:
-            reader = RowReader(self._row_bytes, self._choosing(read, span))
-            reader.skip(skipped)
-            yield reader.read
+            yield self._choosing(read, span)
 
     def _choosing(self, read: Reader, span: int) -> FillRows:
         """Reads of the `span` that fill a buffer with the chosen rows."""

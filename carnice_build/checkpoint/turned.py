@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from carnice_build.checkpoint.rows import FillRows, RowReader
+from carnice_build.checkpoint.rows import FillRows, RowsOfTensor
 from carnice_build.dtypes import ITEM_SIZE, TensorSpec
-from carnice_build.tensors import ByteSource, Reader, SourceTensor
+from carnice_build.tensors import Reader, SourceTensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 
-class Turned:
+class Turned(RowsOfTensor):
     """Columns of the matrices [lines, columns] of a stack, as rows; see `ByteSource`.
 
     A column is a piece of every line, so a matrix is read and held as a whole while its columns
@@ -25,21 +25,10 @@ class Turned:
 
     def __init__(self, tensor: SourceTensor, columns: range) -> None:
         """`tensor` [slabs, lines, columns] has bytes; of its columns, those that are chosen."""
-        self._tensor = tensor
         self._columns = columns
         self._slabs, self._lines, self._width = tensor.spec.shape
         self._item = ITEM_SIZE[tensor.spec.dtype]
-        self._row_bytes = self._lines * self._item
-
-    @property
-    def _file(self) -> ByteSource:
-        assert self._tensor.file is not None
-        return self._tensor.file
-
-    @property
-    def name(self) -> str:
-        """That of the tensor's file."""
-        return self._file.name
+        super().__init__(tensor, self._lines * self._item)
 
     @property
     def size(self) -> int:
@@ -53,19 +42,14 @@ class Turned:
         how = f"{chosen.start}:{chosen.stop}:{chosen.step} of {list(self._tensor.spec.shape)}"
         return f"turned|{how}|{self._tensor.identity}"
 
-    def path(self) -> None:
-        """See `ByteSource.path`: there is no such file."""
-        return
-
-    @property
-    def local(self) -> bool:
-        """True when the tensor's file is."""
-        return self._file.local
-
     @property
     def random_access(self) -> bool:
         """False: a small read costs a matrix."""
         return False
+
+    @property
+    def _matrix_bytes(self) -> int:
+        return self._lines * self._width * self._item
 
     def locate(self, offset: int) -> tuple[SourceTensor, int]:
         """See `Composite.locate`."""
@@ -77,29 +61,15 @@ class Turned:
 
     def held_bytes(self) -> int:
         """See `Holding.held_bytes`: a matrix, and its columns as rows."""
-        matrix = self._lines * self._width * self._item
-        return matrix + len(self._columns) * self._row_bytes + self._tensor.held_bytes
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """See `Readable.read_into`."""
-        with self.open_range(offset, len(buffer)) as read:
-            read(buffer)
+        rows = len(self._columns) * self._row_bytes
+        return self._matrix_bytes + rows + self._tensor.held_bytes
 
     @contextmanager
-    def open_range(self, offset: int, count: int) -> Iterator[Reader]:
-        """See `ByteSource.open_range`."""
-        if not count:
-            yield lambda buffer: None
-            return
-        first, skipped = divmod(offset, self._row_bytes)
-        stop = -(-(offset + count) // self._row_bytes)
+    def _open_rows(self, first: int, stop: int) -> Iterator[FillRows]:
         slabs = range(first // len(self._columns), -(-stop // len(self._columns)))
-        slab_bytes = self._lines * self._width * self._item
-        start = self._tensor.offset + slabs.start * slab_bytes
-        with self._file.open_range(start, len(slabs) * slab_bytes) as read:
-            reader = RowReader(self._row_bytes, self._turning(read, first))
-            reader.skip(skipped)
-            yield reader.read
+        start = self._tensor.offset + slabs.start * self._matrix_bytes
+        with self._file.open_range(start, len(slabs) * self._matrix_bytes) as read:
+            yield self._turning(read, first)
 
     def _turning(self, read: Reader, at: int) -> FillRows:
         """Reads of whole matrices that fill a buffer with columns, the first of which is `at`."""
