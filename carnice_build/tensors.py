@@ -41,16 +41,27 @@ class SourceTensor:
         return piece.located(offset // item)
 
 
+STACK = "*"
+"""In the place of an expert's number: what all experts have, as one tensor [E, ...]."""
+
+
+def numbered(name: str, count: int) -> list[str]:
+    """The names of `count` experts that a stack's name stands for; any other name by itself."""
+    if STACK not in name:
+        return [name]
+    start, _, end = name.partition(STACK)
+    return [f"{start}{index}{end}" for index in range(count)]
+
+
 def members(name: str, spec: TensorSpec) -> Sequence[tuple[str, TensorSpec]]:
     """The tensors that a name stands for, in the order of their bytes.
 
     A `*` in it stands for the indices of the first axis: the tensors of a stack, end to end.
     """
-    if "*" not in name:
+    if STACK not in name:
         return [(name, spec)]
-    start, _, end = name.partition("*")
     one = shared_spec(spec.dtype, spec.shape[1:])
-    return [(f"{start}{index}{end}", one) for index in range(spec.shape[0])]
+    return [(member, one) for member in numbered(name, spec.shape[0])]
 
 
 Reader = Callable[[memoryview], None]

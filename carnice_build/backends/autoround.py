@@ -30,7 +30,7 @@ from auto_round.modeling.fused_moe.moe_experts_interface import (
 from torch import Tensor, nn
 
 from carnice_build.backends.layer import LayerRunner, module_paths
-from carnice_build.models.base import STACK
+from carnice_build.tensors import STACK
 
 # Layers with as many bits are left alone.
 WHOLE = 16

@@ -41,8 +41,9 @@ from carnice_build.backends.tensors import as_data, as_tensor
 from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
 from carnice_build.kernels import smoothing
-from carnice_build.models.base import STACK, SmoothingMapping
+from carnice_build.models.base import SmoothingMapping
 from carnice_build.models.smoothing import mappings_of_layer
+from carnice_build.tensors import STACK
 
 Keep = Callable[[Tensor], Tensor]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.errors import BackendError
+from carnice_build.tensors import STACK
 
 Shape = tuple[int, ...]
 
@@ -124,7 +125,7 @@ def _numbered(names: Sequence[str]) -> str | None:
     if len(changing) != 1 or list(columns[changing[0]]) != [str(i) for i in range(len(names))]:
         return None
     pattern = split[0]
-    pattern[changing[0]] = "*"
+    pattern[changing[0]] = STACK
     return ".".join(pattern)
 
 

@@ -23,11 +23,11 @@ from carnice_build.checkpoint.datasets import whole_file
 from carnice_build.dtypes import FLOAT_NAMES, ITEM_SIZE, NUMPY_NAME, TensorSpec
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.graph import ProcessOp, TensorRef, View
-from carnice_build.models.base import STACK, Part, Role
+from carnice_build.models.base import Part, Role
 from carnice_build.processor import vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
 from carnice_build.tensor_file import TensorFile
-from carnice_build.tensors import SourceTensor
+from carnice_build.tensors import STACK, SourceTensor, numbered
 
 
 class Embed(ProcessOp):
@@ -141,7 +141,7 @@ class Forward(ProcessOp):
         outputs[1].write(np.array([seen.amax.get(name, 0.0) for name in linears], np.float32))
         for file in outputs[2:]:
             stack = next(name for name in params["linears"] if STACK in name)
-            experts = _each([stack], [file.spec.size])
+            experts = numbered(stack, file.spec.size)
             file.write(np.array([seen.tokens.get(name, 0) for name in experts], np.int64))
 
 
@@ -174,8 +174,7 @@ def linear_counts(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> li
 def _each(linears: Sequence[str], counts: Sequence[int]) -> Iterator[str]:
     """The names of all linears, those of a stack by their numbers."""
     for linear, count in zip(linears, counts, strict=True):
-        for number in range(count):
-            yield linear.replace(STACK, str(number))
+        yield from numbered(linear, count)
 
 
 def samples(tokens: TensorFile) -> list[Any]:

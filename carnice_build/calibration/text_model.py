@@ -27,7 +27,8 @@ from carnice_build.calibration.driver import (
 from carnice_build.calibration.watch import Watch, WeightPlaces
 from carnice_build.calibration.weights import Owners, Placing
 from carnice_build.errors import BackendError, nearest
-from carnice_build.models.base import STACK, Architecture, Part, Role, TensorFact
+from carnice_build.models.base import Architecture, Part, Role, TensorFact
+from carnice_build.tensors import STACK
 
 InputTransform = Callable[[Tensor], Tensor]
 """From the input of a linear to what the linear shall see, of the same shape and type."""

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from carnice_build.models.base import STACK
+from carnice_build.tensors import STACK
 
 Owners = tuple[tuple[str, ...], ...]
 """The linears whose weights a parameter holds: for each expert, or for all of it in one entry."""

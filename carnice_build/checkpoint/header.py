@@ -17,7 +17,7 @@ from carnice_build.checkpoint.source import refuse_pointer
 from carnice_build.dtypes import ITEM_SIZE, TensorSpec, shared_spec
 from carnice_build.errors import CheckpointError, nearest
 from carnice_build.recipe.patterns import MAX_NAME
-from carnice_build.tensors import Readable
+from carnice_build.tensors import STACK, Readable
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit."""
@@ -127,7 +127,7 @@ def tensor_spec(where: str, name: str, dtype: object, shape: object) -> TensorSp
             where=where,
             expected=f"1 to {MAX_NAME}",
         )
-    if "*" in name:
+    if STACK in name:
         # In names of ours it stands for the numbers of experts.
         raise CheckpointError(f"has a tensor {name!r}", where=where, expected="names without *")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:

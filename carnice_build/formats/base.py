@@ -19,7 +19,7 @@ from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, TensorFact
 from carnice_build.recipe.schema import Strict
 from carnice_build.steps.base import PlanContext
-from carnice_build.tensors import members
+from carnice_build.tensors import STACK, members
 
 if TYPE_CHECKING:
     # These bring numpy, or models of launches.
@@ -46,7 +46,7 @@ class OutputTensor:
     @property
     def count(self) -> int:
         """How many `members` there are."""
-        return self.ref.spec.shape[0] if "*" in self.name else 1
+        return self.ref.spec.shape[0] if STACK in self.name else 1
 
 
 @dataclass(frozen=True)

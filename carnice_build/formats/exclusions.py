@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterator
 
-from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.formats.folder import ModelFolder
 from carnice_build.models.base import Architecture, Role, TensorFact
 from carnice_build.recipe.patterns import compile_pattern
-from carnice_build.tensors import members
+from carnice_build.tensors import numbered
 
 _PATTERN = "re:"
 
@@ -50,8 +50,7 @@ def plain_modules(
 
 def modules_of(fact: TensorFact) -> list[str]:
     """The module of a fact; of a stack, that of each expert."""
-    spec = TensorSpec("", fact.shape)
-    return [name.rpartition(".")[0] for name, _ in members(fact.name, spec)]
+    return numbered(fact.module, fact.shape[0]) if fact.stacked else [fact.module]
 
 
 def ignore_problems(

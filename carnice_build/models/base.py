@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from carnice_build.errors import CheckpointError
+from carnice_build.tensors import STACK
 
 
 class Part(StrEnum):
@@ -35,9 +36,6 @@ class Role(StrEnum):
     STATE = "state"
     VISION = "vision"
 
-
-STACK = "*"
-"""In the place of an expert's number: what all experts have, as one tensor [E, ...]."""
 
 QUANTIZABLE = (Role.EMBEDDING, Role.LINEAR)
 
@@ -99,7 +97,7 @@ class TensorFact:
     @property
     def stacked(self) -> bool:
         """Whether this is a stack of experts."""
-        return "*" in self.name
+        return STACK in self.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from carnice_build.models.base import Part, Role
 from carnice_build.models.fitting import fit
+from carnice_build.tensors import STACK
 
 SEVERAL = "several"
 """What a sample has changed that differs in more than one entry."""
@@ -76,7 +77,7 @@ def parsed(name: str) -> tuple[Place, int | None, int | None]:
     expert = next((i for i in numbers if parts[i - 1].endswith("experts")), None)
     found = int(parts[expert]) if expert is not None else None
     if expert is not None:
-        parts[expert] = "*"
+        parts[expert] = STACK
     first = next((i for i in numbers if i != expert), None)
     if first is None:
         return Place("", ".".join(parts)), None, found

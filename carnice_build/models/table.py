@@ -33,6 +33,7 @@ from carnice_build.models.drafters import drafter
 from carnice_build.models.formulas import FormulaError, evaluate, names_in
 from carnice_build.models.readers import reader_of
 from carnice_build.models.table_schema import FusedRow, Group, Row, Table
+from carnice_build.tensors import STACK
 from carnice_build.yaml_tree import Node, read_tree
 
 _MERGED = {"blocks", "defaults", "values"}
@@ -453,7 +454,7 @@ class FamilyTable:
         shape = tuple(
             self._size(size, (*path, "shape", index), given) for index, size in enumerate(row.shape)
         )
-        if "*" in row.name and shape[0] > MOST_EXPERTS:
+        if STACK in row.name and shape[0] > MOST_EXPERTS:
             raise CheckpointError(
                 f"has {shape[0]} experts in a layer by {row.shape[0]}",
                 where=self._reader.root.where,

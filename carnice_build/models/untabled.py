@@ -24,6 +24,7 @@ from carnice_build.models.base import (
     SmoothingMapping,
     TensorFact,
 )
+from carnice_build.tensors import STACK
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -197,7 +198,7 @@ def _fact(name: str, shape: tuple[int, ...], fused: FusedIn | None = None) -> Te
         part, role = (Part.EMBED if part is Part.BODY else part), Role.EMBEDDING
     elif _ROUTER.search(name):
         role = Role.ROUTER
-    elif name.endswith(".weight") and len(shape) == (3 if "*" in name else 2):
+    elif name.endswith(".weight") and len(shape) == (3 if STACK in name else 2):
         part, role = (Part.HEAD if part is Part.BODY else part), Role.LINEAR
     elif name.endswith(".bias"):
         role = Role.BIAS

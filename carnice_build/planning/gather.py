@@ -16,7 +16,7 @@ from carnice_build.errors import PlanError, nearest, together
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, TensorFact
 from carnice_build.planning.unknown import unknown_tensors
-from carnice_build.tensors import SourceTensor
+from carnice_build.tensors import SourceTensor, numbered
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,7 @@ def names_of(fact: TensorFact, there: Container[str]) -> Sequence[str]:
         return [fact.name]
     if name := _fused_name(fact, there):
         return [name]
-    start, _, end = fact.name.partition("*")
-    return [f"{start}{index}{end}" for index in range(fact.shape[0])]
+    return numbered(fact.name, fact.shape[0])
 
 
 def _fused_name(fact: TensorFact, there: Container[str]) -> str | None:

@@ -16,6 +16,7 @@ from carnice_build.models.base import Architecture, Part, Role, TensorFact
 from carnice_build.planning.gather import names_of
 from carnice_build.planning.unknown import BUFFERS
 from carnice_build.recipe.patterns import Patterns
+from carnice_build.tensors import STACK
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def _canonical(name: str, architecture: Architecture) -> str | None:
         return proper
     for match in re.finditer(r"(?<=\.)\d+(?=\.)", name):
         stack = architecture.canonical_name(f"{name[: match.start()]}*{name[match.end() :]}")
-        if stack is not None and "*" in stack:
-            return stack.replace("*", match[0])
+        if stack is not None and STACK in stack:
+            return stack.replace(STACK, match[0])
     return None
 
 

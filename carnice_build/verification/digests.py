@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from carnice_build.checkpoint.checkpoint import is_plain_path
-from carnice_build.dtypes import TensorSpec
 from carnice_build.formats.folder import BUILD_NAME, ModelFolder
 from carnice_build.store.digests import digest_texts
 from carnice_build.store.packs import digest_range
-from carnice_build.tensors import members
+from carnice_build.tensors import numbered
 from carnice_build.units import format_size
 from carnice_build.verification.result import Check, judged
 
@@ -88,8 +87,9 @@ def _headers(
     folder: ModelFolder, present: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> Iterator[str]:
     """A pack is named after its header and its tensors' digests, so the headers are covered too."""
-    firsts = {_members(name, item)[0]: name for name, item in tensors.items()}
-    covered = {member for name, item in tensors.items() for member in _members(name, item)}
+    held = {name: _members(name, item) for name, item in tensors.items()}
+    firsts = {members[0]: name for name, members in held.items()}
+    covered = {member for members in held.values() for member in members}
     for shard, names in folder.shards.items():
         expected = present.get(shard, {}).get("pack")
         if expected is None or not covered.issuperset(names):
@@ -105,10 +105,9 @@ def _headers(
 def _members(name: str, item: Mapping[str, Any]) -> list[str]:
     """The tensors of the folder that an entry of build.json is about."""
     shape = item.get("shape")
-    if "*" not in name or not (isinstance(shape, list) and shape and type(shape[0]) is int):
+    if not (isinstance(shape, list) and shape and type(shape[0]) is int):
         return [name]
-    spec = TensorSpec("U8", (min(shape[0], _MOST_EXPERTS),))
-    return [member for member, _ in members(name, spec)] or [name]
+    return numbered(name, min(shape[0], _MOST_EXPERTS)) or [name]
 
 
 def _small_files(folder: Path, present: Mapping[str, Any]) -> Sequence[str]:

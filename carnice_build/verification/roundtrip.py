@@ -35,7 +35,7 @@ from carnice_build.formats.values import (
 )
 from carnice_build.graph import NonFiniteValue
 from carnice_build.planning.planner import VariantPlan
-from carnice_build.tensors import SourceTensor
+from carnice_build.tensors import STACK, SourceTensor, numbered
 from carnice_build.verification.result import Check, judged, skipped
 
 NAME = "round trip"
@@ -152,7 +152,7 @@ class _Comparison:
 
     def _equal(self, tensors: Sequence[OutputTensor]) -> _Finding:
         for tensor in tensors:
-            if "*" in tensor.name:
+            if STACK in tensor.name:
                 for index, (name, spec) in enumerate(tensor.members):
                     wanted = ref_rows(tensor.ref, index, index + 1).array
                     found = read_rows(self._folder.tensors[name], spec, 0, matrix(spec)[0])
@@ -177,9 +177,8 @@ class _Comparison:
         """Compare the numbers of a quantized module with the source tensor `name`."""
         source, scheme = self._view[name], self.quantized[module]
         total, allowed = _Sums(), 0.0
-        if "*" in module:
-            for index in range(source.spec.shape[0]):
-                one = module.replace("*", str(index))
+        if STACK in module:
+            for index, one in enumerate(numbered(module, source.spec.shape[0])):
                 values = self._checks.values(self._tensors, one, scheme)
                 data = self._checks.prepared(ref_rows(source, index, index + 1))
                 total.add(as_float32(data).reshape(values.shape), values, 0)

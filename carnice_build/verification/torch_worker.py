@@ -20,8 +20,8 @@ from carnice_build.formats.checks import Rounding, TorchChecks
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.values import matrix, read_rows
 from carnice_build.graph import TensorData
-from carnice_build.models.base import STACK, Architecture, Part, Role
-from carnice_build.tensors import SourceTensor
+from carnice_build.models.base import Architecture, Part, Role
+from carnice_build.tensors import STACK, SourceTensor, numbered
 from carnice_build.verification import fidelity
 from carnice_build.verification.fidelity import Fidelity
 from carnice_build.verification.generate import Generation
@@ -55,7 +55,7 @@ class StoredModel:
         if STACK not in name or name in self.tensors:
             return self._one(name, name.rpartition(".")[0])
         fact = self.architecture.tensors[name]
-        experts = (name.replace(STACK, str(number)) for number in range(fact.shape[0]))
+        experts = numbered(name, fact.shape[0])
         return torch.stack([self._one(expert, fact.module) for expert in experts])
 
     def _one(self, name: str, module: str) -> Any:

@@ -24,8 +24,8 @@ from carnice_build.calibration.layer_files import HiddenStates, layer_name, laye
 from carnice_build.dtypes import NUMPY_NAME
 from carnice_build.errors import CheckpointError
 from carnice_build.kernels.autoround import dequantize_rows, pack
-from carnice_build.models.base import STACK
 from carnice_build.tensor_file import TensorFile
+from carnice_build.tensors import STACK
 
 
 def tune(

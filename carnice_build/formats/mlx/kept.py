@@ -17,9 +17,8 @@ from carnice_build.formats.mlx.table import table_of
 from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Refusal, Trace, Traced, TracedSource
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import STACK
 from carnice_build.steps.base import Codes, PlanContext
-from carnice_build.tensors import SourceTensor
+from carnice_build.tensors import STACK, SourceTensor
 
 METHOD = "mxfp4"
 """What a config calls the method whose codes mlx-lm keeps."""

@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import Any
 
 from carnice_build.dtypes import ITEM_SIZE, WIDE_FLOATS, TensorSpec
-from carnice_build.tensors import members
+from carnice_build.tensors import STACK, members
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def answered(text: str, tensors: Mapping[str, TensorSpec]) -> Trace | Refusal:
 
 def _require_asked(source: TracedSource, tensors: Mapping[str, TensorSpec]) -> None:
     # A stack has no more members than there are tensors, and there may be no room for their names.
-    stacked = "*" in source.name
+    stacked = STACK in source.name
     if stacked and not (source.spec.shape and source.spec.shape[0] <= len(tensors)):
         raise NotATrace(f"no trace: {source.name} is no stack")
     if any(tensors.get(name) != spec for name, spec in members(source.name, source.spec)):

@@ -32,8 +32,8 @@ from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme, names, only_group, statements
 from carnice_build.formats.values import Floats, Incomparable, matrix, read_rows
 from carnice_build.kernels import nvfp4
-from carnice_build.models.base import LINEARS, STACK, Architecture, FusedIn, Role, TensorFact
-from carnice_build.tensors import SourceTensor, members
+from carnice_build.models.base import LINEARS, Architecture, FusedIn, Role, TensorFact
+from carnice_build.tensors import STACK, SourceTensor, members
 
 _CONFIG, _TWIN = "config.json", "hf_quant_config.json"
 _ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
