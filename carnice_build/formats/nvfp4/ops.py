@@ -47,17 +47,24 @@ class BlockQuantize(ArrayOp):
         """Quantize all rows; raises NonFiniteValue, with the number of the weight."""
         from carnice_build.kernels import nvfp4
 
-        peak = 0.0
-        for operand, weight in enumerate(inputs):
-            amax, bad_index = nvfp4.amax(weight.array, weight.dtype)
-            if bad_index >= 0:
-                raise NonFiniteValue(bad_index, operand)
-            peak = max(peak, float(amax))
-        scale_2 = nvfp4.weight_scale_2(peak)
+        scale_2 = _shared_scale(inputs)
         outputs[-1].array[...] = scale_2
         for number, weight in enumerate(inputs):
             packed, scales = (output.array for output in outputs[2 * number : 2 * number + 2])
             nvfp4.quantize_rows(weight.array, weight.dtype, float(scale_2), packed, scales)
+
+
+def _shared_scale(weights: Sequence[TensorData]) -> Any:
+    """The second-level scale of all `weights`, float32; NonFiniteValue with the weight's number."""
+    from carnice_build.kernels import nvfp4
+
+    peak = 0.0
+    for operand, weight in enumerate(weights):
+        amax, bad_index = nvfp4.amax(weight.array, weight.dtype)
+        if bad_index >= 0:
+            raise NonFiniteValue(bad_index, operand)
+        peak = max(peak, float(amax))
+    return nvfp4.weight_scale_2(peak)
 
 
 class TurnsQuantize(ArrayOp):
@@ -92,13 +99,7 @@ class TurnsQuantize(ArrayOp):
 
         from carnice_build.kernels import nvfp4
 
-        peak = 0.0
-        for operand, stack in enumerate(inputs):
-            amax, bad_index = nvfp4.amax(stack.array, stack.dtype)
-            if bad_index >= 0:
-                raise NonFiniteValue(bad_index, operand)
-            peak = max(peak, float(amax))
-        scale_2 = nvfp4.weight_scale_2(peak)
+        scale_2 = _shared_scale(inputs)
         outputs[2].array[...] = scale_2
         columns = inputs[0].array.shape[2]
         for index in range(len(inputs[0].array)):
