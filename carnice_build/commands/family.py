@@ -13,6 +13,7 @@ from carnice_build.errors import BackendError, CarniceError, CheckpointError, Re
 from carnice_build.models.derive import Derivation, default_of
 from carnice_build.models.table import FamilyTable
 from carnice_build.models.write_table import Facts, table_text
+from carnice_build.planning.gather import stored
 
 if TYPE_CHECKING:
     from carnice_build.backends.skeletons import Skeletons
@@ -115,12 +116,6 @@ def _differing(
         return [str(error)]
     found: dict[str, tuple[int, ...]] = {}
     for fact in facts:
-        if fact.fused and fact.fused.name in shapes:
-            count, rows, columns = fact.shape
-            found[fact.fused.name] = (count, rows * fact.fused.of, columns)
-        elif fact.stacked:
-            for expert in range(fact.shape[0]):
-                found[fact.name.replace("*", str(expert))] = fact.shape[1:]
-        else:
-            found[fact.name] = fact.shape
+        names, shape = stored(fact, shapes)
+        found |= dict.fromkeys(names, shape)
     return [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]

@@ -57,32 +57,29 @@ def gathered(view: View, architecture: Architecture, where: str) -> View:
     return {name: _ref(facts[name], place) for name, place in places.items() if place.whole}
 
 
-def names_of(fact: TensorFact, there: Container[str]) -> Sequence[str]:
-    """What a checkpoint, in which the names `there` are, calls the tensors of a fact."""
+def stored(fact: TensorFact, there: Container[str]) -> tuple[Sequence[str], tuple[int, ...]]:
+    """What a checkpoint, in which the names `there` are, calls the tensors of a fact.
+
+    And the shape of each of them.
+    """
     if not fact.stacked:
-        return [fact.name]
-    if name := _fused_name(fact, there):
-        return [name]
-    return numbered(fact.name, fact.shape[0])
-
-
-def _fused_name(fact: TensorFact, there: Container[str]) -> str | None:
-    names = fact.fused.names if fact.fused else ()
-    return next((name for name in names if name in there), None)
+        return [fact.name], fact.shape
+    fused = fact.fused
+    name = next((name for name in fused.names if name in there), None) if fused else None
+    if fused is None or name is None:
+        return numbered(fact.name, fact.shape[0]), fact.shape[1:]
+    count, rows, *rest = fact.shape
+    if name == fused.turned:
+        return [name], (count, *rest, fused.of * rows)
+    return [name], (count, fused.of * rows, *rest)
 
 
 def _place(fact: TensorFact, view: View) -> _Place:
-    names = names_of(fact, view)
+    names, shape = stored(fact, view)
     refs = [view[name] for name in names if name in view]
-    if not fact.stacked:
-        return _Place(names, fact.shape, refs)
-    if fact.fused is None or not (name := _fused_name(fact, view)):
-        return _Place(names, fact.shape[1:], refs)
-    count, rows, *rest = fact.shape
-    if name == fact.fused.turned:
-        shape = (count, *rest, fact.fused.of * rows)
-        return _Place(names, shape, refs, fused=True, turned=True)
-    return _Place(names, (count, fact.fused.of * rows, *rest), refs, fused=True)
+    fused = fact.fused is not None and names[0] in fact.fused.names
+    turned = fact.fused is not None and names[0] == fact.fused.turned
+    return _Place(names, shape, refs, fused, turned)
 
 
 def _ref(fact: TensorFact, place: _Place) -> TensorRef:

@@ -13,7 +13,7 @@ from typing import Any
 
 from carnice_build.graph import View
 from carnice_build.models.base import Architecture, Part, Role, TensorFact
-from carnice_build.planning.gather import names_of
+from carnice_build.planning.gather import stored
 from carnice_build.planning.unknown import BUFFERS
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.tensors import STACK
@@ -31,7 +31,7 @@ class Repair:
 def owners(architecture: Architecture, names: Collection[str]) -> dict[str, TensorFact]:
     """The names that a checkpoint with these `names` has for the tensors of its model."""
     facts = architecture.built.values()
-    return {name: fact for fact in facts for name in names_of(fact, names)}
+    return {name: fact for fact in facts for name in stored(fact, names)[0]}
 
 
 def renames(view: View, architecture: Architecture) -> list[Repair]:
