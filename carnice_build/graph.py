@@ -196,12 +196,6 @@ class Stacked(ArrayOp):
                 made = [_slab(item, index) for item in outputs]
                 self.op.apply(params, self._each(inputs, index), made)
 
-    def check(self, params: Mapping[str, Any], inputs: Sequence[TensorData]) -> None:
-        """Check one index after another."""
-        for index in range(len(inputs[0].array)):
-            with self._placed(inputs, index):
-                self.op.check(params, self._each(inputs, index))
-
     def _each(self, inputs: Sequence[TensorData], index: int) -> list[TensorData]:
         return [
             item if number in self.shared else _slab(item, index)
