@@ -15,6 +15,16 @@ from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.verification.result import Outcome
 
+INT4_WEIGHTS = {
+    "num_bits": 4,
+    "type": "int",
+    "symmetric": False,
+    "strategy": "group",
+    "group_size": 128,
+    "observer": "memoryless_minmax",
+}
+"""Our W4A16 by `memoryless_minmax`, in the words of compressed-tensors."""
+
 
 def write_family(folder: Path, family: str, changes: Mapping[str, Any]) -> Path:
     """The checkpoint of `family`, `changes` made in the config of its text model.

@@ -10,23 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from family_builds import INT4_WEIGHTS, build_checked
 from tiny import Tensor, read_all_tensors, read_json, write_json
 from zoo import FAMILIES, Layout, write_zoo
 
-from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
-from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.models import known_types
-from carnice_build.verification.result import Outcome
-
-WEIGHTS = {
-    "num_bits": 4,
-    "type": "int",
-    "symmetric": False,
-    "strategy": "group",
-    "group_size": 128,
-    "observer": "memoryless_minmax",
-}
 
 RECIPES = {
     "fp8": "{format: fp8-dynamic}",
@@ -57,23 +46,7 @@ CASES = [
 def build(root: Path, family: str, layout: Layout, variant: str) -> Path:
     """The folder of a variant of a tiny checkpoint, which passes its checks."""
     source = write_zoo(root / "source", family, layout)
-    (root / "recipes").mkdir()
-    (root / "recipes" / "_profiles.yaml").write_text("demo: {}\n")
-    (root / "recipes" / f"{variant}.yaml").write_text(
-        f"variant: {variant}\ndescription: A\nsources: {{body: {{model: a/b}}}}\n"
-        f"quantize: {RECIPES[variant]}\n"
-    )
-    options = Options(
-        recipes=root / "recipes",
-        out=root / "out",
-        cache=root / "cache",
-        jobs=1,
-        sources={"body": source},
-    )
-    build_variants([variant], options)
-    (result,) = verify_variants([variant], options, VerifySettings(run=False)).variants
-    assert [] == [check for check in result.checks if check.outcome is Outcome.FAILED]
-    return root / "out" / variant
+    return build_checked(root, source, variant, f"quantize: {RECIPES[variant]}\n")
 
 
 def plain_modules(tensors: dict[str, Tensor]) -> list[str]:
@@ -124,7 +97,7 @@ def test_w4a16(tmp_path: Path, family: str, layout: Layout) -> None:
     from compressed_tensors.quantization import QuantizationScheme
 
     ours = read_all_tensors(build(tmp_path, family, layout, "w4a16"))
-    scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": WEIGHTS})
+    scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": INT4_WEIGHTS})
 
     assert [] == differing(model_free(tmp_path, scheme, plain_modules(ours)), ours)
 

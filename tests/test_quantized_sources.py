@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from family_builds import INT4_WEIGHTS
 from safetensors.torch import load_file, save_file
 from tiny import Tensor, read_all_tensors, read_json, write_json
 from zoo import TOKENIZER_FILES, write_zoo
@@ -36,14 +37,6 @@ QUANTS: dict[str, dict[str, Any]] = {
         "ignore": ["re:.*lm_head", "re:.*embed_tokens"],
     },
     "int4": {"format": "autoround", "method": "nearest"},
-}
-WEIGHTS = {
-    "num_bits": 4,
-    "type": "int",
-    "symmetric": False,
-    "strategy": "group",
-    "group_size": 128,
-    "observer": "memoryless_minmax",
 }
 
 
@@ -180,7 +173,7 @@ def test_a_model_in_fp8_is_what_llm_compressor_makes_of_it(
     source = write_zoo(shop.root / "source", family, "hub")
     shop.build(source, quant, {"decode": {}})
     ours = shop.tensors(quant)
-    packed = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": WEIGHTS})
+    packed = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": INT4_WEIGHTS})
     scheme = {"fp8": "FP8_DYNAMIC", "w4a16": packed}[quant]
     theirs = theirs_of_fp8(source, shop.root / "theirs", scheme, plain_modules(ours))
 
@@ -260,7 +253,7 @@ SCHEMES = {
             "symmetric": True,
         },
     },
-    "w4a16": {"weights": WEIGHTS},
+    "w4a16": {"weights": INT4_WEIGHTS},
 }
 
 

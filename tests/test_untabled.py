@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import REPOSITORY, Finished, Project
+from family_builds import INT4_WEIGHTS
 from test_bad_input import check_refused_at_once
 from tiny import Tensor, bf16, read_all_tensors, write_json, write_shards
 
@@ -131,15 +132,7 @@ def test_int4_is_that_of_model_free_ptq(project: Project, fused: bool) -> None:
     recipes(project)
     folder = write_mystery(project.root / "mystery", fused=fused)
     ours = build(project, folder, "w4a16")["w4a16"]
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": False,
-        "strategy": "group",
-        "group_size": 128,
-        "observer": "memoryless_minmax",
-    }
-    scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": weights})
+    scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": INT4_WEIGHTS})
 
     assert model_free(folder, scheme, LEFT) == ours
 
