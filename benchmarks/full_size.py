@@ -391,8 +391,15 @@ FP8: Config = {
 def _latent_config(**own: Any) -> Config:
     """What the configs of DeepSeek-V3 and Kimi-K2 have in common, and what `own` has besides."""
     config: Config = {
+        "architectures": ["DeepseekV3ForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+            "AutoModel": "modeling_deepseek.DeepseekV3Model",
+            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+        },
+        "aux_loss_alpha": 0.001,
         "ep_size": 1,
         "hidden_act": "silu",
         "hidden_size": 7168,
@@ -486,13 +493,6 @@ def _next_token(prefix: str, hidden: int) -> Rows:
 def deepseek_v3() -> tuple[Config, Rows]:
     """DeepSeek-V3: FP8 in blocks, latent attention, an MTP layer with its own copy of both ends."""
     config = _latent_config(
-        architectures=["DeepseekV3ForCausalLM"],
-        auto_map={
-            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
-            "AutoModel": "modeling_deepseek.DeepseekV3Model",
-            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
-        },
-        aux_loss_alpha=0.001,
         bos_token_id=0,
         eos_token_id=1,
         first_k_dense_replace=3,
@@ -534,13 +534,6 @@ def deepseek_v3() -> tuple[Config, Rows]:
 def kimi_k2() -> tuple[Config, Rows]:
     """Kimi-K2-Instruct: DeepSeek's architecture with 384 experts and no MTP layer."""
     config = _latent_config(
-        architectures=["DeepseekV3ForCausalLM"],
-        auto_map={
-            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
-            "AutoModel": "modeling_deepseek.DeepseekV3Model",
-            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
-        },
-        aux_loss_alpha=0.001,
         bos_token_id=163584,
         eos_token_id=163585,
         first_k_dense_replace=1,
