@@ -22,6 +22,7 @@ from zoo import FAMILIES, TOKENIZER, Layout, write_zoo
 
 from carnice_build.calibration.driver import Arithmetic
 from carnice_build.checkpoint.checkpoint import open_checkpoint
+from carnice_build.errors import CarniceError
 from carnice_build.models import architecture_of, known_types
 from carnice_build.models.base import Part, Role
 from carnice_build.recipe.patterns import Patterns
@@ -72,10 +73,12 @@ TUNED = [
         "qwen3_next",
         "mixtral",
         "minimax_m2",
-        "nemotron_h",
-        "gpt_oss",
     )
 ]
+
+ALIKE = {"gemma3_text": 5}
+"""How many layers the library runs as the model does, where not all: it calls each with what it saw
+the first called with, and the sixth of Gemma 3 is the first of another kind, with other angles."""
 
 CASES = [
     marked(family, layout)
@@ -161,13 +164,41 @@ def test_tuned_blocks_are_those_of_a_run_of_the_whole_model(
     linears = {name: module for name, module in model.named_modules() if hasattr(module, "scale")}
     packed = [name.removesuffix(".qweight") for name in ours if name.endswith(".qweight")]
     assert len(linears) == len(packed)
+    later = tuple(f"{source.prefix}layers.{n}." for n in range(ALIKE.get(family, 99), 99))
     for name in packed:
+        if name.startswith(later):
+            continue
         linear: Any = linears[library_path(name, source.prefix)]
         scales = floats16(ours[f"{name}.scales"])
         assert np.array_equal(linear.scale.float().T.numpy(), scales), name
         step = linear.scale.float().repeat_interleave(128, dim=1)
         codes = (linear.weight.float() / step).round() + 8
         assert np.array_equal(codes.numpy(), codes_of(ours[f"{name}.qweight"])), name
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        pytest.param("nemotron_h", "runs no experts without a gate", marks=pytest.mark.wide),
+        pytest.param("gpt_oss", "no attention sdpa for GptOssForCausalLM", marks=pytest.mark.wide),
+    ],
+)
+def test_what_the_library_cannot_tune_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, said: str
+) -> None:
+    """Experts that it has no forward pass for, and an attention that transformers lacks."""
+    monkeypatch.chdir(tmp_path)
+    source = write_family(tmp_path / "source", family, {})
+    texts = write_long_texts(tmp_path / "texts.json")[:TEXTS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+
+    recipe = TUNE
+    if family == "nemotron_h":
+        # Mamba's tiny projection has a number of rows that the library does not take.
+        recipe = TUNE.replace("method: tune,", "method: tune, keep: ['*.mixer.in_proj.*'],")
+
+    with pytest.raises(CarniceError, match=said):
+        build_checked(tmp_path, source, "tuned", recipe)
 
 
 @pytest.fixture
@@ -203,6 +234,9 @@ def tuned_by_the_library(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
     monkeypatch.setenv("AR_DISABLE_DATASET_SUBPROCESS", "1")
     model = source.whole(Arithmetic("bfloat16", "sdpa", threads=1))
+    # Where it reads that the model is text alone, whatever tower the checkpoint has.
+    model.config.save_pretrained(folder / "text")
+    model.name_or_path = str(folder / "text")
     rows: list[list[int]] = []
     model.get_input_embeddings().register_forward_pre_hook(
         lambda module, inputs: rows.extend(inputs[0].tolist())

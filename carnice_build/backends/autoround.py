@@ -10,12 +10,13 @@ generators of this process: to be imported in worker processes alone.
 from __future__ import annotations
 
 import gc
+import io
 import logging
 import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
@@ -23,13 +24,12 @@ from typing import Any, Literal
 
 import torch
 from auto_round import AutoRound, QuantizationScheme, RTNConfig, SignRoundConfig
-from auto_round.modeling.fused_moe.moe_experts_interface import (
-    LINEAR_LOOP_IMPL,
-    prepare_model_for_moe_quantization,
-)
+from auto_round.modeling.fused_moe.moe_experts_interface import LINEAR_LOOP_IMPL
+from auto_round.modeling.fused_moe.replace_modules import apply_replacements, materialize_model_
 from torch import Tensor, nn
 
 from carnice_build.backends.layer import LayerRunner, module_paths
+from carnice_build.errors import BackendError
 from carnice_build.tensors import STACK
 
 # Layers with as many bits are left alone.
@@ -200,15 +200,40 @@ def _quantizable_layer(
 
 
 def linear_layer(runner: LayerRunner, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The layer as the library tunes it: every expert's linears modules of their own."""
+    """The layer as the library tunes it: every expert's linears modules of their own.
+
+    BackendError for experts that the library cannot run so.
+    """
     layer = runner.layer(tensors)
-    if prepare_model_for_moe_quantization(layer):
-        for module in layer.modules():
-            if hasattr(module, "is_concatenated"):
-                # The layer's own: what transformers' experts look up their forward by.
-                config: Any = module.config
-                config._experts_implementation = LINEAR_LOOP_IMPL
+    holder: Any = nn.Module()
+    holder.layer, holder.config = layer, deepcopy(runner.config)
+    with _without_log(), redirect_stderr(io.StringIO()):
+        # Of some models the library has blocks of its own.
+        apply_replacements(holder)
+        materialize_model_(holder)
+    for module in layer.modules():
+        if hasattr(module, "is_concatenated"):
+            if not (module.is_concatenated and module.has_gate):
+                # It would fail, or take rows of both for those of one.
+                raise BackendError(
+                    "auto-round runs no experts without a gate, or whose gate takes turns with up",
+                    expected="method: nearest",
+                )
+            # The layer's own: what transformers' experts look up their forward by.
+            config: Any = module.config
+            config._experts_implementation = LINEAR_LOOP_IMPL
     return layer
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    logger = logging.getLogger("autoround")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def stack_of(linear: str) -> str:
@@ -306,13 +331,14 @@ def _library(
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    logger = logging.getLogger("autoround")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     # The library collects garbage again and again, each time among all that its imports made.
     gc.freeze()
     try:
-        with TemporaryDirectory(prefix="auto-round-") as folder, warnings.catch_warnings():
+        with (
+            _without_log(),
+            TemporaryDirectory(prefix="auto-round-") as folder,
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             library = AutoRound(
                 _wrapped(layer, runner, folder),
@@ -346,7 +372,6 @@ def _library(
             yield library
     finally:
         gc.unfreeze()
-        logger.setLevel(level)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
