@@ -255,6 +255,15 @@ def test_what_layers_get_from_elsewhere_must_be_given(
         driver.run(layer, torch.zeros(1, 8, 256, dtype=torch.bfloat16))
 
 
+def test_padding_may_be_any_token(zoo: Any) -> None:
+    """The rows of one sample are there, among which that of the padding need not be."""
+    checkpoint, how = zoo("llama"), Arithmetic("bfloat16", "sdpa", threads=1)
+    driver = LayerDriver({**checkpoint.config, "pad_token_id": 2000}, 0, how)
+    rows = checkpoint.embedded(tokens(8))
+
+    assert torch.equal(rows, driver.enter(rows))
+
+
 def test_an_attention_that_a_family_lacks_is_refused(zoo: Any) -> None:
     """GPT-OSS's sinks are in eager attention alone; with another they would be left out."""
     how = Arithmetic("bfloat16", "sdpa", threads=1)

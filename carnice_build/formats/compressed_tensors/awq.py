@@ -13,7 +13,8 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from carnice_build.calibration.passes import Calibration, Chain, layer_memory, made_specs
+from carnice_build.calibration.chain import Chain
+from carnice_build.calibration.passes import Calibration, layer_memory, made_specs
 from carnice_build.calibration.samples import samples
 from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import ProcessOp, TensorRef
