@@ -233,7 +233,7 @@ class ProcessOp(Op):
     The outputs named in `transient`, by their index, are not kept longer than the build needs them.
     """
 
-    transient: ClassVar[frozenset[int]] = frozenset()
+    transient: frozenset[int] = frozenset()
 
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """How often `run` calls `progress`: its share of a build's long work."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from zoo import write_zoo
 
+from carnice_build.calibration.beginning import Beginning
 from carnice_build.calibration.driver import Arithmetic
+from carnice_build.models import architecture_of, known_types
 
 EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
@@ -60,12 +63,16 @@ class Checkpoint:
         named = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
         if not stacked:
             return named
+        if "experts.gate_up_proj" in named:
+            gate, up = named.pop("experts.gate_up_proj").chunk(2, dim=1)
+            parts = {"gate": gate, "up": up, "down": named.pop("experts.down_proj")}
+            named |= {f"experts.*.{part}_proj.weight": t for part, t in parts.items()}
         stacks: dict[str, list[str]] = {}
         for name in named:
             stacks.setdefault(EXPERT.sub("*", name), []).append(name)
         return {
             stack: torch.stack([named[name] for name in sorted(names, key=_number)])
-            if "*" in stack
+            if "*" in stack and stack not in named
             else named[stack]
             for stack, names in stacks.items()
         }
@@ -92,6 +99,22 @@ class Checkpoint:
         """Rows of the embedding."""
         ends = ("embed_tokens.weight", "embeddings.weight")
         return next(t for name, t in self.tensors.items() if name.endswith(ends))[tokens][None]
+
+    def beside(self, arithmetic: Arithmetic, tokens: Tensor) -> Callable[[int], dict[str, Any]]:
+        """What the layers are given of a sample beside hidden states, by what its table says."""
+        if self.config["model_type"] not in known_types():
+            return lambda _: {}
+        architecture = architecture_of(self.config, str(self.folder))
+        passed = [(n, item) for n in range(self.layers) for item in architecture.passed(n)]
+        shared = {item.argument: UserDict() for _, item in passed if item.maker is not None}
+        wanted = [(layer, item.argument) for layer, item in passed if item.maker is None]
+        made: dict[tuple[int, str], Tensor] = {}
+        if wanted:
+            outside = {n: t for n, t in self.tensors.items() if ".layers." not in n}
+            tables = {n: outside.pop(n)[tokens][None] for n in list(outside) if "embed_tokens" in n}
+            given = Beginning(self.config, arithmetic, outside).given(tables, wanted)
+            made = dict(zip(wanted, given, strict=True))
+        return lambda n: {**{name: t for (layer, name), t in made.items() if layer == n}, **shared}
 
 
 def _number(name: str) -> int:

@@ -18,6 +18,7 @@ from carnice_build.models.base import (
     Fusion,
     KvGeometry,
     Part,
+    Passed,
     Role,
     SmoothingMapping,
     TensorFact,
@@ -124,6 +125,9 @@ class Llama:
 
     def layer_prefix(self, layer: int) -> str:
         return f"model.layers.{layer}."
+
+    def passed(self, layer: int) -> tuple[Passed, ...]:
+        return ()
 
     def optional(self, fact: TensorFact) -> bool:
         return False

@@ -18,6 +18,7 @@ from conftest import REPOSITORY
 from numpy.typing import NDArray
 from tiny import bf16, tiny_config
 
+from carnice_build.calibration.beside import Beside, passed_specs, told
 from carnice_build.calibration.passes import Embed, Forward, ForwardExperts
 from carnice_build.calibration.tokens import LongestFirst, Tokens
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
@@ -231,6 +232,52 @@ def _experts_layer() -> _Layer:
     return _Layer(params, [*attention, *stacks], hidden, weights)
 
 
+_GEMMA = {
+    "model_type": "gemma4_text",
+    "vocab_size": 16,
+    "vocab_size_per_layer_input": 16,
+    "hidden_size": 64,
+    "hidden_size_per_layer_input": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_kv_shared_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "global_head_dim": 32,
+    "layer_types": ["full_attention"] * 2,
+    "pad_token_id": 0,
+}
+
+
+@cache
+def _passing_layer(number: int) -> _Layer:
+    """One of two layers, the second of which has no keys and values of its own."""
+    architecture = architecture_of(_GEMMA, "gemma")
+    prefix = architecture.layer_prefix(number)
+    facts = [fact for fact in architecture.tensors.values() if fact.layer == number]
+    given, made = list(map(told, architecture.passed(number))), list(map(told, _SHARED))
+    params = {
+        **_layer().params,
+        "names": [fact.name.removeprefix(prefix) for fact in facts],
+        "layer": number,
+        "config": _GEMMA,
+        "given": given,
+        **({} if number else {"made": made}),
+    }
+    specs = passed_specs("bfloat16", TensorSpec("I32", (SAMPLES, LENGTH)), given)
+    weights = [("BF16", fact.shape) for fact in facts]
+    linears = [fact.module.removeprefix(prefix) for fact in facts if fact.role is Role.LINEAR]
+    return _Layer(params, linears, 64, [*weights, *((spec.dtype, spec.shape) for spec in specs)])
+
+
+_SHARED = [item for item in architecture_of(_GEMMA, "gemma").passed(1) if item.key]
+_OUTSIDE = [
+    fact
+    for fact in architecture_of(_GEMMA, "gemma").tensors.values()
+    if fact.part in (Part.EMBED, Part.BODY)
+]
+
 _AFFINE = {"bits": 4, "group_size": 64, "dtype": "BF16", "nonfinite": "refuse"}
 _PLUS_ONE = {"add": 1.0, "dtype": "BF16", "nonfinite": "refuse"}
 _GROUPED = {"observer": "mse", "group_size": 64}
@@ -247,8 +294,9 @@ _TUNING = {
     "not_use_best_mse": False,
     "seed": 42,
 }
+_ARITHMETIC = ("dtype", "attention", "threads", "device", "processor")
 _PASSING = ("names", "layer", "config", "threads", "processor")
-_WORKSPACE = frozenset({"workspace"})
+_WORKSPACE = frozenset({"workspace", "transient"})
 # What is `shared` stands in the name, and what is row-wise follows from it.
 _STACKED = frozenset({"op", "name", "version", "libraries", "figures", "shared", "rowwise"})
 
@@ -332,6 +380,41 @@ OPS: Sequence[OpSample] = [
         ForwardExperts(workspace=1 << 20),
         {**_experts_layer().params, "linears": list(_experts_layer().linears)},
         _experts_layer().inputs(1),
+        _WORKSPACE,
+    ),
+    *(
+        OpSample(
+            Forward(workspace=1 << 20, transient=frozenset({0} if number else {0, 2, 3})),
+            {**_passing_layer(number).params, "linears": list(_passing_layer(number).linears)},
+            _passing_layer(number).inputs(1),
+            _WORKSPACE,
+        )
+        for number in range(2)
+    ),
+    OpSample(
+        Beside(frozenset({0, 1})),
+        {
+            **{name: _layer().params[name] for name in _ARITHMETIC},
+            "names": [fact.name for fact in _OUTSIDE],
+            "tables": [fact.name for fact in _OUTSIDE if fact.role is Role.EMBEDDING],
+            "given": [[number, _passing_layer(number).params["given"][0]] for number in range(2)],
+            "config": _GEMMA,
+        },
+        lambda: [_tokens(), *drawn(*(("BF16", fact.shape) for fact in _OUTSIDE))()],
+        frozenset({"transient"}),
+    ),
+    OpSample(
+        Smooth(workspace=1 << 20, transient=frozenset({0, 2, 3})),
+        {
+            **_passing_layer(0).params,
+            "mappings": [["mlp.up_proj", ["mlp.down_proj"]]],
+            "quantized": ["mlp.up_proj", "mlp.down_proj"],
+            "scheme": {"num_bits": 4, "group_size": 64, "symmetric": False},
+            "n_grid": 4,
+            "duo_scaling": True,
+            "norms": "library",
+        },
+        _passing_layer(0).inputs(1),
         _WORKSPACE,
     ),
     OpSample(

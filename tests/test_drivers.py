@@ -29,12 +29,9 @@ from carnice_build.verification.torch_worker import StoredModel
 
 pytest_plugins = ["driving"]
 
-ALIKE = [name for name in FAMILIES if name != "gemma4"]
-"""Those whose layers pass nothing on but hidden states."""
-
 TABLED = [
     name
-    for name in ALIKE
+    for name in FAMILIES
     # transformers writes the names of Gemma 3's tower in another way than the hub has them.
     if FAMILIES[name].model_type in known_types() and name != "gemma3"
 ]
@@ -53,6 +50,7 @@ def walk(
 ) -> Iterator[tuple[list[Tensor], Seen]]:
     """What each layer makes of the samples, and what its linears were given."""
     hidden = [checkpoint.embedded(sample) for sample in samples]
+    beside = [checkpoint.beside(how, sample) for sample in samples]
     for index in range(checkpoint.layers):
         driver, tensors = (
             LayerDriver(checkpoint.config, index, how),
@@ -60,12 +58,15 @@ def walk(
         )
         layer = driver.layer(tensors)
         with seen_inputs(layer, driver.owners(tensors)) as seen:
-            hidden = [driver.run(layer, driver.enter(sample)) for sample in hidden]
+            hidden = [
+                driver.run(layer, driver.enter(sample), given(index))
+                for sample, given in zip(hidden, beside, strict=True)
+            ]
         yield hidden, seen
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("family", ALIKE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layers_make_the_bits_that_they_make_in_the_whole_model(
     zoo: Any, family: str, dtype: str
 ) -> None:
@@ -102,14 +103,14 @@ def test_tables_name_what_the_whole_model_is_made_of(zoo: Any, family: str) -> N
     model = OpenModel(StoredModel(architecture, tensors).source(), how)
     sample = tokens(75)
 
-    (hidden,) = model.embedded([sample])
+    (state,) = model.embedded([sample])
     for index in range(architecture.num_layers):
-        hidden = model.layer(index)(hidden)
+        state = model.layer(index)(state)
     ending = model.ending()
     with torch.no_grad():
         expected = checkpoint.whole(how)(sample[None], use_cache=False).logits
 
-    assert torch.equal(expected, ending.scores(ending.states(hidden)))
+    assert torch.equal(expected, ending.scores(ending.states(state.hidden)))
 
 
 def test_a_sample_has_the_bits_that_it_has_alone(zoo: Any) -> None:
@@ -221,6 +222,8 @@ def _respelled(linear: str) -> str:
         ("glm4_moe", 64),
         ("nemotron_h", 20),
         ("mixtral", 64),
+        ("gemma4", 48),
+        ("gemma4_moe", 113),
     ],
 )
 def test_seen_inputs_are_those_that_modelopt_calibrates(
@@ -263,11 +266,11 @@ def test_an_expert_without_tokens_is_told_and_changes_nothing(zoo: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "uses weights before its layers"),
+        ({}, "makes per_layer_input of layer 3 with weights of no layer"),
         ({"hidden_size_per_layer_input": 0}, r"gives layer 3 'sliding_attention' of other layers"),
     ],
 )
-def test_what_layers_get_from_elsewhere_is_refused(
+def test_what_layers_get_from_elsewhere_must_be_given(
     zoo: Any, changes: dict[str, Any], said: str
 ) -> None:
     """Gemma 4's embeddings for each layer, and keys and values that its last layers share."""
@@ -277,6 +280,15 @@ def test_what_layers_get_from_elsewhere_is_refused(
 
     with pytest.raises(BackendError, match=rf"Gemma4ForCausalLM of transformers {said}"):
         driver.run(layer, torch.zeros(1, 8, 256, dtype=torch.bfloat16))
+
+
+def test_padding_may_be_any_token(zoo: Any) -> None:
+    """The rows of one sample are there, among which that of the padding need not be."""
+    checkpoint, how = zoo("llama"), Arithmetic("bfloat16", "sdpa", threads=1)
+    driver = LayerDriver({**checkpoint.config, "pad_token_id": 2000}, 0, how)
+    rows = checkpoint.embedded(tokens(8))
+
+    assert torch.equal(rows, driver.enter(rows))
 
 
 def test_an_attention_that_a_family_lacks_is_refused(zoo: Any) -> None:

@@ -174,10 +174,11 @@ def test_hidden_states_and_logits_are_those_of_the_whole_model(
     with torch.no_grad():
         expected = whole(tokens[None], use_cache=False, output_hidden_states=True)
 
-    (hidden,) = model.embedded([tokens])
-    found = [hidden]
+    (state,) = model.embedded([tokens])
+    found = [state.hidden]
     for index in range(model.architecture.num_layers):
-        found.append(model.layer(index)(found[-1]))
+        state = model.layer(index)(state)
+        found.append(state.hidden)
     ending = model.ending()
     found[-1] = ending.states(found[-1])
 

@@ -41,11 +41,11 @@ def embedded(tokens: Tensor) -> Tensor:
 
 def hidden_states(model: OpenModel, tokens: Tensor) -> Iterator[Tensor]:
     """The input of every layer, then the last one's output."""
-    (hidden,) = model.embedded([tokens])
-    yield hidden
+    (state,) = model.embedded([tokens])
+    yield state.hidden
     for index in range(len(KINDS)):
-        hidden = model.layer(index)(hidden)
-        yield hidden
+        state = model.layer(index)(state)
+        yield state.hidden
 
 
 @every_arithmetic

@@ -15,6 +15,7 @@ from zoo import FAMILIES
 
 from carnice_build.errors import CarniceError, CheckpointError, RecipeError
 from carnice_build.models import architecture_of, known_types
+from carnice_build.models.base import Passed
 from carnice_build.models.formulas import FormulaError, compiled, evaluate
 from carnice_build.models.table import SHIPPED, FamilyTable
 
@@ -50,6 +51,44 @@ def test_the_table_of_these_tests_is_one(tmp_path: Path) -> None:
     found = table(tmp_path)
 
     assert (33, 16) == found.tensors["layers.1.up.weight"].shape
+
+
+PASSED = """\
+passed:
+  - {argument: keys, key: kind, made: layer == 0, when: layer > 0, shapes: [[2, length, inner]]}
+"""
+
+
+def test_a_table_says_what_layers_are_given_of_others(tmp_path: Path) -> None:
+    """By the last layer before it that makes such, with None for the length of a sample."""
+    found = table(tmp_path, TABLE + PASSED)
+
+    assert [] == found.passed(0)
+    assert [Passed("keys", ((2, None, 32),), "full", 0)] == found.passed(1)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("made: layer == 0,", "", "`key` and `made` belong together"),
+        ("[[2, length, inner]]", "[[2, inner]]", "has 'length' once"),
+        ("key: kind, made: layer == 0,", "", None),
+        ("[[2, length, inner]]", "[]", "at least 1 item"),
+        ("made: layer == 0", "made: layer > 5", "which no layer before it makes"),
+        ("length, inner", "length, 0 * inner", "a size of 1 or more"),
+    ],
+)
+def test_what_layers_are_given_has_a_shape_and_a_maker(
+    tmp_path: Path, right: str, wrong: str, said: str | None
+) -> None:
+    """Else the table is refused at its line; what has no key is made of tokens."""
+    text = TABLE + PASSED.replace(right, wrong)
+
+    if said is None:
+        assert [None] == [item.maker for item in table(tmp_path, text).passed(1)]
+    else:
+        with pytest.raises(RecipeError, match=rf"family\.yaml:15:\d+.*{said}"):
+            table(tmp_path, text).passed(1)
 
 
 LIES = {
@@ -293,6 +332,7 @@ def test_no_config_makes_a_table_that_ships_fail_otherwise(family: str, data: An
         found = (architecture.tensors, architecture.fusions, architecture.smoothing)
         found += (architecture.kv_geometry, architecture.published_config(set()))
         found += (architecture.shared_inputs(0), architecture.text_config)
+        found += tuple(architecture.passed(layer) for layer in range(architecture.num_layers))
     except CarniceError as error:
         assert len(str(error)) < 10_000
     else:

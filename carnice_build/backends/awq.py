@@ -71,6 +71,7 @@ def smooth_layer(
     settings: AwqSettings,
     put_output: Callable[[int, Tensor], None],
     scratch: Path | None = None,
+    beside: Callable[[int], Mapping[str, Any]] = lambda _: {},
 ) -> dict[str, Tensor]:
     """Search the smoothing of a layer, and give the smoothed layer's outputs to `put_output`.
 
@@ -80,6 +81,7 @@ def smooth_layer(
     `inputs` are hidden states [1, length, hidden], one per sample; each is read twice, in order,
     and may be loaded as late as that.  `put_output` gets the index of a sample and what the next
     layer reads for it, [1, length, hidden], in order.
+    `beside` gives what else the layer is called with for a sample, each time that it is.
     What the search has to hold for all samples at once, (3 hidden + intermediate) values per token
     and a mask per sample, lies in memory, or, given a folder `scratch` on a disk, in files without
     a name there, which vanish with the process.
@@ -108,8 +110,8 @@ def smooth_layer(
     search = _Search.of(mappings, paths, settings, _kept_in(scratch) if scratch else _kept_as_is)
     quantizer = _quantizer(settings.scheme, [paths[name] for name in chosen])
     with quiet(), _calibrating(layer, [search, quantizer]):
-        for hidden in inputs:
-            runner.run(layer, hidden)
+        for index, hidden in enumerate(inputs):
+            runner.run(layer, hidden, beside(index))
         LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
         scales = {
             name: search.scales[path] for name, path in paths.items() if path in search.scales
@@ -117,11 +119,11 @@ def smooth_layer(
         _check_all_found(mappings, scales)
         if settings.norms == "library":
             with HooksMixin.disable_hooks():
-                _put_outputs(runner, layer, inputs, put_output)
+                _put_outputs(runner, layer, inputs, beside, put_output)
     if settings.norms == "exact":
         del layer
         smoothed = apply_smoothing(tensors, _stacked(settings.mappings, scales), settings, norms)
-        _put_outputs(runner, _linear_layer(runner, smoothed), inputs, put_output)
+        _put_outputs(runner, _linear_layer(runner, smoothed), inputs, beside, put_output)
     return _stacked(settings.mappings, scales)
 
 
@@ -326,10 +328,11 @@ def _put_outputs(
     runner: LayerRunner,
     layer: nn.Module,
     inputs: Iterable[Tensor],
+    beside: Callable[[int], Mapping[str, Any]],
     put_output: Callable[[int, Tensor], None],
 ) -> None:
     for index, hidden in enumerate(inputs):
-        put_output(index, runner.run(layer, hidden))
+        put_output(index, runner.run(layer, hidden, beside(index)))
 
 
 def _rewrite(

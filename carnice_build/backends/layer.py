@@ -39,8 +39,11 @@ class LayerRunner(Protocol):
     def arguments(self, hidden: Tensor) -> dict[str, Any]:
         """What the layer is called with beside `hidden`, by the names of its parameters."""
 
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """What `layer` makes of `hidden`, causally."""
+    def run(self, layer: nn.Module, hidden: Tensor, beside: Mapping[str, Any] = ...) -> Tensor:
+        """What `layer` makes of `hidden`, causally.
+
+        `beside` holds those of its arguments that the model does not make of `hidden` alone.
+        """
 
 
 def module_paths(runner: LayerRunner, tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 transformers builds the model without weights, layers and all; stand-ins for the layers learn from
 one pass what the model calls one of them with: masks, positions and what else there is.
+What follows from weights elsewhere, or from what other layers made, is given beside hidden states.
 So hidden states have the bits that the whole model gives for one sample without padding, at the
 same arithmetic, while no more is held than the tensors of one layer: the caller gathers rows of
 the embedding, makes a layer, runs its samples through it and drops it.
@@ -16,15 +17,25 @@ from collections.abc import Callable, Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from carnice_build.calibration.weights import Owners, Placing
 from carnice_build.errors import BackendError
+
+Beside = Mapping[str, Any]
+"""What a layer is called with for one sample, beside hidden states, by the names of its parameters.
+
+Only what the model makes with weights before its layers, and the mappings that layers fill.
+"""
+
+NOTHING: Beside = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -127,24 +138,112 @@ class StandIn(nn.Module):
             return getattr(self._layer[0], name)
 
 
+class _Absent(TorchFunctionMode):
+    """While this is open, what is computed with a tensor without content has no content either."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Calls `func`; RuntimeError where it would change a tensor that has content."""
+        given = (args, kwargs or {})
+        absent = [leaf.is_meta for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        if any(absent) and not all(absent):
+            if _in_place(func.__name__):
+                raise RuntimeError(f"{func.__name__} with a tensor without content")
+            given = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), given)
+        args, named = given
+        return func(*args, **named)
+
+
+def _in_place(name: str) -> bool:
+    if name.startswith("__"):
+        return name == "__setitem__" or name.startswith("__i")
+    return name.endswith("_")
+
+
+class _Rows(nn.Module):
+    """In the place of an embedding, whose rows it is given before it is asked for them."""
+
+    rows: Tensor
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.rows
+
+
+class Entrance:
+    """The body of a model, which reads rows of its embedding.
+
+    Where weights are missing that are used before the layers, what follows from them is on meta.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Take the embedding, `table`, out of `model`; `others` are further tables, by path."""
+        layers, _ = decoder_layers(model)
+        self.table: nn.Embedding = model.get_input_embeddings()
+        self.others = {
+            path: module
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and not path.startswith(f"{layers}.")
+        }
+        self.path = next(path for path, table in self.others.items() if table is self.table)
+        del self.others[self.path]
+        self._body = model.base_model
+        self._rows = _Rows()
+        model.set_input_embeddings(self._rows)
+
+    @torch.no_grad()
+    def read(self, embedded: Tensor, tokens: Tensor | None = None) -> Any:
+        """What the body makes of rows [samples, length, hidden] of the embedding.
+
+        `tokens` are what it looks up in its other tables; without them, their rows are missing.
+        """
+        with _Absent():
+            if not self.others:
+                return self._body(inputs_embeds=embedded, use_cache=False)
+            self._rows.rows = embedded
+            if tokens is None:
+                tokens = torch.zeros(embedded.shape[:2], dtype=torch.long, device=embedded.device)
+            return self._body(input_ids=tokens, use_cache=False)
+
+
+def looked_up(table: nn.Embedding, rows: Tensor) -> Tensor:
+    """What a model has of rows [samples, length, width] of `table`, for it may scale them."""
+    table = deepcopy(table)
+    hold(table, rows)
+    found: Tensor = table(places(rows))
+    return found
+
+
+def hold(table: nn.Embedding, rows: Tensor) -> None:
+    """Leave `table` with rows [samples, length, width] and no others, in their order."""
+    table.weight = nn.Parameter(rows.flatten(0, 1), requires_grad=False)
+    # It changes nothing without training, and may be the number of a row that is not here.
+    table.padding_idx = None
+
+
+def places(rows: Tensor) -> Tensor:
+    """The numbers [samples, length] of rows [samples, length, width] when these are all."""
+    return torch.arange(rows.shape[:2].numel(), device=rows.device).view(rows.shape[:2])
+
+
 class _Called(Exception):
     """Ends a pass where a decoder layer would begin."""
 
-    def __init__(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.hidden = hidden
-        self.arguments = arguments
 
-
-class _Outline:
+class Outline:
     """A model without weights, whose layers only tell what they are called with."""
 
-    def __init__(self, text_config: Mapping[str, Any], arithmetic: Arithmetic) -> None:
+    def __init__(
+        self, text_config: Mapping[str, Any], arithmetic: Arithmetic, whole: bool = False
+    ) -> None:
+        """`whole` is that of `Placing`."""
         self.model = skeleton(text_config, arithmetic)
-        self.placing = Placing(self.model)
+        self.placing = Placing(self.model, whole)
         self.path, layers = decoder_layers(self.model)
         self.blanks = list(layers)
+        self.entrance = Entrance(self.model)
         self._wanted = 0
+        self._calls: list[tuple[Tensor, dict[str, Any]]] = []
         for index, layer in enumerate(self.blanks):
             layers[index] = StandIn(layer, self._stand_in(index))
         self._untouched = [
@@ -169,21 +268,27 @@ class _Outline:
         def forward(*given: Any, **named: Any) -> Tensor:
             arguments = {**dict(zip(names, given, strict=False)), **named}
             hidden: Tensor = arguments.pop(names[0])
+            self._calls.append((hidden, arguments))
             if index == self._wanted:
-                raise _Called(hidden, arguments)
+                raise _Called
             return hidden
 
         return forward
 
-    def call(self, index: int, embedded: Tensor) -> _Called:
-        """What layer `index` is called with when the model reads `embedded`."""
+    def calls(
+        self, last: int, embedded: Tensor, tokens: Tensor | None = None
+    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        """What each layer up to number `last` is called with: hidden states, and what else.
+
+        See `Entrance.read`; as no layer does anything, all have the same hidden states.
+        """
         self._forget()
-        self._wanted = index
+        self._wanted, self._calls = last, []
         try:
-            with torch.no_grad():
-                self.model.base_model(inputs_embeds=embedded, use_cache=False)
-        except _Called as call:
-            return call
+            self.entrance.read(embedded, tokens)
+        except _Called:
+            calls, self._calls = self._calls, []
+            return calls
         except RuntimeError as error:  # of tensors without content
             raise self.refusal(f"uses weights before its layers: {error}") from None
         raise self.refusal("never calls its layers")
@@ -192,7 +297,8 @@ class _Outline:
         """The error for a model whose layers cannot run one by one."""
         return BackendError(
             f"{type(self.model).__name__} of transformers {what}",
-            expected="a family whose layers are given nothing but what the layer before them made",
+            expected="a family whose layers are given nothing but what the layer before them made, "
+            "or whose table tells what else (`passed`)",
         )
 
 
@@ -201,9 +307,9 @@ def _copied(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 
 @lru_cache(maxsize=1)
-def _outline(text_config: str, arithmetic: Arithmetic) -> _Outline:
+def _outline(text_config: str, arithmetic: Arithmetic) -> Outline:
     """The layers of one model follow each other in a process, and all have one outline."""
-    return _Outline(json.loads(text_config), arithmetic)
+    return Outline(json.loads(text_config), arithmetic)
 
 
 class LayerDriver:
@@ -257,24 +363,32 @@ class LayerDriver:
         hidden = self.arithmetic.place(hidden)
         if self.number:
             return hidden
-        table = deepcopy(self._outline.model.get_input_embeddings())
-        table.weight = nn.Parameter(hidden.flatten(0, 1), requires_grad=False)
-        places = torch.arange(len(table.weight), device=self.device).view(hidden.shape[:2])
-        entered = self._outline.call(0, table(places)).hidden
-        self._check("hidden states", entered)
+        outline = self._outline
+        ((entered, _),) = outline.calls(0, looked_up(outline.entrance.table, hidden))
+        if entered.is_meta:
+            raise outline.refusal("makes hidden states with weights of no layer")
         return entered
 
-    def arguments(self, hidden: Tensor) -> dict[str, Any]:
-        """What the model calls the layer with beside `hidden`, by the names of its parameters."""
-        arguments = self._outline.call(self.number, hidden).arguments
+    def arguments(self, hidden: Tensor, beside: Beside = NOTHING) -> dict[str, Any]:
+        """What the model calls the layer with beside `hidden`, by the names of its parameters.
+
+        Of these, `beside` holds what the model does not make of hidden states alone.
+        """
+        *_, (_, arguments) = self._outline.calls(self.number, hidden)
+        arguments |= {name: beside[name] for name in beside.keys() & arguments.keys()}
         for name, argument in arguments.items():
-            self._check(name, argument)
+            if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(argument)):
+                what = f"makes {name} of layer {self.number} with weights of no layer"
+                raise self._outline.refusal(what)
         return arguments
 
     @torch.no_grad()
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """What `layer` makes of `hidden`, which begins at position 0, causally."""
-        arguments = self.arguments(hidden)
+    def run(self, layer: nn.Module, hidden: Tensor, beside: Beside = NOTHING) -> Tensor:
+        """What `layer` makes of `hidden`, which begins at position 0, causally.
+
+        It may put into the mappings of `beside`, and get from them, what is for other layers.
+        """
+        arguments = self.arguments(hidden, beside)
         try:
             result = layer(hidden, **arguments)
         except KeyError as missing:
@@ -290,7 +404,3 @@ class LayerDriver:
 
     def _prefixed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self._prefix + name: tensor for name, tensor in tensors.items()}
-
-    def _check(self, name: str, argument: Any) -> None:
-        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(argument)):
-            raise self._outline.refusal(f"makes {name} of its layers with weights of none of them")

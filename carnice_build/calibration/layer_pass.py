@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from carnice_build.backends.tensors import as_data
+from carnice_build.calibration.beside_files import BesideFiles
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.layer_files import HiddenStates, layer_name, layer_tensors
 from carnice_build.calibration.watch import NonFiniteInput, Seen, seen_inputs
@@ -21,26 +22,30 @@ def run_layer(
     samples: Sequence[Any],
     hidden: TensorFile,
     weights: Sequence[TensorFile],
-    out: TensorFile,
+    given: Sequence[TensorFile],
+    out: Sequence[TensorFile],
     progress: Callable[[], None],
 ) -> Seen:
-    """Run each sample's hidden states through the layer into `out`; see `Forward` for `params`.
+    """Run each sample's hidden states through the layer; see `Forward` for `params`.
 
+    What comes out goes to `out`: hidden states, and what the layer makes for others.
     Raises CheckpointError when one is NaN or infinity, or when transformers refuses the config;
     BackendError when torch has no such device.
     """
     driver, layer, owners = _load(params, weights)
+    beside = BesideFiles(params, samples, given, out[1:])
     with seen_inputs(layer, owners) as seen:
         for index, state in enumerate(HiddenStates(hidden, samples, driver.enter)):
             try:
-                result = driver.run(layer, state)
+                result = driver.run(layer, state, beside.given(index))
             except NonFiniteInput as error:
                 name = layer_name(params, weights) + error.linear
                 raise CheckpointError(
                     f"{name} was given NaN or infinity by sample {index + 1}",
                     expected="finite activations",
                 ) from None
-            out.write_row(index, as_data(result[0]).array)
+            out[0].write_row(index, as_data(result[0]).array)
+            beside.put(index)
             progress()
     return seen
 

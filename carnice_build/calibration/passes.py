@@ -11,19 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from carnice_build.calibration.beside import Beside, passed_specs, told
 from carnice_build.calibration.libraries import LAYER_LIBRARIES
+from carnice_build.calibration.samples import samples, table_rows
 from carnice_build.calibration.source import CalibrationSource
-from carnice_build.calibration.tokens import PADDING, LongestFirst, Tokens
+from carnice_build.calibration.tokens import LongestFirst, Tokens
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import whole_file
 from carnice_build.dtypes import FLOAT_NAMES, ITEM_SIZE, NUMPY_NAME, TensorSpec
-from carnice_build.errors import CheckpointError, PlanError
+from carnice_build.errors import PlanError
 from carnice_build.graph import ProcessOp, TensorRef, View
-from carnice_build.models.base import Part, Role
+from carnice_build.models.base import Part, Passed, Role
 from carnice_build.processor import vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
 from carnice_build.tensor_file import TensorFile
@@ -69,13 +72,7 @@ class Embed(ProcessOp):
 
         table = inputs[1]
         for index, tokens in enumerate(samples(inputs[0])):
-            if tokens.max() >= table.spec.shape[0]:
-                raise CheckpointError(
-                    f"token {tokens.max()} has no row in the embedding",
-                    where="tokenizer.json",
-                    expected=f"at most {table.spec.shape[0] - 1}",
-                )
-            rows = table.gather(tokens)
+            rows = table_rows(table, tokens)
             out = np.empty(rows.shape, NUMPY_NAME[params["dtype"]])
             cast(rows, table.spec.dtype, params["dtype"], out)
             outputs[0].write_row(index, out)
@@ -87,13 +84,15 @@ class Forward(ProcessOp):
 
     `workspace` are the bytes that one sample needs inside the layer; it changes no result.
 
-    Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors.
+    Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors; then what it is
+    given beside them (`beside.passed_specs`).
     Outputs: the layer's own hidden states; amax F32 [linears], the largest magnitude of each
-    linear's inputs over all samples, as modelopt's max calibrator has it.
+    linear's inputs over all samples, as modelopt's max calibrator has it; last, what the layer
+    makes for others to be given.
     A stack of experts is as many linears; one that no token was sent to has 0.
     Parameters: `names` (of the tensors, within the layer), `linears` (of the modules in amax),
-    `layer` (its number), `config` of the text model, and `dtype`, `attention`, `threads`,
-    `device` and `processor` of the arithmetic.
+    `layer` (its number), `given` and `made` (`beside.told`, where there is any), `config` of the
+    text model, and `dtype`, `attention`, `threads`, `device` and `processor` of the arithmetic.
 
     The number and the whole config are parameters though most layers compute alike whatever theirs:
     what else a layer depends on, only the code of its family knows.  That costs nothing within a
@@ -104,16 +103,16 @@ class Forward(ProcessOp):
     name = "calibration.forward"
     version = 3
     libraries = LAYER_LIBRARIES
-    transient = frozenset({0})
 
     workspace: int = 0
+    transient: frozenset[int] = frozenset({0})
 
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
-        """Hidden states and amax."""
-        counts = linear_counts(params, inputs)
-        return inputs[1], TensorSpec("F32", (sum(counts),))
+        """Hidden states, amax, and what is made."""
+        amax = TensorSpec("F32", (sum(linear_counts(params, inputs[2:])),))
+        return inputs[1], amax, *made_specs(params, inputs)
 
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """One for each sample."""
@@ -135,11 +134,21 @@ class Forward(ProcessOp):
 
         from carnice_build.calibration.layer_pass import run_layer
 
-        seen = run_layer(params, samples(inputs[0]), inputs[1], inputs[2:], outputs[0], progress)
-        counts = linear_counts(params, [file.spec for file in inputs])
+        made = len(outputs) - len(made_specs(params, [file.spec for file in inputs]))
+        given = 2 + len(params["names"])
+        seen = run_layer(
+            params,
+            samples(inputs[0]),
+            inputs[1],
+            inputs[2:given],
+            inputs[given:],
+            (outputs[0], *outputs[made:]),
+            progress,
+        )
+        counts = linear_counts(params, [file.spec for file in inputs[2:]])
         linears = list(_each(params["linears"], counts))
         outputs[1].write(np.array([seen.amax.get(name, 0.0) for name in linears], np.float32))
-        for file in outputs[2:]:
+        for file in outputs[2:made]:
             stack = next(name for name in params["linears"] if STACK in name)
             experts = numbered(stack, file.spec.size)
             file.write(np.array([seen.tokens.get(name, 0) for name in experts], np.int64))
@@ -157,17 +166,25 @@ class ForwardExperts(Forward):
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
-        """Hidden states, amax and counts."""
-        hidden, amax = super().infer(params, inputs)
-        return hidden, amax, TensorSpec("I64", (max(linear_counts(params, inputs)),))
+        """Hidden states, amax, counts, and what is made."""
+        hidden, amax, *made = super().infer(params, inputs)
+        counts = TensorSpec("I64", (max(linear_counts(params, inputs[2:])),))
+        return hidden, amax, counts, *made
 
 
-def linear_counts(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> list[int]:
-    """How many linears each entry of `linears` stands for: as many as there are experts, or one."""
-    weights = dict(zip(params["names"], inputs[2:], strict=True))
+def made_specs(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """What a layer makes for layers behind it."""
+    return passed_specs(params["dtype"], inputs[0], params.get("made", ()))
+
+
+def linear_counts(params: Mapping[str, Any], weights: Sequence[TensorSpec]) -> list[int]:
+    """How many linears each entry of `linears` stands for: as many as there are experts, or one.
+
+    `weights` are the tensors of `names`, and whatever comes behind them.
+    """
+    named = dict(zip(params["names"], weights, strict=False))
     return [
-        weights[f"{linear}.weight"].shape[0] if STACK in linear else 1
-        for linear in params["linears"]
+        named[f"{linear}.weight"].shape[0] if STACK in linear else 1 for linear in params["linears"]
     ]
 
 
@@ -177,24 +194,23 @@ def _each(linears: Sequence[str], counts: Sequence[int]) -> Iterator[str]:
         yield from numbered(linear, count)
 
 
-def samples(tokens: TensorFile) -> list[Any]:
-    """The rows of a tensor of tokens, each without its padding."""
-    return [row[row != PADDING] for row in tokens.read()]
-
-
 def layer_memory(params: Mapping[str, Any], inputs: Sequence[TensorSpec], workspace: int) -> int:
-    """Bytes for a layer (`inputs[2:]`) beside what one sample needs inside it, `workspace`.
+    """Bytes for a layer beside what one sample needs inside it, `workspace`.
+
+    `inputs` are tokens, hidden states, the layer's tensors, and what it is given of each sample.
 
     Fitted to `python -m benchmarks.calibration` on a CPU with torch 2.13 and transformers 5.17:
     1.05 to 1.25 times what was taken.
     """
     dtype = FLOAT_NAMES[params["dtype"]]
-    weights = sum(spec.nbytes for spec in inputs[2:])
-    named = zip(params["names"], inputs[2:], strict=True)
+    named = list(zip(params["names"], inputs[2:], strict=False))
+    weights = sum(spec.nbytes for _, spec in named)
+    passed = (*inputs[2 + len(named) :], *made_specs(params, inputs))
     # What is cast is there twice, and so are stacks of experts, which transformers fuses.
     twice = (spec for name, spec in named if spec.dtype != dtype or STACK in name)
     placed = sum(spec.size * ITEM_SIZE[dtype] for spec in twice)
-    return (128 << 20) + weights + placed + workspace
+    beside = 2 * sum(spec.row_bytes for spec in passed)
+    return (128 << 20) + weights + placed + beside + workspace
 
 
 @dataclass(frozen=True)
@@ -203,6 +219,7 @@ class LayerPart:
 
     `names` are those of `weights` within the layer, `linears` those of its linear modules;
     `params` holds what every forward pass through the layer depends on.
+    `given` and `made` are what it is given beside hidden states, and makes for others.
     `workspace` are the bytes that one sample of full length needs inside the layer.
     """
 
@@ -211,6 +228,8 @@ class LayerPart:
     linears: tuple[str, ...]
     weights: tuple[TensorRef, ...]
     params: Mapping[str, Any]
+    given: tuple[Passed, ...]
+    made: tuple[Passed, ...]
     workspace: int
 
 
@@ -230,6 +249,8 @@ class Calibration:
         self._view = view
         self._architecture = source.architecture
         self.graph = source.graph
+        layers = range(self._architecture.num_layers)
+        self._passed = [tuple(self._architecture.passed(layer)) for layer in layers]
         self.tokens = self._tokens()
         if (self._spec.order or order) == "longest":
             params = {"processor": vector_instructions()}
@@ -238,7 +259,7 @@ class Calibration:
 
     def layer(self, layer: int) -> LayerPart:
         """Decoder layer number `layer`."""
-        architecture, spec = self._architecture, self._spec
+        architecture = self._architecture
         prefix = architecture.layer_prefix(layer)
         facts = [
             fact
@@ -247,6 +268,8 @@ class Calibration:
         ]
         names = tuple(fact.name.removeprefix(prefix) for fact in facts)
         linears = (fact.module for fact in facts if fact.role is Role.LINEAR)
+        given, made = self._passed[layer], self._made_by(layer)
+        beside = {"given": [told(item) for item in given], "made": [told(item) for item in made]}
         return LayerPart(
             prefix,
             names,
@@ -255,15 +278,53 @@ class Calibration:
             {
                 "names": list(names),
                 "layer": layer,
-                "config": dict(architecture.layer_config),
-                "dtype": spec.dtype,
-                "attention": spec.attention,
-                "threads": spec.threads,
-                "device": spec.device,
-                "processor": vector_instructions(),
+                **{name: items for name, items in beside.items() if items},
+                **self._arithmetic(),
             },
+            given,
+            made,
             self._workspace(architecture.layer_kind(layer)),
         )
+
+    @cached_property
+    def of_tokens(self) -> Mapping[tuple[int, str], TensorRef]:
+        """What layers are given that is made of tokens, by their numbers and what it is called."""
+        given = {
+            (layer, item.argument): item
+            for layer, passed in enumerate(self._passed)
+            for item in passed
+            if item.maker is None
+        }
+        if not given:
+            return {}
+        parts = (Part.EMBED, Part.BODY)
+        facts = [f for f in self._architecture.tensors.values() if f.part in parts]
+        params = {
+            "names": [fact.name for fact in facts],
+            "tables": [fact.name for fact in facts if fact.role is Role.EMBEDDING],
+            "given": [[layer, told(item)] for (layer, _), item in given.items()],
+            **self._arithmetic(),
+        }
+        op = Beside(frozenset(range(len(given))))
+        tensors = (self._view[fact.name] for fact in facts)
+        return dict(zip(given, self.graph.add(op, params, self.tokens, *tensors), strict=True))
+
+    def _made_by(self, layer: int) -> tuple[Passed, ...]:
+        """What a layer makes for those behind it, each once."""
+        made = (item for passed in self._passed for item in passed if item.maker == layer)
+        return tuple({(item.argument, item.key): item for item in made}.values())
+
+    def _arithmetic(self) -> dict[str, Any]:
+        """What every forward pass depends on, whichever layer it is through."""
+        spec = self._spec
+        return {
+            "config": dict(self._architecture.layer_config),
+            "dtype": spec.dtype,
+            "attention": spec.attention,
+            "threads": spec.threads,
+            "device": spec.device,
+            "processor": vector_instructions(),
+        }
 
     def _workspace(self, kind: str) -> int:
         length, spec, architecture = self.start.spec.shape[1], self._spec, self._architecture
@@ -319,47 +380,6 @@ class Calibration:
         if found < least:
             raise PlanError(f"calibration.{name} is {found}", expected=f"at least {least}")
         return found
-
-
-class Activations:
-    """The largest inputs of linears, layer by layer, as far as somebody asks for them."""
-
-    def __init__(self, calibration: Calibration) -> None:
-        self._calibration = calibration
-        self._hidden = [calibration.start]
-        self._amax: list[tuple[TensorRef, tuple[str, ...]]] = []
-        self.experts: dict[int, TensorRef] = {}
-        """How many tokens each expert was sent, I64 [experts], in those layers that have experts.
-
-        An expert without any is quantized with what the others were given.
-        """
-
-    def amax(self, layer: int) -> tuple[TensorRef, tuple[str, ...]]:
-        """The largest inputs of a layer's linears, F32 [linears], and the linears' module paths.
-
-        A stack has an entry for each expert, all under its own path.
-        """
-        while len(self._amax) <= layer:
-            self._forward(len(self._amax))
-        return self._amax[layer]
-
-    def _forward(self, number: int) -> None:
-        calibration = self._calibration
-        layer = calibration.layer(number)
-        params = {**layer.params, "linears": list(layer.linears)}
-        op = ForwardExperts if any(STACK in name for name in layer.linears) else Forward
-        inputs = calibration.tokens, self._hidden[number], *layer.weights
-        hidden, amax, *experts = calibration.graph.add(op(layer.workspace), params, *inputs)
-        self._hidden.append(hidden)
-        counts = linear_counts(params, [ref.spec for ref in inputs])
-        modules = (
-            layer.prefix + name
-            for name, count in zip(layer.linears, counts, strict=True)
-            for _ in range(count)
-        )
-        self._amax.append((amax, tuple(modules)))
-        if experts:
-            (self.experts[number],) = experts
 
 
 def _tokenizer(body: Checkpoint) -> TensorRef:

@@ -6,10 +6,12 @@ Needs the `torch` extra; to be imported in worker processes alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from carnice_build.calibration.beginning import Beginning
 from carnice_build.calibration.driver import (
     Arithmetic,
+    Entrance,
     LayerDriver,
     StandIn,
     decoder_layers,
@@ -36,6 +40,8 @@ InputTransform = Callable[[Tensor], Tensor]
 Transforming = Callable[[], AbstractContextManager[Any]]
 """Makes what a pass is to run in, for its linears to see transformed inputs."""
 
+NONE: Mapping[str, nn.Embedding] = MappingProxyType({})
+
 _LAST_NUMBER = re.compile(r"\.\d+\.(?!.*\.\d+\.)")
 
 
@@ -51,6 +57,24 @@ class ModelSource:
     architecture: Architecture
     tensor: Callable[[str], Tensor]
     input_transforms: Mapping[str, InputTransform] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """What layers know of a sequence: `hidden` [1, length, hidden], and what is beside it.
+
+    `of_tokens` is that by the number of the layer that is given it and what it is called there,
+    `shared` the mappings that layers fill for others, by what they are called.
+    """
+
+    hidden: Tensor
+    of_tokens: Mapping[tuple[int, str], Tensor]
+    shared: Mapping[str, MutableMapping[str, Any]]
+
+    def beside(self, layer: int) -> dict[str, Any]:
+        """What layer number `layer` is called with beside `hidden`."""
+        own = {name: tensor for (index, name), tensor in self.of_tokens.items() if index == layer}
+        return {**own, **self.shared}
 
 
 class OpenModel:
@@ -73,14 +97,42 @@ class OpenModel:
         """How many tokens are scored."""
         return self._table.shape[0]
 
-    def embedded(self, sequences: Sequence[Tensor]) -> list[Tensor]:
-        """Rows [1, length, hidden] of the embedding for each of `sequences`, int64 [length]."""
-        table = self._source.tensor(self._table.name)
-        rows = (table[tokens.to(table.device)] for tokens in sequences)
-        return [self.arithmetic.place(row).unsqueeze(0) for row in rows]
+    def embedded(self, sequences: Sequence[Tensor]) -> list[State]:
+        """What the first layer takes for each of `sequences`, int64 [length].
 
-    def layer(self, index: int) -> Callable[[Tensor], Tensor]:
-        """Decoder layer `index`, from hidden states to hidden states.
+        Rows of the embedding, with what the model makes of tokens for its layers.
+        """
+        passed = [
+            (layer, item)
+            for layer in range(self.architecture.num_layers)
+            for item in self.architecture.passed(layer)
+        ]
+        wanted = [(layer, item.argument) for layer, item in passed if item.maker is None]
+        shared = {item.argument for _, item in passed if item.maker is not None}
+        names = [fact.name for fact in self._facts(Part.EMBED)] if wanted else [self._table.name]
+        tables = {name: self._source.tensor(name) for name in names}
+        beginning = self._beginning() if wanted else None
+        states = []
+        for tokens in sequences:
+            rows = {
+                name: table[tokens.to(table.device)].unsqueeze(0) for name, table in tables.items()
+            }
+            given = beginning.given(rows, wanted) if beginning else ()
+            states.append(
+                State(
+                    self.arithmetic.place(rows[self._table.name]),
+                    dict(zip(wanted, given, strict=True)),
+                    {name: UserDict() for name in shared},
+                )
+            )
+        return states
+
+    def _beginning(self) -> Beginning:
+        config = self.architecture.text_config
+        return Beginning(config, self.arithmetic, self._tensors(Part.BODY))
+
+    def layer(self, index: int) -> Callable[[State], State]:
+        """Decoder layer `index`, from states to states.
 
         The first takes rows of the embedding.
         Inputs of linears are transformed as the source says.
@@ -92,19 +144,19 @@ class OpenModel:
         layer = driver.layer(named)
         transforming = self._transforming(layer, driver.owners(named), prefix)
 
-        def run(hidden: Tensor) -> Tensor:
+        def run(state: State) -> State:
             with transforming():
-                return driver.run(layer, driver.enter(hidden))
+                hidden = driver.run(layer, driver.enter(state.hidden), state.beside(index))
+            return replace(state, hidden=hidden)
 
         return run
 
     def ending(self) -> Ending:
         """What stands behind the last layer."""
         model = skeleton(self.architecture.text_config, self.arithmetic)
-        carry = _Carry(model)
-        model.set_input_embeddings(nn.Identity())
-        self._fill(model, self._tensors(Part.BODY) | self._head(model))
-        return Ending(model, carry)
+        entrance, carry = Entrance(model), _Carry(model)
+        self._fill(model, self._tensors(Part.BODY) | self._head(model), entrance.others)
+        return Ending(model, entrance, carry)
 
     def whole(self) -> tuple[Any, Transforming]:
         """All of the model as transformers has it, and what its passes are to run in."""
@@ -133,8 +185,12 @@ class OpenModel:
     def _tensors(self, *parts: Part) -> dict[str, Tensor]:
         return {fact.name: self._source.tensor(fact.name) for fact in self._facts(*parts)}
 
-    def _fill(self, model: Any, tensors: Mapping[str, Tensor]) -> None:
+    def _fill(
+        self, model: Any, tensors: Mapping[str, Tensor], absent: Mapping[str, nn.Embedding] = NONE
+    ) -> None:
+        """Load all weights but those of `absent`, tables by their paths."""
         placed = Placing(model, whole=True).place(tensors, self.arithmetic.device)
+        placed |= {f"{path}.weight": table.weight for path, table in absent.items()}
         model.load_state_dict(placed, strict=True, assign=True)
         model.requires_grad_(False)
 
@@ -186,17 +242,16 @@ class Ending:
     from them to the choice.
     """
 
-    def __init__(self, model: Any, carry: _Carry) -> None:
+    def __init__(self, model: Any, entrance: Entrance, carry: _Carry) -> None:
         """Cut `model` in two, in which `carry` is in the place of the layers."""
-        self._body = model.base_model
+        self._entrance = entrance
         self._carry = carry
         self._scoring = Scoring(model)
 
-    @torch.no_grad()
     def states(self, hidden: Tensor) -> Tensor:
         """What the model knows [1, length, hidden], after its final norm."""
         self._carry.hidden = hidden
-        result: Tensor = self._body(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        result: Tensor = self._entrance.read(hidden).last_hidden_state
         return result
 
     def scores(self, states: Tensor) -> Tensor:
@@ -280,9 +335,9 @@ class ResidentModel:
         new = prompt
         for step in range(1, count + 1):
             with self._transforming():
-                passed = self._body(
-                    inputs_embeds=self.embed(new), past_key_values=past, use_cache=True
-                )
+                # Not rows: the model may look tokens up in more than one table.
+                tokens_in = new.to(self._device)[None]
+                passed = self._body(input_ids=tokens_in, past_key_values=past, use_cache=True)
             states.append(passed.last_hidden_state)
             logits = self.scores(states[-1][:, -1:])
             if bad_step is None and not logits.isfinite().all():

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from carnice_build.calibration.samples import PADDING
 from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import ProcessOp
 from carnice_build.tensor_file import TensorFile
-
-PADDING = -1
-"""Behind the tokens of a sample that is shorter than the longest it may be."""
 
 
 class Tokens(ProcessOp):

@@ -2,7 +2,7 @@
 
 An action whose lasting outputs the store has is settled without its transient ones.  Should
 another action turn out to need one of those after all, it is made again, and all before it that
-have gone, for that action alone.
+have gone: for that action, and for those of this build that will ask for the same.
 """
 
 from __future__ import annotations
@@ -132,15 +132,17 @@ class ProcessJob:
                 return TensorFile(ref.spec, str(path), source.offset, source.name)
             _download(source, own)
             return TensorFile(ref.spec, str(own), 0, source.name)
-        place = self._place(ref)
-        try:
-            if place is not None:
-                # Another build may drop it meanwhile; a link of our own keeps the bytes.
-                offset = hold_range(place.path, place.offset, ref.spec.nbytes, own)
-                return TensorFile(ref.spec, str(own), offset)
-        except FileNotFoundError:
-            pass
-        self._make_again(source, own)
+        # Whoever needs what is gone waits for the first who makes it again.
+        with self._bench.lock(f"outputs of {source.action.identity}"):
+            place = self._place(ref)
+            try:
+                if place is not None:
+                    # Another build may drop it meanwhile; a link of our own keeps the bytes.
+                    offset = hold_range(place.path, place.offset, ref.spec.nbytes, own)
+                    return TensorFile(ref.spec, str(own), offset)
+            except FileNotFoundError:
+                pass
+            self._make_again(source, own)
         return TensorFile(ref.spec, str(own))
 
     def _make_again(self, output: ActionOutput, own: Path) -> None:
@@ -153,6 +155,12 @@ class ProcessJob:
         producer = ProcessJob(self._bench, Job([], [output.action], {}, frozenset()))
         with TemporaryDirectory(dir=self._bench.scratch) as folder:
             files = producer._compute(Path(folder))
+            for index in producer._op.transient:
+                identity = f"{output.action.identity}|{index}"
+                if self._bench.awaited(identity):
+                    held = own_link(self._bench.scratch, identity)
+                    held.unlink(missing_ok=True)
+                    hold_range(Path(files[index].path), 0, files[index].spec.nbytes, held)
             Path(files[output.index].path).rename(own)
 
     def _take_over(self, index: int, file: TensorFile) -> str:

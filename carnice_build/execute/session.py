@@ -151,12 +151,18 @@ class _Run:
             ThreadPoolExecutor(1, thread_name_prefix="carnice-sync") as finisher,
             self._store.workspace() as scratch,
         ):
-            digests = dict(status.digests)
+            transients = Transients(jobs)
             bench = Workbench(
-                self._store, self._packs, self._runner, scratch, self._progress, digests
+                self._store,
+                self._packs,
+                self._runner,
+                scratch,
+                self._progress,
+                dict(status.digests),
+                transients.awaited,
             )
             ledger = _Ledger(status.pending, self._finish_in(finisher))
-            self._run_all(bench, placements, jobs, ledger, finisher)
+            self._run_all(bench, placements, jobs, transients, ledger, finisher)
         self._outcome.packs.update(ledger.results())
 
     def _run_all(
@@ -164,11 +170,10 @@ class _Run:
         bench: Workbench,
         placements: Sequence[Placement],
         jobs: Sequence[Job],
+        transients: Transients,
         ledger: _Ledger,
         finisher: ThreadPoolExecutor,
     ) -> None:
-        transients = Transients(jobs)
-
         def done(result: JobResult) -> None:
             self._count(result)
             ledger.fill(result.filled)

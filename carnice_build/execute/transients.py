@@ -28,6 +28,10 @@ class Transients:
                 for ref in transient_inputs(action):
                     self._readers[ref.identity] = self._readers.get(ref.identity, 0) + 1
 
+    def awaited(self, identity: str) -> bool:
+        """Whether the transient tensor with this identity still has a reader."""
+        return self._readers.get(identity, 0) > 0
+
     def release(self, action: Action) -> Iterator[TensorRef]:
         """Note that `action` is settled; gives the tensors that nobody needs any more."""
         for ref in transient_inputs(action):

@@ -35,7 +35,8 @@ class JobResult:
 class Workbench:
     """`digests` holds what is known of refs' content, by identity; jobs add to it.
 
-    `progress` is told of source bytes that were read; `scratch` is a folder of this build alone.
+    `progress` is told of source bytes that were read; `scratch` is a folder of this build alone;
+    `awaited` says of a transient tensor, by its identity, whether jobs of it are still to read it.
     """
 
     store: Store
@@ -44,6 +45,7 @@ class Workbench:
     scratch: Path
     progress: Callable[[int], None]
     digests: dict[str, str]
+    awaited: Callable[[str], bool]
     _locks: dict[str, threading.Lock] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
 

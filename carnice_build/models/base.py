@@ -135,6 +135,22 @@ class SmoothingMapping:
     balance: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What a decoder layer is given beside hidden states, for each sample.
+
+    `argument` is the parameter of its `forward` in transformers.
+    Without `key` that is a tensor, which the model makes of tokens before its layers; with one it
+    is a mapping in which layer `maker` has put a tuple of tensors under `key`.
+    `shapes` are those of the tensors, with None in the place of the sample's length.
+    """
+
+    argument: str
+    shapes: tuple[tuple[int | None, ...], ...]
+    key: str | None = None
+    maker: int | None = None
+
+
 class Architecture(Protocol):
     """A model family's table, evaluated for one config; see `table` for those in YAML.
 
@@ -210,6 +226,9 @@ class Architecture(Protocol):
 
     def layer_prefix(self, layer: int) -> str:
         """What the names of the layer's tensors begin with."""
+
+    def passed(self, layer: int) -> Sequence[Passed]:
+        """What decoder layer number `layer` is given beside hidden states, most often nothing."""
 
     def optional(self, fact: TensorFact) -> bool:
         """True for a tensor that a checkpoint may lack."""

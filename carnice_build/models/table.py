@@ -25,6 +25,7 @@ from carnice_build.models.base import (
     Fusion,
     KvGeometry,
     Part,
+    Passed,
     Role,
     SmoothingMapping,
     TensorFact,
@@ -32,7 +33,7 @@ from carnice_build.models.base import (
 from carnice_build.models.drafters import drafter
 from carnice_build.models.formulas import FormulaError, evaluate, names_in
 from carnice_build.models.readers import reader_of
-from carnice_build.models.table_schema import FusedRow, Group, Row, Table
+from carnice_build.models.table_schema import LENGTH, FusedRow, Group, PassedOn, Row, Table
 from carnice_build.tensors import STACK
 from carnice_build.yaml_tree import Node, read_tree
 
@@ -547,6 +548,50 @@ class FamilyTable:
         for module in (module for group in groups for module in group):
             left.pop(module, None)
         return [*(group for group in groups if group), *([module] for module in left)]
+
+    def passed(self, layer: int) -> Sequence[Passed]:
+        """See `Architecture.passed`."""
+        return [
+            self._passed(item, ("passed", index), layer)
+            for index, item in enumerate(self._table.passed)
+            if item.when is None
+            or self._evaluate(item.when, ("passed", index, "when"), self._of_layer(layer))
+        ]
+
+    def _passed(self, item: PassedOn, path: Sequence[str | int], layer: int) -> Passed:
+        key, maker = None, None
+        if item.key is not None and item.made is not None:
+            key, maker = self._maker(item.key, item.made, path, layer)
+        given = self._of_layer(layer if maker is None else maker)
+
+        def size(formula: str | int, number: int, axis: int) -> int | None:
+            if formula == LENGTH:
+                return None
+            return self._size(formula, (*path, "shapes", number, axis), given)
+
+        shapes = tuple(
+            tuple(size(formula, number, axis) for axis, formula in enumerate(formulas))
+            for number, formulas in enumerate(item.shapes)
+        )
+        return Passed(item.argument, shapes, key, maker)
+
+    def _maker(
+        self, key: str | int, made: str | int, path: Sequence[str | int], layer: int
+    ) -> tuple[str, int]:
+        """Under which name layer `layer` is given something, and the last one that makes it."""
+        wanted = str(self._evaluate(key, (*path, "key"), self._of_layer(layer)))
+        for maker in reversed(range(layer)):
+            given = self._of_layer(maker)
+            if self._evaluate(made, (*path, "made"), given) and wanted == str(
+                self._evaluate(key, (*path, "key"), given)
+            ):
+                return wanted, maker
+        what = f"gives layer {layer} {wanted!r}, which no layer before it makes"
+        raise self._file.error((*path, "made"), what, "a layer of that key")
+
+    def _of_layer(self, layer: int) -> Mapping[str, Any]:
+        """What names mean in a formula about a decoder layer."""
+        return {"layer": layer, "kind": self._kinds[layer]}
 
     @cached_property
     def fusions(self) -> Sequence[Fusion]:

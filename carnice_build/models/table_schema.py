@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from carnice_build.models.base import Part, Role
 from carnice_build.models.formulas import FormulaError, compiled
@@ -100,6 +108,38 @@ class Smoothing(_Strict):
     when: Formula | None = None
 
 
+LENGTH = "length"
+"""In the place of how many tokens a sample has."""
+
+
+class PassedOn(_Strict):
+    """What decoder layers are given beside hidden states."""
+
+    argument: str = Field(description="The parameter of their `forward` in transformers.")
+    shapes: list[list[Formula]] = Field(
+        min_length=1, description="Sizes of each tensor of a sample, `length` of which are tokens."
+    )
+    when: Formula | None = Field(None, description="Which layers are given it.")
+    key: Formula | None = Field(
+        None,
+        description="The name that it has in the argument, a mapping which layers fill; without, "
+        "the argument is one tensor, made of tokens before the layers.",
+    )
+    made: Formula | None = Field(
+        None, description="Which layers make such: given is that of the last before, of equal key."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PassedOn:
+        if (self.key is None) != (self.made is None):
+            raise ValueError("`key` and `made` belong together")
+        if self.key is None and len(self.shapes) > 1:
+            raise ValueError("`shapes` has one entry where there is no `key`")
+        if any(shape.count(LENGTH) != 1 for shape in self.shapes):
+            raise ValueError(f"each of `shapes` has {LENGTH!r} once")
+        return self
+
+
 class Kv(_Strict):
     """What the size of a KV cache follows from."""
 
@@ -144,6 +184,7 @@ class Table(_Strict):
         default_factory=dict, description="What serving engines run as one, by its name there."
     )
     smoothing: list[Smoothing] = Field(default_factory=list)
+    passed: list[PassedOn] = Field(default_factory=list)
     narrow: list[str] = Field(
         default_factory=list, description="Globs of weights too small for INT4 kernels."
     )

@@ -20,6 +20,7 @@ from carnice_build.models.base import (
     Fusion,
     KvGeometry,
     Part,
+    Passed,
     Role,
     SmoothingMapping,
     TensorFact,
@@ -127,6 +128,10 @@ class Untabled:
     def layer_prefix(self, layer: int) -> str:
         """What the names of most layers begin with."""
         return f"model.layers.{layer}."
+
+    def passed(self, layer: int) -> Sequence[Passed]:
+        """Nothing is known."""
+        return ()
 
     def optional(self, fact: TensorFact) -> bool:
         """What is there belongs there."""

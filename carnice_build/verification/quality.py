@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from carnice_build.calibration.driver import Arithmetic
-from carnice_build.calibration.text_model import Ending, ModelSource, OpenModel, ResidentModel
+from carnice_build.calibration.text_model import (
+    Ending,
+    ModelSource,
+    OpenModel,
+    ResidentModel,
+    State,
+)
 from carnice_build.verification.generate import PROMPT, TOKENS, Generation
 
 _LOGITS_BYTES = 256 << 20
@@ -90,16 +96,16 @@ def _log_probabilities(ending: Ending, hidden: Tensor) -> Tensor:
 
 def _last_hidden(model: OpenModel, sequences: Sequence[Tensor]) -> list[Tensor]:
     """The last layer's output for each sequence."""
-    hidden = model.embedded(sequences)
+    states = model.embedded(sequences)
     for index in range(model.architecture.num_layers):
-        _advance(model.layer(index), hidden)
-    return hidden
+        _advance(model.layer(index), states)
+    return [state.hidden for state in states]
 
 
-def _advance(layer: Callable[[Tensor], Tensor], hidden: list[Tensor]) -> None:
+def _advance(layer: Callable[[State], State], states: list[State]) -> None:
     """Put the layer's outputs in the place of its inputs, one by one to save memory."""
-    for index, states in enumerate(hidden):
-        hidden[index] = layer(states)
+    for index, state in enumerate(states):
+        states[index] = layer(state)
 
 
 def _blocks(positions: int, vocabulary: int) -> Iterator[tuple[int, int]]:

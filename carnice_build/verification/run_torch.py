@@ -178,13 +178,16 @@ class _Run:
         return _FLOAT32 * self.variant.conversion.parameters
 
     def _layerwise_bytes(self, models: int) -> int:
-        """The heads and hidden states of all models, one embedding and one layer."""
+        """The heads and hidden states of all models, one's embeddings and one layer."""
         facts = self.variant.architecture.tensors.values()
-        table = next(fact.shape for fact in facts if fact.part is Part.EMBED)
+        table, *others = [fact.shape for fact in facts if fact.part is Part.EMBED]
         layers: dict[int | None, int] = {}
         for tensor in self.variant.conversion.tensors:
             layers[tensor.fact.layer] = layers.get(tensor.fact.layer, 0) + tensor.ref.spec.size
         samples = self.settings.samples or perplexity.SAMPLES_ON_CPU
         states = samples * max(self.settings.lengths) * table[1]
         largest = max(size for layer, size in layers.items() if layer is not None)
-        return _FLOAT32 * (table[0] * table[1] * (models + 1) + models * states + 2 * largest)
+        more = sum(rows * width for rows, width in others)
+        return _FLOAT32 * (
+            table[0] * table[1] * (models + 1) + more + models * states + 2 * largest
+        )

@@ -15,8 +15,10 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from carnice_build.calibration.libraries import LAYER_LIBRARIES
-from carnice_build.calibration.passes import Calibration, samples
+from carnice_build.calibration.passes import Calibration
+from carnice_build.calibration.samples import samples
 from carnice_build.dtypes import TensorSpec
+from carnice_build.errors import PlanError
 from carnice_build.formats.autoround.ops import packed_specs
 from carnice_build.graph import ProcessOp, TensorRef
 from carnice_build.tensor_file import TensorFile
@@ -153,9 +155,16 @@ class Tuning:
         """The parts of each of `linears`, by module path, and the losses of layer `number`.
 
         To be asked for all layers in their order.
+        PlanError for a layer that reads or makes more than hidden states: there are two of these,
+        and the library tunes on both with one set of what is beside them.
         """
         calibration = self._calibration
         layer = calibration.layer(number)
+        if beside := (*layer.given, *layer.made):
+            raise PlanError(
+                f"auto-round cannot tune layer {number}, for layers are given {beside[0].argument}",
+                expected="`method: nearest`",
+            )
         chosen = [name for name in layer.linears if layer.prefix + name in linears]
         used = ("names", "layer", "config", "threads", "processor")
         params = {**{name: layer.params[name] for name in used}, "linears": chosen}

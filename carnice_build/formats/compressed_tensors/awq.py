@@ -13,8 +13,10 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from carnice_build.calibration.chain import Chain
 from carnice_build.calibration.libraries import LAYER_LIBRARIES
-from carnice_build.calibration.passes import Calibration, layer_memory, samples
+from carnice_build.calibration.passes import Calibration, layer_memory, made_specs
+from carnice_build.calibration.samples import samples
 from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import ProcessOp, TensorRef
 from carnice_build.models.base import Architecture
@@ -26,34 +28,35 @@ from carnice_build.tensor_file import TensorFile
 class Smooth(ProcessOp):
     """llm-compressor's AWQ search on one decoder layer; `workspace` is as in `Forward`.
 
-    Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors.
+    Inputs: those of `Forward`.
     Outputs: the smoothed layer's hidden states; scales F64 [channels], of a stack [E, channels],
-    for each of `mappings`.
+    for each of `mappings`; last, what the smoothed layer makes for others to be given.
     Parameters: `mappings`, each the name of a smoothed module and those it is balanced by, within
     the layer; `quantized`, the linears that will be; `scheme` (`num_bits`, `group_size`,
     `symmetric`), `n_grid`, `duo_scaling` and `norms` as in `backends.awq.AwqSettings`; `names`,
-    `layer`, `config`, `dtype`, `attention`, `threads`, `device` and `processor`.
+    `layer`, `given`, `made`, `config`, `dtype`, `attention`, `threads`, `device` and `processor`.
     """
 
     name = "awq.smooth"
     version = 4
     libraries = ("llmcompressor", "compressed-tensors", *LAYER_LIBRARIES)
-    transient = frozenset({0})
 
     workspace: int = 0
+    transient: frozenset[int] = frozenset({0})
 
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
-        """Hidden states, and a vector for each mapping."""
-        weights = dict(zip(params["names"], inputs[2:], strict=True))
+        """Hidden states, a vector for each mapping, and what is made."""
+        weights = dict(zip(params["names"], inputs[2:], strict=False))
         shapes = [
             (weights[f"{smooth}.weight"].shape, weights[f"{balance[0]}.weight"].shape)
             for smooth, balance in params["mappings"]
         ]
-        return inputs[1], *(
+        scales = (
             TensorSpec("F64", (*divided[:-2], multiplied[-1])) for divided, multiplied in shapes
         )
+        return inputs[1], *scales, *made_specs(params, inputs)
 
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """One for each sample that the smoothed layer has read."""
@@ -61,7 +64,7 @@ class Smooth(ProcessOp):
 
     def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """The layer twice, and one sample inside it; what the search keeps lies on disk."""
-        weights = sum(spec.nbytes for spec in inputs[2:])
+        weights = sum(spec.nbytes for spec in inputs[2 : 2 + len(params["names"])])
         return layer_memory(params, inputs, self.workspace) + 2 * weights
 
     def run(
@@ -74,7 +77,9 @@ class Smooth(ProcessOp):
         """Raises BackendError when the library finds no scales."""
         from carnice_build.formats.compressed_tensors.worker import smooth
 
-        smooth(params, samples(inputs[0]), inputs[1], inputs[2:], outputs, progress)
+        given = 2 + len(params["names"])
+        weights, beside = inputs[2:given], inputs[given:]
+        smooth(params, samples(inputs[0]), inputs[1], weights, beside, outputs, progress)
 
 
 @dataclass(frozen=True)
@@ -101,21 +106,18 @@ def search(
     """
     columns: dict[str, TensorRef] = {}
     rows: dict[str, TensorRef] = {}
-    hidden = calibration.start
+    chain = Chain(calibration)
     for number in range(architecture.num_layers):
         layer = calibration.layer(number)
         modules = {name.rpartition(".")[0] for name in layer.names}
         chosen = [name for name in layer.linears if layer.prefix + name in quantized]
         mappings = list(mappings_of_layer(architecture.smoothing, modules, chosen))
         params = {
-            **layer.params,
             **settings,
             "mappings": [[mapping.smooth, list(mapping.balance)] for mapping in mappings],
             "quantized": chosen,
         }
-        hidden, *found = calibration.graph.add(
-            Smooth(layer.workspace), params, calibration.tokens, hidden, *layer.weights
-        )
+        found = chain.add(Smooth, layer, **params)
         for mapping, scales in zip(mappings, found, strict=True):
             rows[layer.prefix + mapping.smooth] = scales
             columns |= {layer.prefix + name: scales for name in mapping.balance}

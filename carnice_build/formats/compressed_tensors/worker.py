@@ -11,6 +11,7 @@ from torch import Tensor
 from carnice_build.backends.awq import AwqSettings, smooth_layer
 from carnice_build.backends.compressed import WeightScheme
 from carnice_build.backends.tensors import as_data
+from carnice_build.calibration.beside_files import BesideFiles
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.layer_files import HiddenStates, layer_tensors
 from carnice_build.models.base import SmoothingMapping
@@ -22,6 +23,7 @@ def smooth(
     samples: Sequence[Any],
     hidden: TensorFile,
     weights: Sequence[TensorFile],
+    given: Sequence[TensorFile],
     outputs: Sequence[TensorFile],
     progress: Callable[[], None],
 ) -> None:
@@ -41,8 +43,12 @@ def smooth(
 
     driver = LayerDriver(params["config"], params["layer"], arithmetic)
 
+    end = 1 + len(settings.mappings)
+    beside = BesideFiles(params, samples, given, outputs[end:])
+
     def put_output(index: int, state: Tensor) -> None:
         outputs[0].write_row(index, as_data(state[0]).array)
+        beside.put(index)
         progress()
 
     scales = smooth_layer(
@@ -53,6 +59,7 @@ def smooth(
         settings,
         put_output,
         Path(outputs[0].path).parent,
+        beside.given,
     )
-    for (name, _), file in zip(params["mappings"], outputs[1:], strict=True):
+    for (name, _), file in zip(params["mappings"], outputs[1:end], strict=True):
         file.write(as_data(scales[name]).array)

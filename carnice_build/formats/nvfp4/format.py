@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from carnice_build.calibration.passes import Activations, Calibration
+from carnice_build.calibration.chain import Activations
+from carnice_build.calibration.passes import Calibration
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import (
     Conversion,
