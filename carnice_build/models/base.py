@@ -236,6 +236,12 @@ class Architecture(Protocol):
     def module_kind(self, name: str) -> str:
         """What tables call the module of tensor `name`."""
 
+    def engine_names(self, module: str) -> Sequence[str]:
+        """What engines call `module` in lists of modules; most often what checkpoints call it.
+
+        More than one where engines differ and each takes the names of others for no module.
+        """
+
     def canonical_name(self, name: str) -> str | None:
         """The name that a misprefixed `name` should have, or None."""
 
