@@ -237,9 +237,10 @@ class Architecture(Protocol):
         """What tables call the module of tensor `name`."""
 
     def engine_names(self, module: str) -> Sequence[str]:
-        """What engines call `module` in lists of modules; most often what checkpoints call it.
+        """What lists for engines call `module`, or a tensor of it: most often as checkpoints do.
 
-        More than one where engines differ and each takes the names of others for no module.
+        Where transformers builds it under another path, that one, for it takes lists as they are;
+        and also the checkpoint's, for vLLM turns lists into its own names as it does tensors.
         """
 
     def canonical_name(self, name: str) -> str | None:

@@ -661,7 +661,7 @@ class FamilyTable:
         """See `Architecture.engine_names`."""
         for start, instead in self._table.modules.items():
             if module.startswith(start):
-                return [other + module.removeprefix(start) for other in instead]
+                return instead + module.removeprefix(start), module
         return (module,)
 
     def canonical_name(self, name: str) -> str | None:
