@@ -43,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_table_written_by_the_command_is_one(
     folder: Path, carnice: Carnice, model_type: str
 ) -> None:
-    """What transformers builds of other configs follows from it, and roles are those of ours."""
+    """What transformers builds of other configs follows from it; roles and modules are as ours."""
     finished = carnice("family", model_type)
     path = folder / "recipes" / "_families" / f"{model_type}.yaml"
 
@@ -64,6 +64,9 @@ def test_a_table_written_by_the_command_is_one(
         assert {fact.name: (fact.role, fact.part) for fact in shared} == {
             fact.name: (ours.built[fact.name].role, ours.built[fact.name].part) for fact in shared
         }
+        assert [ours.engine_names(fact.module)[0] for fact in shared] == [
+            found.engine_names(fact.module)[0] for fact in shared
+        ]
 
 
 def test_what_transformers_does_not_know_is_said(folder: Path, carnice: Carnice) -> None:

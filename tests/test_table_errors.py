@@ -108,6 +108,7 @@ LIES = {
     "an unknown key": ("kind:", "kinds:", 6, "Extra inputs"),
     "a kind that is no name": ("\"'full'\"", "layer", 6, "gives 0 for layer 0"),
     "an end that is not there": ("2 * hidden_size", "wide", 3, "'inner' is follows from itself"),
+    "modules without a name": ("about:", "modules: {up: []}\nabout:", 1, "modules.up"),
     "another that is not there": ("about:", "extends: other\nabout:", 1, "no table 'other'"),
     "itself": ("about:", "extends: family\nabout:", 1, "extends itself"),
     "another elsewhere": ("about:", "extends: ../other\nabout:", 1, "no table '../other'"),

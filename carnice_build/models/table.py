@@ -657,6 +657,13 @@ class FamilyTable:
     def _by_bare_name(self) -> Mapping[str, str]:
         return {_WRONG_PREFIX.sub("", name): name for name in self.built}
 
+    def engine_names(self, module: str) -> Sequence[str]:
+        """See `Architecture.engine_names`."""
+        for start, instead in self._table.modules.items():
+            if module.startswith(start):
+                return instead + module.removeprefix(start), module
+        return (module,)
+
     def canonical_name(self, name: str) -> str | None:
         """The name that a misprefixed `name` should have, or None when nothing fits."""
         if (known := _respelled(name, self._table.spellings)) in self.built:
