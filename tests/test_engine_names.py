@@ -19,7 +19,7 @@ import yaml
 from families import skeleton
 from family_builds import INT4_WEIGHTS, build_checked, options_of, write_family
 from tiny import read_json, write_json
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from verifying import Copy
 from zoo import FAMILIES
 
@@ -202,6 +202,19 @@ def test_vllm_finds_every_plain_linear_in_the_list(built: Built) -> None:
 
     assert found.issuperset(built.linears(quantized=False))
     assert found.isdisjoint(built.linears(quantized=True))
+
+
+@pytest.mark.parametrize("form", ["fp8", "w4a16"])
+def test_text_models_are_loaded_too(form: str, tmp_path: Path) -> None:
+    """Of Nemotron-H checkpoints of the hub say `backbone`, where engines have `model`."""
+    layers = {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3}
+    source = write_family(tmp_path / "source", "nemotron_h", layers)
+    build_checked(tmp_path, source, form, RECIPES[form])
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out" / form, dtype="bfloat16", output_loading_info=True
+    )
+
+    assert not {kind: names for kind, names in report.items() if names}
 
 
 def test_the_list_names_what_transformers_builds(built: Built) -> None:

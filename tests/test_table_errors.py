@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,10 @@ def _integers(value: Any) -> list[int]:
         return [number for item in value.values() for number in _integers(item)]
     if isinstance(value, list):
         return [number for item in value for number in _integers(item)]
-    return [int(value)] if isinstance(value, int) or str(value).isdecimal() else []
+    if isinstance(value, int):
+        return [value]
+    text = str(value)
+    return [int(text)] if text.isdecimal() and len(text) < sys.get_int_max_str_digits() else []
 
 
 @given(st.text(max_size=60))
