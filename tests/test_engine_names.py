@@ -210,7 +210,7 @@ def test_text_models_are_loaded_too(form: str, tmp_path: Path) -> None:
     layers = {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3}
     source = write_family(tmp_path / "source", "nemotron_h", layers)
     build_checked(tmp_path, source, form, RECIPES[form])
-    model, report = AutoModelForCausalLM.from_pretrained(
+    _, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out" / form, dtype="bfloat16", output_loading_info=True
     )
 

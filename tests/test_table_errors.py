@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -278,6 +279,8 @@ def _integers(value: Any) -> list[int]:
         return [number for item in value for number in _integers(item)]
     if isinstance(value, int):
         return [value]
+    if isinstance(value, float):
+        return [int(value)] if math.isfinite(value) else []
     text = str(value)
     return [int(text)] if text.isdecimal() and len(text) < sys.get_int_max_str_digits() else []
 
