@@ -1,7 +1,8 @@
 """How pending actions become jobs: what shares a source tensor runs together.
 
 A job holds source tensors and the actions that read them, so that each source byte is read once
-however many variants want it.  Actions that need each other's outputs in both directions across
+however many variants want it; parts of one tensor for which all of it is read are in one job.
+Actions that need each other's outputs in both directions across
 source tensors (a scale shared by several weights, say) fall into one job, so jobs form a DAG.
 An action of a `ProcessOp` is a job by itself: it works for long, and reads its inputs' files when
 it needs them, a source's a second time.
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
+from carnice_build.checkpoint.together import together, whole
 from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import Action, ActionOutput, ArrayOp, ProcessOp, TensorRef
 from carnice_build.planning.layout import PackLayout
@@ -63,8 +65,8 @@ class Job:
             return None
         names = {source.identity for source in self.sources}
         counts = {_flowing_rows(action, names) for action in self.actions}
-        if not counts:
-            return plain_rows(self.sources[0].spec) if len(self.sources) == 1 else None
+        read = {ref.identity for action in self.actions for ref in action.inputs}
+        counts |= {plain_rows(item.spec) for item in self.sources if item.identity not in read}
         known = [count for count in counts if count is not None]
         rows = min(known, default=0)
         whole = len(known) == len(counts) and all(count % max(1, rows) == 0 for count in known)
@@ -120,7 +122,8 @@ class Job:
             if isinstance(ref.origin, ActionOutput)
         ]
         outputs = sum(spec.nbytes for action in self.actions for spec in action.outputs)
-        held = max((source.held_bytes for source in self.sources), default=0)
+        groups = together(self.sources)
+        held = max((sum(item.held_bytes for item in group) for group in groups), default=0)
         return self.read_bytes + sum(made) + outputs + held + self._workspace
 
     @property
@@ -234,9 +237,13 @@ def plan_jobs(status: BuildStatus, actions: Iterable[Action]) -> list[Job]:
     sinks = _sinks(status)
     blobs = _blob_outputs(pending, sinks)
     order = {action.identity: index for index, action in enumerate(pending)}
+    places = {name: index for index, name in enumerate(status.sources)}
     jobs = [
         Job(
-            sources=[status.sources[name] for name in members if name in status.sources],
+            sources=[
+                status.sources[name]
+                for name in sorted(members & places.keys(), key=lambda name: places[name])
+            ],
             actions=[
                 pending[index] for index in sorted(order[name] for name in members if name in order)
             ],
@@ -273,23 +280,26 @@ def _blob_outputs(pending: Sequence[Action], sinks: Mapping[str, Sequence[Sink]]
 def _clusters(
     sources: Mapping[str, SourceTensor], pending: Sequence[Action]
 ) -> list[frozenset[str]]:
+    wholes = {name: whole(source).identity for name, source in sources.items()}
     if all(_reads_one_source(action, sources) for action in pending):
-        # Nothing is shared between sources, which is the case of every plain quantization.
-        members: dict[str, list[str]] = {identity: [identity] for identity in sources}
+        # Actions join no sources, which is the case of every plain quantization.
+        members: dict[str, list[str]] = {}
+        for name, read in wholes.items():
+            members.setdefault(read, []).append(name)
         for action in pending:
-            members[action.inputs[0].identity].append(action.identity)
+            members[wholes[action.inputs[0].identity]].append(action.identity)
         return [frozenset(names) for names in members.values()]
     import networkx
 
-    together = networkx.Graph()
-    together.add_nodes_from(sources)
-    together.add_nodes_from(action.identity for action in pending)
+    connected = networkx.Graph()
+    connected.add_nodes_from(action.identity for action in pending)
+    connected.add_edges_from(wholes.items())
     for action in pending:
         if not isinstance(action.op, ProcessOp):
-            together.add_edges_from(
+            connected.add_edges_from(
                 (ref.identity, action.identity) for ref in action.inputs if ref.identity in sources
             )
-    components = [frozenset(members) for members in networkx.connected_components(together)]
+    components = [frozenset(members) for members in networkx.connected_components(connected)]
     home = {name: index for index, members in enumerate(components) for name in members}
     order = networkx.DiGraph()
     order.add_nodes_from(range(len(components)))

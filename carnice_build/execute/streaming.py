@@ -8,7 +8,6 @@ Several sources are cut into the same number of rows, and come in lockstep.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +15,7 @@ import numpy as np
 from blake3 import blake3
 
 from carnice_build.checkpoint.checkpoint import read_samples
+from carnice_build.checkpoint.together import open_together
 from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.execute.blame import bad_input, non_finite, not_finite
 from carnice_build.execute.jobs import Sink, block_rows, first_axis, plain_rows
@@ -230,8 +230,7 @@ def stream(
     progress: Callable[[int], None],
 ) -> None:
     """Read the sources of `flows` once, feeding every block of rows to `actions`."""
-    with ExitStack() as opened:
-        readers = [opened.enter_context(_open(flow.source)) for flow in flows]
+    with open_together([flow.source for flow in flows]) as readers:
         for first in range(0, rows, block):
             count = min(block, rows - first)
             for flow, read in zip(flows, readers, strict=True):
@@ -240,11 +239,6 @@ def stream(
                 action.feed(count)
     for action in actions:
         action.finish()
-
-
-def _open(source: SourceTensor) -> AbstractContextManager[Reader]:
-    assert source.file is not None
-    return source.file.open_range(source.offset, source.spec.nbytes)
 
 
 def read_digest(source: SourceTensor) -> str:
