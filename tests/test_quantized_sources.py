@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from tiny import Tensor, read_all_tensors, read_json, write_json
 from zoo import TOKENIZER_FILES, write_zoo
 
+from carnice_build.checkpoint.quantized import of_activations
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
-from carnice_build.commands.plan import plan_variants
+from carnice_build.commands.plan import plan_and_survey, plan_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.errors import PlanError
 from carnice_build.verification.result import Outcome
@@ -61,7 +62,7 @@ class Workshop:
     def build(self, source: Path, quant: str, *steps: Any) -> BuildResult:
         """Build a variant called `quant`, which passes its checks.
 
-        Of what it reads it reads no float twice.
+        What it reads are the weights as they are stored, each byte once, as the plan says.
         """
         recipe = {
             "variant": quant,
@@ -71,12 +72,15 @@ class Workshop:
             "quantize": QUANTS[quant],
         }
         write_json(self.root / "recipes" / f"{quant}.yaml", recipe)
+        expected = plan_and_survey([quant], self.options(source)).status.bytes_to_read
         report = build_variants([quant], self.options(source))
         settings = VerifySettings(run=False)
         (result,) = verify_variants([quant], self.options(source), settings).variants
         assert [] == [check for check in result.checks if check.outcome is Outcome.FAILED]
-        (plan,) = plan_variants([quant], self.options(source)).variants
-        assert report.read_bytes <= sum(ref.spec.nbytes for ref in plan.view.values())
+        stored = {name: len(item.data) for name, item in read_all_tensors(source).items()}
+        left_out = of_activations(stored)
+        wanted = sum(count for name, count in stored.items() if name not in left_out)
+        assert wanted == expected == report.read_bytes
         return report
 
     def tensors(self, quant: str) -> dict[str, Tensor]:

@@ -104,6 +104,10 @@ class Stack:
         index, inner = divmod(offset, self._pieces[0].spec.nbytes)
         return self._pieces[index], inner
 
+    def stored_bytes(self) -> int:
+        """See `Derived.stored_bytes`."""
+        return sum(piece.stored_bytes for piece in self._pieces)
+
     def held_bytes(self) -> int:
         """See `Holding.held_bytes`: of one piece, for the next is opened when it is closed."""
         return max(piece.held_bytes for piece in self._pieces)

@@ -141,7 +141,7 @@ class ArrayJob:
 
     def _note_read(self, flow: Flow, sinks: Sequence[Sink], sample: str | None) -> None:
         source, digest = flow.source, flow.digest()
-        self._result.read_bytes += source.spec.nbytes
+        self._result.read_bytes += source.stored_bytes
         if sample is not None:
             assert digest is not None
             self._bench.digests[source.identity] = digest
@@ -185,8 +185,8 @@ class ArrayJob:
     def _loaded(self, source: SourceTensor, data: TensorData) -> TensorData:
         """The content of a source that was read, digested and written where it is wanted."""
         view = as_bytes(data.array)
-        self._bench.progress(len(view))
-        self._result.read_bytes += len(view)
+        self._bench.progress(source.stored_bytes)
+        self._result.read_bytes += source.stored_bytes
         digest = self._bench.digests.get(source.identity) or digest_bytes(view)
         self._bench.digests[source.identity] = digest
         sinks = self._job.sinks.get(source.identity, ())

@@ -81,7 +81,7 @@ class Job:
     def block_rows(self) -> int:
         """Rows of a job that streams that are in memory at a time."""
         assert self.rows is not None
-        return block_rows(self.rows, self.read_bytes)
+        return block_rows(self.rows, self.source_bytes)
 
     def sinks_of(self, action: Action, index: int) -> Sequence[Sink]:
         """The places that want output `index` of `action`."""
@@ -103,9 +103,14 @@ class Job:
         return sum(_steps(action) for action in self.actions)
 
     @property
-    def read_bytes(self) -> int:
-        """Source bytes that the job reads."""
+    def source_bytes(self) -> int:
+        """Bytes of all sources, as actions see them."""
         return sum(source.spec.nbytes for source in self.sources)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that are read for them, as they are stored."""
+        return sum(source.stored_bytes for source in self.sources)
 
     @property
     def peak_bytes(self) -> int:
@@ -124,7 +129,7 @@ class Job:
         outputs = sum(spec.nbytes for action in self.actions for spec in action.outputs)
         groups = together(self.sources)
         held = max((sum(item.held_bytes for item in group) for group in groups), default=0)
-        return self.read_bytes + sum(made) + outputs + held + self._workspace
+        return self.source_bytes + sum(made) + outputs + held + self._workspace
 
     @property
     def _workspace(self) -> int:
@@ -136,7 +141,7 @@ class Job:
         held = [item for item in self.actions if _is_transposed(item)]
         taken = STREAM_BYTES + sum(spec.nbytes for item in held for spec in item.outputs)
         taken += self._workspace + sum(source.held_bytes for source in self.sources)
-        row_bytes = self.read_bytes // rows
+        row_bytes = self.source_bytes // rows
         if row_bytes > BLOCK_BYTES:
             flowing = (item for item in self.actions if not _is_transposed(item))
             made = sum(spec.nbytes for item in flowing for spec in item.outputs) // rows

@@ -68,6 +68,8 @@ class Flow:
         """The tensor comes in `rows`, `block` of them at a time at most; `copy` takes them too."""
         self.source = source
         self._copy = copy
+        self._rows = max(1, rows)
+        self._stored = source.stored_bytes
         self._row_bytes = source.spec.nbytes // max(1, rows)
         self._row_elements = source.spec.size // max(1, rows)
         self._buffer = np.empty(block * self._row_bytes, np.uint8)
@@ -76,7 +78,7 @@ class Flow:
         self.first_element = 0
 
     def take(self, read: Reader, first: int, count: int) -> int:
-        """Read rows `first` and following, `count` of them; the number of their bytes."""
+        """Read rows `first` and following, `count` of them; how many stored bytes that takes."""
         self.block = self._buffer[: count * self._row_bytes]
         self.first_element = first * self._row_elements
         read(self.block.data)
@@ -90,7 +92,8 @@ class Flow:
                 self.first_element,
             )
             self._copy.append(self.block.data)
-        return len(self.block)
+        before, after = (self._stored * row // self._rows for row in (first, first + count))
+        return after - before
 
     def digest(self) -> str | None:
         """Digest of the whole tensor, when it was asked for or copied."""
