@@ -19,7 +19,8 @@ from carnice_build.errors import CarniceError, CheckpointError, RecipeError
 from carnice_build.models import architecture_of, known_types
 from carnice_build.models.base import Passed
 from carnice_build.models.formulas import FormulaError, compiled, evaluate
-from carnice_build.models.table import SHIPPED, FamilyTable
+from carnice_build.models.table import FamilyTable
+from carnice_build.models.table_file import SHIPPED
 
 TABLE = """\
 about: A family.
@@ -209,6 +210,14 @@ def test_a_table_of_ones_own_comes_first_and_may_extend_ours(tmp_path: Path) -> 
     found = FamilyTable(tmp_path / "family.yaml", config, "config.json")
 
     assert (8, 16) == found.tensors["model.layers.0.self_attn.q_proj.weight"].shape
+
+
+def test_what_is_extended_must_be_a_table(tmp_path: Path) -> None:
+    """A list is told where it stands."""
+    (tmp_path / "other.yaml").write_text("- about: Mine.\n")
+    (tmp_path / "family.yaml").write_text("about: Mine.\nextends: other\n")
+    with pytest.raises(RecipeError, match=r"other\.yaml:1:1: is no table"):
+        FamilyTable(tmp_path / "family.yaml", CONFIG, "config.json")
 
 
 # --- formulas -------------------------------------------------------------------------------------
