@@ -14,12 +14,16 @@ from carnice_build.dtypes import ITEM_SIZE, TensorSpec, shared_spec
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor in a file of a checkpoint; `file` is None in a shape file, which has no bytes."""
+    """A tensor in a file of a checkpoint; `file` is None in a shape file, which has no bytes.
+
+    `stored` are the bytes of a checkpoint that are read for it, where these are not its own.
+    """
 
     name: str
     spec: TensorSpec
     file: ByteSource | None
     offset: int
+    stored: int | None = None
 
     @cached_property
     def identity(self) -> str:
@@ -35,9 +39,13 @@ class SourceTensor:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the checkpoint that are read for it; of what is read for several, its share."""
-        if not isinstance(self.file, Derived):
-            return self.spec.nbytes
-        return self.file.stored_bytes() * self.spec.nbytes // max(1, self.file.size)
+        return self.spec.nbytes if self.stored is None else self.stored
+
+    def share(self, spec: TensorSpec) -> int | None:
+        """What is `stored` of a part of it that is such a tensor."""
+        if self.stored is None:
+            return None
+        return self.stored * spec.nbytes // max(1, self.spec.nbytes)
 
     def located(self, index: int) -> tuple[SourceTensor, int]:
         """The checkpoint's own tensor that flat element `index` lies in, and its index there."""
@@ -118,14 +126,6 @@ class Composite(Protocol):
 
     def locate(self, offset: int) -> tuple[SourceTensor, int]:
         """The tensor that byte `offset` lies in, and how many of its bytes lie before."""
-
-
-@runtime_checkable
-class Derived(Protocol):
-    """A `ByteSource` whose bytes are made of those of a checkpoint while they are read."""
-
-    def stored_bytes(self) -> int:
-        """How many bytes of the checkpoint all of it is made of."""
 
 
 @runtime_checkable

@@ -237,3 +237,20 @@ def test_a_shape_file_decodes_to_shapes() -> None:
     made = decoded_fp8("w", codes, scales, "BF16", (128, 128))
 
     assert (None, TensorSpec("BF16", (4, 200, 100))) == (made.file, made.spec)
+
+
+def test_what_is_read_is_counted_as_it_is_stored() -> None:
+    """Codes and scales, also of stacks and of parts of them, and where there are no bytes."""
+    shape = (256, 128)
+    codes = SourceTensor("w", TensorSpec("F8_E4M3", shape), None, 0)
+    scales = SourceTensor("w_scale_inv", TensorSpec("F32", (2, 1)), None, 0)
+    tensor = decoded_fp8("w", codes, scales, "BF16", (128, 128))
+    stack = stacked("*", [tensor, tensor])
+    stored = 256 * 128 + 2 * 4
+
+    assert 2 * 256 * 128 == tensor.spec.nbytes
+    assert [stored, 2 * stored] == [item.stored_bytes for item in (tensor, stack)]
+    assert stored == row_range(stack, 1, 2).stored_bytes
+    assert stored == slab_stack("gate", stack, 0, 128).stored_bytes
+    assert stored == slab_stack("up", stack, 1, 256, 2).stored_bytes
+    assert 256 * 128 == codes.stored_bytes

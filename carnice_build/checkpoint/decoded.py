@@ -67,10 +67,6 @@ class DecodedFile(RowsFile):
             part.file is not None and part.file.random_access for part in self._decoding.parts
         )
 
-    def stored_bytes(self) -> int:
-        """See `Derived.stored_bytes`: codes, and all that goes with them."""
-        return sum(part.stored_bytes for part in self._decoding.parts)
-
     def held_bytes(self) -> int:
         """See `Holding.held_bytes`."""
         parts = self._decoding.parts
@@ -216,4 +212,5 @@ def _misfit(tensor: SourceTensor, expected: str) -> CheckpointError:
 def _decoded(name: str, decoding: Decoding, shape: tuple[int, ...]) -> SourceTensor:
     # A shape file has no bytes for any of its tensors.
     file = DecodedFile(decoding) if decoding.parts[0].file is not None else None
-    return SourceTensor(name, shared_spec(decoding.dtype, shape), file, 0)
+    stored = sum(part.stored_bytes for part in decoding.parts)
+    return SourceTensor(name, shared_spec(decoding.dtype, shape), file, 0, stored)

@@ -49,4 +49,4 @@ class Exponents(RowsOfTensor):
 def exponents(tensor: SourceTensor) -> SourceTensor:
     """Scales in E8M0, U8 [rows, ...]; whoever reads NaN among them gets a CheckpointError."""
     file = Exponents(tensor) if tensor.file is not None else None
-    return SourceTensor(tensor.name, tensor.spec, file, 0)
+    return SourceTensor(tensor.name, tensor.spec, file, 0, tensor.stored)

@@ -119,11 +119,6 @@ class RowsOfTensor(RowsFile):
         return self.tensor.file
 
     @property
-    @abstractmethod
-    def size(self) -> int:
-        """Bytes of all rows."""
-
-    @property
     def name(self) -> str:
         """That of the tensor's file."""
         return self._file.name
@@ -137,10 +132,6 @@ class RowsOfTensor(RowsFile):
     def random_access(self) -> bool:
         """As the tensor's file."""
         return self._file.random_access
-
-    def stored_bytes(self) -> int:
-        """See `Derived.stored_bytes`; the rest is for other parts of the tensor."""
-        return self.tensor.stored_bytes * self.size // max(1, self.tensor.spec.nbytes)
 
     def held_bytes(self) -> int:
         """See `Holding.held_bytes`."""

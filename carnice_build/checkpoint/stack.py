@@ -104,10 +104,6 @@ class Stack:
         index, inner = divmod(offset, self._pieces[0].spec.nbytes)
         return self._pieces[index], inner
 
-    def stored_bytes(self) -> int:
-        """See `Derived.stored_bytes`."""
-        return sum(piece.stored_bytes for piece in self._pieces)
-
     def held_bytes(self) -> int:
         """See `Holding.held_bytes`: of one piece, for the next is opened when it is closed."""
         return max(piece.held_bytes for piece in self._pieces)
@@ -236,7 +232,9 @@ def stacked(name: str, parts: Sequence[SourceTensor]) -> SourceTensor:
     spec = TensorSpec(first.dtype, (len(parts), *first.shape))
     # A shape file has names and shapes for all of its tensors, and bytes for none.
     file = Stack(parts) if parts[0].file is not None else None
-    return SourceTensor(name, spec, file, 0)
+    plain = all(part.stored is None for part in parts)
+    stored = None if plain else sum(part.stored_bytes for part in parts)
+    return SourceTensor(name, spec, file, 0, stored)
 
 
 def _odd_one(parts: Sequence[SourceTensor]) -> CheckpointError:
@@ -255,7 +253,8 @@ def row_range(tensor: SourceTensor, start: int, stop: int) -> SourceTensor:
     assert 0 <= start <= stop <= tensor.spec.shape[0], "rows beyond the tensor"
     spec = TensorSpec(tensor.spec.dtype, (stop - start, *tensor.spec.shape[1:]))
     offset = tensor.offset + start * tensor.spec.row_bytes
-    return SourceTensor(f"{tensor.name}[{start}:{stop}]", spec, tensor.file, offset)
+    name = f"{tensor.name}[{start}:{stop}]"
+    return SourceTensor(name, spec, tensor.file, offset, tensor.share(spec))
 
 
 def slab_rows(tensor: SourceTensor, index: int, start: int, stop: int) -> SourceTensor:
@@ -265,7 +264,8 @@ def slab_rows(tensor: SourceTensor, index: int, start: int, stop: int) -> Source
     spec = TensorSpec(tensor.spec.dtype, (stop - start, *rest))
     row_bytes = tensor.spec.row_bytes // max(1, rows)
     offset = tensor.offset + index * tensor.spec.row_bytes + start * row_bytes
-    return SourceTensor(f"{tensor.name}[{index}, {start}:{stop}]", spec, tensor.file, offset)
+    name = f"{tensor.name}[{index}, {start}:{stop}]"
+    return SourceTensor(name, spec, tensor.file, offset, tensor.share(spec))
 
 
 def slab_stack(
@@ -282,7 +282,7 @@ def slab_stack(
     assert 0 <= start < step and stop == rows and rows % step == 0, "rows that do not take turns"
     # All slabs take turns alike, so they are rows of one matrix.
     whole = TensorSpec(tensor.spec.dtype, (slabs * rows, *rest))
-    flat = SourceTensor(tensor.name, whole, tensor.file, tensor.offset)
+    flat = SourceTensor(tensor.name, whole, tensor.file, tensor.offset, tensor.stored)
     file = EveryRow(flat, start, step) if tensor.file is not None else None
     spec = TensorSpec(tensor.spec.dtype, (slabs, rows // step, *rest))
-    return SourceTensor(name, spec, file, 0)
+    return SourceTensor(name, spec, file, 0, tensor.share(spec))

@@ -110,4 +110,4 @@ def turned_stack(
     assert 0 <= start <= stop <= width, "columns beyond the matrix"
     spec = TensorSpec(tensor.spec.dtype, (slabs, len(columns), lines))
     file = Turned(tensor, columns) if tensor.file is not None else None
-    return SourceTensor(name, spec, file, 0)
+    return SourceTensor(name, spec, file, 0, tensor.share(spec))
