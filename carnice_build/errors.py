@@ -9,7 +9,7 @@ Only the command line prints them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TypeVar
 
@@ -88,6 +88,8 @@ class PlanError(CarniceError):
 
     `at` is the path, below the step or section that raises, of the entry that is to blame; the
     planner turns it into a place in the file.
+    `unfit` are all modules that a format would quantize and cannot, each with what of its
+    shape does not fit.
     """
 
     def __init__(
@@ -99,8 +101,10 @@ class PlanError(CarniceError):
         nearest: str | None = None,
         problems: Sequence[str] = (),
         at: tuple[str | int, ...] = (),
+        unfit: Mapping[str, str] | None = None,
     ) -> None:
         self.at = at
+        self.unfit = unfit or {}
         super().__init__(what, where=where, expected=expected, nearest=nearest, problems=problems)
 
     def revised(
@@ -118,6 +122,7 @@ class PlanError(CarniceError):
             nearest=self.nearest,
             problems=self.problems,
             at=self.at if at is None else at,
+            unfit=self.unfit,
         )
 
 

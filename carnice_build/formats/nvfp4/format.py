@@ -10,7 +10,7 @@ experts, whichever of them a token was sent to.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -24,10 +24,10 @@ from carnice_build.formats.base import (
     check_fusions,
     in_stated_dtype,
 )
-from carnice_build.formats.blame import about_module
+from carnice_build.formats.blame import about_module, refuse_unfit
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
-from carnice_build.formats.keep import kept
+from carnice_build.formats.keep import kept, weights_of
 from carnice_build.formats.nvfp4.files import modelopt_files
 from carnice_build.formats.nvfp4.ops import (
     BLOCK,
@@ -35,11 +35,12 @@ from carnice_build.formats.nvfp4.ops import (
     InputScales,
     TakeTurns,
     TurnsQuantize,
+    unfit,
 )
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import LINEARS, Part, Role, TensorFact
+from carnice_build.models.base import LINEARS, Architecture, Part, Role, TensorFact
 from carnice_build.models.kept import KEEP_LISTS, MTP_HEADS
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
@@ -97,6 +98,10 @@ class Nvfp4Format(Format):
         """The calibration runs in torch."""
         return ("torch",)
 
+    def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
+        """See `Format.leaving`."""
+        return {"keep+": weights_of(modules)}
+
     def prepare(self, view: View, context: PlanContext) -> View:
         """In the type that the library loads the model in."""
         return in_stated_dtype(view, context)
@@ -105,6 +110,8 @@ class Nvfp4Format(Format):
         """Every tensor of the view under its own name, the linears quantized."""
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
         chosen = {fact.module: fact for fact in self._quantized(facts)}
+        specs = {module: view[fact.name].spec for module, fact in chosen.items()}
+        refuse_unfit({module: unfit(spec) for module, spec in specs.items()}, "it among `keep`")
         activations = Activations(Calibration(view, context.calibrated()))
         made: dict[str, list[OutputTensor]] = {}
         for layer in range(context.architecture.num_layers):
