@@ -23,7 +23,7 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
 """A name on the hub."""
 
 OPTION = "--dataset"
-KINDS = " or ".join(DATASET_FILES)
+KINDS = f"{', '.join(DATASET_FILES[:-1])} or {DATASET_FILES[-1]}"
 
 
 def named(dataset: str, root: Path) -> dict[str, Any]:

@@ -46,9 +46,11 @@ class Draft:
         both = entries.keys() & old.entries.keys()
         grown = {key: [*old.entries[key], *entries[key]] for key in both}
         whys = {key: f"{old.why[key]}; {why[key]}" for key in both}
-        others[name] = Section(
-            name, {**old.entries, **entries, **grown}, {**old.why, **why, **whys}
-        )
+        new = Section(name, {**old.entries, **entries, **grown}, {**old.why, **why, **whys})
+        if name in others:
+            others[name] = new
+        else:
+            others = {name: new, **others}
         return replace(self, others=list(others.values()))
 
     def text(self) -> str:

@@ -48,6 +48,7 @@ from carnice_build.planning.repair import (
     outside,
     owners,
     renames,
+    with_partners,
     without,
 )
 from carnice_build.recipe.merge import read_with_parents
@@ -173,17 +174,13 @@ def _text(
     if dataset is None:
         return {}
     if "calibration" not in knobs:
+        calibrated = [name for name in presets() if "calibration" in _preset(name)]
         raise RecipeError(
             f"{preset} is not calibrated",
             where=datasets.OPTION,
-            expected="it with presets that are: " + ", ".join(_calibrated()),
+            expected=f"a preset that is: {', '.join(calibrated)}",
         )
     return datasets.named(dataset, root)
-
-
-def _calibrated() -> list[str]:
-    found = {name: read_with_parents(path) for name, path in presets().items()}
-    return [name for name, tree in found.items() if tree.find(("calibration",)).value is not None]
 
 
 def _open(model: str, root: Path) -> tuple[dict[str, str], Checkpoint]:
@@ -434,15 +431,15 @@ def _without_unfit(
     """
     known = {fact.module for fact in architecture.tensors.values()}
     modules = set(error.unfit)
-    for fusion in architecture.fusions:
-        if not modules.isdisjoint(fusion.parts):
-            modules |= known.intersection(fusion.parts)
+    if number_format.serving() is not None:
+        modules = with_partners(modules, architecture)
     entries = number_format.leaving(endings(sorted(modules), known), architecture)
     if not (modules and entries):
         raise error
     reasons = ", ".join(dict.fromkeys(error.unfit.values()))
+    alike = ", and engines run the others as one with these" if modules > error.unfit.keys() else ""
     stay = "module stays" if len(modules) == 1 else "modules stay"
-    why = f"{len(modules)} {stay} in full precision, because {reasons}"
+    why = f"{len(modules)} {stay} in full precision, because {reasons}{alike}"
     return draft.saying("quantize", entries, dict.fromkeys(entries, why)), why
 
 

@@ -166,6 +166,22 @@ def globs(names: Collection[str], among: Iterable[str]) -> list[str]:
     return list(found)
 
 
+def with_partners(modules: Collection[str], architecture: Architecture) -> set[str]:
+    """These modules and what serving engines run as one with them.
+
+    That are the parts of a fused linear, and all linears of the experts of a layer.
+    """
+    linears = {fact.module for fact in architecture.tensors.values() if fact.role is Role.LINEAR}
+    found = set(modules)
+    for fusion in architecture.fusions:
+        if not found.isdisjoint(fusion.parts):
+            found |= linears.intersection(fusion.parts)
+    experts = {module.partition(STACK)[0] for module in found if STACK in module}
+    return found | {
+        module for module in linears if STACK in module and module.partition(STACK)[0] in experts
+    }
+
+
 def endings(names: Collection[str], among: Iterable[str]) -> list[str]:
     """The shortest globs for ends of paths that match these of all names, and no other."""
     others = set(among).difference(names)
