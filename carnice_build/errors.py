@@ -180,6 +180,10 @@ def together(items: Sequence[T], error: Callable[[T], E], what: str, where: str)
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name closest in spelling to `name`, or None when none is close."""
+    return next(iter(near(name, valid, 1)), None)
+
+
+def near(name: str, valid: Iterable[str], most: int) -> list[str]:
+    """The valid names that are close in spelling to `name`, the closest first."""
     candidates = [item for item in islice(valid, _MOST_COMPARED) if len(item) <= _MOST_SHOWN]
-    matches = difflib.get_close_matches(name[:_MOST_SHOWN], candidates, n=1, cutoff=0.5)
-    return matches[0] if matches else None
+    return difflib.get_close_matches(name[:_MOST_SHOWN], candidates, n=most, cutoff=0.5)
