@@ -88,8 +88,7 @@ class PlanError(CarniceError):
 
     `at` is the path, below the step or section that raises, of the entry that is to blame; the
     planner turns it into a place in the file.
-    `unfit` are all modules that a format would quantize and cannot, each with what of its
-    shape does not fit.
+    `unfit` are all modules that a format would quantize and cannot, each with why not.
     """
 
     def __init__(

@@ -150,7 +150,7 @@ def test_a_recipe_is_refused_with_all_that_does_not_fit(
     assert 2 == finished.code
     assert (
         "module model.layers.1.mlp.down_proj: group_size 128 does not divide the 328 inputs; "
-        "and 2 more do not fit; expected it among `keep`"
+        "and 2 more cannot be quantized; expected it among `keep`"
     ) in finished.err
 
 

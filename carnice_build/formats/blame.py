@@ -20,7 +20,7 @@ def about_module(module: str, at: tuple[str | int, ...] = ()) -> Iterator[None]:
 def refuse_unfit(unfit: Mapping[str, str], expected: str, at: tuple[str | int, ...] = ()) -> None:
     """Raise PlanError if there are modules that a format cannot quantize.
 
-    `unfit` says of each what of its shape does not fit, or nothing; `expected` is what a recipe
+    `unfit` says of each why not, or nothing of one that it can; `expected` is what a recipe
     says of those that do not.
     """
     unfit = {module: why for module, why in unfit.items() if why}
@@ -28,7 +28,7 @@ def refuse_unfit(unfit: Mapping[str, str], expected: str, at: tuple[str | int, .
         return
     module, why = next(iter(unfit.items()))
     more = len(unfit) - 1
-    others = f"; and {more} more do not fit" if more else ""
+    others = f"; and {more} more cannot be quantized" if more else ""
     raise PlanError(f"module {module}: {why}{others}", expected=expected, at=at, unfit=unfit)
 
 

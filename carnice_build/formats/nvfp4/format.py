@@ -16,7 +16,6 @@ from pydantic import Field
 
 from carnice_build.calibration.chain import Activations
 from carnice_build.calibration.passes import Calibration
-from carnice_build.errors import PlanError
 from carnice_build.formats.base import (
     Conversion,
     Format,
@@ -53,6 +52,9 @@ if TYPE_CHECKING:
 SCHEME = Scheme(4, BLOCK, "float")
 
 _PLAIN_ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
+
+
+_UNCALIBRATED = "no decoder layer has it, so its input is not calibrated"
 
 
 class Nvfp4Format(Format):
@@ -110,17 +112,22 @@ class Nvfp4Format(Format):
         """Every tensor of the view under its own name, the linears quantized."""
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
         chosen = {fact.module: fact for fact in self._quantized(facts)}
-        specs = {module: view[fact.name].spec for module, fact in chosen.items()}
-        refuse_unfit({module: unfit(spec) for module, spec in specs.items()}, "it among `keep`")
+        architecture = context.architecture
+        calibrated = {
+            module
+            for layer in range(architecture.num_layers)
+            for group in architecture.shared_inputs(layer)
+            for module in group
+        }
+        found = {
+            module: unfit(view[fact.name].spec) if module in calibrated else _UNCALIBRATED
+            for module, fact in chosen.items()
+        }
+        refuse_unfit(found, "it among `keep`")
         activations = Activations(Calibration(view, context.calibrated()))
         made: dict[str, list[OutputTensor]] = {}
         for layer in range(context.architecture.num_layers):
             made |= _layer(layer, chosen, view, activations, context)
-        if left := [module for module in chosen if module not in made]:
-            raise PlanError(
-                f"{left[0]} is in no decoder layer, so it has no calibrated input",
-                expected="it among `keep`",
-            )
         biases = _turned_biases(facts, chosen, view, context)
         tensors: list[OutputTensor] = []
         for fact in facts:
