@@ -122,6 +122,20 @@ def test_blocks_of_nvfp4_may_not_fit_either(empty: Path, uneven: Callable[..., P
     assert "blocks of 16 do not divide the 328 inputs" in new.path.read_text()
 
 
+def test_what_is_not_calibrated_stays_as_well(empty: Path, tmp_path: Path) -> None:
+    """Whatever a plan finds first: here rows that blocks do not fill, then a linear of no layer."""
+    entry = FAMILIES["gemma4"]
+    text = {**entry.config["text_config"], "hidden_size_per_layer_input": 40}
+    entry = replace(entry, config={**entry.config, "text_config": text})
+    folder = write_family(tmp_path / "gemma4", entry)
+    (empty / "text.jsonl").write_text('{"text": "one two three four five"}\n' * 20)
+    new = new_recipe("mine", str(folder), "nvfp4", dataset="text.jsonl")
+    kept = written(new)["quantize"]["keep+"]
+
+    assert "*.per_layer_projection.weight" == kept[0]
+    assert not any("per_layer_projection" in name for name in new.plan.conversion.quantized)
+
+
 def test_experts_stay_together_where_an_engine_runs_them_as_one(
     empty: Path, uneven: Callable[..., Path]
 ) -> None:

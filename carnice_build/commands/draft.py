@@ -44,7 +44,13 @@ class Draft:
         others = {section.name: section for section in self.others}
         old = others.get(name, Section(name, {}, {}))
         both = entries.keys() & old.entries.keys()
-        grown = {key: [*old.entries[key], *entries[key]] for key in both}
+        grown = {
+            key: [
+                *old.entries[key],
+                *(item for item in entries[key] if item not in old.entries[key]),
+            ]
+            for key in both
+        }
         whys = {key: f"{old.why[key]}; {why[key]}" for key in both}
         new = Section(name, {**old.entries, **entries, **grown}, {**old.why, **why, **whys})
         if name in others:

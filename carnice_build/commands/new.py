@@ -120,12 +120,17 @@ def new_recipe(
         return plan
 
     with _written(path) as write:
-        try:
-            plan = planned()
-        except PlanError as error:
-            draft, sentence = _without_unfit(draft, error, number_format, architecture)
-            found.append(sentence)
-            plan = planned()
+        left: set[str] = set()
+        while True:
+            try:
+                plan = planned()
+                break
+            except PlanError as error:
+                if error.unfit.keys() <= left:
+                    raise
+                left |= error.unfit.keys()
+                draft, sentence = _without_unfit(draft, error, number_format, architecture)
+                found.append(sentence)
         if plan.dataset is not None and text and plan.dataset.file is not None:
             draft, sentences = _with_samples(draft, plan, text["dataset"])
             found += sentences
@@ -427,14 +432,14 @@ def _without_unfit(
 ) -> tuple[Draft, str]:
     """The recipe without the modules that the format cannot quantize, and what is said of them.
 
-    Raises `error` where it is about something else.
+    Raises `error` where the format has no words for it.
     """
     known = {fact.module for fact in architecture.tensors.values()}
     modules = set(error.unfit)
     if number_format.serving() is not None:
         modules = with_partners(modules, architecture)
     entries = number_format.leaving(endings(sorted(modules), known), architecture)
-    if not (modules and entries):
+    if not entries:
         raise error
     reasons = ", ".join(dict.fromkeys(error.unfit.values()))
     alike = ", and engines run the others as one with these" if modules > error.unfit.keys() else ""

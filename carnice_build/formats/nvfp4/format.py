@@ -112,22 +112,14 @@ class Nvfp4Format(Format):
         """Every tensor of the view under its own name, the linears quantized."""
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
         chosen = {fact.module: fact for fact in self._quantized(facts)}
-        architecture = context.architecture
-        calibrated = {
-            module
-            for layer in range(architecture.num_layers)
-            for group in architecture.shared_inputs(layer)
-            for module in group
-        }
-        found = {
-            module: unfit(view[fact.name].spec) if module in calibrated else _UNCALIBRATED
-            for module, fact in chosen.items()
-        }
+        found = {module: unfit(view[fact.name].spec) for module, fact in chosen.items()}
         refuse_unfit(found, "it among `keep`")
         activations = Activations(Calibration(view, context.calibrated()))
         made: dict[str, list[OutputTensor]] = {}
         for layer in range(context.architecture.num_layers):
             made |= _layer(layer, chosen, view, activations, context)
+        left = [module for module in chosen if module not in made]
+        refuse_unfit(dict.fromkeys(left, _UNCALIBRATED), "it among `keep`")
         biases = _turned_biases(facts, chosen, view, context)
         tensors: list[OutputTensor] = []
         for fact in facts:
