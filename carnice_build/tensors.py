@@ -32,6 +32,13 @@ class SourceTensor:
         """Memory that it takes to read it, beyond what is read."""
         return self.file.held_bytes() if isinstance(self.file, Holding) else 0
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the checkpoint that are read for it; of what is read for several, its share."""
+        if not isinstance(self.file, Derived):
+            return self.spec.nbytes
+        return self.file.stored_bytes() * self.spec.nbytes // max(1, self.file.size)
+
     def located(self, index: int) -> tuple[SourceTensor, int]:
         """The checkpoint's own tensor that flat element `index` lies in, and its index there."""
         if not isinstance(self.file, Composite):
@@ -111,6 +118,14 @@ class Composite(Protocol):
 
     def locate(self, offset: int) -> tuple[SourceTensor, int]:
         """The tensor that byte `offset` lies in, and how many of its bytes lie before."""
+
+
+@runtime_checkable
+class Derived(Protocol):
+    """A `ByteSource` whose bytes are made of those of a checkpoint while they are read."""
+
+    def stored_bytes(self) -> int:
+        """How many bytes of the checkpoint all of it is made of."""
 
 
 @runtime_checkable

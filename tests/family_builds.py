@@ -52,6 +52,17 @@ def write_texts(path: Path, count: int = 3) -> list[str]:
     return rows
 
 
+def options_of(root: Path, source: Path) -> Options:
+    """Where variants of the checkpoint `source` are built."""
+    return Options(
+        recipes=root / "recipes",
+        out=root / "out",
+        cache=root / "cache",
+        jobs=1,
+        sources={"body": source},
+    )
+
+
 def build_checked(root: Path, source: Path, variant: str, recipe: str) -> Path:
     """The folder of a variant of the checkpoint `source`, which passes its checks.
 
@@ -63,13 +74,7 @@ def build_checked(root: Path, source: Path, variant: str, recipe: str) -> Path:
     (recipes / f"{variant}.yaml").write_text(
         f"variant: {variant}\ndescription: A\nsources: {{body: {{model: a/b}}}}\n{recipe}"
     )
-    options = Options(
-        recipes=recipes,
-        out=root / "out",
-        cache=root / "cache",
-        jobs=1,
-        sources={"body": source},
-    )
+    options = options_of(root, source)
     build_variants([variant], options)
     (result,) = verify_variants([variant], options, VerifySettings(run=False)).variants
     assert [] == [check for check in result.checks if check.outcome is Outcome.FAILED]

@@ -132,6 +132,9 @@ class Llama:
     def optional(self, fact: TensorFact) -> bool:
         return False
 
+    def engine_names(self, module: str) -> list[str]:
+        return [module]
+
     def module_kind(self, name: str) -> str:
         return ".".join(name.split(".")[-3:-1])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import read_json, write_json
+from tiny import read_all_tensors, read_json, write_json
 
 Tensors = dict[str, Any]
 Quantized = tuple[Tensors, Any]
@@ -166,3 +166,30 @@ def quantize(folder: Path, method: str, modules: Callable[[str], bool]) -> Path:
         {**read_json(folder / "config.json"), "quantization_config": dict(config)},
     )
     return copy
+
+
+def decoded_folder(folder: Path, target: Path) -> Path:
+    """The checkpoint in BF16, as compressed-tensors decodes it."""
+    from compressed_tensors.entrypoints.convert import FP8BlockDequantizer, convert_checkpoint
+
+    stored = read_all_tensors(folder)
+    scaled = [name.removesuffix(".weight_scale_inv") for name in stored if "_scale_inv" in name]
+    convert_checkpoint(folder, target, FP8BlockDequantizer(targets=scaled))
+    return target
+
+
+def floats_of_gpt_oss(folder: Path, target: Path) -> Path:
+    """The checkpoint in BF16, as transformers decodes it and would save it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    shutil.copytree(folder, target)
+    stored = load_file(target / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_blocks")]:
+        stem = name.removesuffix("_blocks")
+        codes, scales = stored.pop(name), stored.pop(f"{stem}_scales")
+        stored[stem] = convert_moe_packed_tensors(codes, scales).contiguous()
+    save_file(stored, target / "model.safetensors")
+    config = read_json(target / "config.json")
+    del config["quantization_config"]
+    write_json(target / "config.json", config)
+    return target

@@ -331,6 +331,20 @@ def test_damaged_scales_of_experts_are_named(
     check(finished, project, "model", words)
 
 
+@pytest.mark.parametrize("steps", ["[]", DECODE], ids=["kept", "decoded"])
+@pytest.mark.parametrize("element", [1, 11], ids=["of a gate", "of an up"])
+def test_scales_of_nan_are_refused_in_codes_that_are_kept(
+    project: Project, zoo: Zoo, carnice: Carnice, steps: str, element: int
+) -> None:
+    """MLX publishes experts in MXFP4 as they are, and refuses what decoding them refuses."""
+    pytest.importorskip("mlx_lm")
+    bad = Bad(project, zoo("gpt_oss", "hub"), "mlx", steps)
+    bad.tensors(put(f"{MXFP4}_scales", b"\x7f" * element + b"\xff"))
+
+    words = f"tensor '{MXFP4}_scales' holds NaN at element {element}; expected finite scales"
+    check_refused(carnice("build", "bad"), project, "model", words)
+
+
 @pytest.mark.parametrize(
     ("family", "quant"),
     [("deepseek_v3", "mlx"), ("deepseek_v3", "int4"), ("minimax_m2", "fp8"), ("gpt_oss", "int4")],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Finished, Project
-from test_tables import CASES, Case, expanded
+from test_tables import CASES, expanded
 from tiny import write_json
 from zoo import write_zoo
 
@@ -19,6 +19,7 @@ from carnice_build.models import architecture_of, table_of, use_tables
 from carnice_build.models.base import Part
 from carnice_build.models.fitting import fit
 from carnice_build.models.table import FamilyTable
+from carnice_build.models.table_file import load_table
 
 Carnice = Callable[..., Finished]
 
@@ -43,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_table_written_by_the_command_is_one(
     folder: Path, carnice: Carnice, model_type: str
 ) -> None:
-    """What transformers builds of other configs follows from it, and roles are those of ours."""
+    """What transformers builds of other configs follows from it; roles and modules are as ours."""
     finished = carnice("family", model_type)
     path = folder / "recipes" / "_families" / f"{model_type}.yaml"
 
@@ -64,6 +65,9 @@ def test_a_table_written_by_the_command_is_one(
         assert {fact.name: (fact.role, fact.part) for fact in shared} == {
             fact.name: (ours.built[fact.name].role, ours.built[fact.name].part) for fact in shared
         }
+        assert [ours.engine_names(fact.module)[0] for fact in shared] == [
+            found.engine_names(fact.module)[0] for fact in shared
+        ]
 
 
 def test_what_transformers_does_not_know_is_said(folder: Path, carnice: Carnice) -> None:
@@ -191,16 +195,31 @@ def test_the_tables_of_one_project_are_not_those_of_another(folder: Path) -> Non
 
 
 def test_an_edited_table_is_read_again(folder: Path) -> None:
-    """Whoever works on one sees what it says now."""
-    path = folder / "family.yaml"
-    config = Case("llama").made().config
-    sizes = []
-    for rows in (3, 7):
-        path.write_text(f"about: Mine.\nextends: llama\ndefaults: {{more: {rows}}}\n")
-        os.utime(path, ns=(rows, rows))
-        sizes.append(FamilyTable(path, config, "").named("more", {}))
+    """Whoever works on one sees what it says now, and what those say that it extends."""
+    path, other = folder / "family.yaml", folder / "other.yaml"
+    other.write_text("about: Mine.\nextends: llama\n")
+    found = []
+    for edited, text in (
+        (path, "about: Mine.\nextends: other\n"),
+        (other, "about: Mine.\nextends: llama\ndefaults: {more: 3}\n"),
+        (path, "about: Mine.\nextends: other\ndefaults: {more: 7}\n"),
+    ):
+        edited.write_text(text)
+        os.utime(edited, ns=(len(found), len(found)))
+        found.append(load_table(path).table.defaults.get("more"))
 
-    assert [3, 7] == sizes
+    assert [None, "3", "7"] == found
+
+
+def test_a_table_that_now_comes_first_is_the_one_that_is_extended(folder: Path) -> None:
+    """One of a project's own with the name of one that ships, as soon as it is there."""
+    path = folder / "family.yaml"
+    path.write_text("about: Mine.\nextends: llama\n")
+    before = load_table(path).table.defaults.get("more")
+    (folder / "llama.yaml").write_text("about: Mine.\nextends: llama\ndefaults: {more: 3}\n")
+
+    assert before is None
+    assert "3" == load_table(path).table.defaults["more"]
 
 
 @pytest.mark.parametrize(

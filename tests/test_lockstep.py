@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +15,9 @@ from tiny import Tensor, write_safetensors
 from carnice_build.checkpoint.decoded import decoded_fp8
 from carnice_build.checkpoint.header import read_header
 from carnice_build.checkpoint.source import LocalFile
-from carnice_build.checkpoint.stack import stacked
+from carnice_build.checkpoint.stack import slab_stack, stacked
+from carnice_build.checkpoint.together import whole
+from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.errors import CheckpointError
 from carnice_build.execute import jobs as jobs_module
@@ -27,13 +30,13 @@ from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.fp8_dynamic.ops import RowQuantize
 from carnice_build.formats.nvfp4.ops import BlockQuantize
-from carnice_build.graph import ActionGraph, ActionOutput, Stacked, TensorData, TensorRef
+from carnice_build.graph import ActionGraph, ActionOutput, ArrayOp, Stacked, TensorData, TensorRef
 from carnice_build.models.base import Part, Role, TensorFact
 from carnice_build.planning.layout import pack_layouts
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, survey
 from carnice_build.store.store import Store
-from carnice_build.tensors import SourceTensor
+from carnice_build.tensors import Reader, SourceTensor
 
 ROWS, COLUMNS = 8, 64
 
@@ -60,10 +63,18 @@ def opened(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, SourceTensor]
     }
 
 
+def stacks_of(experts: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+    """The gates and the ups of these experts."""
+    return {
+        name: stacked(f"*.{name}", [tensor for key, tensor in experts.items() if name in key])
+        for name in ("gate", "up")
+    }
+
+
 def plain(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, SourceTensor]:
     """Experts in BF16."""
     made = {name: Tensor("BF16", item.shape, item.tobytes()) for name, item in tensors.items()}
-    return opened(path, made)
+    return stacks_of(opened(path, made))
 
 
 def in_fp8(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, SourceTensor]:
@@ -74,13 +85,94 @@ def in_fp8(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> dict[str,
     for name, scale in zip(codes, scales, strict=True):
         made[f"{name}_scale_inv"] = Tensor("F32", (1, 1), scale.tobytes())
     found = opened(path, made)
+    return stacks_of(
+        {
+            name: decoded_fp8(name, found[name], found[f"{name}_scale_inv"], "BF16", (128, 128))
+            for name in codes
+        }
+    )
+
+
+class Counted(LocalFile):
+    """A file of which is known where it was read by range; no samples are taken of it."""
+
+    random_access = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.read: list[tuple[int, int]] = []
+
+    @contextmanager
+    def open_range(self, offset: int, count: int) -> Iterator[Reader]:
+        """As any file."""
+        place = offset
+        with super().open_range(offset, count) as read:
+
+            def noted(buffer: memoryview) -> None:
+                nonlocal place
+                self.read.append((place, len(buffer)))
+                place += len(buffer)
+                read(buffer)
+
+            yield noted
+
+
+def fused(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]], *, turned: bool) -> SourceTensor:
+    """Gates and ups of all experts in one tensor, where rows take turns; or columns, `turned`."""
+    rows = np.stack(list(tensors.values())).reshape(-1, 2, ROWS, COLUMNS).swapaxes(1, 2)
+    matrices = rows.reshape(-1, 2 * ROWS, COLUMNS)
+    array = np.ascontiguousarray(matrices.swapaxes(1, 2) if turned else matrices)
+    write_safetensors(path, {"fused": Tensor("BF16", array.shape, array.tobytes())})
+    file = Counted(path)
+    (entry,) = read_header(file).entries
+    return SourceTensor("fused", entry.spec, file, entry.offset)
+
+
+def rows_in_turns(
+    path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]
+) -> dict[str, SourceTensor]:
+    """Stacks whose rows take turns in one tensor."""
+    tensor = fused(path, tensors, turned=False)
     return {
-        name: decoded_fp8(name, found[name], found[f"{name}_scale_inv"], "BF16", (128, 128))
-        for name in codes
+        name: slab_stack(name, tensor, first, 2 * ROWS, 2)
+        for first, name in enumerate(["gate", "up"])
     }
 
 
-Experts = Callable[[Path, Mapping[str, np.ndarray[Any, Any]]], dict[str, SourceTensor]]
+def columns_in_turns(
+    path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]
+) -> dict[str, SourceTensor]:
+    """Stacks whose rows are columns of one tensor, and take turns there."""
+    tensor = fused(path, tensors, turned=True)
+    return {
+        name: turned_stack(name, tensor, first, 2 * ROWS, 2)
+        for first, name in enumerate(["gate", "up"])
+    }
+
+
+class Whole(ArrayOp):
+    """Makes of a tensor itself, which it must see whole."""
+
+    name = "whole"
+    version = 1
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """That of the input."""
+        return tuple(inputs)
+
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorData],
+        outputs: Sequence[TensorData],
+    ) -> None:
+        """Copy it."""
+        outputs[0].array[...] = inputs[0].array
+
+
+Stacks = Callable[[Path, Mapping[str, np.ndarray[Any, Any]]], dict[str, SourceTensor]]
 
 
 class Build:
@@ -92,16 +184,12 @@ class Build:
         tensors: Mapping[str, np.ndarray[Any, Any]],
         *,
         shared: bool = True,
-        experts: Experts = plain,
+        stacks: Stacks = plain,
     ) -> None:
         self.root = root
-        found = experts(root / "experts.safetensors", tensors)
         count = len(tensors) // 2
-        stacks = {
-            name: stacked(f"*.{name}", [found[f"{expert}.{name}"] for expert in range(count)])
-            for name in ("gate", "up")
-        }
-        self.refs = {name: TensorRef(stack.spec, stack) for name, stack in stacks.items()}
+        found = stacks(root / "experts.safetensors", tensors)
+        self.refs = {name: TensorRef(stack.spec, stack) for name, stack in found.items()}
         self.graph = ActionGraph()
         gate, up = self.refs["gate"], self.refs["up"]
         made = [*self.graph.add(RowQuantize(), {}, gate.reshaped(count * ROWS, COLUMNS))]
@@ -191,6 +279,47 @@ def test_a_stack_gives_what_its_experts_give(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("stacks", [rows_in_turns, columns_in_turns])
+@pytest.mark.parametrize("shared", [True, False], ids=["one action of both", "an action each"])
+def test_what_takes_turns_is_read_once(tmp_path: Path, stacks: Stacks, shared: bool) -> None:
+    """Gates and ups of one tensor come together, though an action reads the gates alone."""
+    tensors = weights(5)
+    build = Build(tmp_path, tensors, shared=shared, stacks=stacks)
+    (job,) = build.jobs()
+    source = cast(SourceTensor, build.refs["gate"].origin)
+    file = cast(Counted, whole(source).file)
+    outcome = build.run()
+
+    assert job.streams
+    assert expected(tensors, build) == build.content(outcome)
+    assert whole(source).spec.nbytes == sum(count for _, count in file.read)
+    ends = [place + count for place, count in file.read]
+    assert ends[:-1] == [place for place, _ in file.read[1:]]
+
+
+def test_what_takes_turns_is_read_once_where_it_is_needed_whole(tmp_path: Path) -> None:
+    """An op that takes all rows at once is given them of the same read."""
+    tensors = weights(5)
+    build = Build(tmp_path, tensors, shared=False, stacks=rows_in_turns)
+    gate = build.refs["gate"]
+    build.outputs[:-1] = [
+        OutputTensor(f"whole.{index}", ref, build.outputs[0].fact)
+        for index, ref in enumerate(build.graph.add(Whole(), {}, gate))
+    ]
+    packs = pack_layouts(build.outputs, 1 << 30, {})
+    build.variants = cast(Sequence[VariantPlan], [SimpleNamespace(packs=tuple(packs))])
+    (job,) = build.jobs()
+    file = cast(Counted, whole(cast(SourceTensor, gate.origin)).file)
+    content = build.content(build.run())
+    stacks = np.stack(list(tensors.values())).reshape(5, 2, ROWS, COLUMNS)
+
+    assert not job.streams
+    assert stacks[:, 0].tobytes() == content["whole.0"]
+    assert stacks[:, 1].tobytes() == content[build.outputs[-1].name]
+    assert 5 * 2 * 2 * ROWS * COLUMNS == sum(count for _, count in file.read)
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_what_is_made_is_found_again(tmp_path: Path) -> None:
     """A second build runs nothing; other files of the same experts are read once, for digests."""
     tensors = weights(5)
@@ -211,7 +340,7 @@ def test_what_is_made_is_found_again(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_blocks")
 def test_stacks_of_decoded_experts_flow_as_well(tmp_path: Path) -> None:
     """What is made of experts in FP8 is what is made of their floats, and found for these."""
-    build = Build(tmp_path, weights(5), experts=in_fp8)
+    build = Build(tmp_path, weights(5), stacks=in_fp8)
     first = build.run()
     floats = {}
     for name, ref in build.refs.items():

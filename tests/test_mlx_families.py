@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +21,7 @@ from conftest import REPOSITORY, Project
 from tiny import read_all_tensors, write_json
 from zoo import FAMILIES, Layout, write_zoo
 
+from carnice_build.backends import mlx_trace
 from carnice_build.commands.asking import Asking
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.plan import plan_variants
@@ -360,6 +363,27 @@ def test_a_question_about_another_model_has_another_answer(zoo: Zoo, tmp_path: P
         asking(replace(what, arguments=arguments))
 
     assert 2 == len(list((tmp_path / "answers").iterdir()))
+
+
+def test_another_tracer_is_asked_anew(
+    project: Project, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer is remembered by the version of what traced it, which brings no mlx into a plan."""
+    recipe(project)
+    options = project.options(sources={"body": zoo("gpt_oss", "transformers")})
+    counts = []
+    for version in (mlx_trace.TRACER_VERSION, mlx_trace.TRACER_VERSION + 1):
+        monkeypatch.setattr(mlx_trace, "TRACER_VERSION", version)
+        plan_variants(["family"], options)
+        counts.append(len(list((options.cache / "answers").iterdir())))
+    code = "import sys, carnice_build.backends.mlx_trace; print('mlx' in sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+
+    first, both = counts
+    assert 0 < 2 * first == both
+    assert "False" == loaded.stdout.strip()
 
 
 def test_what_a_library_raises_is_one_sentence(tmp_path: Path) -> None:

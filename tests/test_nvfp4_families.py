@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quantizing import decoded_folder, floats_of_gpt_oss
 from tiny import Tensor, read_all_tensors, read_json
 from zoo import FAMILIES, TOKENIZER, Layout, write_zoo
 
@@ -85,16 +86,20 @@ def attention(family: str) -> str:
     return "eager" if family in EAGER else "sdpa"
 
 
-def build(root: Path, family: str, quantize: str = "format: nvfp4") -> Sequence[Check]:
+def build(
+    root: Path, family: str, quantize: str = "format: nvfp4", *, decode: bool = False
+) -> Sequence[Check]:
     """Build `root`/out/v of `root`/source, and check it without running it."""
     recipes = root / "recipes"
     recipes.mkdir(exist_ok=True)
     (root / "text.txt").write_text("\n".join(TEXT))
     (recipes / "_profiles.yaml").write_text("demo: {}\n")
     dropped = DROPPED.get(family)
-    steps = f"steps: [{{drop: {{match: {dropped}}}}}]\n" if dropped else ""
+    steps = [f"drop: {{match: {dropped}}}"] if dropped else []
+    steps += ["decode: {}"] if decode else []
     (recipes / "v.yaml").write_text(
-        f"variant: v\ndescription: A\nsources: {{body: {{model: a/b}}}}\n{steps}"
+        f"variant: v\ndescription: A\nsources: {{body: {{model: a/b}}}}\n"
+        f"steps: [{', '.join(f'{{{step}}}' for step in steps)}]\n"
         f"quantize: {{{quantize}}}\n"
         f"calibration: {{dataset: text.txt, samples: {len(TEXT)}, length: {LENGTH}, threads: 1, "
         f"attention: {attention(family)}}}\n"
@@ -113,8 +118,8 @@ def build(root: Path, family: str, quantize: str = "format: nvfp4") -> Sequence[
     return result.checks
 
 
-def export(root: Path, family: str) -> None:
-    """What modelopt makes of `root`/source, in `root`/theirs."""
+def export(root: Path, family: str, source: str = "source") -> None:
+    """What modelopt makes of `root`/`source`, in `root`/theirs."""
     import modelopt.torch.quantization as mtq
     import torch
     import transformers
@@ -123,13 +128,13 @@ def export(root: Path, family: str) -> None:
 
     torch.set_num_threads(1)
     model: Any = getattr(transformers, FAMILIES[family].model).from_pretrained(
-        root / "source",
+        root / source,
         dtype=torch.bfloat16,
         attn_implementation=attention(family),
         experts_implementation="eager",
     )
     model.config.architectures = [FAMILIES[family].model]
-    tokenizer = Tokenizer.from_file(str(root / "source" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(root / source / "tokenizer.json"))
 
     def loop(model: Any) -> None:
         for line in TEXT:
@@ -227,6 +232,30 @@ def test_the_folder_passes_its_checks(pair: Pair) -> None:
 
     assert [] == [check for check in pair.checks if check.outcome is Outcome.FAILED]
     assert 0 == found["round trip"].details["not_compared"]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "deepseek_v3",
+        *(pytest.param(name, marks=pytest.mark.wide) for name in ("gpt_oss", "qwen3_moe_fp8")),
+    ],
+)
+def test_a_quantized_source_is_what_modelopt_makes_of_its_floats(
+    tmp_path: Path, family: str
+) -> None:
+    """Experts in MXFP4 and models in FP8 are calibrated and quantized as the decoded model is."""
+    source = write_zoo(tmp_path / "source", family, "hub")
+    decoded = floats_of_gpt_oss if family == "gpt_oss" else decoded_folder
+    decoded(source, tmp_path / "floats")
+    export(tmp_path, family, "floats")
+    checks = build(tmp_path, family, decode=True)
+    ours, theirs = (read_all_tensors(tmp_path / name) for name in ("out/v", "theirs"))
+
+    assert ours.keys() == theirs.keys()
+    assert [] == [name for name in theirs if not same(name, ours[name], theirs[name])]
+    assert {"U8", "F8_E4M3", "BF16", "F32"} <= {tensor.dtype for tensor in theirs.values()}
+    assert [] == [check for check in checks if check.outcome is Outcome.FAILED]
 
 
 def test_experts_that_no_token_was_sent_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

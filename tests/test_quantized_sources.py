@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 from family_builds import INT4_WEIGHTS
+from quantizing import decoded_folder, floats_of_gpt_oss
 from safetensors.torch import load_file, save_file
 from tiny import Tensor, read_all_tensors, read_json, write_json
 from zoo import TOKENIZER_FILES, write_zoo
 
+from carnice_build.checkpoint.quantized import of_activations
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
-from carnice_build.commands.plan import plan_variants
+from carnice_build.commands.plan import plan_and_survey, plan_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.errors import PlanError
 from carnice_build.verification.result import Outcome
@@ -61,7 +63,7 @@ class Workshop:
     def build(self, source: Path, quant: str, *steps: Any) -> BuildResult:
         """Build a variant called `quant`, which passes its checks.
 
-        Of what it reads it reads no float twice.
+        What it reads are the weights as they are stored, each byte once, as the plan says.
         """
         recipe = {
             "variant": quant,
@@ -71,12 +73,15 @@ class Workshop:
             "quantize": QUANTS[quant],
         }
         write_json(self.root / "recipes" / f"{quant}.yaml", recipe)
+        expected = plan_and_survey([quant], self.options(source)).status.bytes_to_read
         report = build_variants([quant], self.options(source))
         settings = VerifySettings(run=False)
         (result,) = verify_variants([quant], self.options(source), settings).variants
         assert [] == [check for check in result.checks if check.outcome is Outcome.FAILED]
-        (plan,) = plan_variants([quant], self.options(source)).variants
-        assert report.read_bytes <= sum(ref.spec.nbytes for ref in plan.view.values())
+        stored = {name: len(item.data) for name, item in read_all_tensors(source).items()}
+        left_out = of_activations(stored)
+        wanted = sum(count for name, count in stored.items() if name not in left_out)
+        assert wanted == expected == report.read_bytes
         return report
 
     def tensors(self, quant: str) -> dict[str, Tensor]:
@@ -195,34 +200,7 @@ def test_int4_of_a_model_in_fp8_is_that_of_its_floats(shop: Workshop, family: st
     assert config == shop.config("int4")
 
 
-def decoded_folder(folder: Path, target: Path) -> Path:
-    """The checkpoint in BF16, as compressed-tensors decodes it."""
-    from compressed_tensors.entrypoints.convert import FP8BlockDequantizer, convert_checkpoint
-
-    stored = read_all_tensors(folder)
-    scaled = [name.removesuffix(".weight_scale_inv") for name in stored if "_scale_inv" in name]
-    convert_checkpoint(folder, target, FP8BlockDequantizer(targets=scaled))
-    return target
-
-
 # --- gpt-oss --------------------------------------------------------------------------------------
-
-
-def floats_of_gpt_oss(folder: Path, target: Path) -> Path:
-    """The checkpoint in BF16, as transformers decodes it and would save it."""
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    shutil.copytree(folder, target)
-    stored = load_file(target / "model.safetensors")
-    for name in [name for name in stored if name.endswith("_blocks")]:
-        stem = name.removesuffix("_blocks")
-        codes, scales = stored.pop(name), stored.pop(f"{stem}_scales")
-        stored[stem] = convert_moe_packed_tensors(codes, scales).contiguous()
-    save_file(stored, target / "model.safetensors")
-    config = read_json(target / "config.json")
-    del config["quantization_config"]
-    write_json(target / "config.json", config)
-    return target
 
 
 def by_oneshot(folder: Path, target: Path, scheme: Any) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from safetensors import safe_open
 from carnice_build.checkpoint.header import encode_header
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import StoreError
+from carnice_build.store.answers import read_answer, write_answer
 from carnice_build.store.digests import digest_bytes, digest_texts
 from carnice_build.store.packs import PartialPack, digest_range
 from carnice_build.store.store import Store
-from carnice_build.store.upkeep import collect, find_damage, stats
+from carnice_build.store.upkeep import Collected, Damage, collect, find_damage, stats
 
 Contents = dict[str, bytes]
 
@@ -164,6 +166,58 @@ def test_gc_removes_the_oldest_first_down_to_a_size(tmp_path: Path) -> None:
     collect(store, max_bytes=used - 60_000)
 
     assert [path.exists() for path in paths] == [True, False, False, True]
+
+
+DAY = 86_400
+
+
+def test_answers_are_counted_and_go_when_nobody_asks_for_them(tmp_path: Path) -> None:
+    """Only with an age, for what no folder links to is asked for all the same."""
+    store = Store(tmp_path / "cache")
+    keys = [digest_texts([name]) for name in ("old", "asked again")]
+    for key in keys:
+        write_answer(store.root, key, "an answer")
+        os.utime(store.root / "answers" / key, (0, 0))
+    read_answer(store.root, keys[1])
+    size = sum(path.stat().st_size for path in (store.root / "answers").iterdir())
+    counted = stats(store)
+    kept = collect(store), collect(store, max_bytes=0)
+    removed = collect(store, max_age=DAY)
+
+    assert (2, size) == (counted.answers, counted.answer_bytes)
+    assert (Collected(0, 0), Collected(0, 0)) == kept
+    assert Collected(1, size // 2) == removed
+    assert [None, "an answer"] == [read_answer(store.root, key) for key in keys]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda content: b"",
+        lambda content: content[:3],
+        lambda content: content[:-1],
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    ],
+    ids=["empty", "cut off", "without its end", "changed"],
+)
+def test_a_damaged_answer_is_named_and_taken_out(
+    tmp_path: Path, damaged: Callable[[bytes], bytes]
+) -> None:
+    """And asked for again, as any that is not there."""
+    store = Store(tmp_path / "cache")
+    keys = [digest_texts([name]) for name in ("whole", "damaged")]
+    for key in keys:
+        write_answer(store.root, key, "an answer")
+    path = store.root / "answers" / keys[1]
+    path.write_bytes(damaged(path.read_bytes()))
+    read = read_answer(store.root, keys[1])
+    (damage,) = find_damage(store, lambda count: None)
+
+    assert read is None
+    assert Damage(f"answers/{keys[1]}", ()) == damage
+    assert not path.exists()
+    assert "an answer" == read_answer(store.root, keys[0])
+    assert [] == find_damage(store, lambda count: None)
 
 
 def test_gc_waits_for_no_build(tmp_path: Path) -> None:

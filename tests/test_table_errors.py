@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from carnice_build.errors import CarniceError, CheckpointError, RecipeError
 from carnice_build.models import architecture_of, known_types
 from carnice_build.models.base import Passed
 from carnice_build.models.formulas import FormulaError, compiled, evaluate
-from carnice_build.models.table import SHIPPED, FamilyTable
+from carnice_build.models.table import FamilyTable
+from carnice_build.models.table_file import SHIPPED
 
 TABLE = """\
 about: A family.
@@ -108,6 +111,7 @@ LIES = {
     "an unknown key": ("kind:", "kinds:", 6, "Extra inputs"),
     "a kind that is no name": ("\"'full'\"", "layer", 6, "gives 0 for layer 0"),
     "an end that is not there": ("2 * hidden_size", "wide", 3, "'inner' is follows from itself"),
+    "modules without a name": ("about:", "modules: {up: []}\nabout:", 1, "modules.up"),
     "another that is not there": ("about:", "extends: other\nabout:", 1, "no table 'other'"),
     "itself": ("about:", "extends: family\nabout:", 1, "extends itself"),
     "another elsewhere": ("about:", "extends: ../other\nabout:", 1, "no table '../other'"),
@@ -208,6 +212,14 @@ def test_a_table_of_ones_own_comes_first_and_may_extend_ours(tmp_path: Path) -> 
     assert (8, 16) == found.tensors["model.layers.0.self_attn.q_proj.weight"].shape
 
 
+def test_what_is_extended_must_be_a_table(tmp_path: Path) -> None:
+    """A list is told where it stands."""
+    (tmp_path / "other.yaml").write_text("- about: Mine.\n")
+    (tmp_path / "family.yaml").write_text("about: Mine.\nextends: other\n")
+    with pytest.raises(RecipeError, match=r"other\.yaml:1:1: is no table"):
+        FamilyTable(tmp_path / "family.yaml", CONFIG, "config.json")
+
+
 # --- formulas -------------------------------------------------------------------------------------
 
 HOSTILE = st.recursive(
@@ -274,7 +286,12 @@ def _integers(value: Any) -> list[int]:
         return [number for item in value.values() for number in _integers(item)]
     if isinstance(value, list):
         return [number for item in value for number in _integers(item)]
-    return [int(value)] if isinstance(value, int) or str(value).isdecimal() else []
+    if isinstance(value, int):
+        return [value]
+    if isinstance(value, float):
+        return [int(value)] if math.isfinite(value) else []
+    text = str(value)
+    return [int(text)] if text.isdecimal() and len(text) < sys.get_int_max_str_digits() else []
 
 
 @given(st.text(max_size=60))

@@ -19,7 +19,7 @@ from carnice_build.backends.awq import offset_norms
 from carnice_build.errors import PlanError
 from carnice_build.models import architecture_of, known_types
 from carnice_build.models.base import Architecture, Part, Role
-from carnice_build.models.table import SHIPPED, load_table
+from carnice_build.models.table_file import SHIPPED, load_table
 from carnice_build.planning.gather import gathered
 
 LAYOUTS: tuple[Layout, ...] = ("transformers", "hub")

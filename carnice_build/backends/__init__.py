@@ -1,1 +1,1 @@
-"""Adapters to quantization libraries, imported only inside worker processes."""
+"""Adapters to quantization libraries, which they import only inside worker processes."""

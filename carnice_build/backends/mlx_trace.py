@@ -22,6 +22,12 @@ from carnice_build.backends.mlx_graph import build, written
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import BackendError
 
+TRACER_VERSION = 1
+"""Rises whenever another answer would be given about the same checkpoint.
+
+That of all that traces, `mlx_graph` and `mlx_vlm_trace` too; answers are remembered by it.
+"""
+
 
 def answer(config: Mapping[str, Any], tensors: Mapping[str, Sequence[Any]]) -> str:
     """See `trace`; each of `tensors` as its type and a list of sizes."""

@@ -14,6 +14,7 @@ import logging
 import re
 import typing
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -256,6 +257,21 @@ class Skeletons:
             for other in _alone(made[1], source, state[source])
         }
 
+    def modules(self) -> Mapping[str, str]:
+        """Beginnings of modules' paths as they are saved, and what they are here instead.
+
+        Longest first, for the first that fits counts.
+        """
+        made = self._made(self._base)
+        assert made is not None
+        found: dict[str, str] = {}
+        for name, tensor in made[1].state_dict().items():
+            for saved in _alone(made[1], name, tensor):
+                if pair := _beginnings(saved.rpartition(".")[0], name.rpartition(".")[0]):
+                    found.setdefault(*pair)
+        pairs = [pair for pair in found.items() if f"{pair[0]}." not in found]
+        return dict(sorted(pairs, key=lambda pair: -len(pair[0])))
+
     def unloaded(self) -> Iterable[str]:
         """Patterns of what checkpoints hold and transformers leaves out, as MTP heads."""
         return sorted(self.model_class._keys_to_ignore_on_load_unexpected or ())
@@ -284,6 +300,25 @@ def _alone(model: Any, name: str, tensor: torch.Tensor) -> list[str]:
         return list(revert_weight_conversion(model, {name: tensor}))
     except Exception:  # one that is saved together with others
         return [name]
+
+
+def _beginnings(saved: str, here: str) -> tuple[str, str] | None:
+    """How two paths of a module begin that end alike; None where only more would tell them apart.
+
+    A path that is only shorter than the other keeps one name, to be told from others by.
+    """
+    old, new = saved.split("."), here.split(".")
+    if old == new or old[-1] != new[-1]:
+        return None
+    ends = zip(reversed(old), reversed(new), strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+    if shared == min(len(old), len(new)):
+        shared -= 1
+    old, new = old[: len(old) - shared], new[: len(new) - shared]
+    if any(name.isdigit() for name in (*old, *new)):
+        return None
+    dot = "." if shared else ""
+    return ".".join(old) + dot, ".".join(new) + dot
 
 
 def _entries(config: Any, sections: Mapping[str, Any]) -> Iterator[tuple[Path, Any, Any]]:

@@ -67,6 +67,10 @@ class DecodedFile(RowsFile):
             part.file is not None and part.file.random_access for part in self._decoding.parts
         )
 
+    def stored_bytes(self) -> int:
+        """See `Derived.stored_bytes`: codes, and all that goes with them."""
+        return sum(part.stored_bytes for part in self._decoding.parts)
+
     def held_bytes(self) -> int:
         """See `Holding.held_bytes`."""
         parts = self._decoding.parts

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 20
 """Bytes of codes that are read at a time."""
 
+_E8M0_NAN = 255
+
 WORD_BITS = 32
 """Of the words that integers are packed into."""
 
@@ -199,10 +201,7 @@ class Mxfp4(_RowWise):
         from carnice_build.kernels.decode import mxfp4_rows
 
         codes, scales = blocks
-        nan = scales.reshape(-1) == 255
-        if nan.any():
-            index = first * scales.shape[1] + int(nan.argmax())
-            raise _bad_scale(self.parts[1], index, "NaN", signed=False)
+        require_numbers(self.parts[1], scales, first * scales.shape[1])
         mxfp4_rows(codes, scales, self.dtype, out)
 
 
@@ -390,6 +389,13 @@ def _checked(tensor: SourceTensor, stored: Array, first: int, *, signed: bool = 
         index = int(bad.reshape(-1).argmax())
         raise _bad_scale(tensor, first + index, f"{scales.reshape(-1)[index]:g}", signed=signed)
     return scales
+
+
+def require_numbers(tensor: SourceTensor, scales: Array, first: int) -> None:
+    """CheckpointError for NaN among scales in E8M0, the first of them element `first`."""
+    nan = scales.reshape(-1) == _E8M0_NAN
+    if nan.any():
+        raise _bad_scale(tensor, first + int(nan.argmax()), "NaN", signed=False)
 
 
 def _bad_scale(tensor: SourceTensor, index: int, value: str, *, signed: bool) -> CheckpointError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from carnice_build.checkpoint.decoded import (
@@ -13,6 +13,7 @@ from carnice_build.checkpoint.decoded import (
     decoded_packed,
 )
 from carnice_build.checkpoint.decodings import WORD_BITS
+from carnice_build.checkpoint.exponents import exponents
 from carnice_build.errors import CheckpointError, nearest
 from carnice_build.models.base import QUANTIZATION
 from carnice_build.tensors import SourceTensor
@@ -42,11 +43,14 @@ class Weight:
     """A quantized weight: its plain name, its tensors by the end of their names, what decodes it.
 
     An end that is not there may be one that the weight can do without.
+    `kept` are the tensors themselves, by the same ends, where formats may publish them: whoever
+    reads them is told what decoding refuses.
     """
 
     name: str
     parts: Mapping[str, str]
     decode: Callable[[str], SourceTensor]
+    kept: Mapping[str, SourceTensor] = field(default_factory=dict)
 
 
 def stated_quantization(config: Table) -> Table | None:
@@ -202,7 +206,8 @@ def _mxfp4(tensors: Tensors, stated: Table, columns: Columns, where: str) -> Ite
     for name, parts in _grouped(tensors, {_BLOCKS: _PLAIN, _SCALES: _PLAIN}).items():
         found = _Parts(name, tensors, parts, _PLAIN)
         codes, scales = found.need(_BLOCKS), found.need(_SCALES)
-        yield Weight(name, parts, _mxfp4_decoder(name, codes, scales))
+        kept = {_BLOCKS: codes, _SCALES: exponents(scales)}
+        yield Weight(name, parts, _mxfp4_decoder(name, codes, scales), kept)
 
 
 def _mxfp4_decoder(

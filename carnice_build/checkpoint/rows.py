@@ -67,26 +67,61 @@ class RowsFile(ABC):
         if not count:
             yield lambda buffer: None
             return
-        first, skipped = divmod(offset, self._row_bytes)
-        stop = -(-(offset + count) // self._row_bytes)
+        first, stop = self._range(offset, count)
         with self._open_rows(first, stop) as fill:
             reader = RowReader(self._row_bytes, fill)
-            reader.skip(skipped)
+            reader.skip(offset - first * self._row_bytes)
             yield reader.read
+
+    def _range(self, offset: int, count: int) -> tuple[int, int]:
+        """The rows that hold `count` bytes from `offset` on."""
+        return offset // self._row_bytes, -(-(offset + count) // self._row_bytes)
 
 
 class RowsOfTensor(RowsFile):
-    """Rows that are pieces of one tensor in a file."""
+    """Rows that are pieces of one tensor in a file, of which a range is read for a range of rows.
+
+    Several of one tensor may be read together; see `together`.
+    """
 
     def __init__(self, tensor: SourceTensor, row_bytes: int) -> None:
         """`tensor` has bytes."""
-        self._tensor = tensor
+        self.tensor = tensor
         self._row_bytes = row_bytes
+
+    @abstractmethod
+    def _span(self, first: int, stop: int) -> tuple[int, int]:
+        """Where in the tensor's file the rows from `first` to `stop` are: offset and count."""
+
+    @abstractmethod
+    def _filled_from(self, read: Reader, first: int, stop: int) -> FillRows:
+        """What fills buffers with these rows, given what reads their span."""
+
+    def span(self, offset: int, count: int) -> tuple[int, int]:
+        """Where in the tensor's file `count` bytes from `offset` on are: offset and count."""
+        return self._span(*self._range(offset, count))
+
+    def reader(self, read: Reader, offset: int, count: int) -> Reader:
+        """Reads `count` bytes from `offset` on, given what reads their `span`."""
+        first, stop = self._range(offset, count)
+        rows = RowReader(self._row_bytes, self._filled_from(read, first, stop))
+        rows.skip(offset - first * self._row_bytes)
+        return rows.read
+
+    @contextmanager
+    def _open_rows(self, first: int, stop: int) -> Iterator[FillRows]:
+        with self._file.open_range(*self._span(first, stop)) as read:
+            yield self._filled_from(read, first, stop)
 
     @property
     def _file(self) -> ByteSource:
-        assert self._tensor.file is not None
-        return self._tensor.file
+        assert self.tensor.file is not None
+        return self.tensor.file
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes of all rows."""
 
     @property
     def name(self) -> str:
@@ -97,3 +132,16 @@ class RowsOfTensor(RowsFile):
     def local(self) -> bool:
         """True when the tensor's file is."""
         return self._file.local
+
+    @property
+    def random_access(self) -> bool:
+        """As the tensor's file."""
+        return self._file.random_access
+
+    def stored_bytes(self) -> int:
+        """See `Derived.stored_bytes`; the rest is for other parts of the tensor."""
+        return self.tensor.stored_bytes * self.size // max(1, self.tensor.spec.nbytes)
+
+    def held_bytes(self) -> int:
+        """See `Holding.held_bytes`."""
+        return self.tensor.held_bytes

@@ -104,6 +104,10 @@ class Stack:
         index, inner = divmod(offset, self._pieces[0].spec.nbytes)
         return self._pieces[index], inner
 
+    def stored_bytes(self) -> int:
+        """See `Derived.stored_bytes`."""
+        return sum(piece.stored_bytes for piece in self._pieces)
+
     def held_bytes(self) -> int:
         """See `Holding.held_bytes`: of one piece, for the next is opened when it is closed."""
         return max(piece.held_bytes for piece in self._pieces)
@@ -167,53 +171,42 @@ class _Flow:
 
 
 class EveryRow(RowsOfTensor):
-    """Each `step`-th row of a tensor with bytes, [rows, ...], the first one too; see `ByteSource`.
+    """Row `first` and each `step`-th after it of a tensor [rows, ...]; see `ByteSource`.
 
     It reads the rows between them as well: those are few bytes, or one request.
     """
 
-    def __init__(self, tensor: SourceTensor, step: int) -> None:
+    def __init__(self, tensor: SourceTensor, first: int, step: int) -> None:
+        """`tensor` has bytes."""
         super().__init__(tensor, tensor.spec.row_bytes)
+        self._first = first
         self._step = step
 
     @property
     def size(self) -> int:
         """Bytes of the chosen rows."""
-        return -(-self._tensor.spec.shape[0] // self._step) * self._row_bytes
+        return -(-(self.tensor.spec.shape[0] - self._first) // self._step) * self._row_bytes
 
     @property
     def identity(self) -> str:
         """The tensor's, and which of its rows."""
-        return f"rows|{self._step} of {self._row_bytes}|{self._tensor.identity}"
-
-    @property
-    def random_access(self) -> bool:
-        """As the tensor's file."""
-        return self._file.random_access
+        return f"rows|{self._first}::{self._step} of {self._row_bytes}|{self.tensor.identity}"
 
     def locate(self, offset: int) -> tuple[SourceTensor, int]:
         """See `Composite.locate`."""
         row, inner = divmod(offset, self._row_bytes)
-        return self._tensor, row * self._step * self._row_bytes + inner
+        return self.tensor, (self._first + row * self._step) * self._row_bytes + inner
 
-    def held_bytes(self) -> int:
-        """See `Holding.held_bytes`."""
-        return self._tensor.held_bytes
+    def _span(self, first: int, stop: int) -> tuple[int, int]:
+        start = self.tensor.offset + (self._first + first * self._step) * self._row_bytes
+        return start, ((stop - 1 - first) * self._step + 1) * self._row_bytes
 
-    @contextmanager
-    def _open_rows(self, first: int, stop: int) -> Iterator[FillRows]:
-        start = self._tensor.offset + first * self._step * self._row_bytes
-        span = ((stop - 1 - first) * self._step + 1) * self._row_bytes
-        with self._file.open_range(start, span) as read:
-            yield self._choosing(read, span)
-
-    def _choosing(self, read: Reader, span: int) -> FillRows:
-        """Reads of the `span` that fill a buffer with the chosen rows."""
+    def _filled_from(self, read: Reader, first: int, stop: int) -> FillRows:
         import numpy as np
 
         stride = self._step * self._row_bytes
         room = np.empty(max(1, BLOCK_BYTES // stride) * stride, np.uint8)
-        left = span
+        _, left = self._span(first, stop)
 
         def fill(buffer: memoryview) -> None:
             nonlocal left
@@ -265,26 +258,14 @@ def row_range(tensor: SourceTensor, start: int, stop: int) -> SourceTensor:
     return SourceTensor(f"{tensor.name}[{start}:{stop}]", spec, tensor.file, offset)
 
 
-def slab_rows(
-    tensor: SourceTensor, index: int, start: int, stop: int, step: int = 1
-) -> SourceTensor:
-    """Rows `start` to `stop`, or every `step`-th of them, of slab `index` of [slabs, rows, ...]."""
+def slab_rows(tensor: SourceTensor, index: int, start: int, stop: int) -> SourceTensor:
+    """Rows `start` to `stop` of slab `index` of a tensor [slabs, rows, ...]."""
     slabs, rows, *rest = tensor.spec.shape
     assert 0 <= index < slabs and 0 <= start <= stop <= rows, "rows beyond the slab"
     spec = TensorSpec(tensor.spec.dtype, (stop - start, *rest))
     row_bytes = tensor.spec.row_bytes // max(1, rows)
     offset = tensor.offset + index * tensor.spec.row_bytes + start * row_bytes
-    name = f"{tensor.name}[{index}, {start}:{stop}]"
-    slab = SourceTensor(name, spec, tensor.file, offset)
-    return slab if step == 1 else every_row(slab, step)
-
-
-def every_row(tensor: SourceTensor, step: int) -> SourceTensor:
-    """Each `step`-th row of a tensor [rows, ...], from the first one on."""
-    rows, *rest = tensor.spec.shape
-    spec = TensorSpec(tensor.spec.dtype, (-(-rows // step), *rest))
-    file = EveryRow(tensor, step) if tensor.file is not None else None
-    return SourceTensor(f"{tensor.name}[::{step}]", spec, file, 0)
+    return SourceTensor(f"{tensor.name}[{index}, {start}:{stop}]", spec, tensor.file, offset)
 
 
 def slab_stack(
@@ -295,6 +276,13 @@ def slab_stack(
     Of a fused `gate_up_proj` [experts, 2 * inner, hidden] so are the gates of all experts made,
     whether they lie before the others or between them.
     """
-    slabs = tensor.spec.shape[0]
-    parts = [slab_rows(tensor, index, start, stop, step) for index in range(slabs)]
-    return stacked(name, parts)
+    slabs, rows, *rest = tensor.spec.shape
+    if step == 1:
+        return stacked(name, [slab_rows(tensor, index, start, stop) for index in range(slabs)])
+    assert 0 <= start < step and stop == rows and rows % step == 0, "rows that do not take turns"
+    # All slabs take turns alike, so they are rows of one matrix.
+    whole = TensorSpec(tensor.spec.dtype, (slabs * rows, *rest))
+    flat = SourceTensor(tensor.name, whole, tensor.file, tensor.offset)
+    file = EveryRow(flat, start, step) if tensor.file is not None else None
+    spec = TensorSpec(tensor.spec.dtype, (slabs, rows // step, *rest))
+    return SourceTensor(name, spec, file, 0)

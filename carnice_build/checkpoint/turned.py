@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.rows import FillRows, RowsOfTensor
@@ -39,8 +37,8 @@ class Turned(RowsOfTensor):
     def identity(self) -> str:
         """The tensor's, and how it is turned."""
         chosen = self._columns
-        how = f"{chosen.start}:{chosen.stop}:{chosen.step} of {list(self._tensor.spec.shape)}"
-        return f"turned|{how}|{self._tensor.identity}"
+        how = f"{chosen.start}:{chosen.stop}:{chosen.step} of {list(self.tensor.spec.shape)}"
+        return f"turned|{how}|{self.tensor.identity}"
 
     @property
     def random_access(self) -> bool:
@@ -57,36 +55,34 @@ class Turned(RowsOfTensor):
         slab, column = divmod(row, len(self._columns))
         line, rest = divmod(inner, self._item)
         index = (slab * self._lines + line) * self._width + self._columns[column]
-        return self._tensor, index * self._item + rest
+        return self.tensor, index * self._item + rest
 
     def held_bytes(self) -> int:
         """See `Holding.held_bytes`: a matrix, and its columns as rows."""
         rows = len(self._columns) * self._row_bytes
-        return self._matrix_bytes + rows + self._tensor.held_bytes
+        return self._matrix_bytes + rows + self.tensor.held_bytes
 
-    @contextmanager
-    def _open_rows(self, first: int, stop: int) -> Iterator[FillRows]:
+    def _span(self, first: int, stop: int) -> tuple[int, int]:
         slabs = range(first // len(self._columns), -(-stop // len(self._columns)))
-        start = self._tensor.offset + slabs.start * self._matrix_bytes
-        with self._file.open_range(start, len(slabs) * self._matrix_bytes) as read:
-            yield self._turning(read, first)
+        start = self.tensor.offset + slabs.start * self._matrix_bytes
+        return start, len(slabs) * self._matrix_bytes
 
-    def _turning(self, read: Reader, at: int) -> FillRows:
-        """Reads of whole matrices that fill a buffer with columns, the first of which is `at`."""
+    def _filled_from(self, read: Reader, first: int, stop: int) -> FillRows:
         import numpy as np
 
         held: Array | None = None
+        at = first
 
         def fill(buffer: memoryview) -> None:
             nonlocal at, held
             rows = np.frombuffer(buffer, np.uint8).reshape(-1, self._row_bytes)
             done = 0
             while done < len(rows):
-                first = at % len(self._columns)
-                if held is None or first == 0:
+                column = at % len(self._columns)
+                if held is None or column == 0:
                     held = self._matrix(read)
-                some = rows[done : done + len(held) - first]
-                some[:] = held[first : first + len(some)]
+                some = rows[done : done + len(held) - column]
+                some[:] = held[column : column + len(some)]
                 done, at = done + len(some), at + len(some)
 
         return fill

@@ -42,13 +42,18 @@ def stats(cache: Cache = CACHE, as_json: Json = False) -> None:
         f"{plural(found.actions, 'action')} remembered, "
         f"{format_size(found.record_bytes)} of records"
     )
+    typer.echo(f"{plural(found.answers, 'answer')} of libraries, {format_size(found.answer_bytes)}")
 
 
 @app.command()
 def gc(
     cache: Cache = CACHE,
     older_than: Annotated[
-        str | None, typer.Option(help="Only what is older, e.g. 12h or 7d.", metavar="AGE")
+        str | None,
+        typer.Option(
+            help="Only what is older, e.g. 12h or 7d, and answers that no plan asked for since.",
+            metavar="AGE",
+        ),
     ] = None,
     max_size: Annotated[
         str | None, typer.Option(help="Only until the cache is this small.", metavar="SIZE")
@@ -71,7 +76,7 @@ def gc(
 
 @app.command()
 def verify(cache: Cache = CACHE, as_json: Json = False) -> None:
-    """Digest every pack again; damaged ones are named and made good by the next build."""
+    """Digest every pack again; what is damaged is named, and made good by the next build."""
     from carnice_build.store import upkeep
     from carnice_build.store.store import Store
 
@@ -82,8 +87,8 @@ def verify(cache: Cache = CACHE, as_json: Json = False) -> None:
     else:
         for item in damaged:
             what = ", ".join(item.tensors) or "not readable"
-            typer.echo(f"{item.pack}: damaged: {what}")
-        typer.echo(plural(len(damaged), "damaged pack"))
+            typer.echo(f"{item.file}: damaged: {what}")
+        typer.echo(plural(len(damaged), "damaged file"))
     if damaged:
         sys.exit(1)
 

@@ -109,6 +109,7 @@ def _facts(model_type: str, skeletons: Skeletons) -> Facts:
         text_type=skeletons.text_type,
         towers=tuple(name for name in skeletons.sections if name != skeletons.text),
         ties=skeletons.ties(),
+        modules=skeletons.modules(),
         tied=skeletons.tied,
         defaults=defaults,
         unloaded=tuple(skeletons.unloaded()),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from carnice_build.checkpoint.together import read_together, together
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.execute.blame import bad_input, non_finite
 from carnice_build.execute.jobs import Job, Sink
@@ -140,7 +141,7 @@ class ArrayJob:
 
     def _note_read(self, flow: Flow, sinks: Sequence[Sink], sample: str | None) -> None:
         source, digest = flow.source, flow.digest()
-        self._result.read_bytes += source.spec.nbytes
+        self._result.read_bytes += source.stored_bytes
         if sample is not None:
             assert digest is not None
             self._bench.digests[source.identity] = digest
@@ -160,7 +161,11 @@ class ArrayJob:
     # --- ops that need whole tensors ----------------------------------------------------------
 
     def _run_whole(self) -> None:
-        arrays = {source.identity: self._load_source(source) for source in self._job.sources}
+        arrays = {
+            source.identity: self._loaded(source, data)
+            for group in together(self._job.sources)
+            for source, data in zip(group, _loaded_together(group), strict=True)
+        }
         for action in self._job.actions:
             digests = [self._bench.digest_of(ref) for ref in action.inputs]
             # Equal tensors of several sources meet here: one is computed, the others find it.
@@ -177,13 +182,11 @@ class ArrayJob:
             for index, output in enumerate(outputs):
                 arrays[f"{action.identity}|{index}"] = output
 
-    def _load_source(self, source: SourceTensor) -> TensorData:
-        assert source.file is not None
-        data = _allocate(source.spec)
+    def _loaded(self, source: SourceTensor, data: TensorData) -> TensorData:
+        """The content of a source that was read, digested and written where it is wanted."""
         view = as_bytes(data.array)
-        source.file.read_into(source.offset, view)
-        self._bench.progress(len(view))
-        self._result.read_bytes += len(view)
+        self._bench.progress(source.stored_bytes)
+        self._result.read_bytes += source.stored_bytes
         digest = self._bench.digests.get(source.identity) or digest_bytes(view)
         self._bench.digests[source.identity] = digest
         sinks = self._job.sinks.get(source.identity, ())
@@ -277,6 +280,13 @@ class ArrayJob:
         """Where an output grows that another job reads and no pack keeps."""
         keeps = self._job.keeps(action, index)
         return self._bench.scratch / f"{action.identity}-{index}" if keeps else None
+
+
+def _loaded_together(group: Sequence[SourceTensor]) -> list[TensorData]:
+    """The contents of sources for which the same bytes are read."""
+    loaded = [_allocate(source.spec) for source in group]
+    read_together(group, [as_bytes(data.array) for data in loaded])
+    return loaded
 
 
 def _allocate(spec: TensorSpec) -> TensorData:

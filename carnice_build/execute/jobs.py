@@ -1,7 +1,8 @@
 """How pending actions become jobs: what shares a source tensor runs together.
 
 A job holds source tensors and the actions that read them, so that each source byte is read once
-however many variants want it.  Actions that need each other's outputs in both directions across
+however many variants want it; parts of one tensor for which all of it is read are in one job.
+Actions that need each other's outputs in both directions across
 source tensors (a scale shared by several weights, say) fall into one job, so jobs form a DAG.
 An action of a `ProcessOp` is a job by itself: it works for long, and reads its inputs' files when
 it needs them, a source's a second time.
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
+from carnice_build.checkpoint.together import together, whole
 from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import Action, ActionOutput, ArrayOp, ProcessOp, TensorRef
 from carnice_build.planning.layout import PackLayout
@@ -63,8 +65,8 @@ class Job:
             return None
         names = {source.identity for source in self.sources}
         counts = {_flowing_rows(action, names) for action in self.actions}
-        if not counts:
-            return plain_rows(self.sources[0].spec) if len(self.sources) == 1 else None
+        read = {ref.identity for action in self.actions for ref in action.inputs}
+        counts |= {plain_rows(item.spec) for item in self.sources if item.identity not in read}
         known = [count for count in counts if count is not None]
         rows = min(known, default=0)
         whole = len(known) == len(counts) and all(count % max(1, rows) == 0 for count in known)
@@ -79,7 +81,7 @@ class Job:
     def block_rows(self) -> int:
         """Rows of a job that streams that are in memory at a time."""
         assert self.rows is not None
-        return block_rows(self.rows, self.read_bytes)
+        return block_rows(self.rows, self.source_bytes)
 
     def sinks_of(self, action: Action, index: int) -> Sequence[Sink]:
         """The places that want output `index` of `action`."""
@@ -101,9 +103,14 @@ class Job:
         return sum(_steps(action) for action in self.actions)
 
     @property
-    def read_bytes(self) -> int:
-        """Source bytes that the job reads."""
+    def source_bytes(self) -> int:
+        """Bytes of all sources, as actions see them."""
         return sum(source.spec.nbytes for source in self.sources)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that are read for them, as they are stored."""
+        return sum(source.stored_bytes for source in self.sources)
 
     @property
     def peak_bytes(self) -> int:
@@ -120,8 +127,9 @@ class Job:
             if isinstance(ref.origin, ActionOutput)
         ]
         outputs = sum(spec.nbytes for action in self.actions for spec in action.outputs)
-        held = max((source.held_bytes for source in self.sources), default=0)
-        return self.read_bytes + sum(made) + outputs + held + self._workspace
+        groups = together(self.sources)
+        held = max((sum(item.held_bytes for item in group) for group in groups), default=0)
+        return self.source_bytes + sum(made) + outputs + held + self._workspace
 
     @property
     def _workspace(self) -> int:
@@ -133,7 +141,7 @@ class Job:
         held = [item for item in self.actions if _is_transposed(item)]
         taken = STREAM_BYTES + sum(spec.nbytes for item in held for spec in item.outputs)
         taken += self._workspace + sum(source.held_bytes for source in self.sources)
-        row_bytes = self.read_bytes // rows
+        row_bytes = self.source_bytes // rows
         if row_bytes > BLOCK_BYTES:
             flowing = (item for item in self.actions if not _is_transposed(item))
             made = sum(spec.nbytes for item in flowing for spec in item.outputs) // rows
@@ -234,9 +242,13 @@ def plan_jobs(status: BuildStatus, actions: Iterable[Action]) -> list[Job]:
     sinks = _sinks(status)
     blobs = _blob_outputs(pending, sinks)
     order = {action.identity: index for index, action in enumerate(pending)}
+    places = {name: index for index, name in enumerate(status.sources)}
     jobs = [
         Job(
-            sources=[status.sources[name] for name in members if name in status.sources],
+            sources=[
+                status.sources[name]
+                for name in sorted(members & places.keys(), key=lambda name: places[name])
+            ],
             actions=[
                 pending[index] for index in sorted(order[name] for name in members if name in order)
             ],
@@ -273,23 +285,26 @@ def _blob_outputs(pending: Sequence[Action], sinks: Mapping[str, Sequence[Sink]]
 def _clusters(
     sources: Mapping[str, SourceTensor], pending: Sequence[Action]
 ) -> list[frozenset[str]]:
+    wholes = {name: whole(source).identity for name, source in sources.items()}
     if all(_reads_one_source(action, sources) for action in pending):
-        # Nothing is shared between sources, which is the case of every plain quantization.
-        members: dict[str, list[str]] = {identity: [identity] for identity in sources}
+        # Actions join no sources, which is the case of every plain quantization.
+        members: dict[str, list[str]] = {}
+        for name, read in wholes.items():
+            members.setdefault(read, []).append(name)
         for action in pending:
-            members[action.inputs[0].identity].append(action.identity)
+            members[wholes[action.inputs[0].identity]].append(action.identity)
         return [frozenset(names) for names in members.values()]
     import networkx
 
-    together = networkx.Graph()
-    together.add_nodes_from(sources)
-    together.add_nodes_from(action.identity for action in pending)
+    connected = networkx.Graph()
+    connected.add_nodes_from(action.identity for action in pending)
+    connected.add_edges_from(wholes.items())
     for action in pending:
         if not isinstance(action.op, ProcessOp):
-            together.add_edges_from(
+            connected.add_edges_from(
                 (ref.identity, action.identity) for ref in action.inputs if ref.identity in sources
             )
-    components = [frozenset(members) for members in networkx.connected_components(together)]
+    components = [frozenset(members) for members in networkx.connected_components(connected)]
     home = {name: index for index, members in enumerate(components) for name in members}
     order = networkx.DiGraph()
     order.add_nodes_from(range(len(components)))

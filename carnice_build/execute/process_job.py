@@ -86,7 +86,7 @@ class ProcessJob:
             if digest is None:
                 digest = read_digest(source)
                 records.set_source_digest(source.identity, digest)
-                self._result.read_bytes += source.spec.nbytes
+                self._result.read_bytes += source.stored_bytes
             self._bench.digests[source.identity] = digest
         return self._bench.digest_of(ref)
 

@@ -8,7 +8,6 @@ Several sources are cut into the same number of rows, and come in lockstep.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +15,7 @@ import numpy as np
 from blake3 import blake3
 
 from carnice_build.checkpoint.checkpoint import read_samples
+from carnice_build.checkpoint.together import open_together
 from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.execute.blame import bad_input, non_finite, not_finite
 from carnice_build.execute.jobs import Sink, block_rows, first_axis, plain_rows
@@ -68,6 +68,8 @@ class Flow:
         """The tensor comes in `rows`, `block` of them at a time at most; `copy` takes them too."""
         self.source = source
         self._copy = copy
+        self._rows = max(1, rows)
+        self._stored = source.stored_bytes
         self._row_bytes = source.spec.nbytes // max(1, rows)
         self._row_elements = source.spec.size // max(1, rows)
         self._buffer = np.empty(block * self._row_bytes, np.uint8)
@@ -76,7 +78,7 @@ class Flow:
         self.first_element = 0
 
     def take(self, read: Reader, first: int, count: int) -> int:
-        """Read rows `first` and following, `count` of them; the number of their bytes."""
+        """Read rows `first` and following, `count` of them; how many stored bytes that takes."""
         self.block = self._buffer[: count * self._row_bytes]
         self.first_element = first * self._row_elements
         read(self.block.data)
@@ -90,7 +92,8 @@ class Flow:
                 self.first_element,
             )
             self._copy.append(self.block.data)
-        return len(self.block)
+        before, after = (self._stored * row // self._rows for row in (first, first + count))
+        return after - before
 
     def digest(self) -> str | None:
         """Digest of the whole tensor, when it was asked for or copied."""
@@ -230,8 +233,7 @@ def stream(
     progress: Callable[[int], None],
 ) -> None:
     """Read the sources of `flows` once, feeding every block of rows to `actions`."""
-    with ExitStack() as opened:
-        readers = [opened.enter_context(_open(flow.source)) for flow in flows]
+    with open_together([flow.source for flow in flows]) as readers:
         for first in range(0, rows, block):
             count = min(block, rows - first)
             for flow, read in zip(flows, readers, strict=True):
@@ -240,11 +242,6 @@ def stream(
                 action.feed(count)
     for action in actions:
         action.finish()
-
-
-def _open(source: SourceTensor) -> AbstractContextManager[Reader]:
-    assert source.file is not None
-    return source.file.open_range(source.offset, source.spec.nbytes)
 
 
 def read_digest(source: SourceTensor) -> str:

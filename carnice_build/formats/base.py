@@ -56,7 +56,7 @@ class Conversion:
     `parameters` counts the elements of the source tensors that the variant keeps.
     `quantized` maps the path of each quantized module, as the format's config spells it, to how
     its weight is stored.
-    `ignored` names what is not quantized, as the format's config spells it.
+    `ignored` names what is not quantized: modules as the checkpoint spells them, and patterns.
     `dtype` is what config.json states for the model, None where that is as the source has it.
     `figures` are small tensors whose numbers build.json states, by what they are of.
     `stated` is what else the format's `files` state; its form is the format's own.

@@ -6,7 +6,12 @@ import re
 from collections.abc import Collection, Container, Iterator, Mapping
 from typing import Any
 
-from carnice_build.formats.exclusions import ignore_problems, modules_of, plain_modules
+from carnice_build.formats.exclusions import (
+    engine_names,
+    ignore_problems,
+    modules_of,
+    plain_modules,
+)
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.statements import names, statements, states
 from carnice_build.formats.variant import Variant
@@ -51,7 +56,7 @@ def compressed_config(
             "config_groups": {"group_0": group},
             "format": storage,
             "global_compression_ratio": None,
-            "ignore": list(variant.ignored),
+            "ignore": engine_names(variant.architecture, variant.ignored),
             "kv_cache_scheme": None,
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",

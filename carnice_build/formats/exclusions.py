@@ -7,7 +7,7 @@ So what is listed follows from the config's architecture, and not from the tenso
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 
 from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.formats.folder import ModelFolder
@@ -48,6 +48,11 @@ def plain_modules(
     }
 
 
+def engine_names(architecture: Architecture, entries: Iterable[str]) -> list[str]:
+    """`entries` of a list of modules as engines spell them; patterns are as they are."""
+    return [name for entry in entries for name in architecture.engine_names(entry)]
+
+
 def modules_of(fact: TensorFact) -> list[str]:
     """The module of a fact; of a stack, that of each expert."""
     return numbered(fact.module, fact.shape[0]) if fact.stacked else [fact.module]
@@ -60,6 +65,7 @@ def ignore_problems(
     roles: Collection[Role],
     *,
     fused: bool = True,
+    respelled: bool = True,
 ) -> Iterator[str]:
     """Modules of `roles` that are plain and not listed, and entries for modules that are not.
 
@@ -68,6 +74,7 @@ def ignore_problems(
     Where engines look a `fused` module up under its own name alone, it must be listed exactly when
     its parts are plain.
     An entry is a name, or `re:` and a pattern for the beginning of names.
+    Names are those of engines where they are `respelled`, else those of the checkpoint.
     """
     owners = {name.rpartition(".")[0] for name in folder.tensors}
     modules = [
@@ -80,11 +87,15 @@ def ignore_problems(
     quantized = {module for module in modules if module in owners} - floats
     expected = unquantized_modules if fused else plain_modules
     plain = set(expected(architecture, quantized, roles))
+    if respelled:
+        plain = set(engine_names(architecture, plain))
     for fusion in architecture.fusions:
         if quantized.issuperset(fusion.parts):
             quantized.add(fusion.module)
         elif not quantized.isdisjoint(fusion.parts):
             yield f"only some of {', '.join(fusion.parts)} are quantized, which engines fuse"
+    if respelled:
+        quantized = set(engine_names(architecture, quantized))
     covered: set[str] = set()
     for entry in sorted(set(listed)):
         found = _matching(entry, plain | quantized)

@@ -16,7 +16,8 @@ from typing import Any
 from carnice_build.errors import CheckpointError, near
 from carnice_build.models.base import Architecture
 from carnice_build.models.drafters import MLX_DRAFTER
-from carnice_build.models.table import SHIPPED, FamilyTable
+from carnice_build.models.table import FamilyTable
+from carnice_build.models.table_file import SHIPPED
 
 GROUP = "carnice_build.families"
 

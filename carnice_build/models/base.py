@@ -236,6 +236,13 @@ class Architecture(Protocol):
     def module_kind(self, name: str) -> str:
         """What tables call the module of tensor `name`."""
 
+    def engine_names(self, module: str) -> Sequence[str]:
+        """What lists for engines call `module`, or a tensor of it: most often as checkpoints do.
+
+        Where transformers builds it under another path, that one, for it takes lists as they are;
+        and also the checkpoint's, for vLLM turns lists into its own names as it does tensors.
+        """
+
     def canonical_name(self, name: str) -> str | None:
         """The name that a misprefixed `name` should have, or None."""
 

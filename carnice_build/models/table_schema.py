@@ -206,6 +206,11 @@ class Table(_Strict):
         default_factory=list,
         description="Beginnings of names in other checkpoints, and what they are called here.",
     )
+    modules: dict[str, str] = Field(
+        default_factory=dict,
+        description="Beginnings of names here, and of the modules that transformers builds for "
+        "them; the first that fits.",
+    )
     drafter: Literal["qwen3_5"] | None = Field(
         None, description="Code of the MTP head; see `drafters`."
     )

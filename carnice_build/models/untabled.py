@@ -137,6 +137,10 @@ class Untabled:
         """What is there belongs there."""
         return False
 
+    def engine_names(self, module: str) -> Sequence[str]:
+        """See `Architecture.engine_names`: as checkpoints, for nothing else is known."""
+        return (module,)
+
     def module_kind(self, name: str) -> str:
         """The module's path without numbers."""
         module = re.sub(r"\.(weight|scales|biases)$", "", name)

@@ -26,6 +26,7 @@ class Facts:
     text_type: str | None
     towers: tuple[str, ...]
     ties: Mapping[str, str]
+    modules: Mapping[str, str]
     tied: bool
     defaults: Mapping[str, str]
     unloaded: tuple[str, ...]
@@ -58,6 +59,9 @@ class _Writer:
             yield f"ties: {{{', '.join(pairs)}}}"
         if facts.tied:
             yield "tied: true"
+        if facts.modules:
+            modules = facts.modules.items()
+            yield from ("", "modules:", *(f"  {saved}: {here}" for saved, here in modules))
         yield from self._defaults()
         if kinds is not None:
             yield from ("", f"kind: {kinds}[layer]")

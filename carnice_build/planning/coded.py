@@ -8,7 +8,6 @@ from carnice_build.graph import View
 from carnice_build.planning.gather import part_of
 from carnice_build.steps.base import Codes, PlanContext
 from carnice_build.steps.decode import Decode
-from carnice_build.tensors import SourceTensor
 
 
 def coded(view: View, context: PlanContext) -> tuple[View, Mapping[str, Codes]]:
@@ -23,11 +22,9 @@ def coded(view: View, context: PlanContext) -> tuple[View, Mapping[str, Codes]]:
         weight = weights.get(fact.fused.name if fact.fused else fact.name)
         if weight is None:
             continue
-        origins = {end: view[name].origin for end, name in weight.parts.items()}
-        tensors = {end: item for end, item in origins.items() if isinstance(item, SourceTensor)}
         codes[fact.name] = Codes(
-            {weight.parts[end]: item.spec for end, item in tensors.items()},
-            {end: part_of(fact, item) for end, item in tensors.items()},
+            {weight.parts[end]: item.spec for end, item in weight.kept.items()},
+            {end: part_of(fact, item) for end, item in weight.kept.items()},
         )
     return decode.apply(view, context), codes
 

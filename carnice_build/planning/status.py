@@ -48,8 +48,8 @@ class BuildStatus:
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of the source tensors that must be read."""
-        return sum(tensor.spec.nbytes for tensor in self.sources.values())
+        """Bytes of checkpoints that must be read, as they are stored there."""
+        return sum(tensor.stored_bytes for tensor in self.sources.values())
 
     def scratch_bytes(self, actions: Iterable[Action]) -> int:
         """Most disk for outputs that are not kept, when those of `actions` run that must."""

@@ -1,6 +1,7 @@
 """What libraries answered to a plan's questions, as text: `cache/answers/<key>`.
 
 Whoever reads one checks it, for anyone who can write to the cache can write nonsense.
+An answer's modification time is when a plan last asked for it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from carnice_build.store.files import NO_SURPRISE, write_atomically
@@ -19,8 +21,7 @@ MAX_BYTES = 200_000_000
 def read_answer(root: Path, key: str) -> str | None:
     """The answer of this key; None when nobody asked before, or it is unreadable."""
     try:
-        packed = _content(_path(root, key))
-        return zlib.decompressobj().decompress(packed, MAX_BYTES).decode()
+        return _text(_path(root, key), asked=True)
     except (OSError, ValueError, zlib.error):
         return None
 
@@ -35,12 +36,33 @@ def write_answer(root: Path, key: str, text: str) -> None:
         return
 
 
-def _content(path: Path) -> bytes:
+def is_damaged(path: Path) -> bool:
+    """Whether the file of an answer is not what was written there."""
+    try:
+        _text(path, asked=False)
+    except (OSError, ValueError, zlib.error):
+        return True
+    return False
+
+
+def _text(path: Path, *, asked: bool) -> str:
+    unpacker = zlib.decompressobj()
+    text = unpacker.decompress(_content(path, asked=asked), MAX_BYTES).decode()
+    if not unpacker.eof:
+        # Which is where zlib's checksum stands.
+        raise ValueError(f"{path} has no end")
+    return text
+
+
+def _content(path: Path, *, asked: bool) -> bytes:
     """The bytes of a regular file; OSError for anything else, which could be read without end."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | NO_SURPRISE), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
             raise OSError(f"{path} is no answer")
+        if asked:
+            with suppress(OSError):  # it may be somebody else's cache
+                os.utime(file.fileno())
         return file.read(MAX_BYTES)
 
 

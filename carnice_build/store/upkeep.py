@@ -13,6 +13,7 @@ from pathlib import Path
 from carnice_build.checkpoint.header import read_header
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CheckpointError
+from carnice_build.store.answers import is_damaged
 from carnice_build.store.digests import is_digest
 from carnice_build.store.packs import digest_range, extents
 from carnice_build.store.store import Store
@@ -34,6 +35,8 @@ class Stats:
     blob_bytes: int
     record_bytes: int
     actions: int
+    answers: int
+    answer_bytes: int
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,12 @@ class Collected:
 
 @dataclass(frozen=True)
 class Damage:
-    """A pack whose bytes are not what they were; `tensors` names those that changed."""
+    """A file of the cache whose bytes are not what they were.
 
-    pack: str
+    `file` is its path in the cache; `tensors` names those that changed of a pack that is readable.
+    """
+
+    file: str
     tensors: tuple[str, ...]
 
 
@@ -58,6 +64,7 @@ def stats(store: Store) -> Stats:
     linked = [path for path in packs if path.stat().st_nlink > 1]
     partial = _files(store.root / "partial")
     blobs = _files(store.root / "blobs")
+    answers = _answers(store)
     return Stats(
         packs=len(packs),
         pack_bytes=_bytes(packs),
@@ -69,6 +76,8 @@ def stats(store: Store) -> Stats:
         blob_bytes=_bytes(blobs),
         record_bytes=_bytes(_files(store.root / "records")),
         actions=len(store.records.names("action")),
+        answers=len(answers),
+        answer_bytes=_bytes(answers),
     )
 
 
@@ -77,8 +86,9 @@ def collect(
 ) -> Collected:
     """Remove what no build folder needs, oldest first; statistics of calibrations stay.
 
-    With `max_age` (seconds since it was written) only what is older goes; with `max_bytes` only as
-    much as brings the cache down to that size; with neither, all of it.
+    With `max_age` (seconds since it was written) only what is older goes, and answers that no plan
+    has asked for since; with `max_bytes` only as much as brings the cache down to that size; with
+    neither, all of it but the answers, for plans of the folders that stay ask for them.
     Raises StoreError while a build is running.
     """
     with store.alone():
@@ -88,10 +98,11 @@ def collect(
             for path in _files(store.root / folder)
             if path.stat().st_nlink == 1 and not _is_statistic(path, folder)
         ]
-        candidates.sort(key=lambda path: path.stat().st_mtime)
         if max_age is not None:
             oldest = time.time() - max_age
+            candidates += _answers(store)
             candidates = [path for path in candidates if path.stat().st_mtime < oldest]
+        candidates.sort(key=lambda path: path.stat().st_mtime)
         excess = None if max_bytes is None else _total(store) - max_bytes
         removed = _remove(candidates, excess)
         _forget_lost(store)
@@ -133,6 +144,7 @@ def _has_place(store: Store, digest: str) -> bool:
 def find_damage(store: Store, progress: Callable[[int], None]) -> list[Damage]:
     """Digest every finished pack again; a damaged one becomes partial, to be made good.
 
+    Answers that are damaged are removed, to be asked for again.
     `progress` is told the bytes that were digested.  Raises StoreError while a build is running.
     """
     with store.alone():
@@ -141,8 +153,11 @@ def find_damage(store: Store, progress: Callable[[int], None]) -> list[Damage]:
             changed = _changed_tensors(store, path)
             progress(path.stat().st_size)
             if changed is not None:
-                damaged.append(Damage(path.name, changed))
+                damaged.append(Damage(f"packs/{path.name}", changed))
                 store.demote(path.stem)
+        for path in filter(is_damaged, _answers(store)):
+            damaged.append(Damage(f"answers/{path.name}", ()))
+            path.unlink()
         return damaged
 
 
@@ -161,6 +176,10 @@ def _changed_tensors(store: Store, path: Path) -> tuple[str, ...] | None:
         if digest_range(path, group.offset, group.nbytes) != digest
     )
     return changed or None
+
+
+def _answers(store: Store) -> list[Path]:
+    return [path for path in _files(store.root / "answers") if is_digest(path.name)]
 
 
 def _files(folder: Path) -> list[Path]:

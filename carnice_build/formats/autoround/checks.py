@@ -93,9 +93,10 @@ class AutoRoundChecks(TorchChecks):
             if section(extra, module).get("bits") != 16:
                 yield f"config.json gives {module} other bits than 4 or 16"
         yield from ignore_problems(folder, architecture, list(extra), LINEARS)
-        blocks = str(stated.get("block_name_to_quantize")).split(",")
+        blocks = tuple(f"{b}." for b in str(stated.get("block_name_to_quantize")).split(","))
         for name in folder.tensors:
-            if name.endswith(".qweight") and not name.startswith(tuple(f"{b}." for b in blocks)):
+            built = architecture.engine_names(name)
+            if name.endswith(".qweight") and not all(n.startswith(blocks) for n in built):
                 yield f"config.json lists no block that holds {name}"
 
     def values(self, tensors: Tensors, module: str, scheme: Scheme) -> BoundedValues:

@@ -1,8 +1,9 @@
 """Folders as auto-round writes them, its traps left out.
 
 One fact decides what is packed, what is listed and what is ignored: the modules that the
-variant quantizes.  The library's own export spells `extra_config` with other names than the
-tensors, turns what is plain into F32 and drops the MTP head.
+variant quantizes.  They are spelled as engines build them, which is not always as tensors are.
+The library's own export turns what is plain into F32, drops the MTP head and spells `extra_config`
+as the model in memory, whichever class that was.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.json import to_json
+from carnice_build.formats.exclusions import engine_names
 from carnice_build.formats.variant import Variant
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ def autoround_files(knobs: AutoRoundFormat, variant: Variant) -> dict[str, bytes
 
 
 def _config(knobs: AutoRoundFormat, variant: Variant) -> dict[str, Any]:
-    blocks = sorted({name.partition(".layers.")[0] + ".layers" for name in variant.quantized})
+    packed = engine_names(variant.architecture, variant.quantized)
+    blocks = sorted({name.partition(".layers.")[0] + ".layers" for name in packed})
     plain = {"bits": 16, "data_type": "fp"}
     return {
         **variant.config,
@@ -36,7 +39,9 @@ def _config(knobs: AutoRoundFormat, variant: Variant) -> dict[str, Any]:
             "group_size": knobs.group_size,
             "block_name_to_quantize": ",".join(blocks),
             "data_type": "int",
-            "extra_config": dict.fromkeys(variant.ignored, plain),
+            "extra_config": dict.fromkeys(
+                engine_names(variant.architecture, variant.ignored), plain
+            ),
             "packing_format": "auto_round:auto_gptq",
             "quant_method": "auto-round",
             "sym": True,

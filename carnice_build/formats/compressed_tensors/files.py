@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.json import to_json
 from carnice_build.formats.compressed_config import arguments, compressed_config, recipe_file
+from carnice_build.formats.exclusions import plain_modules
 from carnice_build.formats.variant import Variant
+from carnice_build.models.base import LINEARS
+from carnice_build.recipe.patterns import Patterns
 from carnice_build.tensors import STACK
 
 if TYPE_CHECKING:
@@ -51,11 +54,24 @@ def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:
             }
         },
         "targets": knobs.targets,
-        "ignore": knobs.ignore,
+        "ignore": _ignored(knobs, variant),
         "bypass_divisibility_checks": False,
         "requires_calibration_data": False,
     }
     return recipe_file(modifiers)
+
+
+def _ignored(knobs: CompressedFormat, variant: Variant) -> list[str]:
+    """The patterns of the recipe, and what they do not match of modules that transformers respells.
+
+    The library looks for them in a model of transformers.
+    """
+    patterns, architecture = Patterns(knobs.ignore), variant.architecture
+    plain = plain_modules(architecture, variant.quantized, LINEARS)
+    respelled = [
+        name for module in plain if (name := architecture.engine_names(module)[0]) != module
+    ]
+    return [*knobs.ignore, *(name for name in respelled if not patterns.matches(name))]
 
 
 def _mappings(variant: Variant) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from carnice_build.checkpoint.json import to_json
 from carnice_build.formats.compressed_config import arguments, compressed_config, recipe_file
+from carnice_build.formats.exclusions import engine_names
 from carnice_build.formats.variant import Variant
 
 STORAGE = "float-quantized"
@@ -24,7 +25,7 @@ def fp8_files(variant: Variant) -> dict[str, bytes]:
 def _recipe(variant: Variant) -> bytes:
     modifier = {
         "targets": ["Linear"],
-        "ignore": list(variant.ignored),
+        "ignore": engine_names(variant.architecture, variant.ignored),
         "scheme": "FP8_DYNAMIC",
         "bypass_divisibility_checks": False,
         "requires_calibration_data": False,

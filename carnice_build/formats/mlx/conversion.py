@@ -35,9 +35,6 @@ from carnice_build.models.untabled import Untabled
 from carnice_build.steps.base import PlanContext, Question
 from carnice_build.tensors import members
 
-TRACER_VERSION = 1
-"""That of `backends.mlx_trace` and `mlx_vlm_trace`, which no plan imports."""
-
 
 def mlx_trace(view: View, context: PlanContext, target: Target) -> Trace:
     """What the target's `convert` makes of the view; PlanError with its words where it refuses."""
@@ -118,6 +115,9 @@ def ask_mlx(
     target: Target = Target.MLX_LM,
 ) -> Trace | Refusal:
     """A library's answer about a checkpoint of these tensors."""
+    # Most plans ask nobody; of those that do, none imports the library.
+    from carnice_build.backends.mlx_trace import TRACER_VERSION
+
     answerer = ANSWERERS[target]
     if dtype := context.architecture.dtype:
         # Of the spellings of this entry they know the one before transformers 5.

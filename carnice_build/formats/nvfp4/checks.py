@@ -82,7 +82,7 @@ class Nvfp4Checks(TorchChecks):
         ignore = names(stated.get("ignore"))
         if set(ignore) != set(names(twin.get("exclude_modules"))):
             yield f"{_CONFIG} ignores other modules than {_TWIN} excludes"
-        yield from ignore_problems(folder, architecture, ignore, _ROLES)
+        yield from ignore_problems(folder, architecture, ignore, _ROLES, respelled=False)
         for name, tensor in folder.tensors.items():
             if name.endswith(_SCALARS) and not _is_scale(_read_scalar(tensor)):
                 yield f"tensor {name} is no positive number"

@@ -13,7 +13,11 @@ PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
 def modelopt_files(variant: Variant) -> dict[str, bytes]:
-    """config.json and hf_quant_config.json."""
+    """config.json and hf_quant_config.json.
+
+    Modules are spelled as the checkpoint's tensors: so the library spells them, turning the names
+    of transformers back, and its engines read them so.
+    """
     ignore = list(variant.ignored)
     return {
         "config.json": to_json(_config(variant, ignore)),
