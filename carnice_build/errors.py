@@ -9,7 +9,7 @@ Only the command line prints them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TypeVar
 
@@ -88,6 +88,7 @@ class PlanError(CarniceError):
 
     `at` is the path, below the step or section that raises, of the entry that is to blame; the
     planner turns it into a place in the file.
+    `unfit` are all modules that a format would quantize and cannot, each with why not.
     """
 
     def __init__(
@@ -99,8 +100,10 @@ class PlanError(CarniceError):
         nearest: str | None = None,
         problems: Sequence[str] = (),
         at: tuple[str | int, ...] = (),
+        unfit: Mapping[str, str] | None = None,
     ) -> None:
         self.at = at
+        self.unfit = unfit or {}
         super().__init__(what, where=where, expected=expected, nearest=nearest, problems=problems)
 
     def revised(
@@ -118,6 +121,7 @@ class PlanError(CarniceError):
             nearest=self.nearest,
             problems=self.problems,
             at=self.at if at is None else at,
+            unfit=self.unfit,
         )
 
 
@@ -175,6 +179,10 @@ def together(items: Sequence[T], error: Callable[[T], E], what: str, where: str)
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name closest in spelling to `name`, or None when none is close."""
+    return next(iter(near(name, valid, 1)), None)
+
+
+def near(name: str, valid: Iterable[str], most: int) -> list[str]:
+    """The valid names that are close in spelling to `name`, the closest first."""
     candidates = [item for item in islice(valid, _MOST_COMPARED) if len(item) <= _MOST_SHOWN]
-    matches = difflib.get_close_matches(name[:_MOST_SHOWN], candidates, n=1, cutoff=0.5)
-    return matches[0] if matches else None
+    return difflib.get_close_matches(name[:_MOST_SHOWN], candidates, n=most, cutoff=0.5)

@@ -99,12 +99,13 @@ def test_a_table_that_is_there_is_not_overwritten(folder: Path, carnice: Carnice
     ("config", "said"),
     [
         ({"model_type": "no_such_type"}, "has no 'no_such_type'"),
+        ({"model_type": "lama"}, "has no 'lama'; expected a model type of transformers, or a"),
         ({"hidden_size": 4}, "has no model_type"),
         (["llama"], "is not a JSON object"),
         ({"model_type": "siglip"}, "has no language model of 'siglip'"),
         (None, "cannot be read"),
     ],
-    ids=["unknown", "without a type", "no object", "no language model", "not there"],
+    ids=["unknown", "misspelt", "without a type", "no object", "no language model", "not there"],
 )
 def test_what_is_no_model_is_one_sentence(
     folder: Path, carnice: Carnice, config: Any, said: str
@@ -114,10 +115,48 @@ def test_what_is_no_model_is_one_sentence(
         write_json(folder / "config.json", config)
     finished = carnice("family", "config.json")
 
-    assert 0 != finished.code
+    assert 2 == finished.code
     assert said in finished.err
+    assert ("did you mean 'llama'?" in finished.err) == ("'lama'" in said)
     assert 1 == len(finished.err.strip().splitlines())
     assert not (folder / "recipes").exists()
+
+
+def test_a_table_in_the_place_of_one_that_ships_is_told(folder: Path, carnice: Carnice) -> None:
+    """By the command that writes it, in the list of families, and by every plan that reads it."""
+    project = Project(folder)
+    write_zoo(folder / "source", "qwen2")
+    elsewhere = carnice("family", "qwen2", "--out", "mine.yaml")
+    before = carnice("family", "--list").out.splitlines()
+    finished = carnice("family", "qwen2")
+    after = carnice("family", "--list").out.splitlines()
+    assert 0 == carnice("new", "mine", "--from", "source", "--as", "fp8-dynamic").code
+    (plan,) = plan_variants(["mine"], Options(recipes=project.recipes)).variants
+
+    told = "  it counts from now on, not the table that ships for this type"
+    assert told in finished.out.splitlines()
+    assert told not in elsewhere.out.splitlines()
+    assert ["qwen2", "ships"] == next(line.split() for line in before if "qwen2 " in line)
+    assert len(before) == len(after)
+    (line,) = (line for line in after if line not in before)
+    assert "qwen2 this project's, in the place of the one that ships" == " ".join(line.split())
+    assert "_families/qwen2.yaml counts, not the table that ships" in plan.notices
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("family", "[OPTIONS] [MODEL]"),
+        ("build", "[OPTIONS] VARIANTS..."),
+        ("diff", "[OPTIONS] A B"),
+        ("new", "[OPTIONS] [NAME]"),
+    ],
+)
+def test_the_usage_line_is_as_in_manuals(carnice: Carnice, command: str, usage: str) -> None:
+    """Of all commands, whatever the library makes of their arguments."""
+    line = carnice(command, "--help").out.splitlines()[0]
+
+    assert line.endswith(f" {command} {usage}")
 
 
 def test_a_project_has_tables_of_its_own(folder: Path, carnice: Carnice) -> None:

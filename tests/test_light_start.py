@@ -48,7 +48,16 @@ def test_import_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("list",), ("schema",), ("build", "--help"), ("explain", "mlx-4bit")],
+    [
+        ("--help",),
+        ("list",),
+        ("schema",),
+        ("build", "--help"),
+        ("explain", "mlx-4bit"),
+        ("family", "--help"),
+        ("family", "--list"),
+        ("new", "--list"),
+    ],
 )
 def test_looking_loads_nothing_heavy(project: Project, arguments: tuple[str, ...]) -> None:
     """Commands that only look load none of the heavy libraries."""

@@ -265,7 +265,7 @@ OVERRIDES = {
     ),
     "0.43 with an MTP head": (
         "quantize.defaults=modelopt-0.43",
-        ("mtp.fc is in no decoder layer, so it has no calibrated input", "among `keep`"),
+        ("module mtp.fc: no decoder layer has it, so its input is not calibrated", "among `keep`"),
     ),
     "samples for another profile": (
         "calibration.samples={full: 20}",

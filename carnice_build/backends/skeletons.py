@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from carnice_build.errors import BackendError
+from carnice_build.errors import BackendError, RecipeError, nearest
 from carnice_build.models.base import Part, Role
 from carnice_build.models.derive import SEVERAL, Owner, Sample, rows_of
 
@@ -47,10 +47,14 @@ class Skeletons:
     def __init__(self, model_type: str, entries: Mapping[str, Any]) -> None:
         """`entries` are those of a config.json, or none for what the class takes by default.
 
-        BackendError when transformers has no such model, or cannot build it.
+        RecipeError when transformers has no such model, BackendError when it cannot build it.
         """
         if model_type not in CONFIG_MAPPING:
-            raise BackendError(f"transformers {transformers.__version__} has no {model_type!r}")
+            raise RecipeError(
+                f"transformers {transformers.__version__} has no {model_type!r}",
+                expected="a model type of transformers, or a config.json",
+                nearest=nearest(model_type, sorted(CONFIG_MAPPING)),
+            )
         logging.getLogger("transformers").setLevel(logging.ERROR)
         self.config_class: Any = CONFIG_MAPPING[model_type]
         self.sections: Mapping[str, Any] = self.config_class.sub_configs
@@ -282,7 +286,7 @@ def _model_class(model_type: str, entries: Mapping[str, Any], nested: bool) -> A
     for name in names:
         if isinstance(name, str) and (found := getattr(transformers, name, None)):
             return found
-    raise BackendError(f"transformers has no language model of {model_type!r}")
+    raise RecipeError(f"transformers has no language model of {model_type!r}")
 
 
 def _state(model: Any) -> dict[str, torch.Tensor]:

@@ -35,21 +35,34 @@ def tokenize(
     Raises CheckpointError, naming the row, for one that is no text, is too short or that the
     template refuses, and when there are too few rows.
     """
-    where = file or params["dataset"]["name"]
+    samples = list(_samples(params, tokenizer.tobytes(), file))
+    if len(samples) < params["samples"]:
+        raise CheckpointError(
+            f"gives {len(samples)} samples",
+            where=_where(params, file),
+            expected=f"{params['samples']}, or fewer `samples`",
+        )
+    return samples
+
+
+def count(params: Mapping[str, Any], tokenizer: bytes, file: str | None) -> int:
+    """How many samples `tokenize` finds of those that are wanted; it raises for too few."""
+    return sum(1 for _ in _samples(params, tokenizer, file))
+
+
+def _samples(params: Mapping[str, Any], tokenizer: bytes, file: str | None) -> Iterator[list[int]]:
+    where = _where(params, file)
     rows = _from_file(file, params["rows"]) if file is not None else _from_hub(params["dataset"])
-    encode = _encoder(tokenizer.tobytes())
+    encode = _encoder(tokenizer)
     joined = params.get("joined", False)
     rows = rows if joined else islice(rows, params["samples"])
     encoded = _encoded(encode, _texts(rows, params, where), where)
     cut = _joined if joined else _single
-    samples = list(islice(cut(encoded, params["length"], where), params["samples"]))
-    if len(samples) < params["samples"]:
-        raise CheckpointError(
-            f"gives {len(samples)} samples",
-            where=where,
-            expected=f"{params['samples']}, or fewer `samples`",
-        )
-    return samples
+    return islice(cut(encoded, params["length"], where), params["samples"])
+
+
+def _where(params: Mapping[str, Any], file: str | None) -> str:
+    return file or str(params["dataset"]["name"])
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:

@@ -8,24 +8,38 @@ from typing import Annotated
 import typer
 
 from carnice_build.cli.arguments import RECIPES, Recipes, make_options
+from carnice_build.errors import RecipeError
 
 _SHOWN = 5
 
 
 def family(
     model: Annotated[
-        str, typer.Argument(help="A model type of transformers, or a config.json.", metavar="MODEL")
-    ],
+        str | None,
+        typer.Argument(help="A model type of transformers, or a config.json.", metavar="MODEL"),
+    ] = None,
     recipes: Recipes = RECIPES,
     out: Annotated[
         Path | None, typer.Option(help="Where to write, if not beside the recipes.", metavar="FILE")
     ] = None,
+    show: Annotated[bool, typer.Option("--list", help="Show the families with a table.")] = False,
 ) -> None:
     """Write a table of a model family, as far as transformers tells; needs the torch extra."""
-    from carnice_build.commands.family import write_family
+    from carnice_build.commands.family import families, write_family
 
-    written = write_family(model, out, make_options(recipes=recipes))
+    options = make_options(recipes=recipes)
+    if show:
+        found = families()
+        width = max(map(len, found))
+        for name, origin in found.items():
+            typer.echo(f"{name:{width}}  {origin}")
+        return
+    if model is None:
+        raise RecipeError("lacks an argument", where="family", expected="MODEL")
+    written = write_family(model, out, options)
     typer.echo(f"wrote {written.path}: {written.tensors} tensors of a small model")
+    if written.replaces:
+        typer.echo("  it counts from now on, not the table that ships for this type")
     for what in written.unknown:
         typer.echo(f"  not known: {what}")
     if written.differing:

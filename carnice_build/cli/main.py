@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from carnice_build.cli import cache
 from carnice_build.cli.build import build
@@ -21,6 +23,18 @@ from carnice_build.cli.report import report
 from carnice_build.cli.verify import verify
 from carnice_build.version import __version__
 
+
+class Command(TyperCommand):
+    """A command whose usage line spells its arguments as manuals do: NAME, [NAME], NAME..."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The parts of the line."""
+        return [
+            re.sub(r"\{([^{}]*)\}", r"\1", piece).upper()
+            for piece in super().collect_usage_pieces(ctx)
+        ]
+
+
 app = typer.Typer(
     name="carnice",
     help="Build quantized variants of language models from YAML recipes.",
@@ -29,17 +43,17 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-app.command()(new)
-app.command()(build)
-app.command()(plan)
-app.command()(explain)
-app.command()(verify)
-app.command()(report)
-app.command()(diff)
-app.command()(graph)
-app.command()(family)
-app.command(name="list")(list_variants)
-app.command()(schema)
+app.command(cls=Command)(new)
+app.command(cls=Command)(build)
+app.command(cls=Command)(plan)
+app.command(cls=Command)(explain)
+app.command(cls=Command)(verify)
+app.command(cls=Command)(report)
+app.command(cls=Command)(diff)
+app.command(cls=Command)(graph)
+app.command(cls=Command)(family)
+app.command(name="list", cls=Command)(list_variants)
+app.command(cls=Command)(schema)
 app.add_typer(cache.app, name="cache")
 app.command(hidden=True)(extras)
 app.command(hidden=True)(names)

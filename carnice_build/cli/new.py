@@ -37,6 +37,13 @@ def new(
             autocompletion=complete_preset,
         ),
     ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="What a calibrated preset learns from, in place of its own text on the hub.",
+            metavar="FILE|FOLDER|OWNER/NAME",
+        ),
+    ] = None,
     show: Annotated[bool, typer.Option("--list", help="Show the presets.")] = False,
     recipes: Recipes = RECIPES,
     as_json: Json = False,
@@ -49,7 +56,7 @@ def new(
         return
     if name is None or model is None or preset is None:
         raise RecipeError("lacks an argument", where="new", expected="NAME --from ... --as ...")
-    written = command.new_recipe(name, model, preset, make_options(recipes=recipes))
+    written = command.new_recipe(name, model, preset, make_options(recipes=recipes), dataset)
     size = sum(pack.size for pack in written.plan.packs)
     bits = written.plan.bits_per_weight
     profile = f" --profile {written.profile}" if written.profile else ""

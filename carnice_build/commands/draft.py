@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import wrap
 from typing import Any
 
@@ -38,6 +38,26 @@ class Draft:
     sources: Section
     steps: Sequence[Repair]
     others: Sequence[Section]
+
+    def saying(self, name: str, entries: Mapping[str, Any], why: Mapping[str, str]) -> Draft:
+        """The recipe with more in a section; what is appended to a list anyway grows."""
+        others = {section.name: section for section in self.others}
+        old = others.get(name, Section(name, {}, {}))
+        both = entries.keys() & old.entries.keys()
+        grown = {
+            key: [
+                *old.entries[key],
+                *(item for item in entries[key] if item not in old.entries[key]),
+            ]
+            for key in both
+        }
+        whys = {key: f"{old.why[key]}; {why[key]}" for key in both}
+        new = Section(name, {**old.entries, **entries, **grown}, {**old.why, **why, **whys})
+        if name in others:
+            others[name] = new
+        else:
+            others = {name: new, **others}
+        return replace(self, others=list(others.values()))
 
     def text(self) -> str:
         """The recipe as YAML."""

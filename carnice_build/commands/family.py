@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from carnice_build.checkpoint.json import json_object
 from carnice_build.commands.options import FAMILIES, Options
 from carnice_build.errors import BackendError, CarniceError, CheckpointError, RecipeError
+from carnice_build.models import known_types, packaged_types, replaced, table_of
 from carnice_build.models.derive import Derivation, default_of
-from carnice_build.models.table import FamilyTable
+from carnice_build.models.table import SHIPPED, FamilyTable
 from carnice_build.models.write_table import Facts, table_text
 from carnice_build.planning.gather import stored
 
@@ -26,12 +27,14 @@ class WrittenTable:
     """A table that was written: where, what could not be known, and what a small model says of it.
 
     Of `tensors` that transformers would save, `differing` do not come out of the table so.
+    `replaces` says that it counts from now on in the place of a table that ships.
     """
 
     path: Path
     unknown: tuple[str, ...]
     tensors: int
     differing: tuple[str, ...]
+    replaces: bool
 
 
 def write_family(model: str, out: Path | None, options: Options) -> WrittenTable:
@@ -56,7 +59,20 @@ def write_family(model: str, out: Path | None, options: Options) -> WrittenTable
     path.write_text(text, encoding="utf-8")
     shapes = samples[0].shapes
     differing = _differing(path, skeletons.config(), shapes)
-    return WrittenTable(path, tuple(derivation.unknown), len(shapes), tuple(differing))
+    own = replaced(model_type)
+    replaces = own is not None and own == path.resolve()
+    return WrittenTable(path, tuple(derivation.unknown), len(shapes), tuple(differing), replaces)
+
+
+def families() -> dict[str, str]:
+    """The model types that have a table, each with where it is from."""
+    found = {name: f"from {package}" for name, package in packaged_types().items()}
+    for name in known_types():
+        path = table_of(name)
+        ships = path is not None and path.parent == SHIPPED
+        instead = ", in the place of the one that ships" if replaced(name) else ""
+        found[name] = "ships" if ships else f"this project's{instead}"
+    return dict(sorted(found.items()))
 
 
 def _config(model: str) -> tuple[str, Mapping[str, Any]]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,19 @@ from carnice_build.checkpoint.checkpoint import Checkpoint, open_checkpoint, sou
 from carnice_build.checkpoint.profiles import Profiles, Source
 from carnice_build.checkpoint.quantized import plain_config, stated_quantization
 from carnice_build.checkpoint.readme import Readme, read_readme
+from carnice_build.commands import dataset as datasets
 from carnice_build.commands.draft import Draft, Section
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
-from carnice_build.errors import CarniceError, CheckpointError, PlanError, RecipeError, nearest
+from carnice_build.errors import (
+    BackendError,
+    CarniceError,
+    CheckpointError,
+    PlanError,
+    RecipeError,
+    nearest,
+)
+from carnice_build.formats.base import Format
 from carnice_build.formats.registry import FORMATS
 from carnice_build.graph import ActionGraph, View
 from carnice_build.models import UnknownFamily, architecture_of
@@ -32,11 +42,13 @@ from carnice_build.models.untabled import Untabled
 from carnice_build.planning.planner import VariantPlan, unchecked, untabled
 from carnice_build.planning.repair import (
     Repair,
+    endings,
     globs,
     leftovers,
     outside,
     owners,
     renames,
+    with_partners,
     without,
 )
 from carnice_build.recipe.merge import read_with_parents
@@ -46,7 +58,6 @@ from carnice_build.steps.base import PlanContext
 from carnice_build.steps.registry import STEPS
 from carnice_build.units import plural
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _SNAPSHOT = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 _MAIN = "main"
 _BODY, _BASE = "body", "base"
@@ -77,23 +88,56 @@ def preset_descriptions() -> dict[str, str]:
     }
 
 
-def new_recipe(name: str, model: str, preset: str, options: Options | None = None) -> NewRecipe:
+def new_recipe(
+    name: str,
+    model: str,
+    preset: str,
+    options: Options | None = None,
+    dataset: str | None = None,
+) -> NewRecipe:
     """Write `recipes/NAME.yaml`, which builds `model` as `preset`.
 
-    `model` is a folder or a repository on the hub.  Raises a CarniceError, and then writes
-    nothing, for what cannot be built so.
+    `model` is a folder or a repository on the hub, `dataset` what the preset is calibrated on in
+    place of its own text: a file of the project, a folder with one, or a repository on the hub.
+    Raises a CarniceError, and then writes nothing, for what cannot be built so.
     """
     options = options or Options()
     path = _new_path(name, options.recipes)
     knobs = _preset(preset)
+    number_format = FORMATS[knobs["quantize"]["format"]].model_validate(knobs["quantize"])
+    text = _text(dataset, preset, knobs, options.recipes.parent)
     spec, checkpoint = _open(model, options.recipes.parent)
-    draft, found = _draft(name, preset, knobs, spec, checkpoint)
+    draft, found, architecture = _draft(name, preset, knobs, number_format, spec, checkpoint, text)
     profile = None
     if "folder" not in spec and (options.recipes / "_profiles.yaml").exists():
         profile = _profile(spec, options.recipes)
-    with _written(path, draft.text()):
-        looked = replace(options, profile=profile, sources={}, overrides=(), stream=True)
-        plan, *_ = plan_variants([name], looked).variants
+    options = replace(options, profile=profile, sources={}, overrides=(), stream=True)
+
+    def planned() -> VariantPlan:
+        write(draft.text())
+        with datasets.offering_another({**knobs.get("calibration", {}), **text}):
+            (plan, *_) = plan_variants([name], options).variants
+        return plan
+
+    with _written(path) as write:
+        left: set[str] = set()
+        while True:
+            try:
+                plan = planned()
+                break
+            except PlanError as error:
+                if error.unfit.keys() <= left:
+                    raise
+                left |= error.unfit.keys()
+                draft, sentence = _without_unfit(draft, error, number_format, architecture)
+                found.append(sentence)
+        if plan.dataset is not None and text and plan.dataset.file is not None:
+            draft, sentences = _with_samples(draft, plan, text["dataset"])
+            found += sentences
+            plan = planned() if sentences else plan
+    found += [
+        f"{item.name} is built beside it: {item.recipe.description}" for item in plan.companions
+    ]
     return NewRecipe(path, plan, found, plan.format.extras(), profile)
 
 
@@ -128,6 +172,22 @@ def _preset(name: str) -> Mapping[str, Any]:
     return plain
 
 
+def _text(
+    dataset: str | None, preset: str, knobs: Mapping[str, Any], root: Path
+) -> Mapping[str, Any]:
+    """What the recipe says of the text that it is calibrated on; nothing where the preset does."""
+    if dataset is None:
+        return {}
+    if "calibration" not in knobs:
+        calibrated = [name for name in presets() if "calibration" in _preset(name)]
+        raise RecipeError(
+            f"{preset} is not calibrated",
+            where=datasets.OPTION,
+            expected=f"a preset that is: {', '.join(calibrated)}",
+        )
+    return datasets.named(dataset, root)
+
+
 def _open(model: str, root: Path) -> tuple[dict[str, str], Checkpoint]:
     """What a recipe says of the source, and the checkpoint."""
     path = Path(model)
@@ -137,7 +197,7 @@ def _open(model: str, root: Path) -> tuple[dict[str, str], Checkpoint]:
         is_folder = False
     if is_folder:
         return _folder(path, root), open_checkpoint(path)
-    if not _REPOSITORY.fullmatch(model) or path.exists():
+    if not datasets.REPOSITORY.fullmatch(model) or path.exists():
         raise CheckpointError(
             "is no folder, and no name on the hub", where=model, expected="FOLDER or OWNER/MODEL"
         )
@@ -176,18 +236,18 @@ def _profile(spec: Mapping[str, str], recipes: Path) -> str | None:
 
 
 class _written:
-    """The file with `text` while the block runs, and after it unless that raises."""
+    """A new file while the block runs, and after it unless that raises; gives what writes it."""
 
-    def __init__(self, path: Path, text: str) -> None:
-        self._path, self._text = path, text
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._made: list[Path] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Callable[[str], object]:
         folder = self._path.parent
         self._made = [item for item in (folder, *folder.parents) if not item.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        with self._path.open("x", encoding="utf-8") as file:
-            file.write(self._text)
+        self._path.touch(exist_ok=False)
+        return partial(self._path.write_text, encoding="utf-8")
 
     def __exit__(self, kind: object, *rest: object) -> None:
         if kind is not None:
@@ -203,10 +263,12 @@ def _draft(
     name: str,
     preset: str,
     knobs: Mapping[str, Any],
+    number_format: Format,
     spec: dict[str, str],
     checkpoint: Checkpoint,
-) -> tuple[Draft, list[str]]:
-    """The recipe, and sentences about what was found."""
+    text: Mapping[str, Any],
+) -> tuple[Draft, list[str], Architecture]:
+    """The recipe, sentences about what was found, and what the model is."""
     readme = read_readme(checkpoint)
     view = source_view(checkpoint)
     architecture = _architecture(checkpoint, view)
@@ -215,9 +277,9 @@ def _draft(
     why: dict[str, str] = {}
     if isinstance(architecture, Untabled):
         found.append(unchecked(architecture))
-    steps, view = _repairs(checkpoint, architecture, view, knobs)
+    steps, view = _repairs(checkpoint, architecture, view, number_format)
     architecture = _architecture(checkpoint, view)
-    head = _head(architecture, view, readme, knobs)
+    head = _head(architecture, view, readme, number_format)
     if head.source is not None:
         sources[_BASE] = head.source
         why[_BASE] = "what the model was made from, which still has the MTP head"
@@ -230,12 +292,15 @@ def _draft(
     found += sentence
     if unreadable and "package" in knobs:
         others.append(Section("package", {"serve": []}, {"serve": unreadable}))
-    if "calibration" in knobs and not template:
+    if "calibration" in knobs and not template and not text:
         raise PlanError(
             "has no chat template",
             where=checkpoint.where,
-            expected=f"one, by which the dialogues that {preset} calibrates on become text",
+            expected=f"one, by which the dialogues that {preset} calibrates on become text, or "
+            f"{datasets.OPTION} FILE.txt",
         )
+    if text:
+        others.append(Section("calibration", text, {}))
     others.append(_card(spec, readme))
     label = spec["model"] if "folder" not in spec else spec["folder"]
     told = {step.why for step in steps}
@@ -243,7 +308,8 @@ def _draft(
     about = [sentence for sentence in found if sentence not in told]
     if "folder" not in spec:
         why[_BODY] = f"the commit that `{_MAIN}` was at"
-    return Draft(title, name, preset, about, Section("sources", sources, why), steps, others), found
+    draft = Draft(title, name, preset, about, Section("sources", sources, why), steps, others)
+    return draft, found, architecture
 
 
 def _architecture(checkpoint: Checkpoint, view: View) -> Architecture:
@@ -265,7 +331,7 @@ def _size(checkpoint: Checkpoint, architecture: Architecture, view: View) -> str
 
 
 def _repairs(
-    checkpoint: Checkpoint, architecture: Architecture, view: View, knobs: Mapping[str, Any]
+    checkpoint: Checkpoint, architecture: Architecture, view: View, number_format: Format
 ) -> tuple[list[Repair], View]:
     """The steps that the model's own tensors need, and the view after them."""
     source = Source(_BODY, SourceSpec.model_validate({"model": "local/body"}), None, checkpoint)
@@ -283,25 +349,19 @@ def _repairs(
     if stated is not None:
         why = "the source is quantized already: its weights are read as the floats they stand for"
         add([Repair("decode", {}, why)])
-        if FORMATS[knobs["quantize"]["format"]].keeps(str(stated.get("quant_method"))):
+        if number_format.keeps(str(stated.get("quant_method"))):
             # The plan says that they stay.
             steps.clear()
     add(renames(view, architecture))
     add(list(leftovers(view, architecture)))
-    add(without(Part.VISION, view, architecture, _no_vision(checkpoint, knobs)))
+    add(without(Part.VISION, view, architecture, _no_vision(checkpoint, number_format)))
     return steps, view
 
 
-def _text_alone(knobs: Mapping[str, Any]) -> bool:
-    """Whether it is for mlx-lm, which knows neither towers nor MTP heads."""
-    quantize = knobs["quantize"]
-    return bool(quantize["format"] == "mlx" and quantize.get("target", "mlx-lm") == "mlx-lm")
-
-
-def _no_vision(checkpoint: Checkpoint, knobs: Mapping[str, Any]) -> str:
+def _no_vision(checkpoint: Checkpoint, number_format: Format) -> str:
     """Why a vision tower is left out, empty when it stays."""
-    if _text_alone(knobs):
-        return "mlx-lm runs the text model alone"
+    if why := number_format.leaves_out().get(Part.VISION):
+        return why
     lacking = absent(checkpoint.assets, (Reads.PROCESSOR,), vision=True)
     return f"{lacking[0]}, so it is left out" if lacking else ""
 
@@ -328,18 +388,14 @@ class _Head:
     steps: Sequence[Repair] = ()
 
 
-def _head(
-    architecture: Architecture, view: View, readme: Readme, knobs: Mapping[str, Any]
-) -> _Head:
+def _head(architecture: Architecture, view: View, readme: Readme, number_format: Format) -> _Head:
     known = owners(architecture, view)
     names = [name for name, fact in known.items() if fact.part is Part.MTP]
     there = [name for name in names if name in view]
-    if _text_alone(knobs):
-        return _Head(["mlx-lm leaves the MTP head out"] if there else [])
+    if why := number_format.leaves_out().get(Part.MTP):
+        return _Head([why] if there else [])
     if there or not names:
-        drafts = knobs["quantize"].get("target") == "mlx-vlm"
-        stays = "becomes a drafter, in a folder of its own" if drafts else "stays as it is"
-        return _Head([f"the MTP head {stays}"] if there else [])
+        return _Head(["the MTP head stays"] if there else [])
     tried = []
     for model in readme.base_models[:_MOST_BASES]:
         try:
@@ -369,6 +425,43 @@ def _ignored(architecture: Architecture, view: View, knobs: Mapping[str, Any]) -
     found = outside(architecture, view, knobs["quantize"].get("ignore", "*"))
     if found:
         yield Section("quantize", {"ignore+": found}, {"ignore+": "outside of the decoder layers"})
+
+
+def _without_unfit(
+    draft: Draft, error: PlanError, number_format: Format, architecture: Architecture
+) -> tuple[Draft, str]:
+    """The recipe without the modules that the format cannot quantize, and what is said of them.
+
+    Raises `error` where the format has no words for it.
+    """
+    known = {fact.module for fact in architecture.tensors.values()}
+    modules = set(error.unfit)
+    if number_format.serving() is not None:
+        modules = with_partners(modules, architecture)
+    entries = number_format.leaving(endings(sorted(modules), known), architecture)
+    if not entries:
+        raise error
+    reasons = ", ".join(dict.fromkeys(error.unfit.values()))
+    alike = ", and engines run the others as one with these" if modules > error.unfit.keys() else ""
+    stay = "module stays" if len(modules) == 1 else "modules stay"
+    why = f"{len(modules)} {stay} in full precision, because {reasons}{alike}"
+    return draft.saying("quantize", entries, dict.fromkeys(entries, why)), why
+
+
+def _with_samples(draft: Draft, plan: VariantPlan, file: str) -> tuple[Draft, list[str]]:
+    """The recipe with as many samples as its dataset, a file, has, and what is said of that."""
+    try:
+        wanted, there = datasets.sample_counts(plan)
+    except BackendError as error:
+        return draft, [f"whether {file} has enough samples shows when it is built: {error}"]
+    if there == wanted:
+        return draft, []
+    if not there:
+        raise CheckpointError("gives no sample", where=file, expected="a longer text")
+    why = f"{file} has no more"
+    return draft.saying("calibration", {"samples": there}, {"samples": why}), [
+        f"it is calibrated on {plural(there, 'sample')}, not {wanted}: {why}"
+    ]
 
 
 def _tools(checkpoint: Checkpoint) -> tuple[bool, list[str], str]:

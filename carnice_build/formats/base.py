@@ -16,7 +16,7 @@ from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import Architecture, TensorFact
+from carnice_build.models.base import Architecture, Part, TensorFact
 from carnice_build.recipe.schema import Strict
 from carnice_build.steps.base import PlanContext
 from carnice_build.tensors import STACK, members
@@ -138,6 +138,18 @@ class Format(Strict):
     def engine_reads(self) -> Collection[Reads]:
         """What the engine reads of a folder: it is copied from the source, and must be there."""
         return (Reads.TOKENIZER, Reads.PROCESSOR)
+
+    def leaves_out(self) -> Mapping[Part, str]:
+        """The parts of a model that the engine knows nothing of, each with a sentence about it."""
+        return {}
+
+    def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
+        """What a recipe says below `quantize` so that modules stay as they are.
+
+        `modules` are globs over paths of modules; a key that ends in `+` appends to the list that
+        these knobs have.  Nothing where the format has no words for it.
+        """
+        return {}
 
     def metadata(self) -> Mapping[str, str]:
         """What the shards' headers say in `__metadata__`."""

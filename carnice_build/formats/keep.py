@@ -17,3 +17,8 @@ def kept(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
         return set(require_match(Patterns(list(patterns)), names, "weight"))
     except PlanError as error:
         raise error.revised(at=("keep",)) from None
+
+
+def weights_of(modules: Sequence[str]) -> list[str]:
+    """Patterns for the weights of modules, for which there are globs."""
+    return [f"{glob}.weight" for glob in modules]

@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from carnice_build.errors import CheckpointError
+from carnice_build.errors import CheckpointError, near
 from carnice_build.models.base import Architecture
 from carnice_build.models.drafters import MLX_DRAFTER
 from carnice_build.models.table import FamilyTable
@@ -55,13 +55,15 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
             return FamilyTable(path, config, where)
         for entry in entry_points(group=GROUP, name=model_type):
             return _from_package(entry, config, where)
-    known = {*known_types(), *(entry.name for entry in entry_points(group=GROUP))}
+    known = {*known_types(), *packaged_types()}
     unknown = f"is of the unknown model_type {str(model_type)!r}"
+    like = ", ".join(near(model_type, sorted(known), 3) if isinstance(model_type, str) else ())
     raise UnknownFamily(
         unknown if "model_type" in config else "has no model_type",
         where=where,
-        expected=f"one of a family that has a table here ({', '.join(sorted(known))}); "
-        "docs/adding-a-family.md says how to add one",
+        expected="one of a family that has a table here"
+        + (f", such as {like}" if like else "")
+        + " (`carnice family --list` shows all); docs/adding-a-family.md says how to add one",
     )
 
 
@@ -73,9 +75,21 @@ def table_of(model_type: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def replaced(model_type: str) -> Path | None:
+    """The project's table that counts in the place of one that ships; None when there is none."""
+    path, shipped = table_of(model_type), SHIPPED / f"{model_type}.yaml"
+    return path if path and path != shipped and shipped.is_file() else None
+
+
 def known_types() -> list[str]:
     """The model types that have a table."""
     return sorted({path.stem for folder in _TABLES for path in folder.glob("*.yaml")})
+
+
+def packaged_types() -> dict[str, str]:
+    """The model types whose tables other packages bring, each with the package."""
+    entries = entry_points(group=GROUP)
+    return {entry.name: entry.dist.name if entry.dist else "a package" for entry in entries}
 
 
 def _from_package(entry: EntryPoint, config: Mapping[str, Any], where: str) -> Architecture:

@@ -12,9 +12,12 @@ def mappings_of_layer(
 ) -> Iterator[SmoothingMapping]:
     """Those of `mappings` that smooth a layer made of `modules`, of which some are `quantized`.
 
-    All of a mapping's modules must be there, and one of them quantized.
+    All of a mapping's modules must be there, and one of those that balance it quantized: by their
+    rounding llm-compressor chooses scales, and where there is none it finds 1, or ends in an error.
     """
     for mapping in mappings:
         names = (mapping.smooth, *mapping.balance)
-        if all(name in modules for name in names) and any(name in quantized for name in names):
+        if all(name in modules for name in names) and any(
+            name in quantized for name in mapping.balance
+        ):
             yield mapping

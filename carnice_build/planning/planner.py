@@ -19,7 +19,7 @@ from carnice_build.checkpoint.quantized import METHODS, plain_config, stated_qua
 from carnice_build.errors import PlanError, together
 from carnice_build.formats.base import Companion, Conversion, Format
 from carnice_build.graph import Action, ActionGraph, ActionOutput, View
-from carnice_build.models import UnknownFamily, architecture_of
+from carnice_build.models import UnknownFamily, architecture_of, replaced
 from carnice_build.models.base import Architecture, Part
 from carnice_build.models.untabled import Untabled
 from carnice_build.planning.coded import coded, kept_as_they_are
@@ -149,6 +149,8 @@ def plan_variant(
             view = returned(step.params.apply(view, context), dict, "apply")
             files = returned(step.params.edit(files, context), Mapping, "edit")
     view, notices = _without_copies(view, architecture, body.checkpoint.where)
+    if own := replaced(str(body.checkpoint.config.get("model_type"))):
+        notices = (*notices, f"{own.parent.name}/{own.name} counts, not the table that ships")
     if isinstance(architecture, Untabled):
         # Steps may have changed names, which are all that is known of it.
         architecture = untabled(body.checkpoint, view)

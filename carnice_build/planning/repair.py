@@ -15,7 +15,7 @@ from carnice_build.graph import View
 from carnice_build.models.base import Architecture, Part, Role, TensorFact
 from carnice_build.planning.gather import stored
 from carnice_build.planning.unknown import BUFFERS
-from carnice_build.recipe.patterns import Patterns
+from carnice_build.recipe.patterns import Patterns, expression
 from carnice_build.tensors import STACK
 
 
@@ -151,14 +151,7 @@ def outside(architecture: Architecture, view: View, ignored: str | Sequence[str]
         for module, fact in linears.items()
         if fact.part is not Part.LAYERS and not patterns.matches(module)
     ]
-    return [_regular(glob) for glob in globs(found, linears)]
-
-
-def _regular(glob: str) -> str:
-    """A glob for what is below a path, as llm-compressor would spell it."""
-    if not glob.endswith(".*"):
-        return glob
-    return f"re:{re.escape(glob.removesuffix('*'))}.*"
+    return [expression(glob) for glob in globs(found, linears)]
 
 
 def globs(names: Collection[str], among: Iterable[str]) -> list[str]:
@@ -171,6 +164,40 @@ def globs(names: Collection[str], among: Iterable[str]) -> list[str]:
         shortest = next((path for path in paths if path not in taken), name)
         found[shortest if shortest == name else f"{shortest}.*"] = None
     return list(found)
+
+
+def with_partners(modules: Collection[str], architecture: Architecture) -> set[str]:
+    """These modules and what serving engines run as one with them.
+
+    That are the parts of a fused linear, and all linears of the experts of a layer.
+    """
+    linears = {fact.module for fact in architecture.tensors.values() if fact.role is Role.LINEAR}
+    found = set(modules)
+    for fusion in architecture.fusions:
+        if not found.isdisjoint(fusion.parts):
+            found |= linears.intersection(fusion.parts)
+    experts = {module.partition(STACK)[0] for module in found if STACK in module}
+    return found | {
+        module for module in linears if STACK in module and module.partition(STACK)[0] in experts
+    }
+
+
+def endings(names: Collection[str], among: Iterable[str]) -> list[str]:
+    """The shortest globs for ends of paths that match these of all names, and no other."""
+    others = set(among).difference(names)
+    taken = {end for name in others for end in _ends(name)}
+    found: dict[str, None] = {}
+    for name in names:
+        shortest = next((end for end in _ends(name) if end not in taken), name)
+        found[name if shortest == name else f"*.{shortest}"] = None
+    return list(found)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The ends of a path, shortest first; none begins with the place of an expert's number."""
+    parts = name.split(".")
+    ends = (parts[-length:] for length in range(1, len(parts) + 1))
+    return (".".join(end) for end in ends if end[0] != STACK)
 
 
 def _paths(name: str) -> Iterator[str]:

@@ -52,6 +52,14 @@ class Patterns:
         return ", ".join(self.texts)
 
 
+def expression(glob: str) -> str:
+    """The pattern for what `glob` matches, as llm-compressor spells it; a plain name stays."""
+    if "*" not in glob:
+        return glob
+    end = "" if glob.endswith("*") else "$"
+    return f"re:{'.*'.join(map(re.escape, glob.split('*')))}{end}"
+
+
 def in_time(names: Iterable[T]) -> Iterator[T]:
     """The same, one after another; PlanError when what is done with them takes far too long."""
     deadline = time.monotonic() + _MAX_SECONDS

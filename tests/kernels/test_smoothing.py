@@ -171,10 +171,16 @@ def test_scales_must_fit() -> None:
 
 
 def test_a_mapping_needs_all_its_modules_and_one_that_is_quantized() -> None:
-    """Mappings of another kind of layer, and those that nothing would gain by, are left out."""
+    """Mappings of another kind of layer, and those that nothing would gain by, are left out.
+
+    What is smoothed may be quantized as well; by its rounding no scale is chosen.
+    """
     attention = SmoothingMapping("norm1", ("q", "k"))
     mlp = SmoothingMapping("norm2", ("up",))
-    modules = ["norm1", "q", "norm2", "up"]
+    down = SmoothingMapping("up", ("down",))
+    mappings = [attention, mlp, down]
+    modules = ["norm1", "q", "norm2", "up", "down"]
 
-    assert [mlp] == list(mappings_of_layer([attention, mlp], modules, ["q", "up"]))
-    assert [] == list(mappings_of_layer([attention, mlp], modules, ["q"]))
+    assert [mlp, down] == list(mappings_of_layer(mappings, modules, ["q", "up", "down"]))
+    assert [mlp] == list(mappings_of_layer(mappings, modules, ["q", "up"]))
+    assert [] == list(mappings_of_layer(mappings, modules, ["q"]))

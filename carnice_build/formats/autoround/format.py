@@ -8,7 +8,7 @@ from.  What is published looks the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,13 +18,13 @@ from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.dtypes import FLOAT_NAMES, TensorSpec
 from carnice_build.errors import PlanError, nearest
 from carnice_build.formats.autoround.files import autoround_files
-from carnice_build.formats.autoround.ops import SUFFIXES, Merge, Nearest, packed_specs
+from carnice_build.formats.autoround.ops import SUFFIXES, Merge, Nearest, packed_specs, unfit
 from carnice_build.formats.autoround.tune import Tuning
 from carnice_build.formats.base import Conversion, Format, OutputTensor, cast, check_fusions
-from carnice_build.formats.blame import about_module
+from carnice_build.formats.blame import about_module, refuse_unfit
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
-from carnice_build.formats.keep import kept
+from carnice_build.formats.keep import kept, weights_of
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
@@ -150,6 +150,14 @@ class AutoRoundFormat(Format):
         """Only tuning needs the library."""
         return ("autoround",) if self.method == "tune" else ()
 
+    def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
+        """All of `keep`, for one that says something takes the place of the family's list."""
+        if self.keep is not None:
+            return {"keep+": weights_of(modules)}
+        names = [fact.name for fact in architecture.tensors.values() if fact.role is Role.LINEAR]
+        narrow = [glob for glob in architecture.narrow_linears if Patterns(glob).select(names)]
+        return {"keep": [*narrow, *weights_of(modules)]}
+
     @classmethod
     def serving(cls) -> Serving:
         """As vLLM's `--quantization` has it."""
@@ -160,9 +168,12 @@ class AutoRoundFormat(Format):
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
         chosen = {fact.module: fact for fact in self._quantized(facts, context.architecture)}
         check_fusions(chosen, view, context.architecture)
-        for module, fact in chosen.items():
+        specs = {module: _of_one(view[fact.name].spec) for module, fact in chosen.items()}
+        found = {module: unfit(spec, self.group_size) for module, spec in specs.items()}
+        refuse_unfit(found, "it among `keep`")
+        for module, spec in specs.items():
             with about_module(module):
-                packed_specs(_of_one(view[fact.name].spec), self.group_size)
+                packed_specs(spec, self.group_size)
         parts, figures = self._parts(chosen, view, context)
         plain = self._plain_dtype(context)
         tensors: list[OutputTensor] = []

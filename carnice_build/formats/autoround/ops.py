@@ -11,6 +11,7 @@ from typing import Any
 
 from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
+from carnice_build.formats.blame import uneven
 from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData
 
 SUFFIXES = ("qweight", "qzeros", "scales")
@@ -30,17 +31,23 @@ def packed_specs(spec: TensorSpec, group_size: int) -> tuple[TensorSpec, ...]:
     """Specs of qweight, qzeros and scales; PlanError when the weight does not fit the format."""
     if spec.dtype not in WIDE_FLOATS:
         raise PlanError(f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS))
+    if why := unfit(spec, group_size):
+        raise PlanError(why)
     rows, columns = spec.shape
-    if columns % group_size:
-        raise PlanError(f"group_size {group_size} does not divide the {columns} inputs")
-    if rows % 8:
-        raise PlanError(f"8 does not divide the {rows} outputs", expected="it among `keep`")
     groups = columns // group_size
     return (
         TensorSpec("I32", (columns // 8, rows)),
         TensorSpec("I32", (groups, rows // 8)),
         TensorSpec("F16", (groups, rows)),
     )
+
+
+def unfit(spec: TensorSpec, group_size: int) -> str:
+    """What of the shape of a weight does not fit the format, if anything."""
+    rows, columns = spec.shape
+    if why := uneven(columns, group_size):
+        return why
+    return f"8 does not divide the {rows} outputs" if rows % 8 else ""
 
 
 class Nearest(ArrayOp):

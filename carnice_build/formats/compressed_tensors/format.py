@@ -22,7 +22,7 @@ from carnice_build.formats.base import (
     check_fusions,
     in_stated_dtype,
 )
-from carnice_build.formats.blame import about_module
+from carnice_build.formats.blame import about_module, refuse_unfit, uneven
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.compressed_config import ignored_modules
 from carnice_build.formats.compressed_tensors.awq import Scales, search
@@ -36,8 +36,8 @@ from carnice_build.formats.compressed_tensors.ops import (
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import ArrayOp, Stacked, TensorRef, View
-from carnice_build.models.base import Part, Role, TensorFact
-from carnice_build.recipe.patterns import Patterns
+from carnice_build.models.base import Architecture, Part, Role, TensorFact
+from carnice_build.recipe.patterns import Patterns, expression
 from carnice_build.recipe.schema import AnyPatterns, Strict
 from carnice_build.serving.profile import Serving, ServingProfiles
 from carnice_build.steps.base import PlanContext
@@ -163,6 +163,10 @@ class CompressedFormat(Format):
         """The search is llm-compressor's."""
         return ("llmcompressor",) if self.smoothing else ()
 
+    def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
+        """Expressions under `ignore`, as llm-compressor reads them."""
+        return {"ignore+": [expression(glob) for glob in modules]}
+
     @classmethod
     def serving(cls) -> Serving:
         """As vLLM's `--quantization` has it."""
@@ -181,6 +185,12 @@ class CompressedFormat(Format):
             check_fusions(chosen, view, architecture)
         except PlanError as error:
             raise error.revised(at=("ignore",)) from None
+        columns = {module: view[fact.name].spec.shape[-1] for module, fact in chosen.items()}
+        refuse_unfit(
+            {module: uneven(count, self.weights.group_size) for module, count in columns.items()},
+            "a pattern for it under `ignore`",
+            (*_WEIGHTS, "group_size"),
+        )
         published = _Published(self, chosen, self._scales(chosen, view, context), context)
         tensors = [item for fact in facts for item in published.of(fact, view[fact.name])]
         return Conversion(

@@ -10,6 +10,7 @@ from typing import Any
 
 from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
+from carnice_build.formats.blame import uneven
 from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, require_finite
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -45,8 +46,8 @@ class GroupQuantize(ArrayOp):
         if params["observer"] == "mse" and spec.dtype == "F32":
             raise PlanError("the observer mse needs 16-bit weights")
         rows, columns = spec.shape
-        if columns % group:
-            raise PlanError(f"group_size {group} does not divide the {columns} inputs")
+        if why := uneven(columns, group):
+            raise PlanError(why)
         grid = (rows, columns // group)
         return (
             TensorSpec("I32", (rows, columns // PER_WORD)),

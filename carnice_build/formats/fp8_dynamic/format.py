@@ -5,8 +5,8 @@ A linear weight becomes E4M3 with a scale a row; engines scale activations a tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -22,11 +22,11 @@ from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.compressed_config import ignored_modules
 from carnice_build.formats.fp8_dynamic.files import fp8_files
 from carnice_build.formats.fp8_dynamic.ops import SUFFIXES, RowQuantize
-from carnice_build.formats.keep import kept
+from carnice_build.formats.keep import kept, weights_of
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import View
-from carnice_build.models.base import Part, Role, TensorFact
+from carnice_build.models.base import Architecture, Part, Role, TensorFact
 from carnice_build.recipe.schema import AnyPatterns
 from carnice_build.serving.profile import Serving, ServingProfiles
 from carnice_build.steps.base import PlanContext
@@ -76,6 +76,10 @@ class Fp8DynamicFormat(Format):
     def serving(cls) -> Serving:
         """As vLLM's `--quantization` has it."""
         return Serving("compressed-tensors", ServingProfiles(__package__))
+
+    def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
+        """See `Format.leaving`."""
+        return {"keep+": weights_of(modules)}
 
     def prepare(self, view: View, context: PlanContext) -> View:
         """In the type that the library loads the model in."""

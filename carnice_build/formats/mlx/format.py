@@ -18,7 +18,7 @@ from carnice_build.checkpoint.assets import Reads
 from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import Companion, Conversion, Format, OutputTensor
-from carnice_build.formats.blame import about_module
+from carnice_build.formats.blame import about_module, refuse_unfit, uneven
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.mlx.conversion import knows, mlx_trace
@@ -37,7 +37,7 @@ from carnice_build.formats.rules import Rule, Settings, choose, rules_by_module
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import ArrayOp, Op, Stacked, TensorRef, View
-from carnice_build.models.base import Part, TensorFact
+from carnice_build.models.base import Architecture, Part, TensorFact
 from carnice_build.models.drafters import MLX_DRAFTED
 from carnice_build.steps.base import Codes, PlanContext
 
@@ -129,6 +129,19 @@ class MlxFormat(Format):
             raise PlanError(why_not, at=("mtp",))
         return ()
 
+    def leaves_out(self) -> Mapping[Part, str]:
+        """Of a model, mlx-lm takes the text."""
+        if self.library is not Target.MLX_LM:
+            return {}
+        return {
+            Part.VISION: "mlx-lm runs the text model alone",
+            Part.MTP: "mlx-lm leaves the MTP head out",
+        }
+
+    def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
+        """A rule, after which mlx-lm's own words for these modules do not count."""
+        return {"rules+": [{"match": list(modules), "skip": True}]}
+
     def card(self) -> Card:
         """See `Format.card`."""
         return Card(own_template(__package__), "mlx", ("mlx",))
@@ -173,19 +186,38 @@ class MlxFormat(Format):
         }
         rules = rules_by_module(self.rules, list(weights.values()), context)
         made = _Made(self, trace, view, context)
+        settings_of = {
+            item.name: self._settings(made.own(item), rules[weights[item.name].module])
+            for item in items
+            if item.name in weights and weights[item.name].name not in context.codes
+        }
+        self._check_fit(items, settings_of, weights)
         for item in items:
             fact = facts[item.sources[0].name]
             if fact.name in context.codes:
                 made.add_codes(item, fact, context.codes[fact.name])
                 continue
-            chosen = rules[fact.module] if item.name in weights else None
-            settings = None if chosen is None else self._settings(made.own(item), chosen)
+            settings = settings_of.get(item.name)
             if settings is None:
                 made.add_plain(item, fact)
             else:
                 made.add_quantized(item, fact, settings)
         towers = any(fact.part is Part.VISION for fact in made.facts)
         return made.conversion(towers=towers, drafter=bool(self.companions(view, context)))
+
+    def _check_fit(
+        self,
+        items: Sequence[Traced],
+        settings_of: Mapping[str, Settings | None],
+        weights: Mapping[str, TensorFact],
+    ) -> None:
+        unfit: dict[str, str] = {}
+        for item in items:
+            if settings := settings_of.get(item.name):
+                why = uneven(item.spec.shape[-1], settings.values["group_size"])
+                module = weights[item.name].module
+                unfit[module] = unfit.get(module) or why
+        refuse_unfit(unfit, "a rule under `rules` that skips it")
 
     def trace(self, view: View, context: PlanContext) -> Trace:
         """What becomes of the view."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
+from carnice_build.formats.blame import uneven
 from carnice_build.formats.elementwise import cast_finite
 from carnice_build.formats.mlx.trace import from_params, infer, replay_bytes
 from carnice_build.graph import (
@@ -218,8 +219,8 @@ def _affine_specs(
         raise PlanError(f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS))
     rows, columns = spec.shape
     group = params["group_size"]
-    if columns % group:
-        raise PlanError(f"group_size {group} does not divide the {columns} inputs")
+    if why := uneven(columns, group):
+        raise PlanError(why)
     grid = TensorSpec(params["dtype"], (rows, columns // group))
     return TensorSpec("U32", (rows, columns * params["bits"] // 32)), grid, grid
 

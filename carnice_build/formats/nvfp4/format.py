@@ -10,13 +10,12 @@ experts, whichever of them a token was sent to.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from carnice_build.calibration.chain import Activations
 from carnice_build.calibration.passes import Calibration
-from carnice_build.errors import PlanError
 from carnice_build.formats.base import (
     Conversion,
     Format,
@@ -24,10 +23,10 @@ from carnice_build.formats.base import (
     check_fusions,
     in_stated_dtype,
 )
-from carnice_build.formats.blame import about_module
+from carnice_build.formats.blame import about_module, refuse_unfit
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
-from carnice_build.formats.keep import kept
+from carnice_build.formats.keep import kept, weights_of
 from carnice_build.formats.nvfp4.files import modelopt_files
 from carnice_build.formats.nvfp4.ops import (
     BLOCK,
@@ -35,11 +34,12 @@ from carnice_build.formats.nvfp4.ops import (
     InputScales,
     TakeTurns,
     TurnsQuantize,
+    unfit,
 )
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import LINEARS, Part, Role, TensorFact
+from carnice_build.models.base import LINEARS, Architecture, Part, Role, TensorFact
 from carnice_build.models.kept import KEEP_LISTS, MTP_HEADS
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 SCHEME = Scheme(4, BLOCK, "float")
 
 _PLAIN_ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
+
+
+_UNCALIBRATED = "no decoder layer has it, so its input is not calibrated"
 
 
 class Nvfp4Format(Format):
@@ -97,6 +100,10 @@ class Nvfp4Format(Format):
         """The calibration runs in torch."""
         return ("torch",)
 
+    def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
+        """See `Format.leaving`."""
+        return {"keep+": weights_of(modules)}
+
     def prepare(self, view: View, context: PlanContext) -> View:
         """In the type that the library loads the model in."""
         return in_stated_dtype(view, context)
@@ -105,15 +112,14 @@ class Nvfp4Format(Format):
         """Every tensor of the view under its own name, the linears quantized."""
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
         chosen = {fact.module: fact for fact in self._quantized(facts)}
+        found = {module: unfit(view[fact.name].spec) for module, fact in chosen.items()}
+        refuse_unfit(found, "it among `keep`")
         activations = Activations(Calibration(view, context.calibrated()))
         made: dict[str, list[OutputTensor]] = {}
         for layer in range(context.architecture.num_layers):
             made |= _layer(layer, chosen, view, activations, context)
-        if left := [module for module in chosen if module not in made]:
-            raise PlanError(
-                f"{left[0]} is in no decoder layer, so it has no calibrated input",
-                expected="it among `keep`",
-            )
+        left = [module for module in chosen if module not in made]
+        refuse_unfit(dict.fromkeys(left, _UNCALIBRATED), "it among `keep`")
         biases = _turned_biases(facts, chosen, view, context)
         tensors: list[OutputTensor] = []
         for fact in facts:

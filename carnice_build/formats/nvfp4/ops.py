@@ -12,6 +12,12 @@ from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, r
 BLOCK = 16
 
 
+def unfit(spec: TensorSpec) -> str:
+    """What of the shape of a weight does not fit the format, if anything."""
+    columns = spec.shape[-1]
+    return f"blocks of {BLOCK} do not divide the {columns} inputs" if columns % BLOCK else ""
+
+
 class BlockQuantize(ArrayOp):
     """NVFP4 weights of linears that share their second-level scale, bit for bit modelopt's.
 
@@ -34,9 +40,9 @@ class BlockQuantize(ArrayOp):
                 raise PlanError(
                     f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
                 )
+            if why := unfit(spec):
+                raise PlanError(why)
             rows, columns = spec.shape
-            if columns % BLOCK:
-                raise PlanError(f"blocks of {BLOCK} do not divide the {columns} inputs")
             specs.append(TensorSpec("U8", (rows, columns // 2)))
             specs.append(TensorSpec("F8_E4M3", (rows, columns // BLOCK)))
         return (*specs, TensorSpec("F32", ()))
