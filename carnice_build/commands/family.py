@@ -12,7 +12,8 @@ from carnice_build.commands.options import FAMILIES, Options
 from carnice_build.errors import BackendError, CarniceError, CheckpointError, RecipeError
 from carnice_build.models import known_types, packaged_types, replaced, table_of
 from carnice_build.models.derive import Derivation, default_of
-from carnice_build.models.table import SHIPPED, FamilyTable
+from carnice_build.models.table import FamilyTable
+from carnice_build.models.table_file import SHIPPED
 from carnice_build.models.write_table import Facts, table_text
 from carnice_build.planning.gather import stored
 
