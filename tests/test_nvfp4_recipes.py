@@ -401,7 +401,10 @@ WITH_WORK: dict[str, tuple[Callable[[Project], None], tuple[str, ...]]] = {
     "a tokenizer that is none": (damage_tokenizer, ("tokenizer.json: cannot be used",)),
     "a token beyond the vocabulary": (
         shrink_vocabulary,
-        ("tokenizer.json: token ", "has no row in the embedding; expected at most 99"),
+        (
+            "tokenizer.json: token ",
+            "has no row in model.language_model.embed_tokens.weight; expected at most 99",
+        ),
     ),
     "a norm so large that activations are not finite": (
         lambda project: poison(project, LAYER(1) + "post_attention_layernorm.weight", 3e38),
