@@ -43,11 +43,13 @@ class Case:
     """A family, what is changed in its config, and whether the library's own mappings will do.
 
     If they will not, it is given those of our recipe.yaml.
+    Its patterns `plain` are for modules that neither side is to quantize.
     """
 
     family: str
     own: bool = True
     changes: Mapping[str, Any] = field(default_factory=dict)
+    plain: tuple[str, ...] = ()
 
 
 CASES = [
@@ -71,6 +73,8 @@ CASES = [
     Case("minimax_m2", own=False),
     Case("nemotron_h", own=False, changes=HEADS),
     Case("gpt_oss", own=False, changes=HEADS),
+    Case("gemma4", own=False, changes={"hidden_size_per_layer_input": 128}),
+    Case("gemma4_moe", own=False, plain=("re:.*router.*",)),
 ]
 
 
@@ -110,7 +114,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     source = Checkpoint(write_family(tmp_path / "source", case.family, case.changes))
     texts = write_texts(tmp_path / "rows.jsonl")
-    recipe = RECIPE.format(ignore=[*IGNORE, *OURS])
+    recipe = RECIPE.format(ignore=[*IGNORE, *case.plain, *OURS])
     ours = build_checked(tmp_path, source.folder, "awq", recipe)
     model = source.whole(Arithmetic("bfloat16", "eager", threads=1))
     keep_masks(type(model), monkeypatch)
@@ -121,6 +125,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         model,
         type(decoder_layers(model)[1][0]).__name__,
         None if case.own else list(mappings_beside(ours)),
+        [*IGNORE, *case.plain],
     )
     return Pair(ours, tmp_path / "theirs", source)
 

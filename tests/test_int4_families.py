@@ -28,7 +28,9 @@ from carnice_build.models.base import Part, Role
 from carnice_build.recipe.patterns import Patterns
 
 NEAREST = "quantize: {format: autoround, method: nearest}\n"
-KEPT = {"gemma4": "quantize: {format: autoround, method: nearest, keep: ['*.per_layer_*']}\n"}
+KEPT = {
+    "gemma4": "quantize: {format: autoround, method: nearest, keep: ['*.per_layer_projection.*']}\n"
+}
 """Of the tiny Gemma 4, what is too narrow for groups of 128."""
 
 OFTEN = ("llama", "qwen3_moe")
