@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -120,7 +120,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     model = source.whole(Arithmetic("bfloat16", "eager", threads=1))
     keep_masks(type(model), monkeypatch)
     if case.family == "gemma4":
-        keep_shared(monkeypatch)
+        keep_shared(len(texts), monkeypatch)
     run_oneshot(
         "mse",
         tmp_path / "theirs",
@@ -190,23 +190,25 @@ def keep_masks(model_class: type, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, name, partial(called, create))
 
 
-def keep_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def keep_shared(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the library's tracer from losing what Gemma 4's layers leave for others.
 
     It would call each with an empty mapping, and end with a KeyError.
-    The samples differ in length, which tells them apart.
+    All samples run through a layer in one order, as often as they do.
     """
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextAttention
 
     forward = Gemma4TextAttention.forward
-    shared: dict[int, dict[str, Any]] = defaultdict(dict)
+    shared: list[dict[str, Any]] = [{} for _ in range(samples)]
+    calls = Counter[int]()
 
     @wraps(forward)
     def remembering(
-        self: Any, hidden_states: Any, *args: Any, shared_kv_states: Any, **named: Any
+        self: Any, *args: Any, shared_kv_states: Mapping[str, Any], **named: Any
     ) -> Any:
-        kept = shared[hidden_states.shape[1]]
-        return forward(self, hidden_states, *args, shared_kv_states=kept, **named)
+        kept = shared[calls[self.layer_idx] % samples]
+        calls[self.layer_idx] += 1
+        return forward(self, *args, shared_kv_states=kept, **named)
 
     monkeypatch.setattr(Gemma4TextAttention, "forward", remembering)
 
