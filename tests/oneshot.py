@@ -78,12 +78,14 @@ def run_oneshot(
     model: Any = None,
     layer: str = "Qwen3_5DecoderLayer",
     mappings: Sequence[tuple[str, Sequence[str]]] | None = None,
+    ignore: Sequence[str] = IGNORE,
 ) -> Reference:
     """Smooth, quantize and save a whole model with one thread, one sample at a time.
 
     `token_rows`, in any order, take the place of `samples()`, and `model`, whose decoder layers
     are of the class `layer`, that of the demo.
-    `mappings` are what is smoothed and what is balanced, the library's own if none are given.
+    `mappings` are what is smoothed and what is balanced, the library's own if none are given;
+    `ignore` are patterns for modules that stay as they are.
     """
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -107,7 +109,7 @@ def run_oneshot(
             processor=tokenizer(),
             recipe=[
                 AWQModifier(mappings=given),
-                QuantizationModifier(config_groups={"group_0": group}, ignore=IGNORE),
+                QuantizationModifier(config_groups={"group_0": group}, ignore=list(ignore)),
             ],
             dataset=Dataset.from_list(rows),
             sequential_targets=[layer],

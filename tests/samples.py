@@ -397,6 +397,7 @@ OPS: Sequence[OpSample] = [
             **{name: _layer().params[name] for name in _ARITHMETIC},
             "names": [fact.name for fact in _OUTSIDE],
             "tables": [fact.name for fact in _OUTSIDE if fact.role is Role.EMBEDDING],
+            "linears": [fact.module for fact in _OUTSIDE if fact.role is Role.LINEAR],
             "given": [[number, _passing_layer(number).params["given"][0]] for number in range(2)],
             "config": _GEMMA,
         },

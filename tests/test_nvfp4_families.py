@@ -48,6 +48,8 @@ WIDE: list[tuple[str, Layout]] = [
     ("mistral3", "transformers"),
     ("mixtral", "transformers"),
     ("gemma3", "transformers"),
+    ("gemma4", "transformers"),
+    ("gemma4", "hub"),
     ("gemma4_moe", "transformers"),
     ("glm4_moe", "transformers"),
     ("glm4_moe", "hub"),
@@ -209,7 +211,7 @@ def test_what_is_excluded_is_what_modelopt_excludes(pair: Pair) -> None:
     assert all(entry.startswith(tower) for entry in idle)
     assert all(
         name.startswith(("mtp.", "model.layers.4", *tower))
-        or name.endswith(("in_proj_ba", "embed_tokens"))
+        or name.endswith(("in_proj_ba", "embed_tokens", "embed_tokens_per_layer"))
         for name in more
     )
 

@@ -15,7 +15,8 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -302,6 +303,7 @@ def _tune(
     calls = [(((sample,), runner.arguments(sample)),) for sample in inputs]
     with (
         _library(layer, runner, names, config, settings, samples=len(inputs)) as library,
+        _given_mappings(layer, calls[0][0][1]),
         torch.enable_grad(),
     ):
         # The library empties the lists that it is given.
@@ -314,6 +316,24 @@ def _tune(
         )
     result: list[Tensor] = outputs
     return result
+
+
+@contextmanager
+def _given_mappings(layer: nn.Module, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Give `layer` those of its `arguments` that are mappings, empty ones, when it is called.
+
+    The library passes on none, and a layer puts into them what others may want.
+    """
+    names = [name for name, item in arguments.items() if isinstance(item, MutableMapping)]
+
+    def fill(_: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, named | {name: UserDict() for name in names}
+
+    hook = layer.register_forward_pre_hook(fill, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

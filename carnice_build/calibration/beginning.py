@@ -15,7 +15,10 @@ from carnice_build.calibration.driver import Arithmetic, Outline, hold, looked_u
 
 
 class Beginning:
-    """The part of a model before its layers; of its tables it holds the rows of one sample."""
+    """The part of a model before its layers; of its tables it holds the rows of one sample.
+
+    `owners` are, by the parameters of `model`, the linears whose weights they hold.
+    """
 
     def __init__(
         self, text_config: Mapping[str, Any], arithmetic: Arithmetic, tensors: Mapping[str, Tensor]
@@ -27,13 +30,12 @@ class Beginning:
         torch.set_num_threads(arithmetic.threads)
         self._device = arithmetic.device
         self._outline = Outline(text_config, arithmetic, whole=True)
+        self.model = self._outline.model
+        self.owners = self._outline.placing.owners(tensors)
         for name, tensor in self._outline.placing.place(tensors, self._device).items():
             path, _, last = name.rpartition(".")
-            setattr(
-                self._outline.model.get_submodule(path),
-                last,
-                nn.Parameter(tensor, requires_grad=False),
-            )
+            owner = self.model.get_submodule(path)
+            setattr(owner, last, nn.Parameter(tensor, requires_grad=False))
 
     def given(self, rows: Mapping[str, Tensor], wanted: Sequence[tuple[int, str]]) -> list[Tensor]:
         """What layers are given of a sample, `wanted` by their numbers and names of parameters.

@@ -1,6 +1,6 @@
 """What decoder layers are given beside hidden states, in files between the actions on them.
 
-tokens -> beside -> a tensor for each layer that is given something made of tokens
+tokens -> beside -> a tensor for each layer that is given something made of tokens; amax
 tokens, hidden(i), what was made for i -> forward(i) -> what layer i makes for layers behind it
 """
 
@@ -43,10 +43,11 @@ class Beside(ProcessOp):
 
     Inputs: tokens I32 [samples, length]; the tensors of the model outside of its layers.
     Outputs: for each of `given`, [samples, length, size] of the arithmetic's type, zero behind the
-    end of a sample.
+    end of a sample; last, amax F32 [linears] as `Forward` has it.
     Parameters: `names` of the tensors; `tables`, those of them that have a row for each token;
-    `given`, each the number of a layer and what it is given (`told`); `config` of the text model,
-    and `dtype`, `attention`, `threads`, `device` and `processor` of the arithmetic.
+    `linears`, the modules in amax; `given`, each the number of a layer and what it is given
+    (`told`); `config` of the text model, and `dtype`, `attention`, `threads`, `device` and
+    `processor` of the arithmetic.
     """
 
     name = "calibration.beside"
@@ -58,9 +59,10 @@ class Beside(ProcessOp):
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
-        """One for each of `given`."""
+        """One for each of `given`, and amax."""
         given = [passed for _, passed in params["given"]]
-        return tuple(passed_specs(params["dtype"], inputs[0], given))
+        amax = TensorSpec("F32", (len(params["linears"]),))
+        return *passed_specs(params["dtype"], inputs[0], given), amax
 
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """One for each sample."""
@@ -81,7 +83,9 @@ class Beside(ProcessOp):
         outputs: Sequence[TensorFile],
         progress: Callable[[], None],
     ) -> None:
-        """Raises CheckpointError for a token that has no row."""
+        """Raises CheckpointError for a token that has no row, and for NaN or infinity in what a
+        linear is given.
+        """
         from carnice_build.calibration.beside_files import make_of_tokens
 
         make_of_tokens(params, samples(inputs[0]), inputs[1:], outputs, progress)

@@ -9,6 +9,7 @@ from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from carnice_build.backends.tensors import as_data, as_tensor
@@ -17,7 +18,8 @@ from carnice_build.calibration.beside import Told
 from carnice_build.calibration.driver import Arithmetic
 from carnice_build.calibration.layer_files import layer_tensors
 from carnice_build.calibration.samples import table_rows
-from carnice_build.errors import BackendError
+from carnice_build.calibration.watch import NonFiniteInput, seen_inputs
+from carnice_build.errors import BackendError, CheckpointError
 from carnice_build.graph import TensorData
 from carnice_build.tensor_file import TensorFile
 
@@ -102,7 +104,10 @@ def make_of_tokens(
     outputs: Sequence[TensorFile],
     progress: Callable[[], None],
 ) -> None:
-    """Write what layers are given of the tokens of each sample; see `beside.Beside`."""
+    """Write what layers are given of the tokens of each sample; see `beside.Beside`.
+
+    Raises CheckpointError when a linear before the layers is given NaN or infinity.
+    """
     named = dict(zip(params["names"], tensors, strict=True))
     tables = {name: named.pop(name) for name in params["tables"]}
     beginning = Beginning(
@@ -111,12 +116,22 @@ def make_of_tokens(
         layer_tensors({"names": list(named)}, list(named.values())),
     )
     wanted = [(layer, argument) for layer, (argument, *_) in params["given"]]
-    for index, tokens in enumerate(samples):
-        rows = {
-            name: as_tensor(TensorData(file.spec.dtype, table_rows(file, tokens))).unsqueeze(0)
-            for name, file in tables.items()
-        }
-        for file, tensor in zip(outputs, beginning.given(rows, wanted), strict=True):
-            assert tensor.shape[1:].numel() == len(tokens) * file.spec.shape[-1]
-            file.write_row(index, as_data(tensor[0]).array)
-        progress()
+    *files, amax = outputs
+    with seen_inputs(beginning.model, beginning.owners) as seen:
+        for index, tokens in enumerate(samples):
+            rows = {
+                name: as_tensor(TensorData(file.spec.dtype, table_rows(file, tokens))).unsqueeze(0)
+                for name, file in tables.items()
+            }
+            try:
+                given = beginning.given(rows, wanted)
+            except NonFiniteInput as error:
+                raise CheckpointError(
+                    f"{error.linear} was given NaN or infinity by sample {index + 1}",
+                    expected="finite activations",
+                ) from None
+            for file, tensor in zip(files, given, strict=True):
+                assert tensor.shape[1:].numel() == len(tokens) * file.spec.shape[-1]
+                file.write_row(index, as_data(tensor[0]).array)
+            progress()
+    amax.write(np.array([seen.amax.get(name, 0.0) for name in params["linears"]], np.float32))

@@ -69,6 +69,11 @@ class Activations:
         An expert without any is quantized with what the others were given.
         """
 
+    @property
+    def outside(self) -> tuple[TensorRef | None, tuple[str, ...]]:
+        """As `amax`, of the linears before all layers; None without any."""
+        return self._calibration.outside
+
     def amax(self, layer: int) -> tuple[TensorRef, tuple[str, ...]]:
         """The largest inputs of a layer's linears, F32 [linears], and the linears' module paths.
 

@@ -286,9 +286,23 @@ class Calibration:
             self._workspace(architecture.layer_kind(layer)),
         )
 
-    @cached_property
+    @property
     def of_tokens(self) -> Mapping[tuple[int, str], TensorRef]:
         """What layers are given that is made of tokens, by their numbers and what it is called."""
+        return self._before_layers[0]
+
+    @property
+    def outside(self) -> tuple[TensorRef | None, tuple[str, ...]]:
+        """The largest inputs of linears before the layers, F32 [linears], and their module paths.
+
+        None without any.
+        """
+        return self._before_layers[1:]
+
+    @cached_property
+    def _before_layers(
+        self,
+    ) -> tuple[Mapping[tuple[int, str], TensorRef], TensorRef | None, tuple[str, ...]]:
         given = {
             (layer, item.argument): item
             for layer, passed in enumerate(self._passed)
@@ -296,18 +310,21 @@ class Calibration:
             if item.maker is None
         }
         if not given:
-            return {}
+            return {}, None, ()
         parts = (Part.EMBED, Part.BODY)
         facts = [f for f in self._architecture.tensors.values() if f.part in parts]
+        linears = tuple(fact.module for fact in facts if fact.role is Role.LINEAR)
         params = {
             "names": [fact.name for fact in facts],
             "tables": [fact.name for fact in facts if fact.role is Role.EMBEDDING],
+            "linears": list(linears),
             "given": [[layer, told(item)] for (layer, _), item in given.items()],
             **self._arithmetic(),
         }
         op = Beside(frozenset(range(len(given))))
         tensors = (self._view[fact.name] for fact in facts)
-        return dict(zip(given, self.graph.add(op, params, self.tokens, *tensors), strict=True))
+        *made, amax = self.graph.add(op, params, self.tokens, *tensors)
+        return dict(zip(given, made, strict=True)), amax, linears
 
     def _made_by(self, layer: int) -> tuple[Passed, ...]:
         """What a layer makes for those behind it, each once."""

@@ -50,8 +50,9 @@ class ModelSource:
     """A text model that is not open yet.
 
     `tensor` gives a tensor by its canonical name, dequantized, of any float type.
-    `input_transforms` are by the paths of decoder linears (`...layers.0.mlp.up_proj`); linears
-    that are fused, and all experts of a stack, have one input, and need one transform.
+    `input_transforms` are by the paths of linears in decoder layers (`...layers.0.mlp.up_proj`) or
+    before them; linears that are fused, and all experts of a stack, have one input, and need one
+    transform.
     """
 
     architecture: Architecture
@@ -81,15 +82,16 @@ class OpenModel:
     """The parts of a source under one arithmetic, each loaded when it is asked for."""
 
     def __init__(self, source: ModelSource, arithmetic: Arithmetic) -> None:
-        """BackendError when an input transform names no linear of a decoder layer."""
+        """BackendError when an input transform names no linear of the model's body."""
         self.architecture = source.architecture
         self.arithmetic = arithmetic
         self._source = source
-        linears = [fact.module for fact in self._facts(Part.LAYERS) if fact.role is Role.LINEAR]
+        facts = self._facts(Part.LAYERS, Part.BODY)
+        linears = [fact.module for fact in facts if fact.role is Role.LINEAR]
         for module in source.input_transforms:
             if module not in linears:
                 raise BackendError(
-                    f"{module} is no linear of a layer", nearest=nearest(module, linears)
+                    f"{module} is no linear of the body", nearest=nearest(module, linears)
                 )
 
     @property
@@ -101,6 +103,7 @@ class OpenModel:
         """What the first layer takes for each of `sequences`, int64 [length].
 
         Rows of the embedding, with what the model makes of tokens for its layers.
+        Inputs of linears are transformed as the source says.
         """
         passed = [
             (layer, item)
@@ -111,25 +114,34 @@ class OpenModel:
         shared = {item.argument for _, item in passed if item.maker is not None}
         names = [fact.name for fact in self._facts(Part.EMBED)] if wanted else [self._table.name]
         tables = {name: self._source.tensor(name) for name in names}
-        beginning = self._beginning() if wanted else None
+        given = self._given(wanted) if wanted else lambda _: ()
         states = []
         for tokens in sequences:
             rows = {
                 name: table[tokens.to(table.device)].unsqueeze(0) for name, table in tables.items()
             }
-            given = beginning.given(rows, wanted) if beginning else ()
             states.append(
                 State(
                     self.arithmetic.place(rows[self._table.name]),
-                    dict(zip(wanted, given, strict=True)),
+                    dict(zip(wanted, given(rows), strict=True)),
                     {name: UserDict() for name in shared},
                 )
             )
         return states
 
-    def _beginning(self) -> Beginning:
+    def _given(
+        self, wanted: Sequence[tuple[int, str]]
+    ) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
+        """What layers are `wanted` to be given, by the rows of all tables; see `Beginning`."""
         config = self.architecture.text_config
-        return Beginning(config, self.arithmetic, self._tensors(Part.BODY))
+        beginning = Beginning(config, self.arithmetic, self._tensors(Part.BODY))
+        transforming = self._transforming(beginning.model, beginning.owners)
+
+        def given(rows: Mapping[str, Tensor]) -> Sequence[Tensor]:
+            with transforming():
+                return beginning.given(rows, wanted)
+
+        return given
 
     def layer(self, index: int) -> Callable[[State], State]:
         """Decoder layer `index`, from states to states.

@@ -155,8 +155,9 @@ class Tuning:
         """The parts of each of `linears`, by module path, and the losses of layer `number`.
 
         To be asked for all layers in their order.
-        PlanError for a layer that reads or makes more than hidden states: there are two of these,
-        and the library tunes on both with one set of what is beside them.
+        PlanError for a layer that reads more than hidden states, or makes more for others: the
+        library would call it with what the first layer was given, and with what the last batch
+        left, whichever sample it tunes on.
         """
         calibration = self._calibration
         layer = calibration.layer(number)

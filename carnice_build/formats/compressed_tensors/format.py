@@ -217,7 +217,7 @@ class CompressedFormat(Format):
         patterns = Patterns(self.ignore)
         for fact in facts:
             if fact.role is Role.LINEAR and not patterns.matches(fact.module):
-                if fact.part is not Part.LAYERS:
+                if fact.part not in (Part.LAYERS, Part.BODY):
                     raise PlanError(
                         f"{fact.module} would be quantized, and is in no decoder layer",
                         expected="a pattern for it under `ignore`",

@@ -53,7 +53,6 @@ SCHEME = Scheme(4, BLOCK, "float")
 
 _PLAIN_ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
 
-
 _UNCALIBRATED = "no decoder layer has it, so its input is not calibrated"
 
 
@@ -117,9 +116,11 @@ class Nvfp4Format(Format):
         activations = Activations(Calibration(view, context.calibrated()))
         made: dict[str, list[OutputTensor]] = {}
         for layer in range(context.architecture.num_layers):
-            made |= _layer(layer, chosen, view, activations, context)
-        left = [module for module in chosen if module not in made]
-        refuse_unfit(dict.fromkeys(left, _UNCALIBRATED), "it among `keep`")
+            groups = _chosen(context.architecture.shared_inputs(layer), chosen)
+            if groups:
+                made |= _quantized(groups, *activations.amax(layer), view, context)
+        if left := [module for module in chosen if module not in made]:
+            made |= _outside(left, chosen, view, activations, context)
         biases = _turned_biases(facts, chosen, view, context)
         tensors: list[OutputTensor] = []
         for fact in facts:
@@ -153,22 +154,40 @@ class Nvfp4Format(Format):
                 yield fact
 
 
-def _layer(
-    layer: int,
+def _chosen(
+    groups: Sequence[Sequence[str]], chosen: Mapping[str, TensorFact]
+) -> list[list[TensorFact]]:
+    """Of groups of modules, the facts of those that are `chosen`."""
+    found = ([chosen[module] for module in group if module in chosen] for group in groups)
+    return [group for group in found if group]
+
+
+def _outside(
+    modules: Sequence[str],
     chosen: Mapping[str, TensorFact],
     view: View,
     activations: Activations,
     context: PlanContext,
 ) -> dict[str, list[OutputTensor]]:
-    """The tensors of each quantized module of a decoder layer."""
-    groups = [
-        [chosen[module] for module in group if module in chosen]
-        for group in context.architecture.shared_inputs(layer)
-    ]
-    groups = [group for group in groups if group]
-    if not groups:
-        return {}
-    amax, linears = activations.amax(layer)
+    """The tensors of each of `modules`, which are in no decoder layer; each has its own input."""
+    amax, linears = activations.outside
+    left = [module for module in modules if module not in linears]
+    refuse_unfit(dict.fromkeys(left, _UNCALIBRATED), "it among `keep`")
+    assert amax is not None
+    return _quantized([[chosen[module]] for module in modules], amax, linears, view, context)
+
+
+def _quantized(
+    groups: Sequence[Sequence[TensorFact]],
+    amax: TensorRef,
+    linears: Sequence[str],
+    view: View,
+    context: PlanContext,
+) -> dict[str, list[OutputTensor]]:
+    """The tensors of each module of `groups`, each of which reads one input.
+
+    `amax` are the largest inputs of `linears`; of a stack there is one for each expert.
+    """
     places: dict[str, list[int]] = {}
     for index, linear in enumerate(linears):
         places.setdefault(linear, []).append(index)
