@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,6 +66,14 @@ def numbered(name: str, count: int) -> list[str]:
         return [name]
     start, _, end = name.partition(STACK)
     return [f"{start}{index}{end}" for index in range(count)]
+
+
+def stacks_of(name: str) -> Iterator[str]:
+    """What a stack may be called that a tensor of this name is in: the inverse of `numbered`."""
+    parts = name.split(".")
+    for place in reversed(range(len(parts))):
+        if parts[place].isdecimal():
+            yield ".".join((*parts[:place], STACK, *parts[place + 1 :]))
 
 
 def members(name: str, spec: TensorSpec) -> Sequence[tuple[str, TensorSpec]]:

@@ -16,7 +16,7 @@ from carnice_build.checkpoint.stack import row_range, slab_rows, slab_stack, sta
 from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError
-from carnice_build.tensors import SourceTensor
+from carnice_build.tensors import SourceTensor, numbered, stacks_of
 
 SHAPE = (3, 4)
 RANDOM = np.random.default_rng(0)
@@ -207,3 +207,19 @@ def test_what_is_held_while_columns_are_read_is_declared(tmp_path: Path) -> None
 
     assert 0 == tensor.held_bytes == stacked("s", [tensor, tensor]).held_bytes
     assert 2 * 2 * 4 * 6 == turned.held_bytes == stacked("s", [turned, turned]).held_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "stacks"),
+    [
+        ("layers.3.experts.12.up.weight", ["layers.3.experts.*.up.weight", "layers.*.experts.12"]),
+        ("layers.norm.weight", []),
+    ],
+)
+def test_a_tensor_is_in_the_stacks_that_its_numbers_allow(name: str, stacks: list[str]) -> None:
+    """The last number first, for experts stand below layers."""
+    found = list(stacks_of(name))
+
+    assert len(stacks) == len(found)
+    assert all(one.startswith(other) for one, other in zip(found, stacks, strict=True))
+    assert all(name in numbered(stack, 13) for stack in found)
