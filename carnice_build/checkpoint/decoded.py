@@ -16,9 +16,9 @@ from carnice_build.checkpoint.decodings import (
     Gptq,
     Mxfp4,
     Packed,
-    unfit,
 )
 from carnice_build.checkpoint.rows import FillRows, RowsFile
+from carnice_build.checkpoint.scales import unfit
 from carnice_build.dtypes import ITEM_SIZE, NUMPY_NAME, shared_spec
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import SourceTensor

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from carnice_build.checkpoint.decodings import require_numbers
 from carnice_build.checkpoint.rows import FillRows, RowsOfTensor
+from carnice_build.checkpoint.scales import require_numbers
 from carnice_build.tensors import Reader, SourceTensor
 
 
