@@ -236,6 +236,33 @@ def test_what_a_library_does_not_do_is_said_of_that_library(target: Target) -> N
         older_entries({}, table, target)
 
 
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"torch_dtype": "bfloat16", "text_config": {"dtype": "float16"}}, "bfloat16"),
+        ({"text_config": {"dtype": "float16"}}, "float16"),
+        ({"dtype": "float16"}, "float32"),
+        ({"torch_dtype": "auto"}, "float32"),
+    ],
+)
+def test_a_model_is_cast_to_the_type_that_libraries_read(
+    config: dict[str, Any], dtype: str
+) -> None:
+    """Its floats are, wherever else a type may stand; integers and what it asks for stay."""
+    import mlx.core as mx
+    from mlx import nn
+
+    model = nn.Linear(2, 2)
+    model.order, model.gate = mx.array([300, 1]), mx.ones(1)
+    model.cast_predicate = lambda name: name != "gate"
+    mlx_trace.cast_as_stated(model, config)
+    found = {name: item.dtype for name, item in model.parameters().items()}
+
+    as_cast = getattr(mx, dtype)
+    kept = {"order": mx.int32, "gate": mx.float32}
+    assert {"weight": as_cast, "bias": as_cast, **kept} == found
+
+
 # --- plans and builds ----------------------------------------------------------------------------
 
 
@@ -451,7 +478,7 @@ def test_what_this_machine_lacks_is_no_refusal(
     def failing(*_: Any, **__: Any) -> None:
         raise error
 
-    for place in ("MlxLm.load", "_checkpoint"):
+    for place in ("MlxLm.load", "as_checkpoint"):
         with monkeypatch.context() as patch:
             patch.setattr(f"carnice_build.backends.mlx_trace.{place}", failing)
             with pytest.raises((BackendError, type(error))):
