@@ -2,8 +2,8 @@
 
 A job holds source tensors and the actions that read them, so that each source byte is read once
 however many variants want it; parts of one tensor for which all of it is read are in one job.
-Actions that need each other's outputs in both directions across
-source tensors (a scale shared by several weights, say) fall into one job, so jobs form a DAG.
+Actions that need each other's outputs in both directions across source tensors (a scale shared by
+several weights, say) fall into one job, so jobs form a DAG.
 An action of a `ProcessOp` is a job by itself: it works for long, and reads its inputs' files when
 it needs them, a source's a second time.
 """
