@@ -126,8 +126,8 @@ class Untabled:
         return "unknown"
 
     def layer_prefix(self, layer: int) -> str:
-        """What the names of most layers begin with."""
-        return f"model.layers.{layer}."
+        """Nobody knows: an encoder's layers may have the numbers of a decoder's."""
+        raise NotImplementedError(self.name)
 
     def passed(self, layer: int) -> Sequence[Passed]:
         """Nothing is known."""
