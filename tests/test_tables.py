@@ -172,6 +172,18 @@ def test_a_head_or_a_tower_may_be_left_out(zoo: Path, family: str, part: Part) -
     assert again == published.published_config(parts)
 
 
+@pytest.mark.parametrize("family", TABLED)
+def test_a_head_has_kinds_of_modules_of_its_own(zoo: Path, family: str) -> None:
+    """Whatever its layers are called: those of DeepSeek go on where the decoder's end."""
+    architecture = architecture_of(zoo_shapes(zoo, family, "hub")[0], family)
+    kinds: dict[bool, set[str]] = {True: set(), False: set()}
+    for fact in architecture.built.values():
+        kinds[fact.part is Part.MTP].add(architecture.module_kind(fact.name))
+
+    assert all(kind.startswith("mtp.") for kind in kinds[True])
+    assert not any(kind.startswith("mtp.") for kind in kinds[False])
+
+
 def _part(name: str, architecture: Architecture) -> Part:
     """The part of a tensor that may be of an expert, or hold several stacks."""
     for fact in architecture.built.values():

@@ -60,11 +60,12 @@ class PlainReader:
     def published(self, parts: Container[Part]) -> dict[str, Any]:
         """As it is, without an MTP head that the folder does not hold, and not quantized."""
         text = without_quantization(self.text)
-        entry = self._table.mtp_entry
-        if entry and Part.MTP not in parts and (entry in text or entry in self._table.defaults):
-            # Another name for it would contradict.
-            text = {key: text[key] for key in text if key not in self._table.mtp_entries[1:]}
-            text[entry] = 0
+        entries = self._table.mtp_entries
+        known = {*text, *self._table.defaults}
+        if Part.MTP not in parts and not known.isdisjoint(entries):
+            # Another name for the first would contradict it.
+            text = {key: text[key] for key in text if key not in entries[1:]}
+            text[entries[0]] = 0
         if self.text is self.root:
             return text
         return {**without_quantization(self.root), str(self._table.text.section): text}

@@ -220,7 +220,7 @@ class FamilyTable:
         """The modules that serving engines fuse, of the MTP head too."""
         fused = (
             (prefix + fused, [prefix + part for part in parts])
-            for prefix in dict.fromkeys(self._rows.layer_prefixes())
+            for prefix in dict.fromkeys(self._rows.prefixes(Part.LAYERS, Part.MTP))
             for fused, parts in self._table.fusions.items()
         )
         # Where keys are values, the module is made of fewer.
@@ -265,7 +265,12 @@ class FamilyTable:
         kind = _NUMBERED.sub("", module)
         kind = kind.removeprefix(self._rows.layers.prefix.partition("layers.")[0])
         kind = re.sub(r"\.(?:\d+|\*)\.", ".", kind)
-        return f"mtp.{kind}" if module.startswith("mtp.layers.") else kind
+        # Layers of a head may have the numbers that follow those of the decoder's.
+        return f"mtp.{kind}" if module.startswith(self._draft_prefixes) else kind
+
+    @cached_property
+    def _draft_prefixes(self) -> tuple[str, ...]:
+        return tuple(self._rows.prefixes(Part.MTP))
 
     @cached_property
     def _by_bare_name(self) -> Mapping[str, str]:

@@ -74,9 +74,15 @@ class Group(_Strict):
     rows: str = Field(description="Which of `blocks`.")
     part: Part = Field(description="The part they belong to; the decoder's layers are `layers`.")
     when: Formula | None = Field(None, description="Whether the model has them.")
-    given: dict[str, Formula] = Field(
-        default_factory=dict, description="What names mean in these rows, such as `kind`."
+    kind: Formula | None = Field(
+        None, description="What `kind` is in these rows, if they are not the decoder's."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Group:
+        if self.kind is not None and self.part is Part.LAYERS:
+            raise ValueError("`kind` of the decoder's layers is that of the table")
+        return self
 
 
 def _which(item: Any) -> str:
@@ -164,8 +170,10 @@ class Table(_Strict):
         default_factory=dict, description="What is another tensor when the config ties embeddings."
     )
     tied: bool = Field(False, description="What a config means that does not say.")
-    mtp_entry: str | None = Field(
-        None, description="Entry of the text config that announces the MTP head."
+    mtp_entries: list[str] = Field(
+        default_factory=list,
+        description="Entry of the text config that announces the MTP head, and what else it is "
+        "called in some.",
     )
     defaults: dict[str, Formula] = Field(
         default_factory=dict, description="What transformers takes where a config is silent."
@@ -214,10 +222,3 @@ class Table(_Strict):
     drafter: Literal["qwen3_5"] | None = Field(
         None, description="Code of the MTP head; see `drafters`."
     )
-
-    @property
-    def mtp_entries(self) -> tuple[str, ...]:
-        """`mtp_entry`, and the other name for it that transformers 5 has of some families."""
-        if self.mtp_entry is None:
-            return ()
-        return self.mtp_entry, str(self.defaults.get(self.mtp_entry))
