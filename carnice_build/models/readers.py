@@ -6,7 +6,7 @@ which its table names (`reader`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -79,15 +79,3 @@ def stated_type(section: ConfigReader) -> str | None:
 def without_quantization(section: ConfigReader) -> dict[str, Any]:
     """The entries of `section` but what says how weights were quantized."""
     return {key: value for key, value in section.entries.items() if key not in QUANTIZATION}
-
-
-def reader_of(config: Mapping[str, Any], where: str, table: Table) -> Reader:
-    """What reads `config` for the family of `table`."""
-    return _readers()[table.reader](config, where, table)
-
-
-def _readers() -> Mapping[str | None, Callable[[Mapping[str, Any], str, Table], Reader]]:
-    from carnice_build.models.gemma4_config import Gemma4Config
-    from carnice_build.models.qwen3_5_config import Qwen35Config
-
-    return {None: PlainReader, "gemma4": Gemma4Config, "qwen3_5": Qwen35Config}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +17,7 @@ from pydantic import (
 
 from carnice_build.models.base import Part, Role
 from carnice_build.models.formulas import FormulaError, compiled
+from carnice_build.models.own_code import DRAFTERS, READERS
 
 
 def _formula(text: str | int) -> str:
@@ -28,6 +30,15 @@ def _formula(text: str | int) -> str:
 
 Formula = Annotated[str | int, AfterValidator(_formula)]
 """A formula over the entries of the text model's config; see `formulas`."""
+
+
+def _known(words: Mapping[str, str]) -> Callable[[str], str]:
+    def check(word: str) -> str:
+        if word not in words:
+            raise ValueError(f"{word!r} is none of {', '.join(words)}")
+        return word
+
+    return check
 
 
 class _Strict(BaseModel):
@@ -160,8 +171,8 @@ class Table(_Strict):
 
     about: str = Field(description="The family in a line, and where its facts come from.")
     text: Text = Text(section=None, type=None)
-    reader: Literal["gemma4", "qwen3_5"] | None = Field(
-        None, description="Code that reads the config; see `readers`."
+    reader: Annotated[str, AfterValidator(_known(READERS))] | None = Field(
+        None, description="Code that reads the config; see `own_code`."
     )
     towers: list[str] = Field(
         default_factory=list, description="Sections of config.json with other parts, as vision."
@@ -219,6 +230,9 @@ class Table(_Strict):
         description="Beginnings of names here, and of the modules that transformers builds for "
         "them; the first that fits.",
     )
-    drafter: Literal["qwen3_5"] | None = Field(
-        None, description="Code of the MTP head; see `drafters`."
+    drafter: Annotated[str, AfterValidator(_known(DRAFTERS))] | None = Field(
+        None, description="Code of the MTP head; see `own_code`."
+    )
+    mlx_drafter: str | None = Field(
+        None, description="Model type of the folder that mlx-vlm makes of the MTP head alone."
     )
