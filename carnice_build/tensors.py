@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -66,6 +67,26 @@ def numbered(name: str, count: int) -> list[str]:
         return [name]
     start, _, end = name.partition(STACK)
     return [f"{start}{index}{end}" for index in range(count)]
+
+
+def stacks(name: str) -> dict[str, int]:
+    """The names of stacks that `name` may be one expert's of, each with the expert's number.
+
+    The inverse of `numbered`; a name does not tell which of its numbers is that of an expert.
+    """
+    return {
+        f"{name[: match.start()]}{STACK}{name[match.end() :]}": int(match[0])
+        for match in _NUMBER.finditer(name)
+    }
+
+
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9]\d{0,8})(?![^.])")
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """The stack and the number of what is called an expert's; None where nothing is."""
+    found = (item for item in stacks(name).items() if f"experts.{STACK}" in item[0])
+    return next(found, None)
 
 
 def members(name: str, spec: TensorSpec) -> Sequence[tuple[str, TensorSpec]]:

@@ -143,7 +143,9 @@ class PassedOn(_Strict):
         "the argument is one tensor, made of tokens before the layers.",
     )
     made: Formula | None = Field(
-        None, description="Which layers make such: given is that of the last before, of equal key."
+        None,
+        description="Which layers put one into it; a layer is given that of the nearest layer "
+        "before it that puts one there under the same `key`.",
     )
 
     @model_validator(mode="after")

@@ -23,12 +23,11 @@ from carnice_build.models.base import (
     Role,
     TensorFact,
 )
-from carnice_build.tensors import STACK
+from carnice_build.tensors import STACK, expert_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _LAYER = re.compile(r"\.(\d+)\.")
-_EXPERT = re.compile(r"(?<=experts\.)(\d+)(?=\.)")
 _TOWER = re.compile(r"(^|[._])(vision|visual|audio|vit|tower|projector|mm_)", re.IGNORECASE)
 _ROUTER = re.compile(r"(^|[._])(router|gate|shared_expert_gate|wg)\.weight$")
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe)\.weight$")
@@ -162,9 +161,9 @@ def _stacks(shapes: Shapes) -> Mapping[str, TensorFact | Sequence[TensorFact]]:
     """Experts that are alike, as one: the fact at the first of each, nothing at the others."""
     members: dict[str, dict[int, str]] = {}
     for name in shapes:
-        if match := _EXPERT.search(name):
-            stack = f"{name[: match.start()]}*{name[match.end() :]}"
-            members.setdefault(stack, {})[int(match[1])] = name
+        if expert := expert_of(name):
+            stack, number = expert
+            members.setdefault(stack, {})[number] = name
     found: dict[str, TensorFact | Sequence[TensorFact]] = {}
     for stack, names in members.items():
         if _alike(names, shapes) and stack.endswith(".weight"):

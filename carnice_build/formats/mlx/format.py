@@ -108,7 +108,7 @@ class MlxFormat(Format):
 
     def files(self, variant: Variant) -> Mapping[str, bytes]:
         """As the library writes and loads them."""
-        return mlx_files(self, variant)
+        return mlx_files(self.library, variant)
 
     def companions(self, view: View, context: PlanContext) -> Sequence[Companion]:
         """The MTP head as a drafter, in folders for mlx-vlm."""
