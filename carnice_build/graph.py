@@ -150,7 +150,8 @@ class Stacked(ArrayOp):
     """
 
     name = "stack"
-    version = 1
+    version = 0
+    """Rises whenever stacks are cut otherwise; that of the op comes on top."""
 
     def __init__(self, op: ArrayOp, shared: Collection[int] = ()) -> None:
         """Its name, and what else identifies an op, follow from those of `op` and from `shared`."""
@@ -158,7 +159,7 @@ class Stacked(ArrayOp):
         self.shared = frozenset(shared)
         self.rowwise = not shared
         self.name = ".".join([op.name, "stack", *map(str, sorted(shared))])
-        self.version = op.version
+        self.version = Stacked.version + op.version
         self.libraries = op.libraries
         self.figures = op.figures
 

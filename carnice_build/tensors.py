@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,12 +69,24 @@ def numbered(name: str, count: int) -> list[str]:
     return [f"{start}{index}{end}" for index in range(count)]
 
 
-def stacks_of(name: str) -> Iterator[str]:
-    """What a stack may be called that a tensor of this name is in: the inverse of `numbered`."""
-    parts = name.split(".")
-    for place in reversed(range(len(parts))):
-        if parts[place].isdecimal():
-            yield ".".join((*parts[:place], STACK, *parts[place + 1 :]))
+def stacks(name: str) -> dict[str, int]:
+    """The names of stacks that `name` may be one expert's of, each with the expert's number.
+
+    The inverse of `numbered`; a name does not tell which of its numbers is that of an expert.
+    """
+    return {
+        f"{name[: match.start()]}{STACK}{name[match.end() :]}": int(match[0])
+        for match in _NUMBER.finditer(name)
+    }
+
+
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9]\d{0,8})(?![^.])")
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """The stack and the number of what is called an expert's; None where nothing is."""
+    found = (item for item in stacks(name).items() if f"experts.{STACK}" in item[0])
+    return next(found, None)
 
 
 def members(name: str, spec: TensorSpec) -> Sequence[tuple[str, TensorSpec]]:

@@ -14,11 +14,11 @@ from conftest import REPOSITORY
 from tiny import Tensor, bf16, write_json, write_shards
 
 from carnice_build.models.base import (
+    Architecture,
     ConfigReader,
     Fusion,
     KvGeometry,
     Part,
-    Passed,
     Role,
     SmoothingMapping,
     TensorFact,
@@ -29,7 +29,7 @@ _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _FUSIONS = {"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATE_UP}
 
 
-class Llama:
+class Llama(Architecture):
     """The tensors of one checkpoint, derived from its `config.json`."""
 
     name = "llama"
@@ -52,10 +52,6 @@ class Llama:
     @cached_property
     def built(self) -> Mapping[str, TensorFact]:
         return {fact.name: fact for fact in self._facts()}
-
-    @property
-    def unread(self) -> Mapping[str, TensorFact]:
-        return {}
 
     @cached_property
     def ties(self) -> Mapping[str, str]:
@@ -87,10 +83,6 @@ class Llama:
     @property
     def text_config(self) -> Mapping[str, Any]:
         return self._config.entries
-
-    @property
-    def layer_config(self) -> Mapping[str, Any]:
-        return self.text_config
 
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         return dict(self._config.entries)
@@ -126,26 +118,8 @@ class Llama:
     def layer_prefix(self, layer: int) -> str:
         return f"model.layers.{layer}."
 
-    def passed(self, layer: int) -> tuple[Passed, ...]:
-        return ()
-
-    def optional(self, fact: TensorFact) -> bool:
-        return False
-
-    def engine_names(self, module: str) -> list[str]:
-        return [module]
-
     def module_kind(self, name: str) -> str:
         return ".".join(name.split(".")[-3:-1])
-
-    def canonical_name(self, name: str) -> str | None:
-        return None
-
-    def keeps_dtype(self, name: str) -> bool:
-        return False
-
-    def offset_norm(self, name: str) -> bool:
-        return False
 
     @property
     def smoothing(self) -> list[SmoothingMapping]:
@@ -158,22 +132,11 @@ class Llama:
             SmoothingMapping("mlp.up_proj", ("mlp.down_proj",)),
         ]
 
-    @property
-    def narrow_linears(self) -> tuple[str, ...]:
-        return ()
-
     def token_bytes(self, kind: str, width: int) -> int:
         return 4 * width * (self._intermediate + self._hidden)
 
     def attention_heads(self, kind: str) -> int:
         return self._heads
-
-    @property
-    def drafts(self) -> bool:
-        return False
-
-    def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
-        raise NotImplementedError("a Llama has no MTP head")
 
 
 def llama_config(*, layers: int = 3, kv_heads: int = 2, tied: bool = False) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from carnice_build.checkpoint.decoded import (
 )
 from carnice_build.checkpoint.header import read_header
 from carnice_build.checkpoint.source import LocalFile
-from carnice_build.checkpoint.stack import row_range, slab_stack, stacked
+from carnice_build.checkpoint.stack import slab_rows, slab_stack, stacked
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.tensors import SourceTensor
 
@@ -189,7 +189,7 @@ def test_stacks_are_made_of_decoded_tensors(kind: str, tmp_path: Path) -> None:
     assert b"".join(map(content, parts)) == content(stack)
     assert b"".join(map(content, parts)) == content(stack, 1000)
     assert (parts[2], 5) == stack.located(2 * parts[0].spec.size + 5)
-    rows = row_range(parts[1], 1, 3)
+    rows = slab_rows(stack, 1, 1, 3)
     row = parts[1].spec.row_bytes
     assert content(parts[1])[row : 3 * row] == content(rows)
 
@@ -250,7 +250,7 @@ def test_what_is_read_is_counted_as_it_is_stored() -> None:
 
     assert 2 * 256 * 128 == tensor.spec.nbytes
     assert [stored, 2 * stored] == [item.stored_bytes for item in (tensor, stack)]
-    assert stored == row_range(stack, 1, 2).stored_bytes
+    assert stored == slab_rows(stack, 1, 0, 256).stored_bytes
     assert stored == slab_stack("gate", stack, 0, 128).stored_bytes
     assert stored == slab_stack("up", stack, 1, 256, 2).stored_bytes
     assert 256 * 128 == codes.stored_bytes

@@ -12,6 +12,7 @@ from samples import OPS, OpSample, each
 
 from carnice_build import keys
 from carnice_build.dtypes import TensorSpec
+from carnice_build.formats.fp8_dynamic.ops import RowQuantize
 from carnice_build.formats.mlx.ops import AffineQuantize
 from carnice_build.graph import Action, ActionGraph, ActionOutput, Op, Stacked, TensorRef
 from carnice_build.keys import DigestSink
@@ -152,6 +153,14 @@ def test_equal_actions_are_one() -> None:
 
     assert refs[0] == refs[1]
     assert len(graph) == 1
+
+
+def test_the_version_of_stacking_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside that of the op which is applied to each weight of a stack."""
+    before = Stacked(RowQuantize()).version
+    monkeypatch.setattr(Stacked, "version", Stacked.version + 1)
+
+    assert before + 1 == Stacked(RowQuantize()).version
 
 
 def test_an_absent_library_has_a_version_too() -> None:

@@ -188,9 +188,13 @@ def test_tables_say_what_they_said_when_they_were_held_against_mlx_vlm(name: str
     architecture = architecture_of(shapes["config"], name)
     specs = {key: TensorSpec("BF16", fact.shape) for key, fact in architecture.tensors.items()}
     found = {}
-    for kind in ("model", "drafter"):
-        table = table_of(architecture.name, Target.MLX_VLM) if kind == "model" else drafter_table()
-        assert table is not None
+    tables = {
+        "model": table_of(architecture.name, Target.MLX_VLM),
+        "drafter": drafter_table(architecture),
+    }
+    for kind, table in tables.items():
+        if table is None:
+            continue
         trace = trace_of(table, specs, architecture.tensors, architecture.dtype)
         rows = [
             [item.name, item.spec.dtype, list(item.spec.shape), as_params(item.steps)]

@@ -109,6 +109,8 @@ LIES = {
     "no layers": ("part: layers", "part: mtp", 8, "has no decoder layers"),
     "an unknown role": ("role: linear", "role: lineal", 13, "'embedding', 'linear'"),
     "an unknown key": ("kind:", "kinds:", 6, "Extra inputs"),
+    "names of rows": ("rows: layer,", "given: {inner: '9'}, rows: layer,", 9, "Extra inputs"),
+    "a kind of its own": ("rows: layer,", "kind: \"'full'\", rows: layer,", 9, "of the table"),
     "a kind that is no name": ("\"'full'\"", "layer", 6, "gives 0 for layer 0"),
     "an end that is not there": ("2 * hidden_size", "wide", 3, "'inner' is follows from itself"),
     "modules without a name": ("about:", "modules: {up: []}\nabout:", 1, "modules.up"),
@@ -375,7 +377,7 @@ def test_tables_that_ship_are_files_of_their_own() -> None:
 @pytest.mark.parametrize("key", ["reader", "drafter"])
 def test_a_table_cannot_name_code_of_others(tmp_path: Path, key: str) -> None:
     """What it may name is a word that this package knows."""
-    with pytest.raises(RecipeError, match=f"{key}: Input should be "):
+    with pytest.raises(RecipeError, match=f"{key}: 'payload:Payload' is none of .*qwen3_5"):
         table(tmp_path, f"{TABLE}{key}: payload:Payload\n")
 
 

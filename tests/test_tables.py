@@ -18,7 +18,7 @@ from zoo import FAMILIES, Layout
 from carnice_build.backends.awq import offset_norms
 from carnice_build.errors import PlanError
 from carnice_build.models import architecture_of, known_types
-from carnice_build.models.base import Architecture, Part, Role
+from carnice_build.models.base import OPTIONAL_PARTS, Architecture, Part, Role
 from carnice_build.models.table_file import SHIPPED, load_table
 from carnice_build.planning.gather import gathered
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_of_either_spelling_is_what_the_table_says(
     architecture = architecture_of(config, family)
     shapes = respelled(shapes, architecture)
     found = gathered(view_of(shapes), architecture, family)
-    optional = {name for name, fact in architecture.tensors.items() if architecture.optional(fact)}
+    optional = {name for name, fact in architecture.tensors.items() if fact.part in OPTIONAL_PARTS}
 
     assert set(found) | optional == set(architecture.tensors)
     assert {name: ref.spec.shape for name, ref in found.items()} == {
@@ -142,7 +142,7 @@ def test_copies_in_a_draft_layer_may_be_missing(zoo: Path) -> None:
     assert set(architecture.tensors) - copies == set(found)
 
 
-@pytest.mark.parametrize("part", [Part.MTP, Part.VISION])
+@pytest.mark.parametrize("part", [Part.MTP, Part.TOWER])
 @pytest.mark.parametrize("family", TABLED)
 def test_a_head_or_a_tower_may_be_left_out(zoo: Path, family: str, part: Part) -> None:
     """As a whole; the config that is published then announces no head, and goes on to be read."""
@@ -167,9 +167,21 @@ def test_a_head_or_a_tower_may_be_left_out(zoo: Path, family: str, part: Part) -
     assert set(whole) - set(found) == {n for n in whole if architecture.tensors[n].part is part}
     parts = {architecture.tensors[name].part for name in found}
     published = architecture_of(architecture.published_config(parts), family)
-    assert part is Part.VISION or part not in {fact.part for fact in published.built.values()}
+    assert part is Part.TOWER or part not in {fact.part for fact in published.built.values()}
     again = architecture.published_config(parts)
     assert again == published.published_config(parts)
+
+
+@pytest.mark.parametrize("family", TABLED)
+def test_a_head_has_kinds_of_modules_of_its_own(zoo: Path, family: str) -> None:
+    """Whatever its layers are called: those of DeepSeek go on where the decoder's end."""
+    architecture = architecture_of(zoo_shapes(zoo, family, "hub")[0], family)
+    kinds: dict[bool, set[str]] = {True: set(), False: set()}
+    for fact in architecture.built.values():
+        kinds[fact.part is Part.MTP].add(architecture.module_kind(fact.name))
+
+    assert all(kind.startswith("mtp.") for kind in kinds[True])
+    assert not any(kind.startswith("mtp.") for kind in kinds[False])
 
 
 def _part(name: str, architecture: Architecture) -> Part:
@@ -434,9 +446,9 @@ def test_roles_follow_from_the_modules_that_own_tensors(case: str) -> None:
 def _roles(name: str, owner: nn.Module, part: Part) -> set[Role]:
     weight, kind = name.endswith(".weight"), type(owner).__name__
     if isinstance(owner, nn.Linear):
-        plain = {Role.VISION} if part is Part.VISION else {Role.BIAS}
+        plain = {Role.VISION} if part is Part.TOWER else {Role.BIAS}
         return {Role.LINEAR, Role.ROUTER} if weight else plain
-    if part is Part.VISION:
+    if part is Part.TOWER:
         return {Role.VISION}
     if isinstance(owner, nn.Embedding):
         return {Role.EMBEDDING}

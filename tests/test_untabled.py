@@ -12,7 +12,8 @@ import pytest
 from conftest import REPOSITORY, Finished, Project
 from family_builds import INT4_WEIGHTS
 from test_bad_input import check_refused_at_once
-from tiny import Tensor, bf16, read_all_tensors, write_json, write_shards
+from tiny import Tensor, bf16, read_all_tensors, read_json, write_json, write_shards
+from transformers import GPTJConfig, GPTJForCausalLM
 
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.plan import plan_variants
@@ -201,6 +202,30 @@ def test_what_is_built_passes_its_checks(project: Project, mystery: Path) -> Non
         assert Outcome.FAILED not in outcomes.values(), variant.checks
         assert Outcome.PASSED is outcomes["round trip"]
         assert Outcome.PASSED is outcomes["structure"]
+
+
+def test_listed_blocks_are_those_of_auto_round(project: Project) -> None:
+    """Whatever a model calls its layers: those of GPT-J are `transformer.h`."""
+    from auto_round.utils import get_block_names
+
+    recipes(project)
+    folder = project.root / "gptj"
+    sizes = {"n_layer": LAYERS, "n_embd": HIDDEN, "n_head": 2, "vocab_size": 512}
+    model = GPTJForCausalLM(GPTJConfig(**sizes, rotary_dim=16, dtype="bfloat16")).bfloat16()
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / name, folder / name)
+    build(project, folder, "int4")
+    options = project.options(sources={"body": folder})
+    (result,) = verify_variants(["int4"], options, VerifySettings(run=False)).variants
+    (blocks,) = get_block_names(model)
+    config = read_json(project.out / "int4" / "config.json")
+
+    assert blocks == [
+        f"{config['quantization_config']['block_name_to_quantize']}.{layer}"
+        for layer in range(LAYERS)
+    ]
+    assert [] == [check for check in result.checks if check.outcome is Outcome.FAILED]
 
 
 def test_formats_that_need_a_table_say_how_to_make_one(

@@ -13,7 +13,6 @@ import gc
 import io
 import logging
 import math
-import re
 import warnings
 from collections import UserDict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from carnice_build.backends.layer import LayerRunner, module_paths
 from carnice_build.errors import BackendError
-from carnice_build.tensors import STACK
+from carnice_build.tensors import stacks
 
 # Layers with as many bits are left alone.
 WHOLE = 16
@@ -77,8 +76,8 @@ class AutoRoundSettings:
 
     def bits_of(self, linear: str) -> int:
         """The bits of one linear of the layer, which may be an expert's."""
-        of_all = self.layer_bits.get(stack_of(linear), self.bits)
-        return self.layer_bits.get(linear, of_all)
+        stated = [name for name in (linear, *stacks(linear)) if name in self.layer_bits]
+        return self.layer_bits[stated[0]] if stated else self.bits
 
 
 @dataclass(frozen=True)
@@ -235,14 +234,6 @@ def _without_log() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def stack_of(linear: str) -> str:
-    """The name that all experts' linears have where `linear` is one expert's."""
-    return _NUMBER.sub(f".{STACK}.", linear)
-
-
-_NUMBER = re.compile(r"\.\d+\.")
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -39,6 +39,7 @@ from carnice_build.errors import BackendError, CheckpointError, RecipeError, nea
 from carnice_build.models.base import Part, Role
 from carnice_build.models.derive import SEVERAL, Owner, Sample, rows_of
 
+_ROUTED = re.compile(r"(^|\.)router\.\w+\.weight$")
 _ADDS_ONE = re.compile(r"\b1(\.0)?\s*\+\s*self\.weight")
 
 
@@ -201,7 +202,7 @@ class Skeletons:
         found: dict[str, Owner] = {}
         for name, tensor in _state(model).items():
             module = modules[name.rpartition(".")[0]]
-            part = Part.LAYERS if id(module) in decoder else Part.VISION
+            part = Part.LAYERS if id(module) in decoder else Part.TOWER
             if module is model.get_output_embeddings():
                 part = Part.HEAD
             for saved in _alone(model, name, tensor):
@@ -338,10 +339,9 @@ def _role(name: str, module: nn.Module, tensor: torch.Tensor, part: Part) -> Rol
     """By the class of the module, and by what kinds of names such modules have."""
     kind, matrix = type(module).__name__, name.endswith(".weight")
     if isinstance(module, nn.Linear) and matrix:
-        return (
-            Role.ROUTER if len(tensor) == 1 or name.endswith("router.proj.weight") else Role.LINEAR
-        )
-    if part is Part.VISION:
+        routes = len(tensor) == 1 or _ROUTED.search(name)
+        return Role.ROUTER if routes else Role.LINEAR
+    if part is Part.TOWER:
         return Role.VISION
     if name.endswith("bias") and not name.endswith("correction_bias"):
         return Role.STATE if name.endswith("dt_bias") else Role.BIAS

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from carnice_build.backends.tensors import as_data, as_tensor
 from carnice_build.calibration.beginning import Beginning
-from carnice_build.calibration.beside import Told
 from carnice_build.calibration.driver import Arithmetic
 from carnice_build.calibration.layer_files import layer_tensors
 from carnice_build.calibration.samples import table_rows
@@ -86,9 +85,9 @@ class BesideFiles:
 
 
 def _paired(
-    passed: Sequence[Told], files: Sequence[TensorFile]
-) -> list[tuple[Told, Sequence[TensorFile]]]:
-    """Each of `passed` with its files."""
+    passed: Sequence[Sequence[Any]], files: Sequence[TensorFile]
+) -> list[tuple[Sequence[Any], Sequence[TensorFile]]]:
+    """Each of `passed`, as parameters have it, with its files."""
     rest = iter(files)
     return [(item, [next(rest) for _ in item[2]]) for item in passed]
 

@@ -5,7 +5,6 @@ Needs the `torch` extra; to be imported in worker processes alone.
 
 from __future__ import annotations
 
-import re
 from collections import UserDict
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,7 +31,7 @@ from carnice_build.calibration.watch import Watch, WeightPlaces
 from carnice_build.calibration.weights import Owners, Placing
 from carnice_build.errors import BackendError, nearest
 from carnice_build.models.base import Architecture, Part, Role, TensorFact
-from carnice_build.tensors import STACK
+from carnice_build.tensors import stacks
 
 InputTransform = Callable[[Tensor], Tensor]
 """From the input of a linear to what the linear shall see, of the same shape and type."""
@@ -41,8 +40,6 @@ Transforming = Callable[[], AbstractContextManager[Any]]
 """Makes what a pass is to run in, for its linears to see transformed inputs."""
 
 NONE: Mapping[str, nn.Embedding] = MappingProxyType({})
-
-_LAST_NUMBER = re.compile(r"\.\d+\.(?!.*\.\d+\.)")
 
 
 @dataclass(frozen=True)
@@ -223,17 +220,12 @@ class OpenModel:
         def watch(linears: Sequence[str], given: Tensor) -> Tensor:
             for linear in linears:
                 name = prefix + linear
-                transform = transforms.get(name) or transforms.get(_stacked(name))
-                if transform:
-                    return transform(given)
+                for owner in (name, *stacks(name)):
+                    if owner in transforms:
+                        return transforms[owner](given)
             return given
 
         return partial(Watch, WeightPlaces(module, owners), watch) if transforms else nullcontext
-
-
-def _stacked(linear: str) -> str:
-    """The name of the stack that an expert's linear would be of."""
-    return _LAST_NUMBER.sub(f".{STACK}.", linear)
 
 
 class _Carry:

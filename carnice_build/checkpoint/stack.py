@@ -248,15 +248,6 @@ def _odd_one(parts: Sequence[SourceTensor]) -> CheckpointError:
     )
 
 
-def row_range(tensor: SourceTensor, start: int, stop: int) -> SourceTensor:
-    """Rows `start` to `stop` of a tensor [rows, ...], which are a range of its bytes."""
-    assert 0 <= start <= stop <= tensor.spec.shape[0], "rows beyond the tensor"
-    spec = TensorSpec(tensor.spec.dtype, (stop - start, *tensor.spec.shape[1:]))
-    offset = tensor.offset + start * tensor.spec.row_bytes
-    name = f"{tensor.name}[{start}:{stop}]"
-    return SourceTensor(name, spec, tensor.file, offset, tensor.share(spec))
-
-
 def slab_rows(tensor: SourceTensor, index: int, start: int, stop: int) -> SourceTensor:
     """Rows `start` to `stop` of slab `index` of a tensor [slabs, rows, ...]."""
     slabs, rows, *rest = tensor.spec.shape

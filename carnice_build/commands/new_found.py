@@ -22,8 +22,7 @@ from carnice_build.formats.base import Format
 from carnice_build.graph import ActionGraph, View
 from carnice_build.models import UnknownFamily, architecture_of
 from carnice_build.models.base import Architecture, Part
-from carnice_build.models.untabled import Untabled
-from carnice_build.planning.planner import unchecked, untabled
+from carnice_build.planning.planner import untabled
 from carnice_build.planning.repair import (
     Repair,
     globs,
@@ -59,8 +58,7 @@ def draft_of(
     found = [_size(checkpoint, architecture, view)]
     sources: dict[str, Any] = {_BODY: spec}
     why: dict[str, str] = {}
-    if isinstance(architecture, Untabled):
-        found.append(unchecked(architecture))
+    found += architecture.unchecked
     steps, view = _repairs(checkpoint, architecture, view, number_format)
     architecture = _architecture(checkpoint, view)
     head = _head(architecture, view, readme, number_format)
@@ -138,13 +136,13 @@ def _repairs(
             steps.clear()
     add(renames(view, architecture))
     add(list(leftovers(view, architecture)))
-    add(without(Part.VISION, view, architecture, _no_vision(checkpoint, number_format)))
+    add(without(Part.TOWER, view, architecture, _no_vision(checkpoint, number_format)))
     return steps, view
 
 
 def _no_vision(checkpoint: Checkpoint, number_format: Format) -> str:
     """Why a vision tower is left out, empty when it stays."""
-    if why := number_format.leaves_out().get(Part.VISION):
+    if why := number_format.leaves_out().get(Part.TOWER):
         return why
     lacking = absent(checkpoint.assets, (Reads.PROCESSOR,), vision=True)
     return f"{lacking[0]}, so it is left out" if lacking else ""
@@ -155,7 +153,7 @@ def _vision(architecture: Architecture, view: View) -> list[str]:
     return [
         f"the vision tower stays; the step `- drop: {{match: {_shown(step.params['match'])}}}` "
         "makes a model for text alone"
-        for step in without(Part.VISION, view, architecture, "not wanted")
+        for step in without(Part.TOWER, view, architecture, "not wanted")
     ]
 
 

@@ -11,7 +11,6 @@ from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import PlanError
 from carnice_build.formats.folder import open_folder
-from carnice_build.models.untabled import Untabled
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.plugins import failures_blamed
 from carnice_build.verification.chat import check_chat
@@ -135,7 +134,7 @@ def _check(
             why_not = f"{variant.body.where} has shapes but no weights"
             yield skipped(roundtrip.NAME, why_not)
         runner = RUNNERS[checks.library]
-        untabled = runner.needs_table and isinstance(variant.architecture, Untabled)
+        untabled = runner.needs_table and not variant.architecture.tabled
         if how is None or untabled:
             why_not = "its family has no table" if untabled else "--no-run"
             yield from (skipped(name, why_not) for name in runner.names)

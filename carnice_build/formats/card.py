@@ -87,7 +87,7 @@ def _metadata(card: Card, variant: Variant) -> dict[str, Any]:
 def _facts(variant: Variant) -> dict[str, Any]:
     base_model = _base_model(variant)
     link = _link(variant)
-    tower = any(fact.part is Part.VISION for fact in variant.architecture.built.values())
+    tower = any(fact.part is Part.TOWER for fact in variant.architecture.built.values())
     size = sum(shard.size for shard in variant.shards)
     source = variant.sources[variant.body]
     return {
@@ -108,7 +108,7 @@ def _facts(variant: Variant) -> dict[str, Any]:
         "has_template": any("chat_template" in name for name in variant.copied),
         "mtp_dtypes": _dtypes(variant, Part.MTP),
         "has_tower": tower,
-        "left_vision": tower and not _dtypes(variant, Part.VISION),
+        "left_vision": tower and not _dtypes(variant, Part.TOWER),
         "grafts": [item for item in variant.sources.items() if item[0] != variant.body],
         "calibration": variant.calibration and _calibration(variant.calibration, source.profile),
         "serves": bool(variant.serve),

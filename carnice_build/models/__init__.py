@@ -15,9 +15,8 @@ from typing import Any
 
 from carnice_build.errors import CheckpointError, near
 from carnice_build.models.base import Architecture
-from carnice_build.models.drafters import MLX_DRAFTER
 from carnice_build.models.table import FamilyTable
-from carnice_build.models.table_file import SHIPPED
+from carnice_build.models.table_file import SHIPPED, load_table
 
 GROUP = "carnice_build.families"
 
@@ -47,12 +46,12 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     and when what a package announces is none; RecipeError for a table that is wrong.
     """
     model_type = config.get("model_type")
-    drafted = config.get("text_config")
-    if model_type == MLX_DRAFTER and isinstance(drafted, dict):
-        return architecture_of(drafted, f"{where}: text_config")
     if isinstance(model_type, str):
         if path := table_of(model_type):
             return FamilyTable(path, config, where)
+        drafted = config.get("text_config")
+        if isinstance(drafted, dict) and _drafter_of(drafted.get("model_type")) == model_type:
+            return architecture_of(drafted, f"{where}: text_config")
         for entry in entry_points(group=GROUP, name=model_type):
             return _from_package(entry, config, where)
     known = {*known_types(), *packaged_types()}
@@ -65,6 +64,12 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
         + (f", such as {like}" if like else "")
         + " (`carnice family --list` shows all); docs/adding-a-family.md says how to add one",
     )
+
+
+def _drafter_of(model_type: object) -> str | None:
+    """The model type of a folder with no more than the MTP head of such a model."""
+    path = table_of(model_type) if isinstance(model_type, str) else None
+    return load_table(path).table.mlx_drafter if path else None
 
 
 def table_of(model_type: str) -> Path | None:
@@ -107,13 +112,10 @@ def _from_package(entry: EntryPoint, config: Mapping[str, Any], where: str) -> A
     except Exception as error:  # as above
         words = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{announced} is no family: {words}", where=where) from None
-    wanted = (*Architecture.__annotations__, *vars(Architecture))
-    lacking = [name for name in wanted if not (name.startswith("_") or _has(table, name))]
+    if not isinstance(table, Architecture):
+        words = f"makes a {type(table).__name__}"
+        raise CheckpointError(f"{announced} {words}", where=where, expected="an `Architecture`")
+    lacking = [name for name in Architecture.__annotations__ if not hasattr(table, name)]
     if lacking:
         raise CheckpointError(f"{announced} lacks {', '.join(lacking)}", where=where)
     return table
-
-
-def _has(table: Architecture, name: str) -> bool:
-    """Looked up without evaluating it, for some facts take long."""
-    return hasattr(type(table), name) or name in vars(table)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import STACK
@@ -19,7 +20,12 @@ class Part(StrEnum):
     BODY = "body"
     HEAD = "head"
     MTP = "mtp"
-    VISION = "vision"
+    TOWER = "tower"
+    """An encoder of pictures or of sound."""
+
+
+OPTIONAL_PARTS = (Part.MTP, Part.TOWER)
+"""What checkpoints may lack, each as a whole."""
 
 
 class Role(StrEnum):
@@ -151,33 +157,50 @@ class Passed:
     maker: int | None = None
 
 
-class Architecture(Protocol):
+class Architecture(ABC):
     """A model family's table, evaluated for one config; see `table` for those in YAML.
 
     Can be pickled, for worker processes read it too.
+    `tabled` is false where names and shapes of tensors are all that is known, and nothing is
+    checked by it: see `untabled`.
     """
 
     name: str
     num_layers: int
     dtype: str | None
+    tabled: ClassVar[bool] = True
 
     @property
+    def unchecked(self) -> Sequence[str]:
+        """What no plan checks of such a model, in sentences."""
+        return ()
+
+    def of(self, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+        """What the model is if its tensors have these names and shapes: by a table, the same."""
+        return self
+
+    @property
+    @abstractmethod
     def tensors(self) -> Mapping[str, TensorFact]:
         """Every tensor that the config calls for, by canonical name, in model order."""
 
     @property
     def built(self) -> Mapping[str, TensorFact]:
         """`tensors`, and among them those of `ties`: a weight for every module of the model."""
+        return self.tensors
 
     @property
     def unread(self) -> Mapping[str, TensorFact]:
         """Tensors that checkpoints may hold, too, though no model reads them."""
+        return {}
 
     @property
     def ties(self) -> Mapping[str, str]:
         """What no file needs to hold, because it is another tensor of the model: a tied head."""
+        return {}
 
     @property
+    @abstractmethod
     def text_config(self) -> Mapping[str, Any]:
         """The entries that describe the text model, in the spelling of `published_config`.
 
@@ -188,7 +211,9 @@ class Architecture(Protocol):
     @property
     def layer_config(self) -> Mapping[str, Any]:
         """`text_config` without what announces an MTP head: all that decoder layers depend on."""
+        return self.text_config
 
+    @abstractmethod
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         """The config.json of a folder that holds these `parts`, before any quantization.
 
@@ -199,24 +224,31 @@ class Architecture(Protocol):
         """
 
     @property
+    @abstractmethod
     def kv_geometry(self) -> KvGeometry:
         """What the size of a KV cache follows from."""
 
     @property
+    @abstractmethod
     def max_positions(self) -> int:
         """The longest context, in tokens."""
 
     @property
+    @abstractmethod
     def dimensions(self) -> Mapping[str, int]:
         """What two checkpoints must have in common for tensors of one to fit into the other."""
 
     @property
     def fusions(self) -> Sequence[Fusion]:
         """The modules that serving engines fuse, of the MTP head too."""
+        return ()
 
     def shared_inputs(self, layer: int) -> Sequence[Sequence[str]]:
         """The linears of a decoder layer, by module path; those of one group read one input."""
+        facts = self.tensors.values()
+        return [[f.module] for f in facts if f.layer == layer and f.role is Role.LINEAR]
 
+    @abstractmethod
     def layer_kind(self, layer: int) -> str:
         """What kind of decoder layer number `layer` is.
 
@@ -224,15 +256,15 @@ class Architecture(Protocol):
         Layers of one kind compute alike, whatever their numbers.
         """
 
+    @abstractmethod
     def layer_prefix(self, layer: int) -> str:
         """What the names of the layer's tensors begin with."""
 
     def passed(self, layer: int) -> Sequence[Passed]:
         """What decoder layer number `layer` is given beside hidden states, most often nothing."""
+        return ()
 
-    def optional(self, fact: TensorFact) -> bool:
-        """True for a tensor that a checkpoint may lack."""
-
+    @abstractmethod
     def module_kind(self, name: str) -> str:
         """What tables call the module of tensor `name`."""
 
@@ -242,36 +274,45 @@ class Architecture(Protocol):
         Where transformers builds it under another path, that one, for it takes lists as they are;
         and also the checkpoint's, for vLLM turns lists into its own names as it does tensors.
         """
+        return (module,)
 
     def canonical_name(self, name: str) -> str | None:
         """The name that a misprefixed `name` should have, or None."""
+        return None
 
     def keeps_dtype(self, name: str) -> bool:
         """True for tensors whose type libraries leave alone when they cast a model."""
+        return False
 
     def offset_norm(self, name: str) -> bool:
         """True for norms that store w for a gain of 1 + w."""
+        return False
 
     @property
     def smoothing(self) -> Sequence[SmoothingMapping]:
         """What AWQ may smooth in decoder layers, as llm-compressor has it for this model."""
+        return ()
 
     @property
     def narrow_linears(self) -> Sequence[str]:
         """Globs of weights that engines do not take in INT4, for they are too small."""
+        return ()
 
+    @abstractmethod
     def token_bytes(self, kind: str, width: int) -> int:
         """Most bytes that a layer of `kind` needs for a token, at `width` bytes an activation.
 
         Without the weights, and without the scores that eager attention writes down.
         """
 
+    @abstractmethod
     def attention_heads(self, kind: str) -> int:
         """Heads of a layer of `kind` that score each token by all before it; 0 if none does."""
 
     @property
     def drafts(self) -> bool:
         """Whether it is known what an MTP head computes, so that there is a `draft_head`."""
+        return False
 
     def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
         """The MTP head as a torch module, in workers; see `verification.drafting.DraftHead`.
@@ -279,6 +320,12 @@ class Architecture(Protocol):
         `attention` is transformers' implementation; `tensors` are those of part `mtp`, by their
         canonical names, of the type to compute in.
         """
+        raise NotImplementedError(f"{self.name} has no MTP head that could be run")
+
+    @property
+    def mlx_drafter(self) -> str | None:
+        """The model type of the folder that mlx-vlm makes of the MTP head, None if of none."""
+        return None
 
 
 QUANTIZATION = ("quantization_config", "quantization")

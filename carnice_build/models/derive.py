@@ -16,7 +16,7 @@ from typing import Any
 
 from carnice_build.models.base import Part, Role
 from carnice_build.models.fitting import fit
-from carnice_build.tensors import STACK
+from carnice_build.tensors import expert_of
 
 SEVERAL = "several"
 """What a sample has changed that differs in more than one entry."""
@@ -72,15 +72,11 @@ class Condition:
 
 def parsed(name: str) -> tuple[Place, int | None, int | None]:
     """The row of a tensor, the number of its group's member, and that of its expert."""
-    parts = name.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    expert = next((i for i in numbers if parts[i - 1].endswith("experts")), None)
-    found = int(parts[expert]) if expert is not None else None
-    if expert is not None:
-        parts[expert] = STACK
-    first = next((i for i in numbers if i != expert), None)
+    stack, found = expert_of(name) or (name, None)
+    parts = stack.split(".")
+    first = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     if first is None:
-        return Place("", ".".join(parts)), None, found
+        return Place("", stack), None, found
     prefix = ".".join([*parts[:first], "{}", ""])
     return Place(prefix, ".".join(parts[first + 1 :])), int(parts[first]), found
 

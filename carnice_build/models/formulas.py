@@ -1,8 +1,8 @@
 """Formulas of family tables: a small part of Python's expressions, over the entries of a config.
 
 Numbers, comparisons, `and`, `or`, `not`, `x if y else z`, `in`, indices, and the functions `min`,
-`max` and `len`.  Nothing else is understood, so a formula can neither run code nor take long: what
-comes from a config is never multiplied unless it is a number.
+`max`, `len` and `int`.  Nothing else is understood, so a formula can neither run code nor take
+long: what comes from a config is never multiplied unless it is a number.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ which its table names (`reader`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -60,11 +60,12 @@ class PlainReader:
     def published(self, parts: Container[Part]) -> dict[str, Any]:
         """As it is, without an MTP head that the folder does not hold, and not quantized."""
         text = without_quantization(self.text)
-        entry = self._table.mtp_entry
-        if entry and Part.MTP not in parts and (entry in text or entry in self._table.defaults):
-            # Another name for it would contradict.
-            text = {key: text[key] for key in text if key not in self._table.mtp_entries[1:]}
-            text[entry] = 0
+        entries = self._table.mtp_entries
+        known = {*text, *self._table.defaults}
+        if Part.MTP not in parts and not known.isdisjoint(entries):
+            # Another name for the first would contradict it.
+            text = {key: text[key] for key in text if key not in entries[1:]}
+            text[entries[0]] = 0
         if self.text is self.root:
             return text
         return {**without_quantization(self.root), str(self._table.text.section): text}
@@ -78,15 +79,3 @@ def stated_type(section: ConfigReader) -> str | None:
 def without_quantization(section: ConfigReader) -> dict[str, Any]:
     """The entries of `section` but what says how weights were quantized."""
     return {key: value for key, value in section.entries.items() if key not in QUANTIZATION}
-
-
-def reader_of(config: Mapping[str, Any], where: str, table: Table) -> Reader:
-    """What reads `config` for the family of `table`."""
-    return _readers()[table.reader](config, where, table)
-
-
-def _readers() -> Mapping[str | None, Callable[[Mapping[str, Any], str, Table], Reader]]:
-    from carnice_build.models.gemma4_config import Gemma4Config
-    from carnice_build.models.qwen3_5_config import Qwen35Config
-
-    return {None: PlainReader, "gemma4": Gemma4Config, "qwen3_5": Qwen35Config}

@@ -1,7 +1,7 @@
 """A family table evaluated for one config: which tensors there are, and what is true of them.
 
 Tables are YAML (`tables/<model_type>.yaml`, schema in `table_schema`); what they cannot say is code
-that they name: how a config is read (`readers`), and what an MTP head computes.
+that they name (`own_code`): how a config is read, and what an MTP head computes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from carnice_build.models.base import (
+    Architecture,
     Fusion,
     KvGeometry,
     Part,
@@ -21,8 +22,8 @@ from carnice_build.models.base import (
     SmoothingMapping,
     TensorFact,
 )
-from carnice_build.models.drafters import drafter
-from carnice_build.models.readers import reader_of
+from carnice_build.models.own_code import DRAFTERS, READERS, loaded
+from carnice_build.models.readers import PlainReader, Reader
 from carnice_build.models.table_file import load_table
 from carnice_build.models.table_rows import TableRows
 from carnice_build.models.table_schema import LENGTH, PassedOn
@@ -44,7 +45,7 @@ def _load(path: Path, config: Mapping[str, Any], where: str) -> FamilyTable:
     return FamilyTable(path, config, where)
 
 
-class FamilyTable:
+class FamilyTable(Architecture):
     """The tensors of one checkpoint of a family; see `Architecture`."""
 
     def __init__(self, path: Path, config: Mapping[str, Any], where: str) -> None:
@@ -55,7 +56,9 @@ class FamilyTable:
         self._source = path, config, where
         self._file = load_table(path)
         self._table = self._file.table
-        self._reader = reader_of(config, where, self._table)
+        reader = self._table.reader
+        kind = PlainReader if reader is None else loaded(READERS[reader])
+        self._reader: Reader = kind(config, where, self._table)
         self._values = TableValues(self._file, self._reader)
         self._rows = TableRows(self._file, self._values, self._reader.root.where)
         self.name = self._file.name
@@ -89,10 +92,6 @@ class FamilyTable:
     def ties(self) -> Mapping[str, str]:
         """See `Architecture.ties`."""
         return self._table.ties if self._reader.tied else {}
-
-    def optional(self, fact: TensorFact) -> bool:
-        """True for tensors that a checkpoint may lack: the MTP head and the towers."""
-        return fact.part in (Part.MTP, Part.VISION)
 
     # --- the config ---------------------------------------------------------------------------
 
@@ -220,7 +219,7 @@ class FamilyTable:
         """The modules that serving engines fuse, of the MTP head too."""
         fused = (
             (prefix + fused, [prefix + part for part in parts])
-            for prefix in dict.fromkeys(self._rows.layer_prefixes())
+            for prefix in dict.fromkeys(self._rows.prefixes(Part.LAYERS, Part.MTP))
             for fused, parts in self._table.fusions.items()
         )
         # Where keys are values, the module is made of fewer.
@@ -265,7 +264,12 @@ class FamilyTable:
         kind = _NUMBERED.sub("", module)
         kind = kind.removeprefix(self._rows.layers.prefix.partition("layers.")[0])
         kind = re.sub(r"\.(?:\d+|\*)\.", ".", kind)
-        return f"mtp.{kind}" if module.startswith("mtp.layers.") else kind
+        # Layers of a head may have the numbers that follow those of the decoder's.
+        return f"mtp.{kind}" if module.startswith(self._draft_prefixes) else kind
+
+    @cached_property
+    def _draft_prefixes(self) -> tuple[str, ...]:
+        return tuple(self._rows.prefixes(Part.MTP))
 
     @cached_property
     def _by_bare_name(self) -> Mapping[str, str]:
@@ -300,5 +304,10 @@ class FamilyTable:
     def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
         """See `Architecture.draft_head`."""
         if self._table.drafter is None:
-            raise NotImplementedError(f"{self.name} has no MTP head that could be run")
-        return drafter(self._table.drafter, self.text_config, attention, tensors)
+            return super().draft_head(attention, tensors)
+        return loaded(DRAFTERS[self._table.drafter])(self.text_config, attention, tensors)
+
+    @property
+    def mlx_drafter(self) -> str | None:
+        """See `Architecture.mlx_drafter`."""
+        return self._table.mlx_drafter

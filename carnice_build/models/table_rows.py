@@ -62,10 +62,10 @@ class TableRows:
             raise self._file.error(("kind",), f"gives {kind!r} for layer {layer}", "a name")
         return kind.removesuffix("_attention") or kind
 
-    def layer_prefixes(self) -> Iterator[str]:
-        """Of the decoder layers, and of those of an MTP head."""
+    def prefixes(self, *parts: Part) -> Iterator[str]:
+        """What the names of each layer of these parts begin with."""
         for index, item in enumerate(self._table.model):
-            if not isinstance(item, Group) or item.part not in (Part.LAYERS, Part.MTP):
+            if not isinstance(item, Group) or item.part not in parts:
                 continue
             if item.when is None or self._values.evaluate(item.when, ("model", index, "when")):
                 yield from (prefix for _, prefix in self._members(item, ("model", index)))
@@ -130,8 +130,8 @@ class TableRows:
             given: dict[str, Any] = {"layer": number}
             if layer is not None:
                 given["kind"] = self.kinds[layer]
-            for name, formula in group.given.items():
-                given[name] = self._values.evaluate(formula, (*path, "given", name), given)
+            elif group.kind is not None:
+                given["kind"] = self._values.evaluate(group.kind, (*path, "kind"), given)
             for place, row in enumerate(rows):
                 where = ("blocks", group.rows, place)
                 if fact := self._fact(row, where, prefix, group.part, layer, given):

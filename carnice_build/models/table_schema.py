@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +17,7 @@ from pydantic import (
 
 from carnice_build.models.base import Part, Role
 from carnice_build.models.formulas import FormulaError, compiled
+from carnice_build.models.own_code import DRAFTERS, READERS
 
 
 def _formula(text: str | int) -> str:
@@ -28,6 +30,15 @@ def _formula(text: str | int) -> str:
 
 Formula = Annotated[str | int, AfterValidator(_formula)]
 """A formula over the entries of the text model's config; see `formulas`."""
+
+
+def _known(words: Mapping[str, str]) -> Callable[[str], str]:
+    def check(word: str) -> str:
+        if word not in words:
+            raise ValueError(f"{word!r} is none of {', '.join(words)}")
+        return word
+
+    return check
 
 
 class _Strict(BaseModel):
@@ -74,9 +85,15 @@ class Group(_Strict):
     rows: str = Field(description="Which of `blocks`.")
     part: Part = Field(description="The part they belong to; the decoder's layers are `layers`.")
     when: Formula | None = Field(None, description="Whether the model has them.")
-    given: dict[str, Formula] = Field(
-        default_factory=dict, description="What names mean in these rows, such as `kind`."
+    kind: Formula | None = Field(
+        None, description="What `kind` is in these rows, if they are not the decoder's."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Group:
+        if self.kind is not None and self.part is Part.LAYERS:
+            raise ValueError("`kind` of the decoder's layers is that of the table")
+        return self
 
 
 def _which(item: Any) -> str:
@@ -126,7 +143,9 @@ class PassedOn(_Strict):
         "the argument is one tensor, made of tokens before the layers.",
     )
     made: Formula | None = Field(
-        None, description="Which layers make such: given is that of the last before, of equal key."
+        None,
+        description="Which layers put one into it; a layer is given that of the nearest layer "
+        "before it that puts one there under the same `key`.",
     )
 
     @model_validator(mode="after")
@@ -154,8 +173,8 @@ class Table(_Strict):
 
     about: str = Field(description="The family in a line, and where its facts come from.")
     text: Text = Text(section=None, type=None)
-    reader: Literal["gemma4", "qwen3_5"] | None = Field(
-        None, description="Code that reads the config; see `readers`."
+    reader: Annotated[str, AfterValidator(_known(READERS))] | None = Field(
+        None, description="Code that reads the config; see `own_code`."
     )
     towers: list[str] = Field(
         default_factory=list, description="Sections of config.json with other parts, as vision."
@@ -164,8 +183,10 @@ class Table(_Strict):
         default_factory=dict, description="What is another tensor when the config ties embeddings."
     )
     tied: bool = Field(False, description="What a config means that does not say.")
-    mtp_entry: str | None = Field(
-        None, description="Entry of the text config that announces the MTP head."
+    mtp_entries: list[str] = Field(
+        default_factory=list,
+        description="Entry of the text config that announces the MTP head, and what else it is "
+        "called in some.",
     )
     defaults: dict[str, Formula] = Field(
         default_factory=dict, description="What transformers takes where a config is silent."
@@ -211,13 +232,9 @@ class Table(_Strict):
         description="Beginnings of names here, and of the modules that transformers builds for "
         "them; the first that fits.",
     )
-    drafter: Literal["qwen3_5"] | None = Field(
-        None, description="Code of the MTP head; see `drafters`."
+    drafter: Annotated[str, AfterValidator(_known(DRAFTERS))] | None = Field(
+        None, description="Code of the MTP head; see `own_code`."
     )
-
-    @property
-    def mtp_entries(self) -> tuple[str, ...]:
-        """`mtp_entry`, and the other name for it that transformers 5 has of some families."""
-        if self.mtp_entry is None:
-            return ()
-        return self.mtp_entry, str(self.defaults.get(self.mtp_entry))
+    mlx_drafter: str | None = Field(
+        None, description="Model type of the folder that mlx-vlm makes of the MTP head alone."
+    )

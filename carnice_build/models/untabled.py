@@ -15,22 +15,19 @@ from typing import Any
 from carnice_build.models.base import (
     MOST_LAYERS,
     QUANTIZATION,
+    Architecture,
     ConfigReader,
     FusedIn,
-    Fusion,
     KvGeometry,
     Part,
-    Passed,
     Role,
-    SmoothingMapping,
     TensorFact,
 )
-from carnice_build.tensors import STACK
+from carnice_build.tensors import STACK, expert_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _LAYER = re.compile(r"\.(\d+)\.")
-_EXPERT = re.compile(r"(?<=experts\.)(\d+)(?=\.)")
 _TOWER = re.compile(r"(^|[._])(vision|visual|audio|vit|tower|projector|mm_)", re.IGNORECASE)
 _ROUTER = re.compile(r"(^|[._])(router|gate|shared_expert_gate|wg)\.weight$")
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe)\.weight$")
@@ -38,8 +35,10 @@ _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """What `model_free_ptq` of llm-compressor takes for experts in one tensor, and for which ones."""
 
 
-class Untabled:
+class Untabled(Architecture):
     """Tensors by what their names look like; see `Architecture`."""
+
+    tabled = False
 
     def __init__(self, config: Mapping[str, Any], where: str, shapes: Shapes) -> None:
         """`shapes` are those of all tensors, by name."""
@@ -62,29 +61,22 @@ class Untabled:
         return {fact.name: fact for fact in _facts(self._source[2])}
 
     @property
-    def built(self) -> Mapping[str, TensorFact]:
-        """See `Architecture.built`."""
-        return self.tensors
+    def unchecked(self) -> Sequence[str]:
+        """See `Architecture.unchecked`."""
+        return (
+            f"{self.name} has no table here: whether all of its tensors are there, and which "
+            "linears engines run as one, is not checked",
+        )
 
-    @property
-    def unread(self) -> Mapping[str, TensorFact]:
-        """Nobody knows which."""
-        return {}
-
-    @property
-    def ties(self) -> Mapping[str, str]:
-        """Nothing is known to be another."""
-        return {}
+    def of(self, shapes: Shapes) -> Untabled:
+        """See `Architecture.of`."""
+        config, where, _ = self._source
+        return Untabled(config, where, shapes)
 
     @property
     def text_config(self) -> Mapping[str, Any]:
         """See `Architecture.text_config`."""
         return self._text.entries
-
-    @property
-    def layer_config(self) -> Mapping[str, Any]:
-        """Nobody knows what announces an MTP head."""
-        return self.text_config
 
     def published_config(self, parts: Container[Part]) -> dict[str, Any]:
         """As it is, but for how it was quantized."""
@@ -111,62 +103,22 @@ class Untabled:
         names = ("hidden_size", "vocab_size")
         return {name: self._text.count(name) for name in names if self._text.states(name)}
 
-    @property
-    def fusions(self) -> Sequence[Fusion]:
-        """None is known."""
-        return ()
-
-    def shared_inputs(self, layer: int) -> Sequence[Sequence[str]]:
-        """Each linear by itself."""
-        facts = self.tensors.values()
-        return [[f.module] for f in facts if f.layer == layer and f.role is Role.LINEAR]
-
     def layer_kind(self, layer: int) -> str:
         """Nothing is known."""
         return "unknown"
 
     def layer_prefix(self, layer: int) -> str:
-        """What the names of most layers begin with."""
-        return f"model.layers.{layer}."
-
-    def passed(self, layer: int) -> Sequence[Passed]:
-        """Nothing is known."""
-        return ()
-
-    def optional(self, fact: TensorFact) -> bool:
-        """What is there belongs there."""
-        return False
-
-    def engine_names(self, module: str) -> Sequence[str]:
-        """See `Architecture.engine_names`: as checkpoints, for nothing else is known."""
-        return (module,)
+        """Nobody knows: an encoder's layers may have the numbers of a decoder's."""
+        raise NotImplementedError(self.name)
 
     def module_kind(self, name: str) -> str:
         """The module's path without numbers."""
         module = re.sub(r"\.(weight|scales|biases)$", "", name)
         return re.sub(r"^.*?\.?\w+\.\d+\.", "", module, count=1).replace(".*.", ".")
 
-    def canonical_name(self, name: str) -> str | None:
-        """No name is known to be better than another."""
-        return None
-
     def keeps_dtype(self, name: str) -> bool:
         """Only what libraries of quantization cast is cast: weights."""
         return not name.endswith("weight")
-
-    def offset_norm(self, name: str) -> bool:
-        """None is known."""
-        return False
-
-    @property
-    def smoothing(self) -> Sequence[SmoothingMapping]:
-        """None is known."""
-        return ()
-
-    @property
-    def narrow_linears(self) -> Sequence[str]:
-        """None is known."""
-        return ()
 
     def token_bytes(self, kind: str, width: int) -> int:
         """Nothing is calibrated without a table."""
@@ -174,15 +126,6 @@ class Untabled:
 
     def attention_heads(self, kind: str) -> int:
         """Nothing is calibrated without a table."""
-        raise NotImplementedError(self.name)
-
-    @property
-    def drafts(self) -> bool:
-        """Nothing is known of heads."""
-        return False
-
-    def draft_head(self, attention: str, tensors: Mapping[str, Any]) -> Any:
-        """Nothing is run without a table."""
         raise NotImplementedError(self.name)
 
 
@@ -202,7 +145,7 @@ def _fact(name: str, shape: tuple[int, ...], fused: FusedIn | None = None) -> Te
     if (numbers := _LAYER.search(name)) and len(numbers[1]) < len(str(MOST_LAYERS)):
         part, layer = Part.LAYERS, int(numbers[1])
     if _TOWER.search(name):
-        part, layer = Part.VISION, None
+        part, layer = Part.TOWER, None
     if _EMBEDDING.search(name):
         part, role = (Part.EMBED if part is Part.BODY else part), Role.EMBEDDING
     elif _ROUTER.search(name):
@@ -218,9 +161,9 @@ def _stacks(shapes: Shapes) -> Mapping[str, TensorFact | Sequence[TensorFact]]:
     """Experts that are alike, as one: the fact at the first of each, nothing at the others."""
     members: dict[str, dict[int, str]] = {}
     for name in shapes:
-        if match := _EXPERT.search(name):
-            stack = f"{name[: match.start()]}*{name[match.end() :]}"
-            members.setdefault(stack, {})[int(match[1])] = name
+        if expert := expert_of(name):
+            stack, number = expert
+            members.setdefault(stack, {})[number] = name
     found: dict[str, TensorFact | Sequence[TensorFact]] = {}
     for stack, names in members.items():
         if _alike(names, shapes) and stack.endswith(".weight"):
@@ -229,7 +172,7 @@ def _stacks(shapes: Shapes) -> Mapping[str, TensorFact | Sequence[TensorFact]]:
             found[names[min(names)]] = _fact(stack, shape)
     for name, shape in shapes.items():
         owner, _, last = name.rpartition(".")
-        parts = _FUSED.get(last.removesuffix("weight").rstrip(".") or last, ())
+        parts = _FUSED.get(last, ())
         if owner.endswith("experts") and len(shape) == 3 and shape[1] % max(1, len(parts)) == 0:
             rows = shape[1] // max(1, len(parts))
             found[name] = [

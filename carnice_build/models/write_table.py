@@ -104,7 +104,7 @@ class _Writer:
         parts = {place: _part(self._owner(place)) for place in single}
         prefixes = dict.fromkeys(place.prefix for place in self._derivation.places)
         others = [prefix for prefix in prefixes if prefix not in ("", self._derivation.decoder)]
-        for part in (Part.EMBED, Part.LAYERS, Part.BODY, Part.HEAD, Part.VISION):
+        for part in (Part.EMBED, Part.LAYERS, Part.BODY, Part.HEAD, Part.TOWER):
             if part is Part.LAYERS:
                 yield self._group(self._derivation.decoder)
             for place in single:
@@ -113,9 +113,9 @@ class _Writer:
         yield from map(self._group, others)
 
     def _group(self, prefix: str) -> str:
-        part = Part.LAYERS if prefix == self._derivation.decoder else Part.VISION
+        part = Part.LAYERS if prefix == self._derivation.decoder else Part.TOWER
         fields = [f"repeat: {_quoted(self._derivation.count(prefix))}"]
-        if part is Part.VISION and (tower := self._tower(prefix)):
+        if part is Part.TOWER and (tower := self._tower(prefix)):
             fields.append(f"when: {tower}")
         fields += [f"prefix: '{prefix}'", f"rows: {self._block(prefix)}", f"part: {part}"]
         return f"  - {{{', '.join(fields)}}}"
@@ -151,7 +151,7 @@ class _Writer:
         role = Role.BIAS if place.rest.endswith("bias") else Role.LINEAR if linear else Role.STATE
         nearest = max(self._derivation.owners, key=lambda other: _shared(other, place))
         part = self._derivation.owners[nearest].part
-        return Owner("", part, Role.VISION if part is Part.VISION and not linear else role)
+        return Owner("", part, Role.VISION if part is Part.TOWER and not linear else role)
 
     def _row(self, place: Place, start: str, *, grouped: bool) -> Iterator[str]:
         owner = self._owner(place)
@@ -186,7 +186,7 @@ class _Writer:
         if not grouped:
             yield f"part: {_part(owner)}"
         conditions = [self._derivation.when(place)]
-        if not grouped and _part(owner) is Part.VISION:
+        if not grouped and _part(owner) is Part.TOWER:
             conditions.insert(0, self._tower(place.rest))
         if told := " and ".join(text for text in conditions if text):
             yield f"when: {_quoted(told)}"

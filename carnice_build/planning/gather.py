@@ -14,7 +14,7 @@ from carnice_build.checkpoint.stack import slab_stack, stacked
 from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.errors import PlanError, nearest, together
 from carnice_build.graph import TensorRef, View
-from carnice_build.models.base import Architecture, TensorFact
+from carnice_build.models.base import OPTIONAL_PARTS, Architecture, TensorFact
 from carnice_build.planning.unknown import unknown_tensors
 from carnice_build.tensors import SourceTensor, numbered
 
@@ -143,7 +143,7 @@ def _check_missing(
         name
         for fact, place in places.items()
         if not place.whole and (place.refs or not facts[fact].optional)
-        if facts[fact].part in present or not architecture.optional(facts[fact])
+        if facts[fact].part in present or facts[fact].part not in OPTIONAL_PARTS
         for name in _missing_of(fact, place, view)
     ]
 

@@ -81,7 +81,7 @@ def _layers_per_shard(tensors: Sequence[OutputTensor], shard_bytes: int) -> int:
     return max(1, shard_bytes // max(weights.values(), default=1))
 
 
-_ORDER = {Part.EMBED: 0, Part.LAYERS: 1, Part.BODY: 2, Part.HEAD: 3, Part.MTP: 4, Part.VISION: 5}
+_ORDER = {Part.EMBED: 0, Part.LAYERS: 1, Part.BODY: 2, Part.HEAD: 3, Part.MTP: 4, Part.TOWER: 5}
 
 
 def _group(tensor: OutputTensor, layers_per_shard: int) -> tuple[int, int]:

@@ -136,7 +136,7 @@ def plan_variant(
     keeps = not decodes and _keeps_codes(body.checkpoint, recipe.quantize)
     view = source_view(body.checkpoint)
     architecture = _architecture(body.checkpoint, view, recipe.quantize)
-    if keeps and isinstance(architecture, Untabled):
+    if keeps and not architecture.tabled:
         raise _quantized_already(body.checkpoint)
     context = PlanContext(architecture, graph, body.profile, recipe.layers, sources, ask=ask)
     with failures_blamed(recipe.quantize):
@@ -151,10 +151,9 @@ def plan_variant(
     view, notices = _without_copies(view, architecture, body.checkpoint.where)
     if own := replaced(str(body.checkpoint.config.get("model_type"))):
         notices = (*notices, f"{own.parent.name}/{own.name} counts, not the table that ships")
-    if isinstance(architecture, Untabled):
-        # Steps may have changed names, which are all that is known of it.
-        architecture = untabled(body.checkpoint, view)
-        notices = (*notices, unchecked(architecture))
+    # Steps may have changed names, which are all that is known of some models.
+    architecture = architecture.of(_shapes(view))
+    notices = (*notices, *architecture.unchecked)
     codes: Mapping[str, Codes] = {}
     if keeps:
         view, codes = coded(view, context)
@@ -162,7 +161,7 @@ def plan_variant(
     view = gathered(view, architecture, body.checkpoint.where)
     files = with_generation(files, body.checkpoint.where)
     # From here on the model is the one that will be published.
-    if not isinstance(architecture, Untabled):
+    if architecture.tabled:
         parts = {architecture.tensors[name].part for name in view}
         published = architecture.published_config(parts)
         architecture = architecture_of(published, body.checkpoint.where)
@@ -275,16 +274,11 @@ def _way_out(error: UnknownFamily, model_type: object) -> str:
 
 def untabled(checkpoint: Checkpoint, view: View) -> Untabled:
     """What names and shapes say of a model whose family has no table."""
-    shapes = {name: ref.spec.shape for name, ref in view.items()}
-    return Untabled(plain_config(checkpoint.config), checkpoint.where, shapes)
+    return Untabled(plain_config(checkpoint.config), checkpoint.where, _shapes(view))
 
 
-def unchecked(architecture: Untabled) -> str:
-    """What a plan does not know of a model whose family has no table."""
-    return (
-        f"{architecture.name} has no table here: whether all of its tensors are there, and which "
-        "linears engines run as one, is not checked"
-    )
+def _shapes(view: View) -> dict[str, tuple[int, ...]]:
+    return {name: ref.spec.shape for name, ref in view.items()}
 
 
 def _find(finder: SourceFinder, recipe: Recipe, name: str) -> Source:
@@ -364,7 +358,7 @@ def _check_files(
     body: Checkpoint, files: Mapping[str, bytes], format: Format, conversion: Conversion
 ) -> None:
     """Raise PlanError when the folder would lack what its engine cannot do without."""
-    vision = any(tensor.fact.part is Part.VISION for tensor in conversion.tensors)
+    vision = any(tensor.fact.part is Part.TOWER for tensor in conversion.tensors)
     lacking = absent(files, format.engine_reads(), vision=vision)
     # A shape file has no files at all, and nothing is built from it.
     if lacking and body.buildable:

@@ -16,7 +16,7 @@ from carnice_build.models.base import Architecture, Part, Role, TensorFact
 from carnice_build.planning.gather import stored
 from carnice_build.planning.unknown import BUFFERS
 from carnice_build.recipe.patterns import Patterns, expression
-from carnice_build.tensors import STACK
+from carnice_build.tensors import STACK, stacks
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def _canonical(name: str, architecture: Architecture) -> str | None:
     """As `Architecture.canonical_name`, for one of a stack of experts as well."""
     if proper := architecture.canonical_name(name):
         return proper
-    for match in re.finditer(r"(?<=\.)\d+(?=\.)", name):
-        stack = architecture.canonical_name(f"{name[: match.start()]}*{name[match.end() :]}")
+    for spelled, number in stacks(name).items():
+        stack = architecture.canonical_name(spelled)
         if stack is not None and STACK in stack:
-            return stack.replace(STACK, match[0])
+            return stack.replace(STACK, str(number))
     return None
 
 

@@ -32,7 +32,7 @@ def plan_serving(
     if serving is None:
         raise PlanError("no serving engine that we know loads this format")
     parts = {tensor.fact.part for tensor in conversion.tensors}
-    tower = any(fact.part is Part.VISION for fact in architecture.built.values())
+    tower = any(fact.part is Part.TOWER for fact in architecture.built.values())
     where, template = next(iter(template_files(files).items()), ("", None))
     found = tool_format(template, where, special_tokens(files)) if template is not None else None
     facts = ServingFacts(
@@ -43,7 +43,7 @@ def plan_serving(
         tool_call_parser=found.tool_call_parser if found else None,
         reasoning_parser=found.reasoning_parser if found else None,
         has_mtp=Part.MTP in parts,
-        text_only=tower and Part.VISION not in parts,
+        text_only=tower and Part.TOWER not in parts,
         weights_bytes=weights_bytes,
         kv=architecture.kv_geometry,
         max_positions=architecture.max_positions,

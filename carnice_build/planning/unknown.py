@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from carnice_build.errors import PlanError, nearest, together
 from carnice_build.models.base import Architecture
+from carnice_build.tensors import stacks
 
 BUFFERS = frozenset(
     {
@@ -74,8 +74,5 @@ def _hint(kind: str, names: Sequence[str], architecture: Architecture) -> str | 
 
 def _stack(name: str, architecture: Architecture) -> int | None:
     """How many experts there are of the stack that `name` would be one of."""
-    for match in re.finditer(r"\d+", name):
-        stack = f"{name[: match.start()]}*{name[match.end() :]}"
-        if stack in architecture.tensors:
-            return architecture.tensors[stack].shape[0]
-    return None
+    found = (architecture.tensors.get(stack) for stack in stacks(name))
+    return next((fact.shape[0] for fact in found if fact), None)

@@ -30,7 +30,7 @@ _SUFFIXES = {
     Part.EMBED: "embedding",
     Part.HEAD: "head",
     Part.MTP: "MTP head",
-    Part.VISION: "vision tower",
+    Part.TOWER: "vision tower",
 }
 
 

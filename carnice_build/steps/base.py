@@ -14,7 +14,6 @@ from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError, nearest
 from carnice_build.graph import ActionGraph, View
 from carnice_build.models.base import Architecture
-from carnice_build.models.untabled import Untabled
 from carnice_build.recipe.layers import LayerSpan, layers_in
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import Expectation, Strict
@@ -118,7 +117,7 @@ class PlanContext:
             wanted = expect
         elif expect is not None and self.profile in expect:
             wanted, why = expect[self.profile], f" for profile {self.profile}"
-        elif expect is not None and derive and not isinstance(self.architecture, Untabled):
+        elif expect is not None and derive and self.architecture.tabled:
             wanted = len(patterns.select(self.architecture.tensors))
             why = " by the checkpoint's config"
         if wanted is not None and found != wanted:

@@ -19,7 +19,7 @@ from carnice_build.graph import TensorRef, View
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import Expectation, PatternList
 from carnice_build.steps.base import PlanContext, Step, require_match
-from carnice_build.tensors import SourceTensor, stacks_of
+from carnice_build.tensors import SourceTensor, stacks
 
 
 class Decode(Step):
@@ -59,7 +59,7 @@ class Decode(Step):
 
         def columns(name: str) -> int | None:
             facts = context.architecture.tensors
-            found = (facts[item] for item in (name, *stacks_of(name)) if item in facts)
+            found = (facts[item] for item in (name, *stacks(name)) if item in facts)
             return next((fact.shape[-1] for fact in found), None)
 
         return quantized_weights(tensors, stated, columns, body.where)

@@ -26,7 +26,7 @@ def small_file_problems(variant: VariantPlan, folder: Path) -> Iterator[str]:
         if name not in found:
             yield f"{name} is missing, which the source has"
     reads = variant.format.engine_reads()
-    vision = any(tensor.fact.part is Part.VISION for tensor in variant.conversion.tensors)
+    vision = any(tensor.fact.part is Part.TOWER for tensor in variant.conversion.tensors)
     yield from absent(found, reads, vision=vision)
     taken = taken_over(found, reads)
     contents: dict[str, bytes] = {}

@@ -16,7 +16,6 @@ from carnice_build.formats.folder import ModelFolder, read_object
 from carnice_build.keys import canonical_json
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Architecture, Part
-from carnice_build.models.untabled import Untabled
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification.result import Check, judged
 from carnice_build.verification.small_files import small_file_problems
@@ -86,7 +85,7 @@ def _config(variant: VariantPlan, folder: ModelFolder, checks: FormatChecks) -> 
 
 def _described(variant: VariantPlan, folder: ModelFolder) -> Architecture:
     """What config.json describes, or where nobody knows that, what the source has."""
-    if isinstance(variant.architecture, Untabled):
+    if not variant.architecture.tabled:
         return variant.architecture
     return architecture_of(folder.config, "config.json")
 

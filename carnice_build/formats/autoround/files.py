@@ -27,8 +27,6 @@ def autoround_files(knobs: AutoRoundFormat, variant: Variant) -> dict[str, bytes
 
 
 def _config(knobs: AutoRoundFormat, variant: Variant) -> dict[str, Any]:
-    packed = engine_names(variant.architecture, variant.quantized)
-    blocks = sorted({name.partition(".layers.")[0] + ".layers" for name in packed})
     plain = {"bits": 16, "data_type": "fp"}
     return {
         **variant.config,
@@ -37,7 +35,7 @@ def _config(knobs: AutoRoundFormat, variant: Variant) -> dict[str, Any]:
             **_provenance(knobs),
             "bits": 4,
             "group_size": knobs.group_size,
-            "block_name_to_quantize": ",".join(blocks),
+            "block_name_to_quantize": ",".join(_blocks(variant)),
             "data_type": "int",
             "extra_config": dict.fromkeys(
                 engine_names(variant.architecture, variant.ignored), plain
@@ -47,6 +45,19 @@ def _config(knobs: AutoRoundFormat, variant: Variant) -> dict[str, Any]:
             "sym": True,
         },
     }
+
+
+def _blocks(variant: Variant) -> list[str]:
+    """The lists of layers in which something is packed, as `model.layers`."""
+    architecture = variant.architecture
+    packed = [fact for fact in architecture.tensors.values() if fact.module in variant.quantized]
+    return sorted(
+        {
+            name.partition(f".{fact.layer}.")[0]
+            for fact in packed
+            for name in architecture.engine_names(fact.module)
+        }
+    )
 
 
 def _provenance(knobs: AutoRoundFormat) -> dict[str, Any]:

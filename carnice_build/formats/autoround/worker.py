@@ -15,7 +15,6 @@ from carnice_build.backends.autoround import (
     QuantizedLinear,
     linear_layer,
     run_in_batches,
-    stack_of,
     tune_layer,
 )
 from carnice_build.backends.tensors import as_data
@@ -25,7 +24,7 @@ from carnice_build.dtypes import NUMPY_NAME
 from carnice_build.errors import CheckpointError
 from carnice_build.kernels.autoround import dequantize_rows, pack
 from carnice_build.tensor_file import TensorFile
-from carnice_build.tensors import STACK
+from carnice_build.tensors import STACK, stacks
 
 
 def tune(
@@ -51,7 +50,7 @@ def tune(
     for index, name in enumerate(params["linears"]):
         files = outputs[1 + 3 * index : 4 + 3 * index]
         if STACK in name:
-            parts = [item for key, item in tuned.linears.items() if stack_of(key) == name]
+            parts = [item for key, item in tuned.linears.items() if name in stacks(key)]
             _write_packed(parts, files)
         else:
             _write_packed([tuned.linears[name]], files)

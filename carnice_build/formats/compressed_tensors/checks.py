@@ -25,8 +25,7 @@ from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.checks import FolderReader, Tensors, TorchChecks
 from carnice_build.formats.compressed_config import config_problems, stored_as
-from carnice_build.formats.compressed_tensors.files import STORAGE
-from carnice_build.formats.compressed_tensors.ops import PER_WORD, SUFFIXES
+from carnice_build.formats.compressed_tensors.ops import PER_WORD, STORAGE, SUFFIXES
 from carnice_build.formats.folder import ModelFolder
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme, only_group

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.json import to_json
 from carnice_build.formats.compressed_config import arguments, compressed_config, recipe_file
+from carnice_build.formats.compressed_tensors.ops import STORAGE
 from carnice_build.formats.exclusions import plain_modules
 from carnice_build.formats.variant import Variant
 from carnice_build.models.base import LINEARS
@@ -14,9 +15,6 @@ from carnice_build.tensors import STACK
 
 if TYPE_CHECKING:
     from carnice_build.formats.compressed_tensors.format import CompressedFormat
-
-STORAGE = "pack-quantized"
-"""compressed-tensors' name of weights whose codes share words."""
 
 _NUMBER = r"\d+"
 

@@ -16,6 +16,9 @@ from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, r
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """The tensors that a weight becomes, by the end of their names, in the order of outputs."""
 
+STORAGE = "pack-quantized"
+"""compressed-tensors' name of weights whose codes share words."""
+
 PER_WORD = 8
 """Codes in a word of 32 bits."""
 

@@ -164,7 +164,7 @@ class MlxVlmChecks(MlxChecks):
 
 
 def _is_tower(fact: TensorFact | None) -> bool:
-    return fact is not None and fact.part is Part.VISION
+    return fact is not None and fact.part is Part.TOWER
 
 
 class MlxDrafterChecks(MlxChecks):

@@ -32,7 +32,6 @@ from carnice_build.formats.mlx.trace import (
 )
 from carnice_build.graph import View
 from carnice_build.models.base import Architecture, FusedIn, TensorFact
-from carnice_build.models.untabled import Untabled
 from carnice_build.steps.base import PlanContext, Question
 from carnice_build.tensors import members
 
@@ -103,7 +102,7 @@ def _asked(
     spellings: list[Numbered | Fused] = [Numbered(specs)]
     if any(fact.fused for fact in facts):
         spellings.append(Fused(specs, facts))
-    if isinstance(architecture, Untabled):
+    if not architecture.tabled:
         spellings.reverse()
     reasons = []
     for spelling in spellings:

@@ -22,7 +22,6 @@ from carnice_build.formats.mlx.trace import Trace
 from carnice_build.formats.rules import Settings
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import View
-from carnice_build.models.drafters import MLX_DRAFTER
 from carnice_build.steps.base import PlanContext
 
 if TYPE_CHECKING:
@@ -52,8 +51,10 @@ class MlxDrafter(MlxFormat):
         """What becomes of the head."""
         facts = context.architecture.tensors
         specs = {name: ref.spec for name, ref in view.items()}
+        table = drafter_table(context.architecture)
+        assert table is not None
         # Types stay as they are, whatever the config says of the model.
-        found = trace_of(drafter_table(), specs, facts, None)
+        found = trace_of(table, specs, facts, None)
         return replace(found, modules={}) if self.plain else found
 
     def _settings(
@@ -72,7 +73,7 @@ class MlxDrafter(MlxFormat):
     def _config(self, variant: Variant) -> dict[str, Any]:
         text = variant.config.get("text_config", variant.config)
         config = {
-            "model_type": MLX_DRAFTER,
+            "model_type": variant.architecture.mlx_drafter,
             # A round of as many drafts as there are layers, and one more; the model adds one.
             "block_size": text["mtp_num_hidden_layers"] + 2,
             "text_config": text,

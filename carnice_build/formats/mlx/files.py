@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from carnice_build.checkpoint.generation import generation_entries
 from carnice_build.checkpoint.json import to_json
@@ -11,16 +11,13 @@ from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 
-if TYPE_CHECKING:
-    from carnice_build.formats.mlx.format import MlxFormat
 
-
-def mlx_files(knobs: MlxFormat, variant: Variant) -> dict[str, bytes]:
+def mlx_files(library: Target, variant: Variant) -> dict[str, bytes]:
     """config.json, as the library's `convert` writes it."""
-    return {"config.json": to_json(_config(knobs, variant))}
+    return {"config.json": to_json(_config(library, variant))}
 
 
-def _config(knobs: MlxFormat, variant: Variant) -> dict[str, Any]:
+def _config(library: Target, variant: Variant) -> dict[str, Any]:
     """The model's config with the quantization, sorted by key.
 
     Where every module is listed, mlx-lm writes a null group size; we write the real one.
@@ -28,7 +25,7 @@ def _config(knobs: MlxFormat, variant: Variant) -> dict[str, Any]:
     config = with_entries(variant.config, variant.stated["entries"])
     config.pop("_name_or_path", None)
     settings = generation_entries(variant.copied)
-    if knobs.library is Target.MLX_LM:
+    if library is Target.MLX_LM:
         config.pop("vision_config", None)
         if ends := settings.get("eos_token_id"):
             config["eos_token_id"] = ends

@@ -24,6 +24,7 @@ from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.mlx.conversion import knows, mlx_trace
 from carnice_build.formats.mlx.files import mlx_files, section_of, short_section
 from carnice_build.formats.mlx.kept import METHOD, codes_of, kept_trace
+from carnice_build.formats.mlx.names import drafter_table
 from carnice_build.formats.mlx.ops import (
     SUFFIXES,
     AffineQuantize,
@@ -38,7 +39,6 @@ from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import ArrayOp, Op, Stacked, TensorRef, View
 from carnice_build.models.base import Architecture, Part, TensorFact
-from carnice_build.models.drafters import MLX_DRAFTED
 from carnice_build.steps.base import Codes, PlanContext
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class MlxFormat(Format):
 
     def files(self, variant: Variant) -> Mapping[str, bytes]:
         """As the library writes and loads them."""
-        return mlx_files(self, variant)
+        return mlx_files(self.library, variant)
 
     def companions(self, view: View, context: PlanContext) -> Sequence[Companion]:
         """The MTP head as a drafter, in folders for mlx-vlm."""
@@ -116,7 +116,7 @@ class MlxFormat(Format):
 
         if self.library is Target.MLX_LM:
             why_not = "mlx-lm has no use for an MTP head: that takes `target: mlx-vlm`"
-        elif context.architecture.name not in MLX_DRAFTED:
+        elif drafter_table(context.architecture) is None:
             why_not = f"mlx-vlm makes no drafter of a model of {context.architecture.name}"
         elif not any(context.architecture.tensors[name].part is Part.MTP for name in view):
             why_not = "there is no MTP head"
@@ -134,7 +134,7 @@ class MlxFormat(Format):
         if self.library is not Target.MLX_LM:
             return {}
         return {
-            Part.VISION: "mlx-lm runs the text model alone",
+            Part.TOWER: "mlx-lm runs the text model alone",
             Part.MTP: "mlx-lm leaves the MTP head out",
         }
 
@@ -202,7 +202,7 @@ class MlxFormat(Format):
                 made.add_plain(item, fact)
             else:
                 made.add_quantized(item, fact, settings)
-        towers = any(fact.part is Part.VISION for fact in made.facts)
+        towers = any(fact.part is Part.TOWER for fact in made.facts)
         return made.conversion(towers=towers, drafter=bool(self.companions(view, context)))
 
     def _check_fit(

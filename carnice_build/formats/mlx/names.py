@@ -9,14 +9,12 @@ from carnice_build.formats.mlx.table import Table, table_of, trace_of
 from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Traced
 from carnice_build.models.base import Architecture
-from carnice_build.models.drafters import MLX_DRAFTED, MLX_DRAFTER
 
 
-def drafter_table() -> Table:
-    """What becomes of the head of any of `MLX_DRAFTED`."""
-    table = table_of(MLX_DRAFTER, Target.MLX_VLM)
-    assert table is not None
-    return table
+def drafter_table(architecture: Architecture) -> Table | None:
+    """What becomes of the model's MTP head; None where mlx-vlm makes no drafter of it."""
+    head = architecture.mlx_drafter
+    return None if head is None else table_of(head, Target.MLX_VLM)
 
 
 def published(architecture: Architecture, target: Target) -> Mapping[str, Traced]:
@@ -25,23 +23,24 @@ def published(architecture: Architecture, target: Target) -> Mapping[str, Traced
     What a folder holds twice is there a second time by its own name.
     Types are those of a model in BF16.
     """
-    table = table_of(architecture.name, target)
-    return {} if table is None else _names(architecture, table)
+    return _names(architecture, table_of(architecture.name, target))
 
 
 def published_drafter(architecture: Architecture) -> Mapping[str, Traced]:
     """As `published`, of the folder with the MTP head alone."""
-    return _names(architecture, drafter_table())
+    return _names(architecture, drafter_table(architecture))
 
 
 def known_names(architecture: Architecture) -> Mapping[str, Traced]:
     """As `published`, whatever library a folder is for: no two call two tensors alike."""
-    heads = published_drafter(architecture) if architecture.name in MLX_DRAFTED else {}
     targets = (published(architecture, target) for target in Target)
-    return dict(item for names in (heads, *targets) for item in names.items())
+    found = (published_drafter(architecture), *targets)
+    return dict(item for names in found for item in names.items())
 
 
-def _names(architecture: Architecture, table: Table) -> Mapping[str, Traced]:
+def _names(architecture: Architecture, table: Table | None) -> Mapping[str, Traced]:
+    if table is None:
+        return {}
     facts = architecture.tensors
     specs = {name: TensorSpec("BF16", fact.shape) for name, fact in facts.items()}
     found: dict[str, Traced] = {}

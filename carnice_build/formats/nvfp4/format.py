@@ -110,7 +110,7 @@ class Nvfp4Format(Format):
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor of the view under its own name, the linears quantized."""
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
-        chosen = {fact.module: fact for fact in self._quantized(facts)}
+        chosen = {fact.module: fact for fact in self._chosen(facts)}
         found = {module: unfit(view[fact.name].spec) for module, fact in chosen.items()}
         refuse_unfit(found, "it among `keep`")
         activations = Activations(Calibration(view, context.calibrated()))
@@ -143,7 +143,7 @@ class Nvfp4Format(Format):
             figures=figures,
         )
 
-    def _quantized(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
+    def _chosen(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
         names, patterns = [fact.name for fact in facts], KEEP_LISTS[self.defaults]
         left = set(Patterns(list(patterns)).select(names)) | kept(self.keep, names)
         if MTP_HEADS in patterns:
