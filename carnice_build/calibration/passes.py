@@ -9,7 +9,7 @@ No key holds anything of the quantizer, so all recipes of one body and one datas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -129,9 +129,13 @@ class Forward(ProcessOp):
         outputs: Sequence[TensorFile],
         progress: Callable[[], None],
     ) -> None:
-        """Raises CheckpointError for NaN or infinity in what a linear is given."""
+        """Raises CheckpointError for NaN or infinity in what a linear is given.
+
+        And BackendError for a linear of whose inputs nothing is known.
+        """
         import numpy as np
 
+        from carnice_build.calibration.layer_files import layer_name
         from carnice_build.calibration.layer_pass import run_layer
 
         made = len(outputs) - len(made_specs(params, [file.spec for file in inputs]))
@@ -146,8 +150,9 @@ class Forward(ProcessOp):
             progress,
         )
         counts = linear_counts(params, [file.spec for file in inputs[2:]])
-        linears = list(_each(params["linears"], counts))
-        outputs[1].write(np.array([seen.amax.get(name, 0.0) for name in linears], np.float32))
+        linears = map(numbered, params["linears"], counts)
+        prefix = layer_name(params, inputs[2:])
+        outputs[1].write(np.array(seen.largest(linears, prefix), np.float32))
         for file in outputs[2:made]:
             stack = next(name for name in params["linears"] if STACK in name)
             experts = numbered(stack, file.spec.size)
@@ -186,12 +191,6 @@ def linear_counts(params: Mapping[str, Any], weights: Sequence[TensorSpec]) -> l
     return [
         named[f"{linear}.weight"].shape[0] if STACK in linear else 1 for linear in params["linears"]
     ]
-
-
-def _each(linears: Sequence[str], counts: Sequence[int]) -> Iterator[str]:
-    """The names of all linears, those of a stack by their numbers."""
-    for linear, count in zip(linears, counts, strict=True):
-        yield from numbered(linear, count)
 
 
 def layer_memory(params: Mapping[str, Any], inputs: Sequence[TensorSpec], workspace: int) -> int:
