@@ -169,6 +169,10 @@ class Llama:
         return self._heads
 
     @property
+    def eager(self) -> bool:
+        return False
+
+    @property
     def drafts(self) -> bool:
         return False
 

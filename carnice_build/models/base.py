@@ -270,6 +270,10 @@ class Architecture(Protocol):
         """Heads of a layer of `kind` that score each token by all before it; 0 if none does."""
 
     @property
+    def eager(self) -> bool:
+        """True where transformers has no attention for the family but `eager`."""
+
+    @property
     def drafts(self) -> bool:
         """Whether it is known what an MTP head computes, so that there is a `draft_head`."""
 

@@ -177,6 +177,11 @@ class Untabled:
         raise NotImplementedError(self.name)
 
     @property
+    def eager(self) -> bool:
+        """Nothing is calibrated without a table."""
+        raise NotImplementedError(self.name)
+
+    @property
     def drafts(self) -> bool:
         """Nothing is known of heads."""
         return False
