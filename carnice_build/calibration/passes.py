@@ -81,7 +81,8 @@ class Forward(ProcessOp):
     A stack of experts is as many linears; one that no token was sent to has 0.
     Parameters: `names` (of the tensors, within the layer), `linears` (of the modules in amax),
     `layer` (its number), `given` and `made` (`beside.told`, where there is any), `config` of the
-    text model, and `dtype`, `attention`, `threads`, `device` and `processor` of the arithmetic.
+    text model, and `dtype`, `attention`, `threads`, `device` and `processor` of the arithmetic;
+    `gpus`, the kinds that the machine has, where `device` is not the processor.
 
     The number and the whole config are parameters though most layers compute alike whatever theirs:
     what else a layer depends on, only the code of its family knows.  That costs nothing within a

@@ -23,9 +23,11 @@ from carnice_build.dtypes import FLOAT_NAMES, ITEM_SIZE, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Part, Passed, Role, TensorFact
-from carnice_build.processor import vector_instructions
+from carnice_build.processor import gpus, vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
 from carnice_build.tensors import SourceTensor
+
+CPU = "cpu"
 
 EAGER = "eager"
 """The attention that transformers has for every family, and that writes its scores down."""
@@ -168,6 +170,7 @@ class Calibration:
             "threads": spec.threads,
             "device": spec.device,
             "processor": vector_instructions(),
+            **({"gpus": list(gpus())} if spec.device != CPU else {}),
         }
 
     def _workspace(self, kind: str) -> int:
