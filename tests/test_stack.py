@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,25 @@ def test_a_shape_file_has_stacks_without_bytes() -> None:
     assert (None, (3, *SHAPE)) == (stack.file, stack.spec.shape)
     halves = slab_stack("gate", fused, 0, 3), slab_stack("up", fused, 3, 6)
     assert 4 == len({stack.identity, fused.identity, *(half.identity for half in halves)})
+
+
+def test_no_more_is_held_while_columns_are_read_than_declared(tmp_path: Path) -> None:
+    """From the second matrix on, too, when the first was there already."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2 * 3 * 512 * 1024))
+    turned = turned_stack(
+        "t", SourceTensor("e", TensorSpec("BF16", (3, 512, 1024)), LocalFile(path), 0), 0, 1024
+    )
+    assert turned.file is not None
+    buffer = memoryview(bytearray(turned.spec.nbytes // 24))
+    tracemalloc.start()
+    with turned.file.open_range(0, turned.spec.nbytes) as read:
+        for _ in range(24):
+            read(buffer)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert 0.9 * turned.held_bytes < peak < 1.05 * turned.held_bytes
 
 
 def test_what_is_held_while_columns_are_read_is_declared(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tensors of quantized checkpoints as the floats they stand for, decoded while they are read.
 
-Whoever reads one sees a tensor in BF16, say, in a file; nothing decoded is written to disk.
+Whoever reads one sees a tensor in BF16, say, in a file, and nothing decoded is written to disk but
+what a worker process is given of a layer, while it works on it.
 """
 
 from __future__ import annotations

@@ -117,7 +117,11 @@ class Job:
         """Most memory that the job takes, beyond the process's own."""
         if self.process is not None:
             action = self.actions[0]
-            return self.process.memory(action.params, [ref.spec for ref in action.inputs])
+            read = [ref.origin for ref in action.inputs if isinstance(ref.origin, SourceTensor)]
+            # Sources are copied one after another, before the process begins.
+            held = max((source.held_bytes for source in read), default=0)
+            specs = [ref.spec for ref in action.inputs]
+            return max(held, self.process.memory(action.params, specs))
         if self.rows is not None:
             return self._streaming_bytes(max(1, self.rows))
         made = [
