@@ -121,10 +121,10 @@ def parsed(text: str) -> Trace | Refusal:
         programs = [tuple(_step(item) for item in steps) for steps in table["programs"]]
         return Trace(
             tuple(_traced(row, programs) for row in table["tensors"]),
-            {path: dict(own) for path, own in table["modules"].items()},
-            {path: dict(own) for path, own in table["quantized"].items()},
-            None if table["stated"] is None else dict(table["stated"]),
-            dropped=frozenset(table["dropped"]),
+            {path: _object(own) for path, own in table["modules"].items()},
+            {path: _object(own) for path, own in table["quantized"].items()},
+            None if table["stated"] is None else _object(table["stated"]),
+            dropped=frozenset(map(_text, table["dropped"])),
         )
     except _DAMAGED as error:
         raise NotATrace(f"no trace: {error}") from None
@@ -153,6 +153,12 @@ def _require_used(item: Traced) -> None:
     used = {index for step in item.steps for index in step.operands} | {places - 1}
     if len({source.name for source in item.sources}) != len(item.sources) or len(used) != places:
         raise ValueError(f"{item.name} is not made of its sources")
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise TypeError(f"{value!r} is no object")
+    return value
 
 
 def _text(value: Any) -> str:
