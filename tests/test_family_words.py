@@ -1,4 +1,4 @@
-"""No code outside of `models` knows a family: neither by name nor by what its tensors are called."""
+"""No code outside of `models` knows a family, neither by name nor by names of its tensors."""
 
 from __future__ import annotations
 

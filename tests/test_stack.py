@@ -16,7 +16,7 @@ from carnice_build.checkpoint.stack import slab_rows, slab_stack, stacked
 from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError
-from carnice_build.tensors import SourceTensor
+from carnice_build.tensors import SourceTensor, expert_of, numbered, stacks
 
 SHAPE = (3, 4)
 RANDOM = np.random.default_rng(0)
@@ -206,3 +206,19 @@ def test_what_is_held_while_columns_are_read_is_declared(tmp_path: Path) -> None
 
     assert 0 == tensor.held_bytes == stacked("s", [tensor, tensor]).held_bytes
     assert 2 * 2 * 4 * 6 == turned.held_bytes == stacked("s", [turned, turned]).held_bytes
+
+
+@pytest.mark.parametrize("name", ["layers.3.mlp.experts.*.up.weight", "experts.*", "*.w", "h.2.*"])
+def test_an_experts_name_tells_its_stack(name: str) -> None:
+    """Among what each of its numbers could be of; only those of `experts` are known for it."""
+    for number, member in enumerate(numbered(name, 12)):
+        assert number == stacks(member)[name]
+        assert expert_of(member) == ((name, number) if "experts" in name else None)
+
+
+@pytest.mark.parametrize(
+    "name", ["w1.weight", "experts.01.up", "experts.up", f"experts.{'9' * 20}.w"]
+)
+def test_what_no_stack_calls_an_expert_is_none(name: str) -> None:
+    """Digits within a word, and numbers that nobody writes so."""
+    assert {} == stacks(name)
