@@ -228,9 +228,10 @@ def _slab(stack: TensorData, index: int) -> TensorData:
 
 
 class ProcessOp(Op):
-    """An op that works on files, in a process of its own, because it brings a large library.
+    """An op that works on files, in a process of its own: it brings a large library, most often.
 
-    It reads of its inputs what it needs when it needs it, so none has to fit in memory.
+    It reads of its inputs what it needs when it needs it, and again if it must, so none has to fit
+    in memory.
     The outputs named in `transient`, by their index, are not kept longer than the build needs them.
     """
 

@@ -1,4 +1,4 @@
-"""What of the processor decides how libraries round: the widest vector instructions it has."""
+"""What of a machine decides how libraries round: its vector instructions, and kinds of GPUs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,28 @@ def vector_instructions() -> str:
     """
     kind = _widest() if sys.platform == "linux" else _model()
     return f"{platform.machine()} {kind}".strip()
+
+
+_DRIVER = Path("/proc/driver/nvidia/gpus")
+"""Where NVIDIA's driver for Linux has a folder for each GPU."""
+
+
+@cache
+def gpus() -> tuple[str, ...]:
+    """The kinds of NVIDIA GPUs that the driver names, such as `NVIDIA H100 80GB HBM3`, in order.
+
+    A library's kernels differ from one kind to the next.  None where no such driver tells of any;
+    torch would say as much of some, but takes seconds to be imported.
+    """
+    found = set()
+    for path in _DRIVER.glob("*/information"):
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        stated = (line.partition(":") for line in lines)
+        found |= {value.strip() for key, _, value in stated if key.strip() == "Model"}
+    return tuple(sorted(found))
 
 
 def _widest() -> str:

@@ -107,6 +107,25 @@ def _packed(**weights: Any) -> tuple[Mapping[str, Any], Callable[[Any], Quantize
     return config, _compressed("pack-quantized", **args)
 
 
+def _packed_in_two_ways() -> tuple[Mapping[str, Any], Callable[[Any], Quantized]]:
+    """Four bits in groups of 64, and eight in groups of 32 for what has fewer rows than columns.
+
+    Words and scales of the latter are those of twice the columns in the former.
+    """
+    config, four = _packed(strategy="group", group_size=64, symmetric=True)
+    other, eight = _packed(num_bits=8, strategy="group", group_size=32, symmetric=True)
+    groups = {
+        "group_0": config["config_groups"]["group_0"],
+        "group_1": other["config_groups"]["group_0"],
+    }
+
+    def quantize(weight: Any) -> Quantized:
+        rows, columns = weight.shape
+        return eight(weight) if rows < columns else four(weight)
+
+    return {**config, "config_groups": groups}, quantize
+
+
 def _float(strategy: str, stored: str) -> tuple[Mapping[str, Any], Callable[[Any], Quantized]]:
     args = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True}
     config = {
@@ -125,6 +144,7 @@ METHODS: Mapping[str, tuple[Mapping[str, Any], Callable[[Any], Quantized]]] = {
     "int4 group": _packed(strategy="group", group_size=32, symmetric=True),
     "int4 zeros": _packed(strategy="group", group_size=64, symmetric=False),
     "int4 channel": _packed(strategy="channel", symmetric=True),
+    "int4 and int8": _packed_in_two_ways(),
     "mxfp4": ({"quant_method": "mxfp4"}, _mxfp4),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, _gptq),
     "auto-round": (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from test_tables import CASES, expanded
 from tiny import write_json
 from zoo import write_zoo
 
+from carnice_build.backends.families import described
+from carnice_build.backends.skeletons import Skeletons
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
+from carnice_build.errors import CheckpointError
 from carnice_build.models import architecture_of, table_of, use_tables
 from carnice_build.models.base import Part
 from carnice_build.models.fitting import fit
@@ -103,9 +108,18 @@ def test_a_table_that_is_there_is_not_overwritten(folder: Path, carnice: Carnice
         ({"hidden_size": 4}, "has no model_type"),
         (["llama"], "is not a JSON object"),
         ({"model_type": "siglip"}, "has no language model of 'siglip'"),
+        ({"model_type": "llama", "num_hidden_layers": "many"}, "LlamaConfig of transformers does"),
         (None, "cannot be read"),
     ],
-    ids=["unknown", "misspelt", "without a type", "no object", "no language model", "not there"],
+    ids=[
+        "unknown",
+        "misspelt",
+        "without a type",
+        "no object",
+        "no language model",
+        "an entry of another type",
+        "not there",
+    ],
 )
 def test_what_is_no_model_is_one_sentence(
     folder: Path, carnice: Carnice, config: Any, said: str
@@ -120,6 +134,53 @@ def test_what_is_no_model_is_one_sentence(
     assert ("did you mean 'llama'?" in finished.err) == ("'lama'" in said)
     assert 1 == len(finished.err.strip().splitlines())
     assert not (folder / "recipes").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "entries"),
+    [
+        ("llama", {"self": 1}),
+        ("llama", {"num_attention_heads": 0}),
+        ("llama", {"hidden_size": {"a": 1}}),
+        ("mistral3", {"text_config": "words"}),
+    ],
+)
+def test_entries_that_transformers_does_not_take_are_one_error(
+    model_type: str, entries: dict[str, Any]
+) -> None:
+    """It names the file and the class, whatever the class raises."""
+    found = described(model_type, entries, "config.json")
+
+    assert isinstance(found, CheckpointError)
+    assert "config.json: has entries that " in str(found)
+
+
+@pytest.mark.parametrize(
+    "name", ["Trainer", "pipeline", "AutoModelForCausalLM", "AddedToken", "no"]
+)
+def test_an_architecture_that_is_no_model_is_not_called(name: str) -> None:
+    """A config.json may name whatever transformers has; the type says which model it is."""
+    skeletons = Skeletons("llama", {"architectures": [name]}, "config.json")
+
+    assert "LlamaForCausalLM" == skeletons.model_class.__name__
+
+
+def test_the_command_itself_loads_no_library(folder: Path) -> None:
+    """transformers builds its models in a process of its own."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from carnice_build.commands.family import write_family\n"
+        "from carnice_build.commands.options import Options\n"
+        "if __name__ == '__main__':\n"
+        "    write_family('olmo2', Path('mine.yaml'), Options())\n"
+        "    print({'torch', 'transformers'} & sys.modules.keys())\n"
+    )
+    (folder / "script.py").write_text(code, encoding="utf-8")
+    run = [sys.executable, "script.py"]
+    output = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+
+    assert "set()" == output.strip()
 
 
 def test_a_table_in_the_place_of_one_that_ships_is_told(folder: Path, carnice: Carnice) -> None:

@@ -1,4 +1,4 @@
-"""No code outside of `models` knows a family, neither by name nor by names of its tensors."""
+"""No code outside of `models` knows a family, by its name or by what its tensors are called."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from auto_round import AutoRound, RTNConfig, SignRoundConfig
 from auto_round.algorithms.composer import AlgorithmComposer
 from auto_round.special_model_handler import _attach_gemma4_rotary_emb
 from driving import Checkpoint
-from family_builds import build_checked, write_family
+from family_builds import build_checked, options_of, write_family
 from oneshot import tokenizer
 from tiny import Tensor, bf16, read_all_tensors, read_json
 from transformers import AutoTokenizer, set_seed
@@ -23,7 +23,8 @@ from zoo import FAMILIES, TOKENIZER, Layout, write_zoo
 
 from carnice_build.calibration.driver import Arithmetic
 from carnice_build.checkpoint.checkpoint import open_checkpoint
-from carnice_build.errors import CarniceError
+from carnice_build.commands.plan import plan_variants
+from carnice_build.errors import PlanError
 from carnice_build.models import architecture_of, known_types
 from carnice_build.models.base import Part, Role
 from carnice_build.recipe.patterns import Patterns
@@ -191,26 +192,57 @@ def test_tuned_blocks_are_those_of_a_run_of_the_whole_model(
 @pytest.mark.parametrize(
     ("family", "said"),
     [
-        pytest.param("nemotron_h", "runs no experts without a gate", marks=pytest.mark.wide),
-        pytest.param("gpt_oss", "no attention sdpa for GptOssForCausalLM", marks=pytest.mark.wide),
+        ("nemotron_h", r"cannot tune layer \d: it runs no experts without a gate"),
+        ("gpt_oss", "needs attention sdpa, which transformers does not have for gpt_oss"),
+        ("gemma4", "cannot tune layer 0, for layers are given per_layer_input"),
     ],
 )
-def test_what_the_library_cannot_tune_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, said: str
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_the_library_cannot_tune_is_refused_by_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, said: str, attention: str
 ) -> None:
-    """Experts that it has no forward pass for, and an attention that transformers lacks."""
+    """Experts that it has no forward pass for, an attention that transformers lacks, and more.
+
+    What to do instead works, and another attention, which tuning does not have, is no way out.
+    """
     monkeypatch.chdir(tmp_path)
     source = write_family(tmp_path / "source", family, {})
-    texts = write_long_texts(tmp_path / "texts.json")[:TEXTS]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a text"}\n')
+    # Too narrow for groups of 128.
+    kept = ", keep: ['*.per_layer_projection.*']" if family == "gemma4" else ""
+    tuned = TUNE.replace("method: tune", f"method: tune{kept}")
+    tuned = tuned.replace("threads: 1", f"threads: 1, attention: {attention}")
+    eager = attention == "eager" and family != "gpt_oss"
 
-    recipe = TUNE
-    if family == "nemotron_h":
-        # Mamba's tiny projection has a number of rows that the library does not take.
-        recipe = TUNE.replace("method: tune,", "method: tune, keep: ['*.mixer.in_proj.*'],")
+    with pytest.raises(PlanError, match="attention eager.* expected sdpa" if eager else said):
+        plan(tmp_path, source, tuned)
+    plan(tmp_path, source, f"quantize: {{format: autoround, method: nearest{kept}}}")
 
-    with pytest.raises(CarniceError, match=said):
-        build_checked(tmp_path, source, "tuned", recipe)
+
+def test_an_attention_that_a_family_lacks_is_refused_by_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the other one, which it names, is taken."""
+    monkeypatch.chdir(tmp_path)
+    source = write_family(tmp_path / "source", "gpt_oss", {})
+    (tmp_path / "rows.jsonl").write_text('{"text": "a text"}\n')
+    recipe = "calibration: {{dataset: rows.jsonl, samples: 1, length: 16, attention: {}}}\n"
+    recipe += "quantize: {{format: nvfp4}}"
+
+    with pytest.raises(PlanError, match="no attention sdpa for gpt_oss") as raised:
+        plan(tmp_path, source, recipe.format("sdpa"))
+    assert "calibration.attention: eager" == raised.value.expected
+    plan(tmp_path, source, recipe.format("eager"))
+
+
+def plan(root: Path, source: Path, recipe: str) -> None:
+    """Plan a variant of the checkpoint `source`; no pass runs."""
+    (root / "recipes").mkdir(exist_ok=True)
+    (root / "recipes" / "_profiles.yaml").write_text("demo: {}\n")
+    (root / "recipes" / "v.yaml").write_text(
+        f"variant: v\ndescription: A\nsources: {{body: {{model: a/b}}}}\n{recipe}"
+    )
+    plan_variants(["v"], options_of(root, source))
 
 
 @pytest.fixture

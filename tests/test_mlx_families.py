@@ -28,11 +28,20 @@ from carnice_build.commands.plan import plan_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import BackendError, PlanError
-from carnice_build.formats.mlx.conversion import Fused, Numbered, told
+from carnice_build.formats.mlx.conversion import Fused, Numbered, Parts, knows, told
 from carnice_build.formats.mlx.entries import older_entries, with_entries
-from carnice_build.formats.mlx.table import TABLES, table_of, trace_of
+from carnice_build.formats.mlx.table import TABLES, Table, table_of, trace_of
 from carnice_build.formats.mlx.target import Target
-from carnice_build.formats.mlx.trace import Kind, Refusal, Trace, answered, parsed
+from carnice_build.formats.mlx.trace import (
+    Kind,
+    Refusal,
+    Step,
+    Trace,
+    Traced,
+    TracedSource,
+    answered,
+    parsed,
+)
 from carnice_build.steps.base import Question
 
 pytest.importorskip("mlx_lm")
@@ -187,6 +196,71 @@ def test_what_a_table_makes_of_the_config_loads(zoo: Zoo, tmp_path: Path, family
     ]
 
     assert any(isinstance(answer, Trace) for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("target", "model_type", "known"),
+    [
+        (Target.MLX_LM, "llama", True),
+        (Target.MLX_LM, "kimi_k2", True),
+        (Target.MLX_LM, "phi-msft", True),
+        (Target.MLX_LM, "format", False),
+        (Target.MLX_LM, "../models/llama", False),
+        (Target.MLX_VLM, "gemma3", True),
+        (Target.MLX_VLM, "llava-qwen2", True),
+        (Target.MLX_VLM, "format", False),
+    ],
+)
+def test_a_library_knows_its_models_and_what_it_runs_as_one(
+    target: Target, model_type: str, known: bool
+) -> None:
+    """By its files and its table of other names; any other word that its code holds is no model."""
+    if target is Target.MLX_VLM:
+        pytest.importorskip("mlx_vlm")
+
+    assert known == knows(model_type, target)
+
+
+@pytest.mark.parametrize("target", Target)
+def test_what_a_library_does_not_do_is_said_of_that_library(target: Target) -> None:
+    """A fused tensor that it takes as a whole, and an entry that it needs."""
+    half, whole = TensorSpec("BF16", (2, 3, 4)), TensorSpec("BF16", (2, 6, 4))
+    parts = {"both": Parts([TracedSource("gate", half), TracedSource("up", half)], turns=True)}
+    shifted = Step("add_number", (0,), (1,))
+    trace = Trace((Traced("both", whole, (TracedSource("both", whole),), (shifted,)),), {})
+    table = Table(about="A library.", needs=["width"])
+
+    with pytest.raises(PlanError, match=f"{target} does not take both apart"):
+        told(trace, parts, target)
+    with pytest.raises(PlanError, match=f"no entry width, which {target} needs"):
+        older_entries({}, table, target)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"torch_dtype": "bfloat16", "text_config": {"dtype": "float16"}}, "bfloat16"),
+        ({"text_config": {"dtype": "float16"}}, "float16"),
+        ({"dtype": "float16"}, "float32"),
+        ({"torch_dtype": "auto"}, "float32"),
+    ],
+)
+def test_a_model_is_cast_to_the_type_that_libraries_read(
+    config: dict[str, Any], dtype: str
+) -> None:
+    """Its floats are, wherever else a type may stand; integers and what it asks for stay."""
+    import mlx.core as mx
+    from mlx import nn
+
+    model = nn.Linear(2, 2)
+    model.order, model.gate = mx.array([300, 1]), mx.ones(1)
+    model.cast_predicate = lambda name: name != "gate"
+    mlx_trace.cast_as_stated(model, config)
+    found = {name: item.dtype for name, item in model.parameters().items()}
+
+    as_cast = getattr(mx, dtype)
+    kept = {"order": mx.int32, "gate": mx.float32}
+    assert {"weight": as_cast, "bias": as_cast, **kept} == found
 
 
 # --- plans and builds ----------------------------------------------------------------------------
@@ -404,7 +478,7 @@ def test_what_this_machine_lacks_is_no_refusal(
     def failing(*_: Any, **__: Any) -> None:
         raise error
 
-    for place in ("MlxLm.load", "_checkpoint"):
+    for place in ("MlxLm.load", "as_checkpoint"):
         with monkeypatch.context() as patch:
             patch.setattr(f"carnice_build.backends.mlx_trace.{place}", failing)
             with pytest.raises((BackendError, type(error))):

@@ -19,12 +19,13 @@ from conftest import REPOSITORY, Finished, Project, TinyCheckpoint
 from tiny import Tensor, bf16, read_json, read_safetensors, write_json, write_safetensors
 from zoo import write_zoo
 
+from carnice_build.commands import new
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.new import NewRecipe, new_recipe
 from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.dtypes import TensorSpec
-from carnice_build.errors import CarniceError
+from carnice_build.errors import CarniceError, CheckpointError
 from carnice_build.graph import TensorRef, View
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Part
@@ -510,6 +511,22 @@ def test_a_source_that_cannot_be_decoded_is_refused(empty: Path, model: Path) ->
     with pytest.raises(CarniceError):
         new_recipe("mine", str(model), "mlx-4bit")
     assert [] == list(empty.iterdir())
+
+
+def test_what_ends_it_is_said_though_its_folder_cannot_go(
+    empty: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody may have put a file there meanwhile, which stays."""
+
+    def planned(*_: object) -> None:
+        (empty / "recipes" / "other.yaml").touch()
+        raise CheckpointError("is damaged")
+
+    monkeypatch.setattr(new, "plan_variants", planned)
+
+    with pytest.raises(CheckpointError, match="is damaged"):
+        new_recipe("mine", str(model), "mlx-4bit")
+    assert ["other.yaml"] == [path.name for path in (empty / "recipes").iterdir()]
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from conftest import Finished, Project
 from test_bad_input import check_refused, check_refused_at_once
 from tiny import Tensor, bf16, read_json, read_safetensors, write_json, write_safetensors
 
+from carnice_build.calibration import plan
 from carnice_build.calibration.passes import Embed, Forward
 from carnice_build.calibration.tokens import Tokens
 from carnice_build.commands.plan import plan_variants
@@ -178,6 +179,20 @@ def test_a_knob_of_the_calibration_changes_what_it_is_about(
 
     assert set(ops) <= first
     assert BlockQuantize not in first
+
+
+def test_the_kinds_of_gpus_are_in_the_keys_of_what_they_compute(
+    small: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of passes on a device alone: those on the processor are the same beside any GPU."""
+    found: dict[str, list[list[str]]] = {"cpu": [], "cuda": []}
+    for kind in ("NVIDIA A100", "NVIDIA H100"):
+        monkeypatch.setattr(plan, "gpus", lambda kind=kind: (kind,))
+        for device, keys in found.items():
+            keys.append(forwards(planned(small, f"calibration.device={device}")))
+
+    assert found["cpu"][0] == found["cpu"][1]
+    assert not {*found["cuda"][0]} & {*found["cuda"][1]}
 
 
 # --- recipes -------------------------------------------------------------------------------------

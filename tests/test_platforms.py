@@ -485,3 +485,21 @@ def test_a_source_may_have_a_name_that_is_no_utf_8(project: Project, tmp_path: P
 
     assert project.built("mlx-4bit") == contents(odd / "out" / "mlx-4bit")
     assert (0, 0) == (again.actions_run, again.read_bytes)
+
+
+def test_kinds_of_gpus_are_what_the_driver_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once, in one order; none without a driver."""
+    monkeypatch.setattr(processor, "_DRIVER", tmp_path / "gpus")
+    nothing = processor.gpus.__wrapped__()
+    for place, kind in (("0000:01", "H100 80GB HBM3"), ("0000:02", "A100"), ("0000:03", "A100")):
+        folder = tmp_path / "gpus" / place
+        folder.mkdir(parents=True)
+        text = f"Model: \t\t NVIDIA {kind}\nIRQ:   \t\t 0\nGPU UUID: \t GPU-{place}\n"
+        (folder / "information").write_text(text)
+
+    assert ((), ("NVIDIA A100", "NVIDIA H100 80GB HBM3")) == (
+        nothing,
+        processor.gpus.__wrapped__(),
+    )

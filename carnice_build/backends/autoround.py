@@ -10,13 +10,11 @@ generators of this process: to be imported in worker processes alone.
 from __future__ import annotations
 
 import gc
-import io
-import logging
 import math
 import warnings
 from collections import UserDict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
@@ -24,12 +22,14 @@ from typing import Any, Literal
 
 import torch
 from auto_round import AutoRound, QuantizationScheme, RTNConfig, SignRoundConfig
-from auto_round.modeling.fused_moe.moe_experts_interface import LINEAR_LOOP_IMPL
-from auto_round.modeling.fused_moe.replace_modules import apply_replacements, materialize_model_
 from torch import Tensor, nn
 
+from carnice_build.backends.autoround_layer import (
+    linear_layer,
+    named_linears,
+    without_log,
+)
 from carnice_build.backends.layer import LayerRunner, module_paths
-from carnice_build.errors import BackendError
 from carnice_build.tensors import stacks
 
 # Layers with as many bits are left alone.
@@ -181,7 +181,7 @@ def _quantizable_layer(
 ) -> nn.Module:
     """A layer whose weights may be overwritten, as the library does."""
     layer = linear_layer(runner, {name: tensor.clone() for name, tensor in tensors.items()})
-    linears = {names[path]: linear for path, linear in _linears(layer)}
+    linears = {names[path]: linear for path, linear in named_linears(layer)}
     known = {name.removesuffix(".weight") for name in tensors} | set(names.values())
     unknown = sorted(settings.layer_bits.keys() - known)
     if unknown:
@@ -197,49 +197,6 @@ def _quantizable_layer(
             f"expected layer_bits {WHOLE} for it"
         )
     return layer
-
-
-def linear_layer(runner: LayerRunner, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The layer as the library tunes it: every expert's linears modules of their own.
-
-    BackendError for experts that the library cannot run so.
-    """
-    layer = runner.layer(tensors)
-    holder: Any = nn.Module()
-    holder.layer, holder.config = layer, deepcopy(runner.config)
-    with _without_log(), redirect_stderr(io.StringIO()):
-        # Of some models the library has blocks of its own.
-        apply_replacements(holder)
-        materialize_model_(holder)
-    for module in layer.modules():
-        if hasattr(module, "is_concatenated"):
-            if not (module.is_concatenated and module.has_gate):
-                # It would fail, or take rows of both for those of one.
-                raise BackendError(
-                    "auto-round runs no experts without a gate, or whose gate takes turns with up",
-                    expected="method: nearest",
-                )
-            # The layer's own: what transformers' experts look up their forward by.
-            config: Any = module.config
-            config._experts_implementation = LINEAR_LOOP_IMPL
-    return layer
-
-
-@contextmanager
-def _without_log() -> Iterator[None]:
-    logger = logging.getLogger("autoround")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for path, module in layer.named_modules():
-        if isinstance(module, nn.Linear):
-            yield path, module
 
 
 @torch.no_grad()
@@ -346,7 +303,7 @@ def _library(
     gc.freeze()
     try:
         with (
-            _without_log(),
+            without_log(),
             TemporaryDirectory(prefix="auto-round-") as folder,
             warnings.catch_warnings(),
         ):
@@ -364,7 +321,7 @@ def _library(
                 alg_configs=config,
                 layer_config={
                     f"{_PATH}.{path}": {"bits": settings.bits_of(names[path])}
-                    for path, _ in _linears(layer)
+                    for path, _ in named_linears(layer)
                     if settings.bits_of(names[path]) != settings.bits
                 },
                 nsamples=samples,
@@ -409,7 +366,7 @@ def _quantized_linears(
     """What the library left in the linears of `layer`."""
     return {
         names[path]: _quantized_linear(linear)
-        for path, linear in _linears(layer)
+        for path, linear in named_linears(layer)
         if settings.bits_of(names[path]) < WHOLE
     }
 

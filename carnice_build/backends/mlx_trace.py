@@ -82,7 +82,7 @@ def traced(library: Library, config: Mapping[str, Any], tensors: Mapping[str, Te
     arrays = [mx.zeros(spec.shape, _mlx_dtype(mx, spec.dtype)) for spec in tensors.values()]
     messages: list[Mapping[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, _stand_ins(mx):
-        loaded = _Loaded(library, _checkpoint(Path(folder), config), names)
+        loaded = _Loaded(library, as_checkpoint(Path(folder), config), names)
         try:
             mx.export_function(messages.append, loaded, *arrays)
         except BackendError:
@@ -111,7 +111,7 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {line[:300]}"
 
 
-def _checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
+def as_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
     """`folder` with what libraries look for before they read a file by `mx.load`."""
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "model.safetensors").touch()
@@ -153,7 +153,7 @@ class _Loaded:
     def _load(self) -> list[Any]:
         model, config = self._library.load(self._folder)
         self.stated = config.get("quantization")
-        _cast(model, config)
+        cast_as_stated(model, config)
         predicate = self._library.predicate(model)
         flatten = module("mlx.utils").tree_flatten
         is_module = module("mlx.nn").Module.is_module
@@ -170,8 +170,8 @@ class _Loaded:
         return [array for _, array in parameters]
 
 
-def _cast(model: Any, config: Mapping[str, Any]) -> None:
-    """Cast parameters as `convert` of mlx-lm and of mlx-vlm does."""
+def cast_as_stated(model: Any, config: Mapping[str, Any]) -> None:
+    """Cast parameters as `convert` of mlx-lm and of mlx-vlm does: floats alone."""
     mx, map_with_path = module("mlx.core"), module("mlx.utils").tree_map_with_path
     dtype = config.get("torch_dtype", None)
     if dtype is None and (text := config.get("text_config", None)):

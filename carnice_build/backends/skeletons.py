@@ -12,7 +12,6 @@ import inspect
 import json
 import logging
 import re
-import typing
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import Any
@@ -20,35 +19,38 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from carnice_build.errors import BackendError, RecipeError, nearest
+from carnice_build.backends.config_entries import (
+    GENERIC,
+    Path,
+    defaults_of,
+    entries_of,
+    other_values,
+    small_sizes,
+    values_of,
+)
+from carnice_build.errors import BackendError, CheckpointError, RecipeError, nearest
 from carnice_build.models.base import Part, Role
 from carnice_build.models.derive import SEVERAL, Owner, Sample, rows_of
 
-_UNSIZED = re.compile(r"(_id|_ids|_index|position_embeddings|window|_tok|top_k|group|chunk_size)$")
-_GENERIC = {field.name for field in dataclasses.fields(transformers.PretrainedConfig)}
-_TIED = "tie_word_embeddings"
-_LAYERS = 8
 _ROUTED = re.compile(r"(^|\.)router\.\w+\.weight$")
 _ADDS_ONE = re.compile(r"\b1(\.0)?\s*\+\s*self\.weight")
-
-Path = tuple[str, ...]
-"""An entry of a config: its section, if any, and its name."""
 
 
 class Skeletons:
     """Models of one type."""
 
-    def __init__(self, model_type: str, entries: Mapping[str, Any]) -> None:
-        """`entries` are those of a config.json, or none for what the class takes by default.
+    def __init__(self, model_type: str, entries: Mapping[str, Any], where: str) -> None:
+        """`entries` are those of the config.json `where`, none for what the class has by default.
 
-        RecipeError when transformers has no such model, BackendError when it cannot build it.
+        RecipeError when transformers has no such model, CheckpointError when it does not take the
+        entries, BackendError when it cannot build the model.
         """
         if model_type not in CONFIG_MAPPING:
             raise RecipeError(
@@ -60,10 +62,8 @@ class Skeletons:
         self.config_class: Any = CONFIG_MAPPING[model_type]
         self.sections: Mapping[str, Any] = self.config_class.sub_configs
         self.model_class = _model_class(model_type, entries, bool(self.sections))
-        stated = {key: value for key, value in entries.items() if key not in _GENERIC}
-        self.defaults = _defaults(self.config_class, self.sections)
-        config = self.config_class(**json.loads(json.dumps(stated)))
-        self._base = dict(_small(config, self.sections))
+        self.defaults = defaults_of(self.config_class, self.sections)
+        self._base = self._sizes(entries, where)
         self._accept_base()
         self.text = next((name for name in self.sections if name == "text_config"), None)
         self.version = transformers.__version__
@@ -86,6 +86,20 @@ class Skeletons:
     def tied(self) -> bool:
         """Whether a config ties embeddings that does not say."""
         return bool(self.config_class().tie_word_embeddings)
+
+    def _sizes(self, entries: Mapping[str, Any], where: str) -> dict[Path, Any]:
+        """Small sizes of what the config.json has; nothing else of it is ever given to a model."""
+        stated = {key: value for key, value in entries.items() if key not in GENERIC}
+        try:
+            config = self.config_class(**json.loads(json.dumps(stated)))
+            return dict(small_sizes(config, self.sections))
+        except Exception as error:  # whatever a class thinks of its entries
+            why = " ".join(str(error).split())
+            raise CheckpointError(
+                f"has entries that {self.config_class.__name__} of transformers does not take: "
+                f"{type(error).__name__}: {why}",
+                where=where,
+            ) from None
 
     def _accept_base(self) -> None:
         """Give up small sizes that the model cannot be built of."""
@@ -110,7 +124,7 @@ class Skeletons:
         base = yield from self._series("", self._base)
         rows = {place for sample in base for place in rows_of(sample.shapes)}
         known = set(rows_of(base[0].shapes))
-        for path, values in list(self._changes(self._configured(self._base))):
+        for path, values in list(self._other_values(self._configured(self._base))):
             name = self.name(path)
             own = next((sample for sample in base if sample.changed == name), None)
             if own is not None and set(rows_of(own.shapes)) - known:
@@ -125,7 +139,7 @@ class Skeletons:
         found = [self._sample(made, None, name)]
         yield found[0]
         fits: dict[Path, Any] = {}
-        for path, values in self._changes(made[0]):
+        for path, values in self._other_values(made[0]):
             for value in values:
                 if other := self._made({**base, path: value}):
                     found.append(self._sample(other, self.name(path), name))
@@ -141,25 +155,8 @@ class Skeletons:
                     yield self._sample(other, SEVERAL, name)
         return found
 
-    def _changes(self, config: Any) -> Iterator[tuple[Path, list[Any]]]:
-        """Other values for each entry that a shape or a layer may follow from."""
-        for path, value, kind in _entries(config, self.sections):
-            options = typing.get_args(kind) or (kind,)
-            listed = any(typing.get_origin(option) is list for option in options)
-            if path[-1] == _TIED:
-                continue
-            if isinstance(value, bool):
-                yield path, [not value]
-            elif type(value) is int and not _UNSIZED.search(path[-1]):
-                yield path, [2 * value, value + 1, value // 2]
-                if type(None) in options and self.defaults.get(path) is not None:
-                    yield path, [None]
-            elif value is None and int in options and not _UNSIZED.search(path[-1]):
-                yield path, [48]
-            elif listed and not value:
-                yield path, [[1, 3]]
-            elif isinstance(value, list) and len(value) == 4 and listed:
-                yield path, [value[:3] + value]
+    def _other_values(self, config: Any) -> Iterator[tuple[Path, list[Any]]]:
+        return other_values(config, self.sections, self.defaults)
 
     def _configured(self, changes: Mapping[Path, Any]) -> Any:
         nested: dict[str, Any] = {name: {} for name in self.sections}
@@ -185,7 +182,7 @@ class Skeletons:
         state = _state(model)
         saved = revert_weight_conversion(model, state)
         shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-        entries = {self.name(p): v for p, v in _flat(config, self.sections).items()}
+        entries = {self.name(p): v for p, v in values_of(config, self.sections).items()}
         return Sample(changed, entries, shapes, series)
 
     def config(self) -> dict[str, Any]:
@@ -223,7 +220,7 @@ class Skeletons:
         """By entry that the class works out when a config does not state it: such configs."""
         unset = {
             path
-            for path, value, _ in _entries(self.config_class(), self.sections)
+            for path, value, _ in entries_of(self.config_class(), self.sections)
             if type(value) is int and self._raw(path) is None
         }
         return {self.name(path): list(self._silent(path)) for path in unset}
@@ -240,7 +237,7 @@ class Skeletons:
         for changed in (None, *(other for other, value in base.items() if type(value) is int)):
             changes = base if changed is None else {**base, changed: 2 * base[changed]}
             if config := self._configured(changes):
-                entries = {self.name(p): v for p, v in _flat(config, self.sections).items()}
+                entries = {self.name(p): v for p, v in values_of(config, self.sections).items()}
                 yield Sample(self.name(changed) if changed else None, entries, {})
 
     def ties(self) -> Mapping[str, str]:
@@ -285,9 +282,14 @@ def _model_class(model_type: str, entries: Mapping[str, Any], nested: bool) -> A
     for table in reversed(tables) if nested else tables:
         names.append(table.get(model_type))
     for name in names:
-        if isinstance(name, str) and (found := getattr(transformers, name, None)):
+        if isinstance(name, str) and _is_model(found := getattr(transformers, name, None)):
             return found
     raise RecipeError(f"transformers has no language model of {model_type!r}")
+
+
+def _is_model(found: Any) -> bool:
+    """Whether it is a class of models: a config.json may name whatever transformers has."""
+    return isinstance(found, type) and issubclass(found, PreTrainedModel)
 
 
 def _state(model: Any) -> dict[str, torch.Tensor]:
@@ -320,66 +322,6 @@ def _beginnings(saved: str, here: str) -> tuple[str, str] | None:
         return None
     dot = "." if shared else ""
     return ".".join(old) + dot, ".".join(new) + dot
-
-
-def _entries(config: Any, sections: Mapping[str, Any]) -> Iterator[tuple[Path, Any, Any]]:
-    """Path, value and type of each entry that is the family's own."""
-    for field in dataclasses.fields(config):
-        if field.name in _GENERIC:
-            continue
-        value = _value(config, field.name)
-        if field.name not in sections:
-            yield (field.name,), value, field.type
-        elif value is not None:
-            for path, inner, kind in _entries(value, {}):
-                yield (field.name, *path), inner, kind
-
-
-def _value(config: Any, name: str) -> Any:
-    try:
-        return getattr(config, name, None)
-    except Exception:  # one that says that its layers differ in this
-        return config.to_dict().get(name)
-
-
-def _flat(config: Any, sections: Mapping[str, Any]) -> dict[Path, Any]:
-    return {path: value for path, value, _ in _entries(config, sections)}
-
-
-def _defaults(config_class: Any, sections: Mapping[str, Any]) -> dict[Path, Any]:
-    """What is taken for entries that a config, or a section that is there, does not state."""
-    config = config_class()
-    found: dict[Path, Any] = {
-        path: value for path, value, _ in _entries(config, sections) if len(path) == 1
-    }
-    for name in sections:
-        section = getattr(config, name)
-        if section is not None:
-            own = _entries(type(section)(), {})
-            found |= {(name, *path): value for path, value, _ in own}
-    return found
-
-
-def _small(config: Any, sections: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
-    """Small sizes, all different, for what is large by default."""
-    size = 0
-    for path, value, _ in _entries(config, sections):
-        name = path[-1]
-        if isinstance(value, bool):
-            yield path, value and name != _TIED
-        elif name.endswith("_id") and isinstance(value, int):
-            yield path, 0
-        elif type(value) is not int or _UNSIZED.search(name):
-            continue
-        elif re.search(r"(num|^n)_.*layers|^depth$", name):
-            yield path, min(value, _LAYERS)
-        elif re.search(r"heads", name):
-            yield path, 4 if re.search(r"key|kv", name) else 8
-        elif re.search(r"(num|^n)_.*experts$", name):
-            yield path, value if value < 4 else 6
-        elif value > 16:
-            size += 1
-            yield path, 64 * size + (16 if re.search(r"dim|rank", name) else 0)
 
 
 def _adds_one(module: nn.Module) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from carnice_build.calibration.driver import Arithmetic, Outline, hold, looked_up, places
+from carnice_build.calibration.driver import Arithmetic, Outline
+from carnice_build.calibration.entrance import hold, looked_up, places
 
 
 class Beginning:

@@ -105,7 +105,8 @@ def make_of_tokens(
 ) -> None:
     """Write what layers are given of the tokens of each sample; see `beside.Beside`.
 
-    Raises CheckpointError when a linear before the layers is given NaN or infinity.
+    Raises CheckpointError when a linear before the layers is given NaN or infinity, BackendError
+    when nothing is known of its inputs.
     """
     named = dict(zip(params["names"], tensors, strict=True))
     tables = {name: named.pop(name) for name in params["tables"]}
@@ -133,4 +134,4 @@ def make_of_tokens(
                 assert tensor.shape[1:].numel() == len(tokens) * file.spec.shape[-1]
                 file.write_row(index, as_data(tensor[0]).array)
             progress()
-    amax.write(np.array([seen.amax.get(name, 0.0) for name in params["linears"]], np.float32))
+    amax.write(np.array(seen.largest([name] for name in params["linears"]), np.float32))

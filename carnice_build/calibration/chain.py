@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from carnice_build.calibration.passes import (
-    Calibration,
     Forward,
     ForwardExperts,
-    LayerPart,
     linear_counts,
     made_specs,
 )
+from carnice_build.calibration.plan import Calibration, LayerPart
 from carnice_build.graph import ProcessOp, TensorRef
 from carnice_build.models.base import Passed
 from carnice_build.tensors import STACK

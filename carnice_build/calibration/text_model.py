@@ -21,12 +21,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from carnice_build.calibration.beginning import Beginning
 from carnice_build.calibration.driver import (
     Arithmetic,
-    Entrance,
     LayerDriver,
     StandIn,
     decoder_layers,
     skeleton,
 )
+from carnice_build.calibration.entrance import Entrance
 from carnice_build.calibration.watch import Watch, WeightPlaces
 from carnice_build.calibration.weights import Owners, Placing
 from carnice_build.errors import BackendError, nearest
@@ -163,7 +163,8 @@ class OpenModel:
     def ending(self) -> Ending:
         """What stands behind the last layer."""
         model = skeleton(self.architecture.text_config, self.arithmetic)
-        entrance, carry = Entrance(model), _Carry(model)
+        layers, _ = decoder_layers(model)
+        entrance, carry = Entrance(model, layers), _Carry(model)
         self._fill(model, self._tensors(Part.BODY) | self._head(model), entrance.others)
         return Ending(model, entrance, carry)
 

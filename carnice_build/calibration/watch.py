@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from carnice_build.calibration.weights import Owners
+from carnice_build.errors import BackendError
 
 
 class NonFiniteInput(Exception):
@@ -28,17 +29,23 @@ class NonFiniteInput(Exception):
         self.linear = linear
 
 
-_PRODUCTS: Mapping[Any, tuple[int, int]] = {
-    functional.linear: (0, 1),
-    torch.matmul: (0, 1),
-    torch.mm: (0, 1),
-    torch.addmm: (1, 2),
-    Tensor.matmul: (0, 1),
-    Tensor.__matmul__: (0, 1),
-    Tensor.mm: (0, 1),
-    Tensor.addmm: (1, 2),
+_Place = tuple[int, str]
+"""Where a function has an operand: its number, and its name where it is given by that."""
+
+_PRODUCTS: Mapping[Any, tuple[_Place, _Place]] = {
+    functional.linear: ((0, "input"), (1, "weight")),
+    torch.matmul: ((0, "input"), (1, "other")),
+    torch.mm: ((0, "input"), (1, "mat2")),
+    torch.addmm: ((1, "mat1"), (2, "mat2")),
+    Tensor.matmul: ((0, "self"), (1, "other")),
+    Tensor.__matmul__: ((0, "self"), (1, "other")),
+    Tensor.mm: ((0, "self"), (1, "mat2")),
+    Tensor.addmm: ((1, "mat1"), (2, "mat2")),
 }
-"""Where torch's functions that multiply by a matrix have what is multiplied, and the matrix."""
+"""Where torch's functions that multiply by a matrix have what is multiplied, and the matrix.
+
+A weight that another function reads is not watched, which `Seen.largest` then tells.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,24 @@ class Seen:
 
     amax: dict[str, float] = field(default_factory=dict)
     tokens: Counter[str] = field(default_factory=Counter)
+
+    def largest(self, linears: Iterable[Sequence[str]], prefix: str = "") -> list[float]:
+        """The amax of all `linears` in turn, those of one stack of experts, or one, in one entry.
+
+        `prefix` goes before their names in messages.
+        0 for an expert that no token was sent to.
+        BackendError where nothing was seen of a whole entry: the layer multiplies by its weights
+        in a way that is not watched, for some expert gets each token.
+        """
+        found: list[float] = []
+        for entry in linears:
+            if not any(name in self.amax for name in entry):
+                raise BackendError(
+                    f"transformers gave {prefix}{entry[0]} no input that is watched",
+                    expected="weights that are multiplied by linear, matmul, mm or addmm",
+                )
+            found += [self.amax.get(name, 0.0) for name in entry]
+        return found
 
 
 @contextmanager
@@ -78,7 +103,7 @@ def seen_inputs(layer: nn.Module, owners: Mapping[str, Owners]) -> Iterator[Seen
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Memory:
     """Memory from address `start` on that holds the weights of linears, `step` bytes for each."""
 
     start: int
@@ -93,7 +118,7 @@ class WeightPlaces:
         """`owners` are by the parameters of `module`, which must stay where they are."""
         parameters = ((module.get_parameter(name), linears) for name, linears in owners.items())
         places = [
-            _Place(weight.data_ptr(), weight.nbytes // len(linears), linears)
+            _Memory(weight.data_ptr(), weight.nbytes // len(linears), linears)
             for weight, linears in parameters
         ]
         self._places = sorted(places, key=lambda place: place.start)
@@ -128,10 +153,21 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Calls `func`."""
-        operands = _PRODUCTS.get(func)
-        if operands is not None and len(args) > max(operands):
-            place, matrix = operands
-            linears = self._places.owners(args[matrix])
+        named = kwargs or {}
+        if func in _PRODUCTS:
+            given, matrix = _PRODUCTS[func]
+            linears = self._places.owners(_operand(matrix, args, named))
             if linears:
-                args = (*args[:place], self._watch(linears, args[place]), *args[place + 1 :])
-        return func(*args, **(kwargs or {}))
+                watched = self._watch(linears, _operand(given, args, named))
+                place, name = given
+                if place < len(args):
+                    args = (*args[:place], watched, *args[place + 1 :])
+                else:
+                    named = {**named, name: watched}
+        return func(*args, **named)
+
+
+def _operand(place: _Place, args: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+    number, name = place
+    operand: Tensor = args[number] if number < len(args) else named[name]
+    return operand

@@ -1,6 +1,7 @@
 """Tensors of quantized checkpoints as the floats they stand for, decoded while they are read.
 
-Whoever reads one sees a tensor in BF16, say, in a file; nothing decoded is written to disk.
+Whoever reads one sees a tensor in BF16, say, in a file, and nothing decoded is written to disk but
+what a worker process is given of a layer, while it works on it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from carnice_build.checkpoint.decodings import (
     Gptq,
     Mxfp4,
     Packed,
-    unfit,
 )
 from carnice_build.checkpoint.rows import FillRows, RowsFile
+from carnice_build.checkpoint.scales import unfit
 from carnice_build.dtypes import ITEM_SIZE, NUMPY_NAME, shared_spec
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import SourceTensor

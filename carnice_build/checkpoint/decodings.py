@@ -12,8 +12,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from carnice_build.checkpoint.scales import (
+    checked_scales,
+    load,
+    require_numbers,
+    require_order,
+    unfit,
+)
 from carnice_build.dtypes import ITEM_SIZE, NUMPY_NAME
-from carnice_build.errors import CheckpointError
 from carnice_build.tensors import Reader, SourceTensor
 
 if TYPE_CHECKING:
@@ -23,8 +29,6 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1 << 20
 """Bytes of codes that are read at a time."""
-
-_E8M0_NAN = 255
 
 WORD_BITS = 32
 """Of the words that integers are packed into."""
@@ -159,7 +163,9 @@ class Fp8(_RowWise):
     def prepare(self) -> Array:
         """The scales of all slabs, [slabs, blocks high, blocks wide]."""
         high, wide = -(-self._slab // self._block[0]), -(-self.columns // self._block[1])
-        scales: Array = _checked(self.parts[1], _load(self.parts[1]), 0).reshape(-1, high, wide)
+        scales: Array = checked_scales(self.parts[1], load(self.parts[1]), 0).reshape(
+            -1, high, wide
+        )
         return scales
 
     def decode(self, held: Array, first: int, blocks: Sequence[Array], out: Array) -> None:
@@ -244,14 +250,14 @@ class Packed(_RowWise):
 
         from carnice_build.kernels.decode import unpack
 
-        stated = tuple(_load(self._shape).tolist())
+        stated = tuple(load(self._shape).tolist())
         if stated != (self.rows, self.columns):
             raise unfit(self._shape, f"says {list(stated)}", f"{[self.rows, self.columns]}")
         if self._order is not None:
-            _require_order(self._order, self.columns, self.parts[1].spec.shape[1])
+            require_order(self._order, self.columns, self.parts[1].spec.shape[1])
         if self._zeros is None:
             return None
-        words = np.ascontiguousarray(_load(self._zeros).view(np.uint32).T)
+        words = np.ascontiguousarray(load(self._zeros).view(np.uint32).T)
         return np.ascontiguousarray(unpack(words, self._bits, self.rows).T)
 
     def decode(self, held: Array | None, first: int, blocks: Sequence[Array], out: Array) -> None:
@@ -261,7 +267,7 @@ class Packed(_RowWise):
         from carnice_build.kernels.decode import packed_rows
 
         words, stored = blocks
-        scales = _checked(self.parts[1], stored, first * stored.shape[1])
+        scales = checked_scales(self.parts[1], stored, first * stored.shape[1])
         if held is None:
             zeros = np.full(scales.shape, 1 << (self._bits - 1), np.int32)
         else:
@@ -321,12 +327,12 @@ class Gptq(Decoding):
         from carnice_build.kernels.decode import packed_columns, unpack
 
         words, stored_zeros, stored_scales = self.parts[:3]
-        scales = _checked(stored_scales, _load(stored_scales), 0, signed=True)
+        scales = checked_scales(stored_scales, load(stored_scales), 0, signed=True)
         if self._order is not None:
-            _require_order(self._order, self.columns, len(scales))
-        zeros = unpack(_load(stored_zeros).view(np.uint32), self._bits, self.rows) + self._above
+            require_order(self._order, self.columns, len(scales))
+        zeros = unpack(load(stored_zeros).view(np.uint32), self._bits, self.rows) + self._above
         assert words.file is not None
-        held = None if words.file.random_access else _load(words)
+        held = None if words.file.random_access else load(words)
         lines = words.spec.shape[0]
         step = max(1, BLOCK_BYTES // max(1, 4 * lines))
         at = first
@@ -361,62 +367,3 @@ def _columns_of(tensor: SourceTensor, first: int, stop: int) -> Array:
         offset = tensor.offset + 4 * (index * width + first)
         tensor.file.read_into(offset, line.view(np.uint8).data)
     return found
-
-
-# --- scales ---------------------------------------------------------------------------------------
-
-
-def _load(tensor: SourceTensor) -> Array:
-    import numpy as np
-
-    assert tensor.file is not None
-    array = np.empty(tensor.spec.shape, NUMPY_NAME[tensor.spec.dtype])
-    tensor.file.read_into(tensor.offset, array.reshape(-1).view(np.uint8).data)
-    return array
-
-
-def _checked(tensor: SourceTensor, stored: Array, first: int, *, signed: bool = False) -> Array:
-    """Scales in float32, of which the first is element `first` of their tensor."""
-    import numpy as np
-
-    from carnice_build.kernels.decode import widened
-
-    scales = widened(stored, tensor.spec.dtype)
-    bad = ~np.isfinite(scales)
-    if not signed:
-        bad |= scales < 0
-    if bad.any():
-        index = int(bad.reshape(-1).argmax())
-        raise _bad_scale(tensor, first + index, f"{scales.reshape(-1)[index]:g}", signed=signed)
-    return scales
-
-
-def require_numbers(tensor: SourceTensor, scales: Array, first: int) -> None:
-    """CheckpointError for NaN among scales in E8M0, the first of them element `first`."""
-    nan = scales.reshape(-1) == _E8M0_NAN
-    if nan.any():
-        raise _bad_scale(tensor, first + int(nan.argmax()), "NaN", signed=False)
-
-
-def _bad_scale(tensor: SourceTensor, index: int, value: str, *, signed: bool) -> CheckpointError:
-    wanted = "finite scales" if signed else "finite scales, none of them negative"
-    return unfit(tensor, f"holds {value} at element {index}", wanted)
-
-
-def _require_order(tensor: SourceTensor, columns: int, groups: int) -> None:
-    """CheckpointError unless columns belong to groups in their own order."""
-    import numpy as np
-
-    if (_load(tensor) != np.arange(columns) // (columns // groups)).any():
-        raise unfit(
-            tensor,
-            "reorders columns by their activations",
-            "groups of neighbours",
-        )
-
-
-def unfit(tensor: SourceTensor, what: str, expected: str) -> CheckpointError:
-    """The error for a tensor of the checkpoint that is not what it should be."""
-    tensor, _ = tensor.located(0)
-    where = tensor.file.name if tensor.file else None
-    return CheckpointError(f"tensor {tensor.name!r} {what}", where=where, expected=expected)

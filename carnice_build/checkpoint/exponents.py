@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from carnice_build.checkpoint.decodings import require_numbers
 from carnice_build.checkpoint.rows import FillRows, RowsOfTensor
+from carnice_build.checkpoint.scales import require_numbers
 from carnice_build.tensors import Reader, SourceTensor
 
 
@@ -21,7 +21,10 @@ class Exponents(RowsOfTensor):
 
     @property
     def identity(self) -> str:
-        """That of the tensor, of which one that was read by itself was not looked at."""
+        """The tensor's, marked: a digest known of the plain tensor does not say that it has no NaN.
+
+        So a tensor that was read before as plain bytes is read and looked at once more.
+        """
         return f"exponents|{self.tensor.identity}"
 
     def locate(self, offset: int) -> tuple[SourceTensor, int]:

@@ -270,7 +270,8 @@ def _packed_decoder(
             where=words.file.name if words.file else None,
             expected="what one of `config_groups` makes of a weight",
         )
-    scheme, bits, width = fitting[0]
+    # Other bits in other groups may take the same words and scales for another width.
+    scheme, bits, width = next((fit for fit in fitting if fit[2] == known), fitting[0])
     zeros = parts.get(_ZERO_POINT) if scheme.get("symmetric", True) else parts.need(_ZERO_POINT)
     order = parts.get(_ORDER)
     return lambda dtype: decoded_packed(

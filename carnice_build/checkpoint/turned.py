@@ -80,6 +80,7 @@ class Turned(RowsOfTensor):
             while done < len(rows):
                 column = at % len(self._columns)
                 if held is None or column == 0:
+                    held = None  # or two matrices would be there while the next is turned
                     held = self._matrix(read)
                 some = rows[done : done + len(held) - column]
                 some[:] = held[column : column + len(some)]

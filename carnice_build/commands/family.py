@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from carnice_build.backends.families import described
 from carnice_build.checkpoint.json import json_object
 from carnice_build.commands.options import FAMILIES, Options
-from carnice_build.errors import BackendError, CarniceError, CheckpointError, RecipeError
+from carnice_build.errors import CarniceError, CheckpointError, RecipeError
 from carnice_build.models import known_types, packaged_types, replaced, table_of
-from carnice_build.models.derive import Derivation, default_of
 from carnice_build.models.table import FamilyTable
 from carnice_build.models.table_file import SHIPPED
-from carnice_build.models.write_table import Facts, table_text
 from carnice_build.planning.gather import stored
-
-if TYPE_CHECKING:
-    from carnice_build.backends.skeletons import Skeletons
-
-MISSING = "torch is not installed: pip install 'carnice-build[torch]'"
+from carnice_build.verification.process import Worker
 
 
 @dataclass(frozen=True)
@@ -48,21 +43,16 @@ def write_family(model: str, out: Path | None, options: Options) -> WrittenTable
     path = out or options.recipes / FAMILIES / f"{model_type}.yaml"
     if path.exists():
         raise RecipeError("is there already", where=str(path), expected="another --out")
-    try:
-        from carnice_build.backends.skeletons import Skeletons
-    except ImportError:
-        raise BackendError(MISSING) from None
-    skeletons = Skeletons(model_type, entries)
-    samples = list(skeletons.samples())
-    derivation = Derivation(samples, skeletons.owners())
-    text = table_text(derivation, _facts(model_type, skeletons))
+    with Worker() as worker:
+        found = worker.call(described, model_type, entries, model)
+    if isinstance(found, CarniceError):
+        raise found
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    shapes = samples[0].shapes
-    differing = _differing(path, skeletons.config(), shapes)
+    path.write_text(found.text, encoding="utf-8")
+    differing = _differing(path, found.config, found.shapes)
     own = replaced(model_type)
     replaces = own is not None and own == path.resolve()
-    return WrittenTable(path, tuple(derivation.unknown), len(shapes), tuple(differing), replaces)
+    return WrittenTable(path, found.unknown, len(found.shapes), tuple(differing), replaces)
 
 
 def families() -> dict[str, str]:
@@ -87,41 +77,6 @@ def _config(model: str) -> tuple[str, Mapping[str, Any]]:
     if not isinstance(model_type, str):
         raise CheckpointError("has no model_type", where=model)
     return model_type, entries
-
-
-def _facts(model_type: str, skeletons: Skeletons) -> Facts:
-    defaults = {
-        skeletons.name(path): found
-        for path, value in skeletons.defaults.items()
-        if (found := _default(value)) is not None
-    }
-    defaults |= {
-        name: found
-        for name, samples in skeletons.silent().items()
-        if (found := default_of(name, samples))
-    }
-    for name, other in skeletons.aliases.items():
-        if name in defaults and other not in defaults:
-            defaults[other], defaults[name] = defaults[name], other
-    return Facts(
-        model_type=model_type,
-        version=skeletons.version,
-        text_section=skeletons.text,
-        text_type=skeletons.text_type,
-        towers=tuple(name for name in skeletons.sections if name != skeletons.text),
-        ties=skeletons.ties(),
-        modules=skeletons.modules(),
-        tied=skeletons.tied,
-        defaults=defaults,
-        unloaded=tuple(skeletons.unloaded()),
-    )
-
-
-def _default(value: Any) -> str | None:
-    """What stands for an entry in formulas; 0 for what is not there."""
-    if value is None or isinstance(value, bool | int):
-        return str(int(value or 0))
-    return "[]" if isinstance(value, list) else None
 
 
 def _differing(

@@ -11,7 +11,9 @@ from carnice_build.execute.workbench import JobResult
 
 
 class Executor(Protocol):
-    """Says when each job of a DAG runs."""
+    """Says when each job of a DAG runs; never more than `width` at once."""
+
+    width: int
 
     def run(
         self,
@@ -33,7 +35,7 @@ class LocalExecutor:
 
         A job that alone exceeds the budget runs by itself.
         """
-        self._threads = threads
+        self.width = threads
         self._memory = memory
 
     def run(
@@ -46,7 +48,7 @@ class LocalExecutor:
         waiting = dict(enumerate(jobs))
         finished: set[int] = set()
         running: dict[Future[JobResult], int] = {}
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="carnice") as pool:
+        with ThreadPoolExecutor(self.width, thread_name_prefix="carnice") as pool:
             try:
                 while waiting or running:
                     for index in self._admissible(waiting, finished, running, jobs):
@@ -70,7 +72,7 @@ class LocalExecutor:
         chosen: list[int] = []
         used = sum(jobs[index].peak_bytes for index in running.values())
         for index, job in waiting.items():
-            if len(running) + len(chosen) >= self._threads:
+            if len(running) + len(chosen) >= self.width:
                 break
             if not job.needs <= finished:
                 continue

@@ -2,8 +2,8 @@
 
 A job holds source tensors and the actions that read them, so that each source byte is read once
 however many variants want it; parts of one tensor for which all of it is read are in one job.
-Actions that need each other's outputs in both directions across
-source tensors (a scale shared by several weights, say) fall into one job, so jobs form a DAG.
+Actions that need each other's outputs in both directions across source tensors (a scale shared by
+several weights, say) fall into one job, so jobs form a DAG.
 An action of a `ProcessOp` is a job by itself: it works for long, and reads its inputs' files when
 it needs them, a source's a second time.
 """
@@ -117,7 +117,11 @@ class Job:
         """Most memory that the job takes, beyond the process's own."""
         if self.process is not None:
             action = self.actions[0]
-            return self.process.memory(action.params, [ref.spec for ref in action.inputs])
+            read = [ref.origin for ref in action.inputs if isinstance(ref.origin, SourceTensor)]
+            # Sources are copied one after another, before the process begins.
+            held = max((source.held_bytes for source in read), default=0)
+            specs = [ref.spec for ref in action.inputs]
+            return max(held, self.process.memory(action.params, specs))
         if self.rows is not None:
             return self._streaming_bytes(max(1, self.rows))
         made = [

@@ -125,7 +125,8 @@ class _Run:
 
     def _check_disk(self, status: BuildStatus) -> None:
         held = sum(pack.allocated_bytes() for pack in self._packs.values())
-        needed = status.bytes_to_write + status.scratch_bytes(self._actions) - held
+        scratch = status.scratch_bytes(self._actions, self._executor.width)
+        needed = status.bytes_to_write + scratch - held
         free = self._store.free_bytes()
         if needed > free:
             raise PlanError(

@@ -310,6 +310,11 @@ class Architecture(ABC):
         """Heads of a layer of `kind` that score each token by all before it; 0 if none does."""
 
     @property
+    def eager(self) -> bool:
+        """True where transformers has no attention for the family but `eager`."""
+        return False
+
+    @property
     def drafts(self) -> bool:
         """Whether it is known what an MTP head computes, so that there is a `draft_head`."""
         return False

@@ -256,6 +256,11 @@ class FamilyTable(Architecture):
         name = kind if kind in table else "any"
         return self._values.count(table.get(name, "num_attention_heads"), ("attention_heads", name))
 
+    @property
+    def eager(self) -> bool:
+        """See `Architecture.eager`."""
+        return self._table.eager
+
     # --- names --------------------------------------------------------------------------------
 
     def module_kind(self, name: str) -> str:

@@ -223,6 +223,9 @@ class Table(_Strict):
         default_factory=dict,
         description="Heads of a layer's attention, by kind; `num_attention_heads` if none.",
     )
+    eager: bool = Field(
+        False, description="Whether transformers has no attention for it but `eager`."
+    )
     spellings: list[tuple[str, str]] = Field(
         default_factory=list,
         description="Beginnings of names in other checkpoints, and what they are called here.",

@@ -1,10 +1,15 @@
-"""Outputs that are large and not kept: the hidden states of a calibration, for one."""
+"""Disk that a build needs for a while.
+
+Outputs that are large and not kept, the hidden states of a calibration, for one; and files that
+processes are given of sources which lie in none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from carnice_build.graph import Action, ActionOutput, ProcessOp, TensorRef
+from carnice_build.tensors import SourceTensor
 
 
 def transient_inputs(action: Action) -> Iterator[TensorRef]:
@@ -38,8 +43,19 @@ def depths(actions: Iterable[Action]) -> dict[str, int]:
     return found
 
 
-def scratch_bytes(actions: Iterable[Action]) -> int:
-    """Most bytes of transient tensors at one time, when `actions` run layer by layer."""
+def copied_bytes(source: SourceTensor) -> int:
+    """Disk for what a process is given of `source`: its bytes, unless it lies in a file here."""
+    if source.file is None or source.file.path() is not None:
+        return 0
+    return source.spec.nbytes
+
+
+def scratch_bytes(actions: Iterable[Action], width: int) -> int:
+    """Most bytes of disk that are in use for a while, when `actions` run layer by layer.
+
+    That are transient tensors until their last reader is done, and what at most `width` processes
+    have for themselves: copies of sources, and outputs before these are where they belong.
+    """
     order = list(actions)
     depth = depths(order)
     order.sort(key=lambda action: depth[action.identity])
@@ -47,7 +63,8 @@ def scratch_bytes(actions: Iterable[Action]) -> int:
     for index, action in enumerate(order):
         last |= {ref.identity: index for ref in transient_inputs(action)}
     ends: dict[int, int] = {}
-    held = most = 0
+    held = 0
+    holding: dict[int, int] = {}
     for index, action in enumerate(order):
         if isinstance(action.op, ProcessOp):
             for output in action.op.transient:
@@ -55,6 +72,55 @@ def scratch_bytes(actions: Iterable[Action]) -> int:
                 held += size
                 end = last.get(f"{action.identity}|{output}", index)
                 ends[end] = ends.get(end, 0) + size
-        most = max(most, held)
+        level = depth[action.identity]
+        holding[level] = max(held, holding.get(level, 0))
         held -= ends.get(index, 0)
-    return most
+    anywhere, levels = _own_bytes(order, depth)
+    return max(
+        (
+            most + sum(sorted([*anywhere, *levels.get(level, ())], reverse=True)[:width])
+            for level, most in holding.items()
+        ),
+        default=0,
+    )
+
+
+def _own_bytes(
+    order: Iterable[Action], depth: Mapping[str, int]
+) -> tuple[Sequence[int], Mapping[int, Sequence[int]]]:
+    """What processes that may run beside each other have for themselves.
+
+    Those in no chain, which may run at any time; and those of each depth.
+    An action that waits for another of its depth is never beside it: of both, the larger counts.
+    """
+    anywhere: list[int] = []
+    levels: dict[int, dict[str, int]] = {}
+    first: dict[str, str] = {}
+    for action in order:
+        if not isinstance(action.op, ProcessOp):
+            continue
+        own = _own(action)
+        if not action.op.transient and not any(transient_inputs(action)):
+            anywhere.append(own)
+            continue
+        level = levels.setdefault(depth[action.identity], {})
+        makers = [
+            ref.origin.action for ref in action.inputs if isinstance(ref.origin, ActionOutput)
+        ]
+        waited = (first[item.identity] for item in makers if item.identity in first)
+        name = next((item for item in waited if item in level), action.identity)
+        first[action.identity] = name
+        level[name] = max(own, level.get(name, 0))
+    return anywhere, {level: list(found.values()) for level, found in levels.items()}
+
+
+def _own(action: Action) -> int:
+    """Copies of sources, and outputs that are kept: they are copied into packs, or taken over."""
+    assert isinstance(action.op, ProcessOp)
+    copies = (
+        copied_bytes(ref.origin) for ref in action.inputs if isinstance(ref.origin, SourceTensor)
+    )
+    made = (
+        spec.nbytes for index, spec in enumerate(action.outputs) if index not in action.op.transient
+    )
+    return sum(copies) + sum(made)

@@ -51,10 +51,11 @@ class BuildStatus:
         """Bytes of checkpoints that must be read, as they are stored there."""
         return sum(tensor.stored_bytes for tensor in self.sources.values())
 
-    def scratch_bytes(self, actions: Iterable[Action]) -> int:
-        """Most disk for outputs that are not kept, when those of `actions` run that must."""
+    def scratch_bytes(self, actions: Iterable[Action], width: int) -> int:
+        """Most disk in use for a while, when those of `actions` run that must, `width` at once."""
         states = (Status.RUN, Status.READ)
-        return scratch_bytes(item for item in actions if self.actions.get(item.identity) in states)
+        pending = (item for item in actions if self.actions.get(item.identity) in states)
+        return scratch_bytes(pending, width)
 
     @property
     def bytes_to_write(self) -> int:

@@ -70,7 +70,7 @@ def plan_json(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> dict[s
         "bytes_to_read": status.bytes_to_read,
         "bytes_to_write": status.bytes_to_write,
         "peak_memory_estimate": peak_memory_estimate(plan, status, memory, jobs),
-        "scratch_bytes": status.scratch_bytes(plan.graph),
+        "scratch_bytes": status.scratch_bytes(plan.graph, jobs),
         "variants": [_variant_json(variant, status) for variant in plan.variants],
     }
 
@@ -196,7 +196,7 @@ def _totals(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> Table:
             table.add_row("notice", text)
     peak = peak_memory_estimate(plan, status, memory, jobs)
     table.add_row("buffers", f"at most {format_size(peak)} at once")
-    scratch = status.scratch_bytes(plan.graph)
+    scratch = status.scratch_bytes(plan.graph, jobs)
     if scratch:
         table.add_row("scratch", f"at most {format_size(scratch)} of disk while it runs")
     return table

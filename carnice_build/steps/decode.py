@@ -19,7 +19,7 @@ from carnice_build.graph import TensorRef, View
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import Expectation, PatternList
 from carnice_build.steps.base import PlanContext, Step, require_match
-from carnice_build.tensors import SourceTensor
+from carnice_build.tensors import SourceTensor, stacks
 
 
 class Decode(Step):
@@ -58,8 +58,9 @@ class Decode(Step):
         tensors = {name: item for name, item in sources.items() if isinstance(item, SourceTensor)}
 
         def columns(name: str) -> int | None:
-            fact = context.architecture.tensors.get(name)
-            return fact.shape[-1] if fact else None
+            facts = context.architecture.tensors
+            found = (facts[item] for item in (name, *stacks(name)) if item in facts)
+            return next((fact.shape[-1] for fact in found), None)
 
         return quantized_weights(tensors, stated, columns, body.where)
 

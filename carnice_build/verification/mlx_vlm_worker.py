@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from carnice_build.backends.mlx_trace import as_checkpoint, cast_as_stated
 from carnice_build.verification.generate import TOKENS, collected, prompt
 from carnice_build.verification.mlx_worker import (
     Answer,
@@ -89,7 +89,6 @@ def _tokenizer(processor: Any) -> Any:
 def _load_source(source: SourceWeights) -> Any:
     """The model as `mlx_vlm.convert` without quantization would make it, read as it is used."""
     import mlx.core as mx
-    from mlx.utils import tree_map_with_path
 
     files: dict[str, Any] = {
         path: mx.load(path) for path in {path for path, _ in source.tensors.values()}
@@ -98,21 +97,13 @@ def _load_source(source: SourceWeights) -> Any:
     utils = _utils()
     load = utils.mx.load
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
-        # mlx-vlm looks for files, and reads them by `mx.load`, for which this stands in.
-        (folder / "model.safetensors").touch()
+        folder = as_checkpoint(Path(name), source.config)
+        # It looks for files, and reads them by `mx.load`, for which this stands in.
         utils.mx.load = lambda *_, **__: dict(weights)
         try:
             model = utils.load_model(folder, lazy=True)
         finally:
             utils.mx.load = load
-    dtype = source.config.get("text_config", source.config).get("dtype")
-    if dtype:
-        casts = getattr(model, "cast_predicate", lambda name: True)
-
-        def cast(name: str, value: Any) -> Any:
-            return value.astype(getattr(mx, dtype)) if casts(name) else value
-
-        model.update(tree_map_with_path(cast, model.parameters()))
+    # `mlx_vlm.convert` reads the same of `load_config`, which adds nothing about types.
+    cast_as_stated(model, source.config)
     return model

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from carnice_build.backends.mlx_trace import cast_as_stated
 from carnice_build.verification.generate import Generation, generate
 from carnice_build.verification.perplexity import SAMPLES, SAMPLES_ON_CPU, Perplexity, measure
 
@@ -103,12 +104,6 @@ def _load_source(source: SourceWeights) -> Any:
     weights = {name: files[path][stored] for name, (path, stored) in source.tensors.items()}
     if hasattr(model, "sanitize"):
         weights = model.sanitize(weights)
-    dtype = config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
-    if dtype:
-        casts = getattr(model, "cast_predicate", lambda name: True)
-        weights = {
-            name: array.astype(getattr(mx, dtype)) if casts(name) else array
-            for name, array in weights.items()
-        }
     model.load_weights(list(weights.items()), strict=True)
+    cast_as_stated(model, config)
     return model

@@ -153,6 +153,9 @@ def _source_row(
     # As published: the library may need entries that the source lacks.
     config = read_object(folder / "config.json")
     config = {key: value for key, value in config.items() if key not in QUANTIZATION}
+    if dtype := variant.architecture.dtype:
+        # The spelling that the libraries read wherever it stands; see `conversion.ask_mlx`.
+        config["torch_dtype"] = dtype
     source = SourceWeights(config, tensors)
     task = Task(source, folder, settings.text, settings.lengths, settings.samples, generate=False)
     try:

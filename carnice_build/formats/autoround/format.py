@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from carnice_build.calibration.passes import Calibration
+from carnice_build.calibration.plan import Calibration
 from carnice_build.checkpoint.checkpoint import Checkpoint, source_view
 from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.dtypes import FLOAT_NAMES, TensorSpec
@@ -225,8 +225,8 @@ class AutoRoundFormat(Format):
         self, chosen: Mapping[str, TensorFact], view: View, context: PlanContext
     ) -> tuple[dict[str, Sequence[TensorRef]], dict[str, TensorRef]]:
         source = context.calibrated()
+        _check_arithmetic(source.spec, context.architecture)
         calibration = Calibration(view, source)
-        _check_arithmetic(source.spec)
         settings = {
             "group_size": self.group_size,
             "amp": source.spec.dtype == "bfloat16",
@@ -287,8 +287,14 @@ def _of_one(spec: TensorSpec) -> TensorSpec:
     return TensorSpec(spec.dtype, spec.shape[-2:])
 
 
-def _check_arithmetic(spec: CalibrationSpec) -> None:
+def _check_arithmetic(spec: CalibrationSpec, architecture: Architecture) -> None:
     """Refuse what `backends.autoround` does not offer, for it would be left out in silence."""
+    if architecture.eager:
+        raise PlanError(
+            "method tune needs attention sdpa, which transformers does not have for "
+            f"{architecture.name}",
+            expected="`method: nearest`",
+        )
     for key, offered in (("attention", "sdpa"), ("device", "cpu")):
         found = getattr(spec, key)
         if found != offered:

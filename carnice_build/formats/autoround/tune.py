@@ -11,16 +11,17 @@ through once more, which takes little, and none is tuned again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from carnice_build.calibration.libraries import LAYER_LIBRARIES
-from carnice_build.calibration.passes import Calibration
+from carnice_build.calibration.plan import Calibration
 from carnice_build.calibration.samples import samples
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.autoround.ops import packed_specs
 from carnice_build.graph import ProcessOp, TensorRef
+from carnice_build.models.base import Role, TensorFact
 from carnice_build.tensor_file import TensorFile
 
 _LIBRARIES = (*LAYER_LIBRARIES, "numba")
@@ -136,6 +137,16 @@ def _weights(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
     return sum(spec.size for spec in inputs[3 : 3 + len(params["names"])])
 
 
+def _lacks_gates(facts: Iterable[TensorFact]) -> bool:
+    """True for a layer of experts with one matrix on the way in, and one on the way out."""
+    shapes = [fact.shape[1:] for fact in facts if fact.stacked and fact.role is Role.LINEAR]
+    return len(shapes) == _UNGATED and shapes[0] == shapes[1][::-1]
+
+
+_UNGATED = 2
+"""Matrices of an expert without a gate."""
+
+
 class Tuning:
     """Tunes the layers of a model in turn, as far as somebody asks for them."""
 
@@ -158,12 +169,20 @@ class Tuning:
         PlanError for a layer that reads more than hidden states, or makes more for others: the
         library would call it with what the first layer was given, and with what the last batch
         left, whichever sample it tunes on.
+        Also for experts that it has no forward pass for: it would fail on those without a gate,
+        and take rows of gate and up that take turns for those of one.
         """
         calibration = self._calibration
         layer = calibration.layer(number)
         if beside := (*layer.given, *layer.made):
             raise PlanError(
                 f"auto-round cannot tune layer {number}, for layers are given {beside[0].argument}",
+                expected="`method: nearest`",
+            )
+        if _lacks_gates(layer.facts) or any(f.fused and f.fused.turns for f in layer.facts):
+            raise PlanError(
+                f"auto-round cannot tune layer {number}: it runs no experts without a gate, or "
+                "whose gate takes turns with up",
                 expected="`method: nearest`",
             )
         chosen = [name for name in layer.linears if layer.prefix + name in linears]

@@ -13,10 +13,10 @@ from carnice_build.backends.autoround import (
     WHOLE,
     AutoRoundSettings,
     QuantizedLinear,
-    linear_layer,
     run_in_batches,
     tune_layer,
 )
+from carnice_build.backends.autoround_layer import linear_layer
 from carnice_build.backends.tensors import as_data
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.layer_files import HiddenStates, layer_name, layer_tensors

@@ -15,7 +15,8 @@ from typing import Any
 
 from carnice_build.calibration.chain import Chain
 from carnice_build.calibration.libraries import LAYER_LIBRARIES
-from carnice_build.calibration.passes import Calibration, layer_memory, made_specs
+from carnice_build.calibration.passes import layer_memory, made_specs
+from carnice_build.calibration.plan import Calibration
 from carnice_build.calibration.samples import samples
 from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import ProcessOp, TensorRef

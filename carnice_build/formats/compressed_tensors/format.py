@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from carnice_build.calibration.passes import Calibration
+from carnice_build.calibration.plan import Calibration
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import (
     Conversion,

@@ -8,6 +8,7 @@ Of a model without a table all that is known is the checkpoint's own spelling, w
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ def mlx_trace(view: View, context: PlanContext, target: Target) -> Trace:
     specs = {name: view[name].spec for name in architecture.tensors if name in view}
     table = table_of(architecture.name, target)
     config = architecture.published_config({architecture.tensors[name].part for name in specs})
-    entries = older_entries(config, table)
+    entries = older_entries(config, table, target)
     if table is None:
         trace = _asked(specs, with_entries(config, entries), context, target)
     else:
@@ -56,16 +57,26 @@ def knows(model_type: str, target: Target) -> bool:
 
     True where it is not installed: whoever asks it then says so.
     """
-    if not re.fullmatch(r"\w{1,100}", model_type):
-        return False
     library = find_spec(target.replace("-", "_"))
     if library is None or library.origin is None:
         return True
     folder = Path(library.origin).parent
-    renamed = (folder / "utils.py").read_text(encoding="utf-8")
+    name = _other_names(folder / "utils.py").get(model_type, model_type)
+    if not re.fullmatch(r"\w{1,100}", name):
+        return False
     models = folder / "models"
-    files = (models / f"{model_type}.py", models / model_type / "__init__.py")
-    return any(path.exists() for path in files) or f'"{model_type}": "' in renamed
+    return (models / f"{name}.py").exists() or (models / name / "__init__.py").exists()
+
+
+def _other_names(path: Path) -> Mapping[str, str]:
+    """Model types that are run as others, by what a library's module says of them."""
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if "MODEL_REMAPPING" in names:
+                found: Mapping[str, str] = ast.literal_eval(node.value)
+                return found
+    return {}
 
 
 def _uneven(architecture: Architecture, target: Target) -> str | None:
@@ -97,7 +108,7 @@ def _asked(
     for spelling in spellings:
         answer = ask_mlx(context, config, spelling.tensors, target)
         if isinstance(answer, Trace):
-            return told(answer, spelling.parts)
+            return told(answer, spelling.parts, target)
         reasons.append(answer.reason)
     raise refused(reasons[0], target)
 
@@ -183,23 +194,24 @@ class Fused:
             self.parts[name] = Parts([parts[index] for index in sorted(parts)], name in turns)
 
 
-def told(trace: Trace, parts: Mapping[str, Parts]) -> Trace:
-    """The trace with the stacks of the view in the place of fused tensors."""
-    return replace(trace, tensors=tuple(_told(item, parts) for item in trace.tensors))
+def told(trace: Trace, parts: Mapping[str, Parts], target: Target = Target.MLX_LM) -> Trace:
+    """A library's trace with the stacks of the view in the place of fused tensors."""
+    return replace(trace, tensors=tuple(_told(item, parts, target) for item in trace.tensors))
 
 
-def _told(item: Traced, parts: Mapping[str, Parts]) -> Traced:
+def _told(item: Traced, parts: Mapping[str, Parts], target: Target) -> Traced:
     if not any(source.name in parts for source in item.sources):
         return item
-    return _Retelling(item, parts).result()
+    return _Retelling(item, parts, target).result()
 
 
 class _Retelling:
     """Writes a program anew, on other sources."""
 
-    def __init__(self, item: Traced, parts: Mapping[str, Parts]) -> None:
+    def __init__(self, item: Traced, parts: Mapping[str, Parts], target: Target) -> None:
         self._item = item
         self._parts = parts
+        self._target = target
         self._sources: dict[TracedSource, int] = {}
         self._steps: list[Step] = []
         self._values: list[_Value] = []
@@ -240,7 +252,8 @@ class _Retelling:
         if len(places) == 1:
             return places[0]
         if parts.turns:
-            raise PlanError(f"mlx-lm does not take {value.source.name} apart", at=("format",))
+            what = f"{self._target} does not take {value.source.name} apart"
+            raise PlanError(what, at=("format",))
         whole = self._add(Step("concatenate", tuple(places), (1,)))
         self._values[index] = whole
         return whole.step

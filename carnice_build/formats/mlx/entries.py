@@ -1,4 +1,4 @@
-"""Entries of config.json that mlx-lm looks for under the names they had before transformers 5.
+"""Entries of config.json that MLX looks for under the names they had before transformers 5.
 
 transformers 5 saves `rope_theta` and what scales it inside `rope_parameters`, where most of
 mlx-lm's models do not look: some refuse such a config, and others run the model with a theta that
@@ -12,14 +12,17 @@ from typing import Any
 
 from carnice_build.errors import PlanError
 from carnice_build.formats.mlx.table import Table
+from carnice_build.formats.mlx.target import Target
 
 _TEXT = "text_config"
 
 
-def older_entries(config: Mapping[str, Any], table: Table | None) -> dict[str, Any]:
-    """What config.json lacks for mlx-lm, nested as it is to stand there.
+def older_entries(
+    config: Mapping[str, Any], table: Table | None, target: Target = Target.MLX_LM
+) -> dict[str, Any]:
+    """What config.json lacks for a library, nested as it is to stand there.
 
-    PlanError for an entry that mlx-lm needs, and that is nowhere.
+    PlanError for an entry or a section that the library needs, and that is nowhere.
     """
     text = config.get(_TEXT)
     section = text if isinstance(text, dict) else config
@@ -34,10 +37,10 @@ def older_entries(config: Mapping[str, Any], table: Table | None) -> dict[str, A
                 found[name] = section[other]
         for name in table.needs:
             if name not in section and name not in found:
-                raise PlanError(f"config.json has no entry {name}, which mlx-lm needs")
+                raise PlanError(f"config.json has no entry {name}, which {target} needs")
         for name in table.sections:
             if not config.get(name):
-                raise PlanError(f"config.json has no section {name}, which mlx-vlm needs")
+                raise PlanError(f"config.json has no section {name}, which {target} needs")
     missing = {name: value for name, value in found.items() if name not in section}
     if section is config:
         return missing

@@ -76,7 +76,7 @@ class Transform(ArrayOp):
         try:
             made = infer(from_params(params["steps"]), inputs)
         except ValueError as error:
-            raise PlanError(f"mlx-lm's steps do not fit: {error}") from None
+            raise PlanError(f"the steps of the trace do not fit: {error}") from None
         return (TensorSpec(params["dtype"], made.shape),)
 
     def workspace(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:

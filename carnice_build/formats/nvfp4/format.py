@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from carnice_build.calibration.chain import Activations
-from carnice_build.calibration.passes import Calibration
+from carnice_build.calibration.plan import Calibration
 from carnice_build.formats.base import (
     Conversion,
     Format,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, require_finite
+from carnice_build.graph import (
+    ArrayOp,
+    BadInput,
+    NonFiniteValue,
+    ProcessOp,
+    TensorData,
+    require_finite,
+)
+from carnice_build.tensor_file import TensorFile
 
 BLOCK = 16
 
@@ -64,17 +72,26 @@ def _shared_scale(weights: Sequence[TensorData]) -> Any:
     """The second-level scale of all `weights`, float32; NonFiniteValue with the weight's number."""
     from carnice_build.kernels import nvfp4
 
-    peak = 0.0
-    for operand, weight in enumerate(weights):
-        amax, bad_index = nvfp4.amax(weight.array, weight.dtype)
-        if bad_index >= 0:
-            raise NonFiniteValue(bad_index, operand)
-        peak = max(peak, float(amax))
-    return nvfp4.weight_scale_2(peak)
+    peaks = (_peak(weight.array, weight.dtype, operand) for operand, weight in enumerate(weights))
+    return nvfp4.weight_scale_2(max(peaks))
 
 
-class TurnsQuantize(ArrayOp):
+def _peak(array: Any, dtype: str, operand: int, first: int = 0) -> float:
+    """The largest magnitude of what begins at flat index `first` of input `operand`."""
+    from carnice_build.kernels import nvfp4
+
+    amax, bad_index = nvfp4.amax(array, dtype)
+    if bad_index >= 0:
+        raise NonFiniteValue(first + bad_index, operand)
+    return float(amax)
+
+
+class TurnsQuantize(ProcessOp):
     """NVFP4 weights of all experts as one tensor with columns for rows, bit for bit modelopt's.
+
+    Every code depends on the scale that all experts share, so the experts are read twice, one at a
+    time: for their largest magnitude, and to be quantized.  That takes files, which is why the op
+    runs in a process; all stacks of a layer in memory would grow with the number of experts.
 
     Inputs: stacks [experts, rows, columns], whose rows take turns.
     Outputs, for n inputs: packed U8 [experts, columns / 2, n * rows]; scales F8_E4M3 [experts,
@@ -97,24 +114,45 @@ class TurnsQuantize(ArrayOp):
         turned = (TensorSpec(spec.dtype, (experts, *spec.shape[::-1])) for spec in (packed, scales))
         return (*turned, scale_2)
 
-    def apply(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """One for each expert."""
+        return inputs[0].shape[0]
+
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """One expert: its weights and what is made of them, each also in the other order."""
+        made = self.infer(params, inputs)[:2]
+        return 2 * sum(spec.row_bytes for spec in (*inputs, *made))
+
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        progress: Callable[[], None],
     ) -> None:
         """Quantize one expert after another; raises NonFiniteValue, with the stack's number."""
         import numpy as np
 
         from carnice_build.kernels import nvfp4
 
-        scale_2 = _shared_scale(inputs)
-        outputs[2].array[...] = scale_2
-        columns = inputs[0].array.shape[2]
-        for index in range(len(inputs[0].array)):
-            rows = np.stack([stack.array[index] for stack in inputs], axis=1).reshape(-1, columns)
+        experts, _, columns = inputs[0].spec.shape
+        size = inputs[0].spec.size // experts
+        peaks = (
+            _peak(stack.read_row(index), stack.spec.dtype, number, index * size)
+            for number, stack in enumerate(inputs)
+            for index in range(experts)
+        )
+        scale_2 = nvfp4.weight_scale_2(max(peaks))
+        outputs[2].write(np.array(scale_2, np.float32))
+        for index in range(experts):
+            rows = np.stack([stack.read_row(index) for stack in inputs], axis=1)
+            rows = rows.reshape(-1, columns)
             packed = np.empty((len(rows), columns // 2), np.uint8)
             scales = np.empty((len(rows), columns // BLOCK), np.uint8)
-            nvfp4.quantize_rows(rows, inputs[0].dtype, float(scale_2), packed, scales)
-            outputs[0].array[index] = packed.T
-            outputs[1].array[index] = scales.T
+            nvfp4.quantize_rows(rows, inputs[0].spec.dtype, float(scale_2), packed, scales)
+            outputs[0].write_row(index, packed.T)
+            outputs[1].write_row(index, scales.T)
+            progress()
 
 
 class TakeTurns(ArrayOp):
