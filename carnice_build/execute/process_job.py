@@ -128,11 +128,10 @@ class ProcessJob:
         source = ref.origin
         if isinstance(source, SourceTensor):
             found = places(source)
-            if found is not None:
-                (path, offset, _), *others = [(str(path), *place) for path, *place in found]
-                return TensorFile(
-                    ref.spec, path, offset, source.name, tuple(found) if others else ()
-                )
+            if found:
+                path, offset, _ = found[0]
+                ranges = tuple(found) if len(found) > 1 else ()
+                return TensorFile(ref.spec, str(path), offset, source.name, ranges)
             _download(source, own)
             return TensorFile(ref.spec, str(own), 0, source.name)
         # Whoever needs what is gone waits for the first who makes it again.
