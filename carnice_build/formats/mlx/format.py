@@ -34,7 +34,7 @@ from carnice_build.formats.mlx.ops import (
 )
 from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Kind, Trace, Traced, as_params, from_params
-from carnice_build.formats.rules import Rule, Settings, choose, rules_by_module
+from carnice_build.formats.rules import Rule, Settings, choose, fitted
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import ArrayOp, Op, Stacked, TensorRef, View
@@ -53,6 +53,11 @@ class MlxRule(Rule):
 
     bits: Bits | None = Field(None, description="Bits per weight.")
     group_size: GroupSize | None = Field(None, description="Weights that share a scale and a bias.")
+    paths: Literal["source", "mlx"] = Field(
+        "source",
+        description="Which paths `match` is about: those of the source, or those that the library "
+        "gives its modules, by which its own mixed recipes choose.",
+    )
 
 
 class MlxFormat(Format):
@@ -184,10 +189,10 @@ class MlxFormat(Format):
         weights = {
             item.name: facts[item.sources[0].name] for item in items if item.module in trace.modules
         }
-        rules = rules_by_module(self.rules, list(weights.values()), context)
+        rules = self._rules_by_weight(weights, trace, context)
         made = _Made(self, trace, view, context)
         settings_of = {
-            item.name: self._settings(made.own(item), rules[weights[item.name].module])
+            item.name: self._settings(made.own(item), rules[item.name])
             for item in items
             if item.name in weights and weights[item.name].name not in context.codes
         }
@@ -204,6 +209,27 @@ class MlxFormat(Format):
                 made.add_quantized(item, fact, settings)
         towers = any(fact.part is Part.TOWER for fact in made.facts)
         return made.conversion(towers=towers, drafter=bool(self.companions(view, context)))
+
+    def _rules_by_weight(
+        self, weights: Mapping[str, TensorFact], trace: Trace, context: PlanContext
+    ) -> dict[str, list[tuple[int, MlxRule]]]:
+        """For each weight, by its MLX name, the rules that fit it, and their numbers, in order."""
+        own = {name: fact.module for name, fact in weights.items()}
+        mlx = {name: name.removesuffix(".weight") for name in weights}
+        # A rule for a head is no mistake when the head is tied: there is nothing left to choose.
+        tied = [name.rpartition(".")[0] for name in context.architecture.ties]
+        chosen: dict[str, list[tuple[int, MlxRule]]] = {name: [] for name in weights}
+        for index, rule in enumerate(self.rules):
+            paths, others = (own, tied) if rule.paths == "source" else (mlx, [*trace.quantized])
+            layers = {paths[name]: fact.layer for name, fact in weights.items()}
+            try:
+                found = fitted(rule, layers, others, context)
+            except PlanError as error:
+                raise error.revised(at=("rules", index)) from None
+            for name in weights:
+                if paths[name] in found:
+                    chosen[name].append((index, rule))
+        return chosen
 
     def _check_fit(
         self,
