@@ -345,6 +345,23 @@ def test_a_mixed_preset_is_what_mlx_lm_converts(
     assert expected["quantization"] == found["quantization"]
 
 
+def test_a_mixed_preset_plans_kimi_k2_at_full_size(project: Project) -> None:
+    """Of attention without `v_proj`, the sensitive layers' `kv_a_proj_with_mqa` gets high bits."""
+    steps: list[dict[str, Any]] = [{"drop": {"match": "*.inv_freq"}}, {"decode": {}}]
+    recipe(project, *steps)
+    path = project.recipes / "family.yaml"
+    written = {**json.loads(path.read_text()), "extends": "preset:mlx-mixed_3_6", "quantize": {}}
+    write_json(path, written)
+    body = REPOSITORY / "benchmarks" / "shapes" / "kimi-k2.json"
+    (plan,) = plan_variants(["family"], project.options(sources={"body": body})).variants
+    schemes = plan.conversion.quantized
+
+    assert 61 == plan.architecture.num_layers
+    for layer, bits in ((0, 6), (7, 3), (9, 6), (60, 6)):
+        assert bits == schemes[f"model.layers.{layer}.self_attn.kv_a_proj_with_mqa"].bits
+        assert 3 == schemes[f"model.layers.{layer}.self_attn.embed_q"].bits
+
+
 def test_a_rule_may_match_nothing_where_it_says_so(project: Project, zoo: Zoo) -> None:
     """Otherwise a pattern that matches nothing is refused, with the nearest path of its kind."""
     rule = {"match": "*.fc1_latent_prj", "bits": 6}
