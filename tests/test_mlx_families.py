@@ -445,6 +445,26 @@ def test_a_rule_has_the_last_word_over_the_models_own_code(project: Project, zoo
     assert modules.keys() == variant.conversion.quantized.keys()
 
 
+@known("qwen3_moe")
+def test_bits_that_mlx_lm_wants_are_told(
+    project: Project, zoo: Zoo, carnice: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `plan` and by `new`, with the number of modules; not where a rule says otherwise."""
+    folder = zoo("qwen3_moe", "hub")
+    options = project.options(sources={"body": folder})
+    recipe(project)
+    (plan,) = plan_variants(["family"], options).variants
+    told = "mlx-lm wants 8 bits for 3 modules of this model, not 4"
+    monkeypatch.chdir(project.root)
+    arguments = ("--from", str(folder), "--as", "mlx-4bit")
+    finished = carnice("new", "mine", *arguments, "--recipes", "own/recipes")
+
+    assert [told] == [notice.partition(", and")[0] for notice in plan.notices]
+    assert told in finished.out, finished.err
+    recipe(project, rules=[{"match": "*.mlp.gate", "bits": 6}])
+    assert () == plan_variants(["family"], options).variants[0].notices
+
+
 # --- answers -------------------------------------------------------------------------------------
 
 
