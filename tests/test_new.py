@@ -508,7 +508,7 @@ smoothing: []
 def test_awq_that_would_smooth_nothing_is_refused(
     empty: Path, carnice: Carnice, family: str, own: str | None, table: str
 ) -> None:
-    """It would be rounding by the name of AWQ: for want of a table's word, or of ungrouped heads."""
+    """It would be mere rounding: for want of a table's word, or of heads that are not grouped."""
     write_zoo(empty / "source", family, "transformers")
     (empty / "text.txt").write_text("Which functions do you have? " * 400)
     if own is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from carnice_build.checkpoint.generation import generation_entries, sampling
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.models.base import Part
@@ -75,7 +76,7 @@ def _metadata(card: Card, variant: Variant) -> dict[str, Any]:
     base = {"base_model": _base_model(variant), "base_model_relation": "quantized"}
     return {
         "license": variant.card.license,
-        "language": variant.card.language,
+        **({"language": variant.card.language} if variant.card.language else {}),
         "library_name": card.library,
         **(base if known else {}),
         "pipeline_tag": "text-generation",
@@ -106,6 +107,8 @@ def _facts(variant: Variant) -> dict[str, Any]:
         "size": f"{format_size(size)} ({size / 2**30:.2f} GiB)",
         "widths": _widths(variant),
         "has_template": any("chat_template" in name for name in variant.copied),
+        "may_think": any(b"enable_thinking" in content for content in variant.copied.values()),
+        "sampling": _sampling(variant),
         "mtp_dtypes": _dtypes(variant, Part.MTP),
         "has_tower": tower,
         "left_vision": tower and not _dtypes(variant, Part.TOWER),
@@ -113,6 +116,13 @@ def _facts(variant: Variant) -> dict[str, Any]:
         "calibration": variant.calibration and _calibration(variant.calibration, source.profile),
         "serves": bool(variant.serve),
     }
+
+
+def _sampling(variant: Variant) -> dict[str, str]:
+    """The numbers that the recipe states, else the source's own generation_config.json."""
+    stated = variant.card.sampling
+    found = sampling(generation_entries(variant.copied)) if stated is None else stated
+    return {name: f"{value:g}" for name, value in found.items()}
 
 
 def _calibration(spec: CalibrationSpec, profile: str | None) -> dict[str, Any]:
