@@ -12,6 +12,7 @@ import yaml
 from conftest import REPOSITORY, Project
 from reporting import sample_report
 from tiny import write_json
+from zoo import write_zoo
 
 from carnice_build.commands.build import describe
 from carnice_build.commands.options import Options
@@ -180,3 +181,25 @@ def test_cards_of_carnice_say_how_it_is_sampled(everything: Path, variant: str) 
 
     assert ["en", "zh"] == yaml.safe_load(card.split("---\n")[1])["language"]
     assert "--temp 0.6 --top-p 0.95 --top-k 20\n" in card
+
+
+@pytest.mark.parametrize(
+    ("family", "preset", "library", "told"),
+    [
+        ("qwen3_moe", "w4a16-rtn", "vllm", 1),
+        ("qwen3", "w4a16-rtn", "transformers", 0),
+        ("qwen3_moe", "fp8-dynamic", "transformers", 0),
+    ],
+)
+def test_a_card_of_w4a16_with_experts_is_for_vllm(
+    project: Project, family: str, preset: str, library: str, told: int
+) -> None:
+    """transformers loads neither those of AWQ nor those rounded to nearest, but other folders."""
+    source = write_zoo(project.root / "source", family, "transformers")
+    text = "variant: plain\ndescription: Plain\nsources: {body: {model: a/b}}\n"
+    project.recipe("plain", f"extends: preset:{preset}\n{text}")
+    (plan,) = plan_variants(["plain"], project.options(sources={"body": source})).variants
+    card = dict(pages(plan))["README.md"]
+
+    assert library == yaml.safe_load(card.split("---\n")[1])["library_name"]
+    assert told == card.count("\n- transformers does not load it")

@@ -12,6 +12,7 @@ from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.models.base import Part
 from carnice_build.recipe.schema import CalibrationSpec, count_for
+from carnice_build.tensors import STACK
 from carnice_build.units import format_size
 
 if TYPE_CHECKING:
@@ -26,12 +27,14 @@ class Card:
     """What a format adds to a model card.
 
     `template` is the text of a Jinja template, which may extend `_torch.md.j2` of this package and
-    sees the format's knobs as `knobs`; `library` and `tags` are the hub's metadata.
+    sees the format's knobs as `knobs`; `library` and `tags` are the hub's metadata, `library` what
+    loads the folder, for which `with_experts` stands where experts are quantized.
     """
 
     template: str = '{% extends "_torch.md.j2" %}'
     library: str = "transformers"
     tags: tuple[str, ...] = ()
+    with_experts: str | None = None
 
 
 def own_template(package: str, name: str = "card.md.j2") -> str:
@@ -77,7 +80,7 @@ def _metadata(card: Card, variant: Variant) -> dict[str, Any]:
     return {
         "license": variant.card.license,
         **({"language": variant.card.language} if variant.card.language else {}),
-        "library_name": card.library,
+        "library_name": (_experts(variant) and card.with_experts) or card.library,
         **(base if known else {}),
         "pipeline_tag": "text-generation",
         "inference": False,
@@ -115,7 +118,13 @@ def _facts(variant: Variant) -> dict[str, Any]:
         "grafts": [item for item in variant.sources.items() if item[0] != variant.body],
         "calibration": variant.calibration and _calibration(variant.calibration, source.profile),
         "serves": bool(variant.serve),
+        "experts": _experts(variant),
     }
+
+
+def _experts(variant: Variant) -> bool:
+    """Whether experts are among what is quantized."""
+    return any(STACK in module for module in variant.quantized)
 
 
 def _sampling(variant: Variant) -> dict[str, str]:
