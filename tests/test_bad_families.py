@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import Finished, Project
 from test_bad_input import check_refused, check_refused_at_once, rewrite
-from tiny import Tensor, read_json, write_json
+from tiny import Tensor, read_all_tensors, read_json, write_json
 from zoo import Layout, write_zoo
 
 from carnice_build.dtypes import TensorSpec
@@ -89,6 +89,17 @@ def put(name: str, data: bytes) -> Callable[[dict[str, Tensor]], object]:
     def change(tensors: dict[str, Tensor]) -> None:
         old = tensors[name]
         tensors[name] = Tensor(old.dtype, old.shape, data + old.data[len(data) :])
+
+    return change
+
+
+def put_at(name: str, element: int, data: bytes) -> Callable[[dict[str, Tensor]], object]:
+    """A tensor of 16-bit numbers with `data` at an element."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        old, start = tensors[name], 2 * element
+        held = old.data[:start] + data + old.data[start + len(data) :]
+        tensors[name] = Tensor(old.dtype, old.shape, held)
 
     return change
 
@@ -362,6 +373,24 @@ def test_damaged_scales_of_experts_are_named(
 
     check = check_refused if what in READ else check_refused_at_once
     check(finished, project, "model", words)
+
+
+@pytest.mark.parametrize("quant", ["mlx", "fp8"])
+@pytest.mark.parametrize("layout", ["hub", "transformers"])
+def test_an_expert_that_holds_nan_is_named(
+    project: Project, zoo: Zoo, carnice: Carnice, layout: Layout, quant: str
+) -> None:
+    """Whether its weight is a tensor of its own, or a part of one that holds all of them."""
+    experts = "model.language_model.layers.1.mlp.experts"
+    bad = Bad(project, zoo("qwen3_5_moe", layout), quant)
+    name = f"{experts}.down_proj" if layout == "hub" else f"{experts}.2.down_proj.weight"
+    (size,) = {item.shape for key, item in read_all_tensors(bad.folder).items() if key == name}
+    before = 2 * size[-1] * size[-2] if layout == "hub" else 0
+    bad.tensors(put_at(name, before + 7, b"\xc0\x7f"))
+    expert = f", which is of '{experts}.2.down_proj.weight'" if layout == "hub" else ""
+
+    words = f"tensor '{name}' holds NaN or infinity at element {before + 7}{expert};"
+    check_refused(carnice("build", "bad"), project, "model", words)
 
 
 @pytest.mark.parametrize("steps", ["[]", DECODE], ids=["kept", "decoded"])

@@ -83,11 +83,11 @@ def shard_of(project: Project, name: str) -> Path:
 
 
 def poison(project: Project, name: str, element: int, value: bytes) -> None:
-    """Put a BF16 value into a tensor."""
+    """Put a BF16 value, or several, into a tensor."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         old = tensors[name]
-        data = old.data[: 2 * element] + value + old.data[2 * element + 2 :]
+        data = old.data[: 2 * element] + value + old.data[2 * element + len(value) :]
         tensors[name] = Tensor(old.dtype, old.shape, data)
 
     rewrite(shard_of(project, name), change)
@@ -389,6 +389,46 @@ def test_a_weight_that_is_not_finite_is_named(
         f"tensor '{name}' holds NaN or infinity at element 100",
         "`nonfinite: zero` under `quantize`",
     )
+
+
+@pytest.mark.parametrize("backend", ["fused", "mlx"])
+def test_a_weight_whose_range_has_no_scale_is_named(
+    project: Project, carnice: Carnice, backend: str
+) -> None:
+    """The least and the largest BF16 in one group are numbers, but not what is between them."""
+    if backend == "mlx":
+        pytest.importorskip("mlx.core")
+    poison(project, DOWN, 100, b"\x7f\x7f\x7f\xff")
+    finished = carnice("build", "mlx-4bit", "--set", f"quantize.backend={backend}")
+
+    shard = str(shard_of(project, DOWN).relative_to(project.root))
+    words = f"tensor '{DOWN}' has a group of 64 weights whose range is beyond"
+    check_refused(finished, project, shard, words)
+
+
+def test_numbers_near_the_end_of_their_type_are_verified_without_warnings(
+    project: Project, carnice: Carnice
+) -> None:
+    """A folder with infinite scales is told in sentences of ours, one with large numbers not."""
+    poison(project, DOWN, 100, b"\x7f\x7f")
+    built = carnice("build", "mlx-4bit")
+    checked = carnice("verify", "mlx-4bit")
+    folder = project.out / "mlx-4bit"
+    shard = next(iter(sorted(folder.glob("*.safetensors"))))
+    rewrite(shard, infinite_scales)
+    failed = carnice("verify", "mlx-4bit")
+
+    assert 0 == built.code
+    assert "Warning" not in f"{checked.err}{failed.err}"
+    assert "round trip" not in checked.err
+    assert 1 == failed.code
+
+
+def infinite_scales(tensors: dict[str, Tensor]) -> None:
+    """Every scale is as large as none can be."""
+    for name, old in tensors.items():
+        if name.endswith(".scales"):
+            tensors[name] = Tensor(old.dtype, old.shape, b"\x80\x7f" * (len(old.data) // 2))
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY], ids=["NaN", "Inf"])

@@ -24,7 +24,7 @@ from carnice_build.calibration.passes import Forward, ForwardExperts
 from carnice_build.calibration.text_model import OpenModel
 from carnice_build.calibration.watch import Seen, seen_inputs
 from carnice_build.checkpoint.checkpoint import open_checkpoint
-from carnice_build.errors import BackendError
+from carnice_build.errors import BackendError, CheckpointError
 from carnice_build.formats.autoround.tune import Advance, Tune
 from carnice_build.formats.compressed_tensors.awq import Smooth
 from carnice_build.graph import ProcessOp, TensorRef
@@ -68,6 +68,34 @@ def walk(
                 for sample, given in zip(hidden, beside, strict=True)
             ]
         yield hidden, seen
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("hidden_act", "nope"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": "abc"}),
+        ("rope_parameters", {"rope_type": "nope", "rope_theta": 1e4}),
+        ("num_attention_heads", "two"),
+    ],
+)
+def test_a_config_that_transformers_does_not_take_is_told_by_its_entry(
+    entry: str, value: object
+) -> None:
+    """A checkpoint is to blame, no library; what transformers says is told with it."""
+    config = {**FAMILIES["llama"].config, "model_type": "llama", entry: value}
+    with pytest.raises(CheckpointError, match=rf"config\.json: config entry {entry} is .*"):
+        LayerDriver(config, 0, arithmetic("llama"))
+
+
+def test_a_config_whose_entry_is_not_known_is_told_in_transformers_words() -> None:
+    """Two entries may be wrong, or none by itself."""
+    wrong = {"hidden_act": "nope", "num_attention_heads": "two"}
+    config = {**FAMILIES["llama"].config, "model_type": "llama", **wrong}
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: is no config that transformers takes"
+    ):
+        LayerDriver(config, 0, arithmetic("llama"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

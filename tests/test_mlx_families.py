@@ -28,6 +28,7 @@ from carnice_build.commands.plan import plan_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import BackendError, PlanError
+from carnice_build.formats.mlx.answers import answered
 from carnice_build.formats.mlx.conversion import Fused, Numbered, Parts, knows, told
 from carnice_build.formats.mlx.entries import older_entries, with_entries
 from carnice_build.formats.mlx.table import TABLES, Table, table_of, trace_of
@@ -39,10 +40,10 @@ from carnice_build.formats.mlx.trace import (
     Trace,
     Traced,
     TracedSource,
-    answered,
     parsed,
 )
 from carnice_build.steps.base import Question
+from carnice_build.tensors import stacks
 
 pytest.importorskip("mlx_lm")
 pytest.importorskip("transformers")
@@ -473,7 +474,8 @@ def question(folder: Path) -> Question[Trace | Refusal]:
     config = json.loads((folder / "config.json").read_text())
     rows = {name: [item.dtype, list(item.shape)] for name, item in read_all_tensors(folder).items()}
     specs = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in rows.items()}
-    parse = partial(answered, tensors=specs)
+    names = {*specs, *(stack for name in specs for stack in stacks(name))}
+    parse = partial(answered, tensors=specs, names=names)
     return Question(
         "carnice_build.backends.mlx_trace:answer", (config, rows), ("mlx-lm",), 0, parse, "mlx"
     )

@@ -434,6 +434,11 @@ REFUSALS: dict[str, tuple[list[str], Callable[[Path], None] | None, tuple[str, .
         None,
         ("./nowhere: is no folder, and no name on the hub", "FOLDER or OWNER/MODEL"),
     ),
+    "no name": (
+        ["a", "--from", "", "--as", "mlx-4bit"],
+        None,
+        ("--from: names no model; expected FOLDER or OWNER/MODEL",),
+    ),
     "a file": (
         ["a", "--from", "MODEL/config.json", "--as", "mlx-4bit"],
         None,

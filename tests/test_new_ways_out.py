@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -303,6 +304,11 @@ def test_a_hub_that_is_out_of_reach_is_no_dead_end(
 REFUSED: dict[str, tuple[str, str, str]] = {
     "nothing of that name": ("nvfp4", "nowhere", "'nowhere' is no dataset; expected a .jsonl"),
     "no file of that name": ("nvfp4", "no.jsonl", "there is no file 'no.jsonl'"),
+    "no name": ("nvfp4", "", "--dataset: names no dataset; expected a .jsonl"),
+    "a loop of links": ("nvfp4", "loop.jsonl", "'loop.jsonl' is a link that is one of a loop"),
+    "a link to nothing": ("nvfp4", "gone.jsonl", "'gone.jsonl' is a link that leads to nothing"),
+    "a pipe": ("nvfp4", "pipe.txt", "'pipe.txt' is a pipe; expected a .jsonl, .parquet or .txt"),
+    "a device": ("nvfp4", "device.txt", "'device.txt' is a device; expected"),
     "another kind of file": ("nvfp4", "two/a.csv", "'two/a.csv' is no dataset"),
     "a folder with two": ("nvfp4", "two", "'two' holds 2 .jsonl, .parquet or .txt files"),
     "a folder with none": ("nvfp4", "none", "'none' holds no .jsonl, .parquet or .txt files"),
@@ -323,6 +329,10 @@ def test_a_bad_dataset_is_refused_and_nothing_is_written(
     for name in ("two/a.txt", "two/b.txt", "two/a.csv", "../text.jsonl", "short.txt"):
         (empty / name).write_text("one two three\n")
     (empty / "bad.jsonl").write_text("{}\n")
+    (empty / "loop.jsonl").symlink_to("loop.jsonl")
+    (empty / "gone.jsonl").symlink_to("elsewhere.jsonl")
+    (empty / "device.txt").symlink_to("/dev/null")
+    os.mkfifo(empty / "pipe.txt")
     finished = carnice("new", "mine", "--from", model, "--as", preset, "--dataset", dataset)
 
     assert 2 == finished.code, finished.err

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from tiny import Tensor, read_all_tensors, read_json, write_json
 from zoo import TOKENIZER_FILES, write_zoo
 
-from carnice_build.checkpoint.quantized import of_activations
+from carnice_build.checkpoint.quantized import of_activations, quantized_weights
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_and_survey, plan_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
-from carnice_build.errors import PlanError
+from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.verification.result import Outcome
 
 QUANTS: dict[str, dict[str, Any]] = {
@@ -40,6 +40,29 @@ QUANTS: dict[str, dict[str, Any]] = {
     },
     "int4": {"format": "autoround", "method": "nearest"},
 }
+
+
+@pytest.mark.parametrize("value", [[], ["gptq"], {"a": 1}, 1, True, 0.5], ids=str)
+@pytest.mark.parametrize(
+    ("method", "entry"),
+    [
+        ("gptq", "checkpoint_format"),
+        ("auto-round", "packing_format"),
+        ("compressed-tensors", "format"),
+        ("modelopt", "quant_algo"),
+        (None, "quant_method"),
+    ],
+)
+def test_a_config_that_names_no_way_of_packing_says_so(
+    method: str | None, entry: str, value: object
+) -> None:
+    """Whatever stands there; nothing at all may mean the method's own."""
+    stated = {"quant_method": method, "bits": 4, entry: value}
+    if value == [] and method == "gptq":
+        assert {} == quantized_weights({}, stated, lambda name: None, "config.json")
+    else:
+        with pytest.raises(CheckpointError, match="cannot be decoded"):
+            quantized_weights({}, stated, lambda name: None, "config.json")
 
 
 class Workshop:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from zoo import FAMILIES
 
 from carnice_build.errors import CarniceError, CheckpointError, RecipeError
-from carnice_build.models import architecture_of, known_types
+from carnice_build.models import architecture_of, known_types, table_of
 from carnice_build.models.base import Passed
 from carnice_build.models.formulas import FormulaError, compiled, evaluate
 from carnice_build.models.table import FamilyTable
-from carnice_build.models.table_file import SHIPPED
+from carnice_build.models.table_file import SHIPPED, TableFile, load_table
+from carnice_build.models.table_schema import Bound
 
 TABLE = """\
 about: A family.
@@ -220,6 +221,143 @@ def test_what_is_extended_must_be_a_table(tmp_path: Path) -> None:
     (tmp_path / "family.yaml").write_text("about: Mine.\nextends: other\n")
     with pytest.raises(RecipeError, match=r"other\.yaml:1:1: is no table"):
         FamilyTable(tmp_path / "family.yaml", CONFIG, "config.json")
+
+
+# --- names beside the rows ------------------------------------------------------------------------
+
+MISSPELT = {
+    "a norm": ("smoothing: [{smooth: nrm, balance: [up]}]", 14, "smoothing.0.smooth", "norm"),
+    "nothing to smooth": ("smoothing: [{smooth: '', balance: [up]}]", 14, "no row has ''", None),
+    "what it balances": ("smoothing: [{smooth: norm, balance: [upp]}]", 14, "'upp'", "up"),
+    "a norm that it balances": ("smoothing: [{smooth: norm, balance: [norm]}]", 14, "linear", None),
+    "no balance": ("smoothing: [{smooth: norm, balance: []}]", 14, "at least 1 item", None),
+    "inputs": ("inputs: [[up, upp]]", 14, "inputs.0.1: no row has 'upp'", "up"),
+    "a part of a fusion": ("fusions: {a.b: [no.such, up]}", 14, "fusions.a.b.0", None),
+    "a beginning": ("modules: {layer.: other.}", 14, "modules.layer.: no row", "layers."),
+    "a glob": ("narrow: ['*.ups.weight']", 14, "narrow.0: no row has '*.ups.weight'", None),
+}
+
+
+@pytest.mark.parametrize("kind", MISSPELT)
+def test_what_a_table_names_is_in_one_of_its_rows(tmp_path: Path, kind: str) -> None:
+    """Else it would be left out in silence."""
+    text, line, said, near = MISSPELT[kind]
+    with pytest.raises(RecipeError) as raised:
+        table(tmp_path, TABLE + text + "\n")
+
+    assert f"family.yaml:{line}:" in str(raised.value)
+    assert said in str(raised.value)
+    assert near is None or f"did you mean '{near}'?" in str(raised.value)
+
+
+NAMED = """\
+smoothing: [{smooth: norm, balance: [up]}, {smooth: up, balance: [up]}]
+inputs: [[up]]
+fusions: {a.b: [up, up]}
+modules: {layers.: model., embed: model.embed}
+narrow: ['*.up.weight', 'layers.1.up.weight']
+"""
+
+
+def test_rows_may_be_off(tmp_path: Path) -> None:
+    """A config that has them not makes no name wrong; nor does a number that only others have."""
+    off = TABLE.replace("name: up.weight,", "name: up.weight, when: layer > 9,")
+    found = table(tmp_path, off + NAMED)
+
+    assert 2 == len(found.smoothing)
+
+
+def test_what_is_taken_of_another_table_may_be_of_its_rows(tmp_path: Path) -> None:
+    """Even of a block that is another here: what is not there is not smoothed."""
+    (tmp_path / "other.yaml").write_text(TABLE + NAMED)
+    blocks = "blocks: {layer: [{name: norm.weight, role: norm, shape: [8]}]}\n"
+    found = table(tmp_path, f"about: Mine.\nextends: other\n{blocks}")
+
+    assert ["layers.0.norm.weight", "layers.1.norm.weight"] == [*found.tensors][1:]
+
+
+SIZES = """\
+    - {name: gate_up.weight, role: linear, shape: [2 * wide, hidden_size]}
+    - {name: down.weight, role: linear, shape: [hidden_size, wide]}
+    - {name: e.*.up.weight, role: linear, shape: [4, wide, hidden_size]}
+    - {name: e.*.down.weight, role: linear, shape: [4, hidden_size, wide]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("smooth", "balance", "fits"),
+    [
+        ("norm", "up", True),
+        ("norm", "up, e.*.up", True),
+        ("up", "down", True),
+        ("gate_up", "down", True),
+        ("e.*.up", "e.*.down", True),
+        ("norm", "down", False),
+        ("norm", "up, down", False),
+        ("down", "down", False),
+        ("up", "up", False),
+        ("e.*.up", "down", False),
+    ],
+)
+def test_what_is_smoothed_fits_what_balances_it(
+    tmp_path: Path, smooth: str, balance: str, fits: bool
+) -> None:
+    """The table's line is told at the plan, before anything is calibrated."""
+    text = f"{TABLE}{SIZES}smoothing: [{{smooth: {smooth}, balance: [{balance}]}}]\n"
+    found = table(tmp_path, text)
+    if fits:
+        assert 1 == len(found.smoothing)
+    else:
+        with pytest.raises(RecipeError, match=r"family\.yaml:18:\d+: .* do not fit"):
+            assert found.smoothing
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+def bounds_of(name: str) -> Sequence[Bound]:
+    """Those of the table of a family of the zoo."""
+    path = table_of(FAMILIES[name].model_type)
+    return load_table(path).table.bounds if path else []
+
+
+BOUNDED = [name for name in TABLED if bounds_of(name) and name != "gemma4"]
+
+
+@pytest.mark.parametrize("wrong", [0, 10_001, -1, 1.5, "2", True])
+@pytest.mark.parametrize("name", BOUNDED)
+def test_entries_that_fit_no_experts_are_told(name: str, wrong: object) -> None:
+    """Experts of a token, and of groups, are held against how many there are."""
+    family = FAMILIES[name]
+    for bound in bounds_of(name):
+        config = json.loads(json.dumps({**family.config, "model_type": family.model_type}))
+        text = config.get("text_config", config)
+        text[bound.entry] = wrong
+        with pytest.raises(CheckpointError, match=f"config entry {bound.entry} is {wrong!r}"):
+            architecture_of(config, "config.json")
+
+
+def test_every_family_with_experts_has_bounds() -> None:
+    """And no other."""
+    stacked = {
+        name
+        for name in known_types()
+        if any("*" in row.name for block in loaded(name).table.blocks.values() for row in block)
+    }
+
+    assert stacked == {name for name in known_types() if loaded(name).table.bounds}
+
+
+def loaded(name: str) -> TableFile:
+    """The table of a type that ships."""
+    return load_table(SHIPPED / f"{name}.yaml")
+
+
+def test_where_there_are_no_experts_none_are_chosen() -> None:
+    """Gemma 4 has entries for them that say nothing."""
+    config = {**FAMILIES["gemma4"].config, "model_type": "gemma4"}
+
+    assert architecture_of(config, "config.json").tensors
 
 
 # --- formulas -------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ from typing import Any, ClassVar
 from carnice_build.backends.mlx_graph import build, written
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import BackendError
+from carnice_build.tensors import STACK, numbered
 
-TRACER_VERSION = 1
+TRACER_VERSION = 2
 """Rises whenever another answer would be given about the same checkpoint.
 
 That of all that traces, `mlx_graph` and `mlx_vlm_trace` too; answers are remembered by it.
@@ -96,13 +97,23 @@ def traced(library: Library, config: Mapping[str, Any], tensors: Mapping[str, Te
         return json.dumps({"refusal": _sentence(loaded.refusal)})
     dtypes = {name: spec.dtype for name, spec in tensors.items()}
     nodes = build(messages, names, dtypes, lambda dtype: _NAMES[str(dtype).rpartition(".")[2]])
+    made = written(zip(loaded.parameters, nodes, strict=True))
     result = {
-        **written(zip(loaded.parameters, nodes, strict=True)),
+        **made,
+        "dropped": _dropped(made["tensors"], names),
         "modules": loaded.modules,
         "quantized": loaded.quantized,
         "stated": loaded.stated,
     }
     return json.dumps(result, sort_keys=True, separators=(",", ":"))
+
+
+def _dropped(rows: Sequence[Any], names: Sequence[str]) -> list[str]:
+    """Those of `names` that none of the tensors of `mlx_graph.written` is made of."""
+    sources = {(name, shape[0]) for row in rows for name, _, shape in row[3] if STACK in name}
+    used = {name for row in rows for name, *_ in row[3]}
+    used |= {member for name, count in sources for member in numbered(name, count)}
+    return [name for name in names if name not in used]
 
 
 def _sentence(error: Exception) -> str:

@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from carnice_build.calibration.entrance import Entrance, looked_up
+from carnice_build.calibration.refusal import refused
 from carnice_build.calibration.weights import Owners, Placing
-from carnice_build.errors import BackendError
+from carnice_build.errors import BackendError, CarniceError
 
 Beside = Mapping[str, Any]
 """What a layer is called with for one sample, beside hidden states, by the names of its parameters.
@@ -64,8 +65,18 @@ def skeleton(text_config: Mapping[str, Any], arithmetic: Arithmetic) -> Any:
     """transformers' causal language model of a checkpoint's `text_config`, without its weights.
 
     What no checkpoint holds, as the frequencies of rotary embeddings, is there; BackendError when
-    transformers does not say how to make it, or lacks the attention for this model.
+    transformers does not say how to make it, or lacks the attention for this model, CheckpointError
+    when it does not take the config.
     """
+    try:
+        return _skeleton(text_config, arithmetic)
+    except (CarniceError, ImportError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        raise refused(text_config, error, lambda config: _skeleton(config, arithmetic)) from error
+
+
+def _skeleton(text_config: Mapping[str, Any], arithmetic: Arithmetic) -> Any:
     config_class, model_class = _classes(text_config)
     if arithmetic.attention == "sdpa" and not model_class._supports_sdpa:
         raise BackendError(f"transformers has no attention sdpa for {model_class.__name__}")

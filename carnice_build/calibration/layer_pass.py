@@ -13,7 +13,7 @@ from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.layer_files import HiddenStates, layer_name, layer_tensors
 from carnice_build.calibration.watch import NonFiniteInput, Seen, seen_inputs
 from carnice_build.calibration.weights import Owners
-from carnice_build.errors import BackendError, CheckpointError
+from carnice_build.errors import BackendError, CarniceError, CheckpointError
 from carnice_build.tensor_file import TensorFile
 
 
@@ -65,7 +65,7 @@ def _load(
     try:
         driver = LayerDriver(params["config"], params["layer"], arithmetic)
         return driver, driver.layer(tensors), driver.owners(tensors)
-    except BackendError:
+    except CarniceError:
         raise
     except Exception as error:  # transformers raises KeyError and the like for what it cannot use
         raise CheckpointError(

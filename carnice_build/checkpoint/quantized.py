@@ -316,13 +316,13 @@ def _auto_round(tensors: Tensors, stated: Table, columns: Columns, where: str) -
 
 
 def _in_words(tensors: Tensors, stated: Table, packing: object, where: str) -> Iterator[Weight]:
-    if packing not in _ABOVE:
+    if not isinstance(packing, str) or packing not in _ABOVE:
         raise CheckpointError(
             f"packs weights as {str(packing)!r}, which cannot be decoded",
             where=where,
             expected=" or ".join(_ABOVE),
         )
-    above = _ABOVE[str(packing)]
+    above = _ABOVE[packing]
     for name, parts in _grouped(tensors, _QUARTET).items():
         found = _Parts(name, tensors, parts, _PLAIN)
         yield Weight(name, parts, _word_decoder(found, stated, above, where))

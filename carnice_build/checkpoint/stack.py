@@ -258,6 +258,23 @@ def _odd_one(parts: Sequence[SourceTensor]) -> CheckpointError:
     )
 
 
+@dataclass(frozen=True)
+class _Whole(SourceTensor):
+    """A tensor of the checkpoint, `whole`, by another name."""
+
+    whole: SourceTensor | None = None
+
+    def located(self, index: int) -> tuple[SourceTensor, int]:
+        """See `SourceTensor.located`."""
+        assert self.whole is not None
+        return self.whole.located(index)
+
+
+def whole_stack(name: str, tensor: SourceTensor) -> SourceTensor:
+    """A tensor [experts, rows, ...] as the stack that it is."""
+    return _Whole(name, tensor.spec, tensor.file, tensor.offset, tensor.stored, tensor)
+
+
 def slab_rows(tensor: SourceTensor, index: int, start: int, stop: int) -> SourceTensor:
     """Rows `start` to `stop` of slab `index` of a tensor [slabs, rows, ...]."""
     slabs, rows, *rest = tensor.spec.shape

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,9 @@ def named(dataset: str, root: Path) -> dict[str, Any]:
     Raises RecipeError for what is none of them, and for a file that no recipe there can name.
     """
     path = Path(dataset)
+    if not dataset:
+        # Which a path takes for the current folder.
+        raise RecipeError("names no dataset", where=OPTION, expected=f"a {KINDS} file")
     if path.is_dir():
         path = _only_file(path)
     if path.name.endswith(DATASET_FILES):
@@ -60,7 +65,7 @@ def _only_file(folder: Path) -> Path:
 def _below(path: Path, root: Path) -> str:
     """The path of a file below the project, as recipes spell it."""
     if not path.is_file():
-        raise RecipeError(f"there is no file {str(path)!r}", where=OPTION)
+        raise RecipeError(_what_is(path), where=OPTION, expected=f"a {KINDS} file")
     # A link may be there to be changed, so it is not followed.
     place, below = Path(os.path.abspath(path)), Path(os.path.abspath(root))  # noqa: PTH100
     if not place.is_relative_to(below):
@@ -70,6 +75,27 @@ def _below(path: Path, root: Path) -> str:
             expected=f"a copy of it, or a link to it, below {below}",
         )
     return place.relative_to(below).as_posix()
+
+
+_KINDS: Sequence[tuple[Callable[[int], bool], str]] = [
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+]
+
+
+def _what_is(path: Path) -> str:
+    """What stands where a file should be."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if not path.is_symlink():
+            return f"there is no file {str(path)!r}"
+        why = "is one of a loop" if error.errno == errno.ELOOP else "leads to nothing"
+        return f"{str(path)!r} is a link that {why}"
+    kind = next((name for fits, name in _KINDS if fits(mode)), "no file")
+    return f"{str(path)!r} is {kind}"
 
 
 @contextmanager

@@ -67,6 +67,9 @@ def text_of(
 
 def open_model(model: str, root: Path) -> tuple[dict[str, str], Checkpoint]:
     """What a recipe says of the source, and the checkpoint."""
+    if not model:
+        # Which a path takes for the current folder.
+        raise CheckpointError("names no model", where="--from", expected="FOLDER or OWNER/MODEL")
     path = Path(model)
     try:
         is_folder = path.is_dir()

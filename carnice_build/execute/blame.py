@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from carnice_build.errors import CheckpointError
 from carnice_build.graph import Action, BadInput, NonFiniteValue
-from carnice_build.tensors import SourceTensor
+from carnice_build.tensors import STACK, SourceTensor, numbered
 
 
 def non_finite(action: Action, error: NonFiniteValue) -> CheckpointError:
@@ -29,7 +31,7 @@ def bad_input(action: Action, error: BadInput) -> CheckpointError:
         return CheckpointError(f"{action.op.name} {error.what}", expected=error.expected)
     tensor, _ = origin.located(error.index)
     return CheckpointError(
-        f"tensor {tensor.name!r} {error.what}",
+        f"tensor {tensor.name!r} {error.what}{_expert(origin, tensor, error.index)}",
         where=tensor.file.name if tensor.file else None,
         expected=error.expected,
     )
@@ -37,9 +39,19 @@ def bad_input(action: Action, error: BadInput) -> CheckpointError:
 
 def not_finite(source: SourceTensor, index: int) -> CheckpointError:
     """The error for NaN or infinity at a flat index of a source tensor."""
-    tensor, index = source.located(index)
+    tensor, place = source.located(index)
+    expert = _expert(source, tensor, index)
     return CheckpointError(
-        f"tensor {tensor.name!r} holds NaN or infinity at element {index}",
+        f"tensor {tensor.name!r} holds NaN or infinity at element {place}{expert}",
         where=tensor.file.name if tensor.file else None,
         expected="finite weights, or, where the format has it, `nonfinite: zero` under `quantize`",
     )
+
+
+def _expert(source: SourceTensor, tensor: SourceTensor, index: int) -> str:
+    """Which expert element `index` of a stack is of, where `tensor` holds it beside others."""
+    if STACK not in source.name:
+        return ""
+    experts, *each = source.spec.shape
+    name = numbered(source.name, experts)[index // prod(each)]
+    return "" if name == tensor.name else f", which is of {name!r}"

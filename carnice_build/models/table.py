@@ -229,11 +229,36 @@ class FamilyTable(Architecture):
     @cached_property
     def smoothing(self) -> Sequence[SmoothingMapping]:
         """What AWQ may smooth."""
-        return tuple(
-            SmoothingMapping(item.smooth, tuple(item.balance))
-            for index, item in enumerate(self._table.smoothing)
-            if item.when is None or self._values.evaluate(item.when, ("smoothing", index, "when"))
-        )
+        found: list[SmoothingMapping] = []
+        for index, item in enumerate(self._table.smoothing):
+            path = ("smoothing", index)
+            if item.when is None or self._values.evaluate(item.when, (*path, "when")):
+                found.append(SmoothingMapping(item.smooth, tuple(item.balance)))
+                self._check_sizes(found[-1], path)
+        return tuple(found)
+
+    def _check_sizes(self, mapping: SmoothingMapping, path: Sequence[str | int]) -> None:
+        """Raise RecipeError unless scales of the weights' columns fit what they divide.
+
+        That is a norm's gain, or the rows of a linear, of several in one the last.
+        """
+        for layer in range(self.num_layers):
+            prefix = self.layer_prefix(layer)
+            names = [f"{prefix}{module}.weight" for module in (mapping.smooth, *mapping.balance)]
+            if not all(name in self.tensors for name in names):
+                continue
+            divided, *multiplied = (self.tensors[name].shape for name in names)
+            experts = divided[:-2]
+            for name, shape in zip(names[1:], multiplied, strict=True):
+                rows = divided[-2] if len(divided) > 1 else divided[0]
+                whole = rows == shape[-1] or (len(divided) > 1 and rows % shape[-1] == 0)
+                if not whole or experts not in ((), shape[:-2]) or shape[-1] != multiplied[0][-1]:
+                    raise self._file.error(
+                        path,
+                        f"{names[0]!r} is {list(divided)}, which scales of {name!r}, "
+                        f"{list(shape)}, do not fit",
+                        "as many rows as columns, or of several in one the last",
+                    )
 
     @property
     def narrow_linears(self) -> Sequence[str]:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from carnice_build.errors import RecipeError
 from carnice_build.models.formulas import names_in
+from carnice_build.models.table_names import Known, check_names, known_names
 from carnice_build.models.table_schema import Table
 from carnice_build.yaml_tree import Node, read_tree
 
@@ -104,10 +105,18 @@ def _tree(path: Path, _: int) -> Node:
 
 @cache
 def _loaded(lineage: tuple[_Version, ...]) -> TableFile:
+    found = _validated(lineage)
+    found.check()
+    check_names(found.table, _known(lineage), found.tree)
+    return found
+
+
+@cache
+def _validated(lineage: tuple[_Version, ...]) -> TableFile:
     tree = reduce(_over, (_tree(*version) for version in reversed(lineage)))
     path, _ = lineage[0]
     try:
-        found = TableFile(path.stem, Table.model_validate(tree.plain()), tree)
+        return TableFile(path.stem, Table.model_validate(tree.plain()), tree)
     except ValidationError as error:
         detail = error.errors()[0]
         # Without which of the kinds of items it is.
@@ -115,8 +124,13 @@ def _loaded(lineage: tuple[_Version, ...]) -> TableFile:
         message = detail["msg"].removeprefix("Value error, ")
         shown = ".".join(map(str, entry))
         raise RecipeError(f"{shown}: {message}", where=tree.find(entry).where) from None
-    found.check()
-    return found
+
+
+@cache
+def _known(lineage: tuple[_Version, ...]) -> Known:
+    """The names that rows have of a table, and of those that it extends."""
+    own = known_names(_validated(lineage).table)
+    return own | _known(lineage[1:]) if lineage[1:] else own
 
 
 def _over(inherited: Node, tree: Node) -> Node:

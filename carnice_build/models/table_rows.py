@@ -37,6 +37,7 @@ class TableRows:
         self.layers = self._layer_group()
         self.num_layers = values.count(self.layers.repeat, ("model",), least=1)
         self._check_lists()
+        self._check_bounds()
         self.kinds = [self._kind(layer) for layer in range(self.num_layers)]
 
     def of_layer(self, layer: int) -> Mapping[str, Any]:
@@ -55,6 +56,22 @@ class TableRows:
             value = self._values.named(name, {})
             if isinstance(value, list) and value and len(value) != self.num_layers:
                 raise self._values.entry_error(name, f"{self.num_layers} entries")
+
+    def _check_bounds(self) -> None:
+        """Raise CheckpointError for an entry that is more than there is, or divides it not."""
+        for index, bound in enumerate(self._table.bounds):
+            for key, formula in (("most", bound.most), ("divides", bound.divides)):
+                if formula is None:
+                    continue
+                count = self._values.evaluate(formula, ("bounds", index, key))
+                if type(count) is not int or count < 1:
+                    continue  # such as no experts at all
+                value = self._values.named(bound.entry, {})
+                divides = key == "divides"
+                if type(value) is int and 1 <= value <= count and not (divides and count % value):
+                    continue
+                expected = f"a divisor of {count}" if divides else f"1 to {count}"
+                raise self._values.entry_error(bound.entry, f"{expected}, by {formula}")
 
     def _kind(self, layer: int) -> str:
         kind = self._values.evaluate(self._table.kind, ("kind",), {"layer": layer})

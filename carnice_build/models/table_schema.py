@@ -121,8 +121,18 @@ class Smoothing(_Strict):
     """A mapping of AWQ, by module paths within a decoder layer."""
 
     smooth: str
-    balance: list[str] = Field(description="All that reads its output; first what the library has.")
+    balance: list[str] = Field(
+        min_length=1, description="All that reads its output; first what the library has."
+    )
     when: Formula | None = None
+
+
+class Bound(_Strict):
+    """What an entry of a config may be: a count from 1 on, where there is what it counts."""
+
+    entry: str = Field(description="The entry, as formulas name it.")
+    most: Formula | None = Field(None, description="How much it may be.")
+    divides: Formula | None = Field(None, description="What it is a divisor of.")
 
 
 LENGTH = "length"
@@ -194,6 +204,10 @@ class Table(_Strict):
     values: dict[str, Formula] = Field(
         default_factory=dict,
         description="Names for formulas, which may use each other, and `layer` and `kind` in rows.",
+    )
+    bounds: list[Bound] = Field(
+        default_factory=list,
+        description="Entries that no shape follows from, and yet must fit: experts of a token.",
     )
     kind: Formula = Field("'full'", description="The kind of decoder layer number `layer`.")
     blocks: dict[str, list[Row]] = Field(default_factory=dict)

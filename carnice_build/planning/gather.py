@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 
-from carnice_build.checkpoint.stack import slab_stack, stacked
+from carnice_build.checkpoint.stack import slab_stack, stacked, whole_stack
 from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.errors import CheckpointError, PlanError, nearest, together
@@ -103,8 +103,10 @@ def _ref(fact: TensorFact, place: _Place) -> TensorRef:
 
 def part_of(fact: TensorFact, tensor: SourceTensor) -> SourceTensor:
     """The stack of a fact in a tensor [experts, of * rows, ...] that holds several."""
-    if fact.fused is None or fact.fused.of == 1:
+    if fact.fused is None:
         return tensor
+    if fact.fused.of == 1:
+        return whole_stack(fact.name, tensor)
     return slab_stack(fact.name, tensor, *fact.fused.rows(fact.shape[1]))
 
 

@@ -229,13 +229,15 @@ class _Sums:
         self._outside = 0
 
     def add(self, source: Floats, values: QuantizedValues, start: int) -> None:
-        off = np.abs(values.rows(start, start + len(source)) - source)
-        allowed = values.allowance(source, start)
-        # Written so that NaN counts as outside.
-        self._outside += int(source.size - np.count_nonzero(off <= allowed))
-        self._error += square_sum(off)
-        self._norm += square_sum(source)
-        self._bound += square_sum(allowed)
+        # What is beyond all numbers is found so, and told in our words.
+        with np.errstate(over="ignore", invalid="ignore"):
+            off = np.abs(values.rows(start, start + len(source)) - source)
+            allowed = values.allowance(source, start)
+            # Written so that NaN counts as outside.
+            self._outside += int(source.size - np.count_nonzero(off <= allowed))
+            self._error += square_sum(off)
+            self._norm += square_sum(source)
+            self._bound += square_sum(allowed)
 
     def result(self, module: str, bits: int) -> ModuleError:
         def relative(squares: float) -> float:

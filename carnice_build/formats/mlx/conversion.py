@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -19,17 +19,11 @@ from typing import Any
 
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
+from carnice_build.formats.mlx.answers import answered
 from carnice_build.formats.mlx.entries import older_entries, with_entries
 from carnice_build.formats.mlx.table import table_of, trace_of
 from carnice_build.formats.mlx.target import ANSWERERS, Target
-from carnice_build.formats.mlx.trace import (
-    Refusal,
-    Step,
-    Trace,
-    Traced,
-    TracedSource,
-    answered,
-)
+from carnice_build.formats.mlx.trace import Refusal, Step, Trace, Traced, TracedSource
 from carnice_build.graph import View
 from carnice_build.models.base import Architecture, FusedIn, TensorFact
 from carnice_build.steps.base import PlanContext, Question
@@ -106,7 +100,7 @@ def _asked(
         spellings.reverse()
     reasons = []
     for spelling in spellings:
-        answer = ask_mlx(context, config, spelling.tensors, target)
+        answer = ask_mlx(context, config, spelling.tensors, spelling.names, target)
         if isinstance(answer, Trace):
             return told(answer, spelling.parts, target)
         reasons.append(answer.reason)
@@ -122,9 +116,10 @@ def ask_mlx(
     context: PlanContext,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorSpec],
+    names: Collection[str],
     target: Target = Target.MLX_LM,
 ) -> Trace | Refusal:
-    """A library's answer about a checkpoint of these tensors."""
+    """A library's answer about a checkpoint of these tensors, which `names` are, some of stacks."""
     # Most plans ask nobody; of those that do, none imports the library.
     from carnice_build.backends.mlx_trace import TRACER_VERSION
 
@@ -139,7 +134,7 @@ def ask_mlx(
             arguments=(config, rows),
             libraries=(target.value, "mlx"),
             version=TRACER_VERSION,
-            parse=partial(answered, tensors=tensors),
+            parse=partial(answered, tensors=tensors, names=names),
             extra=answerer.extra,
         )
     )
@@ -150,6 +145,7 @@ class Numbered:
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         self.parts: dict[str, Parts] = {}
+        self.names: Collection[str] = specs.keys()
         self.tensors = dict(
             member for name, spec in specs.items() for member in members(name, spec)
         )
@@ -192,6 +188,7 @@ class Fused:
             turns |= {name} if fact.fused.turns else set()
         for name, parts in found.items():
             self.parts[name] = Parts([parts[index] for index in sorted(parts)], name in turns)
+        self.names: Collection[str] = {*specs, *self.parts}
 
 
 def told(trace: Trace, parts: Mapping[str, Parts], target: Target = Target.MLX_LM) -> Trace:

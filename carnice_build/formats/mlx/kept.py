@@ -41,7 +41,8 @@ def kept_trace(view: View, context: PlanContext) -> Trace:
     made_up = Fused(plain, [architecture.tensors[name] for name in plain])
     stored = {name: spec for item in codes.values() for name, spec in item.stored.items()}
     tensors = {**made_up.tensors, **stored}
-    trace = ask_mlx(context, {**with_entries(config, entries), **stated}, tensors)
+    names = {*made_up.names, *stored}
+    trace = ask_mlx(context, {**with_entries(config, entries), **stated}, tensors, names)
     if isinstance(trace, Refusal):
         raise refused(trace.reason)
     ours = {item.name: item for item in _coded(view, context)}

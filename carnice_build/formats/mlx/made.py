@@ -120,7 +120,8 @@ class Made:
         """What an op with steps makes; of stacks, one expert after another where it can."""
         steps = item.steps
         if len(steps) == 1 and steps[0].op == "each":
-            op, steps = Stacked(op), from_params(steps[0].arguments[0])
+            op, refs = Stacked(op), [refs[index] for index in steps[0].operands]
+            steps = from_params(steps[0].arguments[0])
         params = {**params, "steps": as_params(steps), "nonfinite": self._knobs.nonfinite}
         return self._graph.add(op, params, *refs)
 

@@ -48,7 +48,10 @@ class AffineQuantize(ArrayOp):
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Quantize rows; raises NonFiniteValue unless the parameters allow such values."""
+        """Quantize rows; raises NonFiniteValue unless the parameters allow such values.
+
+        Raises BadInput for a group whose range is infinite, of which mlx makes an infinite scale.
+        """
         from carnice_build.kernels.affine import quantize_rows
 
         weight = _prepare(params, inputs[0])
@@ -56,6 +59,7 @@ class AffineQuantize(ArrayOp):
         require_finite(
             quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
         )
+        _require_range(params, arrays[1])
 
 
 class Transform(ArrayOp):
@@ -166,7 +170,11 @@ class TransformQuantize(ArrayOp):
         made = TensorData(spec.dtype, np.empty(spec.shape, NUMPY_NAME[spec.dtype]))
         transform(params, inputs, made)
         flat = [_as_rows(item) for item in (made, *outputs)]
-        AffineQuantize().apply(params, flat[:1], flat[1:])
+        try:
+            AffineQuantize().apply(params, flat[:1], flat[1:])
+        except BadInput as error:
+            # Its element is none of an input's.
+            raise BadInput(0, error.what, error.expected) from None
 
 
 def _as_rows(data: TensorData) -> TensorData:
@@ -197,7 +205,7 @@ class ReferenceAffineQuantize(ProcessOp):
         outputs: Sequence[TensorFile],
         progress: Callable[[], None],
     ) -> None:
-        """Quantize the whole weight; raises NonFiniteValue as the fused op does."""
+        """Quantize the whole weight; raises as the fused op does."""
         import numpy as np
 
         from carnice_build.backends.mlx import quantize_rows
@@ -207,8 +215,24 @@ class ReferenceAffineQuantize(ProcessOp):
         require_finite(non_finite_index(weight, params["dtype"]))
         arrays = [np.empty(out.spec.shape, NUMPY_NAME[out.spec.dtype]) for out in outputs]
         quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
+        _require_range(params, arrays[1])
         for output, array in zip(outputs, arrays, strict=True):
             output.write(array)
+
+
+def _require_range(params: Mapping[str, Any], scales: Any) -> None:
+    """Raise BadInput for scales that are not finite, which finite weights have that are too far
+    from each other."""
+    from carnice_build.kernels.elementwise import non_finite_index
+
+    if (group := non_finite_index(scales, params["dtype"])) >= 0:
+        size = params["group_size"]
+        raise BadInput(
+            0,
+            f"has a group of {size} weights whose range is beyond the numbers of mlx.quantize",
+            "less from the least of a group to its largest than the largest number of F32",
+            index=group * size,
+        )
 
 
 def _affine_specs(

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from carnice_build.dtypes import ITEM_SIZE, WIDE_FLOATS, TensorSpec
-from carnice_build.tensors import STACK, members
+from carnice_build.dtypes import ITEM_SIZE, NUMPY_NAME, WIDE_FLOATS, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +33,6 @@ class Step:
 
 
 Steps = tuple[Step, ...]
-
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (16, 32, 64, 128)
-"""What MLX has kernels for, in any of its modes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +90,7 @@ class Trace:
     `quantized` are those that the checkpoint holds quantized in a way that MLX takes as it is, and
     `stated` is what config.json then says of all of them.
     `entries` are what config.json lacks for mlx-lm; see `entries`.
+    `dropped` are the tensors of the checkpoint of which nothing is made, where somebody was asked.
     """
 
     tensors: tuple[Traced, ...]
@@ -102,6 +98,7 @@ class Trace:
     quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     stated: Mapping[str, Any] | None = None
     entries: Mapping[str, Any] = field(default_factory=dict)
+    dropped: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 class NotATrace(ValueError):
@@ -127,60 +124,103 @@ def parsed(text: str) -> Trace | Refusal:
             {path: dict(own) for path, own in table["modules"].items()},
             {path: dict(own) for path, own in table["quantized"].items()},
             None if table["stated"] is None else dict(table["stated"]),
+            dropped=frozenset(table["dropped"]),
         )
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+    except _DAMAGED as error:
         raise NotATrace(f"no trace: {error}") from None
 
 
-def answered(text: str, tensors: Mapping[str, TensorSpec]) -> Trace | Refusal:
-    """`parsed`, of a text that is about a checkpoint of these `tensors`; else NotATrace."""
-    found = parsed(text)
-    if isinstance(found, Trace):
-        for source in {source for item in found.tensors for source in item.sources}:
-            _require_asked(source, tensors)
-        for own in (*found.modules.values(), *found.quantized.values(), found.stated or {}):
-            if own.get("bits", 4) not in BITS or own.get("group_size", 64) not in GROUP_SIZES:
-                raise NotATrace(f"no trace: {own} is no quantization of MLX's")
-        if not all({"bits", "group_size"} <= own.keys() for own in found.quantized.values()):
-            raise NotATrace("no trace: does not say how modules are quantized")
-    return found
-
-
-def _require_asked(source: TracedSource, tensors: Mapping[str, TensorSpec]) -> None:
-    # A stack has no more members than there are tensors, and there may be no room for their names.
-    stacked = STACK in source.name
-    if stacked and not (source.spec.shape and source.spec.shape[0] <= len(tensors)):
-        raise NotATrace(f"no trace: {source.name} is no stack")
-    if any(tensors.get(name) != spec for name, spec in members(source.name, source.spec)):
-        raise NotATrace(f"no trace: {source.name} is not what was asked about")
+_DAMAGED = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
+"""What reading a text raises that is no trace."""
 
 
 def _traced(row: Sequence[Any], programs: Sequence[Steps]) -> Traced:
     name, dtype, shape, sources, program = row
-    found = tuple(TracedSource(key, _spec(kind, size)) for key, kind, size in sources)
+    found = tuple(TracedSource(_text(key), _spec(kind, size)) for key, kind, size in sources)
     steps = programs[program]
-    traced = Traced(str(name), _spec(dtype, shape), found, steps)
+    traced = Traced(_text(name), _spec(dtype, shape), found, steps)
+    _require_used(traced)
     made = infer(steps, [item.spec for item in found])
-    if made.size != traced.spec.size:
-        raise ValueError(f"{name} is {made.shape} after its steps")
+    cast = made.dtype == dtype or {made.dtype, dtype} <= set(WIDE_FLOATS)
+    if made.shape != traced.spec.shape or not cast:
+        raise ValueError(f"{name} is {made.dtype} {made.shape} after its steps")
     return traced
 
 
-def _spec(dtype: str, shape: Sequence[int]) -> TensorSpec:
-    if dtype not in ITEM_SIZE or not all(type(size) is int and size >= 0 for size in shape):
+def _require_used(item: Traced) -> None:
+    """Raise ValueError unless each source is another tensor, and what is made of them is used."""
+    places = len(item.sources) + len(item.steps)
+    used = {index for step in item.steps for index in step.operands} | {places - 1}
+    if len({source.name for source in item.sources}) != len(item.sources) or len(used) != places:
+        raise ValueError(f"{item.name} is not made of its sources")
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError(f"{value!r} is no name")
+    return value
+
+
+def _spec(dtype: Any, shape: Any) -> TensorSpec:
+    if _text(dtype) not in ITEM_SIZE or not all(_sizes(shape)):
         raise ValueError(f"{dtype} {shape} is no tensor")
-    return TensorSpec(dtype, tuple(shape))
+    return TensorSpec(dtype, _sizes(shape))
 
 
-def _step(item: Sequence[Any]) -> Step:
+MOST_AXES = 16
+"""Of a tensor; no model comes near it."""
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    """Sizes, or places along axes: numbers from 0 on, of a list."""
+    good = isinstance(value, list | tuple) and len(value) <= MOST_AXES
+    if not good or not all(type(size) is int and 0 <= size < 2**48 for size in value):
+        raise ValueError(f"{value!r} are no sizes")
+    return tuple(value)
+
+
+def _axis(value: Any) -> int:
+    return _sizes([value])[0]
+
+
+def _dtype(value: Any) -> str:
+    if _text(value) not in ITEM_SIZE:
+        raise ValueError(f"{value!r} is no type")
+    return str(value)
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) <= LARGEST:
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+LARGEST = (2 - 2**-23) * 2.0**127
+"""The largest number of F32."""
+
+MOST_NESTED = 4
+"""How deep steps may be inside of `each`."""
+
+
+def _step(item: Sequence[Any], depth: int = 0) -> Step:
     op, operands, *arguments = item
-    if op not in PRIMITIVES or not all(type(index) is int and index >= 0 for index in operands):
+    if op == "each":
+        if depth == MOST_NESTED:
+            raise ValueError("the steps are nested too deep")
+        (inner,) = arguments
+        read: tuple[Any, ...] = (
+            tuple(
+                (step.op, step.operands, *step.arguments)
+                for step in (_step(one, depth + 1) for one in inner)
+            ),
+        )
+    else:
+        kinds = PRIMITIVES[op].arguments
+        read = tuple(kind(value) for kind, value in zip(kinds, arguments, strict=True))
+    places = tuple(_axis(index) for index in operands)
+    if not PRIMITIVES[op].takes(len(places)):
         raise ValueError(f"{op} of {operands} is no step")
-    return Step(op, tuple(operands), tuple(_tuples(arguments)))
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+    return Step(op, places, read)
 
 
 def as_params(steps: Steps) -> list[Any]:
@@ -197,33 +237,62 @@ def from_params(steps: Sequence[Any]) -> Steps:
     return tuple(_step(item) for item in steps)
 
 
-PRIMITIVES: Mapping[str, str] = {
-    "reshape": "the same elements in another shape",
-    "transpose": "axis i of the result is axis axes[i]",
-    "slice": "starts, stops and strides along every axis",
-    "concatenate": "values end to end along an axis",
-    "broadcast": "repeated to a shape, by numpy's rules",
-    "pad": "zeros before and after, along every axis",
-    "astype": "the numbers in another type",
-    "view": "the bytes as another type",
-    "from_fp8": "the numbers of F8_E4M3 in another type",
-    "add": "sum of two values",
-    "subtract": "difference of two values",
-    "multiply": "product of two values",
-    "add_number": "a number added",
-    "subtract_number": "a number subtracted",
-    "multiply_number": "multiplied by a number",
-    "negative": "the sign changed",
-    "each": "steps of their own, for each index of the first axis of all operands",
+Read = Callable[[Any], Any]
+"""Reads an argument; TypeError or ValueError for anything else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Primitive:
+    """What a step does, how its arguments are read, and how many operands it has, if not any."""
+
+    about: str
+    arguments: tuple[Read, ...] = ()
+    operands: int | None = 1
+
+    def takes(self, count: int) -> bool:
+        """Whether it may have so many operands."""
+        return count > 0 if self.operands is None else count == self.operands
+
+
+PRIMITIVES: Mapping[str, Primitive] = {
+    "reshape": Primitive("the same elements in another shape", (_sizes,)),
+    "transpose": Primitive("axis i of the result is axis axes[i]", (_sizes,)),
+    "slice": Primitive("starts, stops and strides along every axis", (_sizes, _sizes, _sizes)),
+    "concatenate": Primitive("values end to end along an axis", (_axis,), operands=None),
+    "broadcast": Primitive("repeated to a shape, by numpy's rules", (_sizes,)),
+    "pad": Primitive("zeros before and after, along every axis", (_sizes, _sizes)),
+    "astype": Primitive("the numbers in another type", (_dtype,)),
+    "view": Primitive("the bytes as another type", (_dtype,)),
+    "from_fp8": Primitive("the numbers of F8_E4M3 in another type", (_dtype,)),
+    "add": Primitive("sum of two values", operands=2),
+    "subtract": Primitive("difference of two values", operands=2),
+    "multiply": Primitive("product of two values", operands=2),
+    "add_number": Primitive("a number added", (_number,)),
+    "subtract_number": Primitive("a number subtracted", (_number,)),
+    "multiply_number": Primitive("multiplied by a number", (_number,)),
+    "negative": Primitive("the sign changed"),
+    "each": Primitive(
+        "steps of their own, for each index of the first axis of all operands", operands=None
+    ),
 }
 """What a step may do.  Numbers have the type of the value that they meet."""
+
+GROWTH = 64
+"""How many elements all values of a program may have for one of its sources.
+
+Decoding a small matrix that is padded to blocks of 128 x 128 takes most of it.
+"""
 
 
 def infer(steps: Steps, sources: Sequence[TensorSpec]) -> TensorSpec:
     """The spec of what `steps` make of tensors of these specs; ValueError when they do not fit."""
     values = list(sources)
+    left = GROWTH * sum(spec.size for spec in sources) + 2**20
     for step in steps:
         values.append(_inferred(step, [values[index] for index in step.operands]))
+        left -= values[-1].size
+        if left < 0 or len(values[-1].shape) > MOST_AXES:
+            raise ValueError(f"{step.op} makes more than there is: {list(values[-1].shape)}")
     return values[-1] if steps else values[0]
 
 
@@ -303,7 +372,7 @@ def _astype(inputs: Inputs, dtype: str) -> TensorSpec | None:
 
 
 def _from_fp8(inputs: Inputs, dtype: str) -> TensorSpec | None:
-    known = dtype in WIDE_FLOATS and ITEM_SIZE[inputs[0].dtype] == 1
+    known = dtype in WIDE_FLOATS and NUMPY_NAME[inputs[0].dtype] == "uint8"
     return TensorSpec(dtype, inputs[0].shape) if known else None
 
 
@@ -315,7 +384,7 @@ def _view(inputs: Inputs, dtype: str) -> TensorSpec | None:
 
 def _each(inputs: Inputs, steps: Any) -> TensorSpec | None:
     counts = {item.shape[0] for item in inputs}
-    if len(counts) > 1:
+    if len(counts) > 1 or counts == {0}:
         return None
     inner = [TensorSpec(item.dtype, item.shape[1:]) for item in inputs]
     made = infer(from_params(steps), inner)
