@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +12,25 @@ from typing import TYPE_CHECKING, Any
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.errors import StoreError
 from carnice_build.system import read_at, write_at
+from carnice_build.tensors import Place
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+class _Files(ExitStack):
+    """Files that are read, each opened when it is first asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._descriptors: dict[str, int] = {}
+
+    def descriptor(self, path: str) -> int:
+        """That of the file `path`."""
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+            self.callback(os.close, self._descriptors[path])
+        return self._descriptors[path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +38,15 @@ class TensorFile:
     """Where a tensor's bytes are; arrays are as `dtypes.NUMPY_NAME` carries its dtype.
 
     `name` is what messages call it.
+    One that is only read may lie in several `ranges`, end to end, the first of which is at `path`
+    and `offset`: experts that a checkpoint has one by one.
     """
 
     spec: TensorSpec
     path: str
     offset: int = 0
     name: str = ""
+    ranges: tuple[Place, ...] = ()
 
     def read(self) -> np.ndarray[Any, Any]:
         """The whole tensor, in memory of its own."""
@@ -41,22 +62,29 @@ class TensorFile:
 
         wanted = list(indices)
         array = np.empty((len(wanted), *self.spec.shape[1:]), NUMPY_NAME[self.spec.dtype])
-        with Path(self.path).open("rb", buffering=0) as file:
+        with _Files() as files:
             for row, index in zip(array, wanted, strict=True):
                 view = row.reshape(-1).view(np.uint8).data
-                if read_at(file.fileno(), view, self.offset + index * len(view)) < len(view):
-                    raise StoreError("ends inside a tensor", where=self.path)
+                self._fill(files, view, index * len(view))
         return array
 
     def _read(self, start: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         import numpy as np
 
         array = np.empty(shape, NUMPY_NAME[self.spec.dtype])
-        with Path(self.path).open("rb", buffering=0) as file:
-            view = array.reshape(-1).view(np.uint8).data
-            if read_at(file.fileno(), view, self.offset + start) < len(view):
-                raise StoreError("ends inside a tensor", where=self.path)
+        with _Files() as files:
+            self._fill(files, array.reshape(-1).view(np.uint8).data, start)
         return array
+
+    def _fill(self, files: _Files, view: memoryview, start: int) -> None:
+        """Fill `view` with the bytes of the tensor from `start` on."""
+        for path, offset, count in self.ranges or ((self.path, self.offset, self.spec.nbytes),):
+            if start < count and view:
+                some = view[: count - start]
+                if read_at(files.descriptor(str(path)), some, offset + start) < len(some):
+                    raise StoreError("ends inside a tensor", where=str(path))
+                view = view[len(some) :]
+            start = max(0, start - count)
 
     def write(self, array: np.ndarray[Any, Any]) -> None:
         """Write the whole tensor."""

@@ -149,6 +149,30 @@ class Composite(Protocol):
         """The tensor that byte `offset` lies in, and how many of its bytes lie before."""
 
 
+Place = tuple[Path, int, int]
+"""A range of a file of this machine: where it is, its offset and how many bytes it has."""
+
+
+@runtime_checkable
+class Ranged(Protocol):
+    """A `ByteSource` whose bytes are ranges of files, as they are."""
+
+    def places(self, offset: int, count: int) -> Sequence[Place] | None:
+        """Where `count` bytes from `offset` on lie, end to end; None unless all do so here."""
+
+
+def places(source: SourceTensor) -> Sequence[Place] | None:
+    """Where the bytes of `source` lie on this machine; None where they are made, or elsewhere."""
+    if source.file is None:
+        return None
+    path = source.file.path()
+    if path is not None:
+        return [(path, source.offset, source.spec.nbytes)]
+    if isinstance(source.file, Ranged):
+        return source.file.places(source.offset, source.spec.nbytes)
+    return None
+
+
 @runtime_checkable
 class Holding(Protocol):
     """A `ByteSource` that takes memory while a range of it is open."""

@@ -57,12 +57,23 @@ def trace_of_folder(folder: Path) -> Trace | Refusal:
     return parsed(trace(config, specs))
 
 
-def converted(folder: Path, target: Path) -> Path:
-    """The folder that `mlx_lm.convert -q --q-bits 4` makes."""
+def converted(folder: Path, target: Path, predicate: str | None = None) -> Path:
+    """The folder that `mlx_lm.convert -q --q-bits 4` makes, or one of its mixed recipes.
+
+    These it gives the group size, which it would leave null otherwise.
+    """
     from mlx_lm.convert import convert
 
+    group = GROUP if predicate else None
     with contextlib.redirect_stdout(io.StringIO()):
-        convert(str(folder), str(target), quantize=True, q_bits=BITS)
+        convert(
+            str(folder),
+            str(target),
+            quantize=True,
+            q_bits=BITS,
+            q_group_size=group,
+            quant_predicate=predicate,
+        )
     return target
 
 

@@ -329,7 +329,7 @@ OPS: Sequence[OpSample] = [
     OpSample(
         Stacked(BlockQuantize()), {}, drawn(("BF16", (9, 4, 32)), ("BF16", (9, 2, 32))), _STACKED
     ),
-    OpSample(TurnsQuantize(), {}, drawn(("BF16", (3, 9, 32)), ("BF16", (3, 9, 32)))),
+    OpSample(TurnsQuantize(), {}, drawn(*[("BF16", (3, 9, 32))] * 2), bounded=True),
     OpSample(TakeTurns(), {}, drawn(("BF16", (3, 9)), ("BF16", (3, 9)))),
     OpSample(
         InputScales(),

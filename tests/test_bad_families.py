@@ -15,6 +15,8 @@ from test_bad_input import check_refused, check_refused_at_once, rewrite
 from tiny import Tensor, read_all_tensors, read_json, write_json
 from zoo import Layout, write_zoo
 
+from carnice_build.dtypes import TensorSpec
+
 pytest.importorskip("transformers")
 
 Carnice = Callable[..., Finished]
@@ -260,6 +262,37 @@ def test_the_table_of_these_tests_does_not_lie(
     assert 0 == carnice("plan", "bad").code
     table.write_text(OWN.format(**{**RIGHT, "name": "model.norm.wheight"}), encoding="utf-8")
     check_refused_at_once(carnice("plan", "bad"), project, "did you mean", "model.norm.wheight")
+
+
+# --- tensors that are no floats -------------------------------------------------------------------
+
+INTEGERS = {
+    "model.norm.weight": "I16",
+    "model.embed_tokens.weight": "U16",
+    "model.layers.1.mlp.gate.weight": "I8",
+    "model.layers.0.self_attn.q_norm.weight": "BOOL",
+    "model.layers.0.self_attn.q_proj.weight": "F8_E4M3",
+    f"{EXPERT}.up_proj.weight": "I32",
+    "lm_head.weight": "F64",
+}
+
+
+@pytest.mark.parametrize("quant", ["mlx", "fp8", "int4", "nvfp4"])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_a_tensor_that_is_no_floats_is_refused(
+    project: Project, zoo: Zoo, carnice: Carnice, name: str, quant: str
+) -> None:
+    """By the plan of any format, whether the format quantizes it or would publish it as it is."""
+    dtype = INTEGERS[name]
+    bad = Bad(project, zoo("qwen3_moe", "transformers"), quant)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        shape = tensors[name].shape
+        tensors[name] = Tensor(dtype, shape, bytes(TensorSpec(dtype, shape).nbytes))
+
+    bad.tensors(change)
+    words = f"tensor {name!r} is of {dtype}; expected floats: F32, F16, BF16"
+    check_refused_at_once(carnice("build", "bad"), project, "model: ", words)
 
 
 # --- quantized sources ----------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY, Project
 from reporting import sample_report
+from tiny import write_json
+from zoo import write_zoo
 
 from carnice_build.commands.build import describe
 from carnice_build.commands.options import Options
@@ -122,3 +124,82 @@ def test_a_card_tells_of_no_calibration_that_was_not_run(project: Project) -> No
     (plan,) = plan_variants(["rounded"], project.options()).variants
 
     assert "Calibration" not in dict(pages(plan))["README.md"]
+
+
+def card_of(project: Project, text: str = "", **generation: object) -> str:
+    """The card of an MLX variant of a checkpoint that states how to sample, or nothing of it."""
+    write_json(project.base / "generation_config.json", {"eos_token_id": 2, **generation})
+    (project.base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    project.recipe("plain", PLAIN + text)
+    (plan,) = plan_variants(["plain"], project.options()).variants
+    return dict(pages(plan))["README.md"]
+
+
+PLAIN = """
+extends: preset:mlx-4bit
+variant: plain
+description: Plain
+sources: {body: {model: Qwen/Qwen3.6-27B}}
+"""
+
+
+def test_a_card_states_no_sampling_and_no_language_that_nobody_stated(project: Project) -> None:
+    """Nor that a model thinks whose template has no word for it."""
+    card = card_of(project)
+    front = yaml.safe_load(card.split("---\n")[1])
+
+    assert "language" not in front
+    assert "--port 8080\n" in card
+    assert "--temp" not in card
+    assert "enable_thinking" not in card
+
+
+def test_a_card_states_the_sampling_of_the_source(project: Project) -> None:
+    """As its generation_config.json has it, unless that samples nothing."""
+    card = card_of(project, temperature=0.15, top_k=40, top_p=10**400, min_p="x")
+    greedy = card_of(project, temperature=0.15, do_sample=False)
+
+    assert "--port 8080 --temp 0.15 --top-k 40\n" in card
+    assert "--temp" not in greedy
+
+
+def test_a_card_states_the_sampling_and_languages_of_the_recipe(project: Project) -> None:
+    """Rather than those of the source."""
+    text = "card: {language: [fr], sampling: {temperature: 0.7, top_p: 1}}\n"
+    card = card_of(project, text, temperature=0.15)
+
+    assert ["fr"] == yaml.safe_load(card.split("---\n")[1])["language"]
+    assert "--port 8080 --temp 0.7 --top-p 1\n" in card
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith("mlx-m")])
+def test_cards_of_carnice_say_how_it_is_sampled(everything: Path, variant: str) -> None:
+    """By the recipes that ship, whatever its generation_config.json says."""
+    options = Options(recipes=everything / "recipes", profile="demo")
+    (plan, *_) = plan_variants([variant], options).variants
+    card = dict(pages(plan))["README.md"]
+
+    assert ["en", "zh"] == yaml.safe_load(card.split("---\n")[1])["language"]
+    assert "--temp 0.6 --top-p 0.95 --top-k 20\n" in card
+
+
+@pytest.mark.parametrize(
+    ("family", "preset", "library", "told"),
+    [
+        ("qwen3_moe", "w4a16-rtn", "vllm", 1),
+        ("qwen3", "w4a16-rtn", "transformers", 0),
+        ("qwen3_moe", "fp8-dynamic", "transformers", 0),
+    ],
+)
+def test_a_card_of_w4a16_with_experts_is_for_vllm(
+    project: Project, family: str, preset: str, library: str, told: int
+) -> None:
+    """transformers loads neither those of AWQ nor those rounded to nearest, but other folders."""
+    source = write_zoo(project.root / "source", family, "transformers")
+    text = "variant: plain\ndescription: Plain\nsources: {body: {model: a/b}}\n"
+    project.recipe("plain", f"extends: preset:{preset}\n{text}")
+    (plan,) = plan_variants(["plain"], project.options(sources={"body": source})).variants
+    card = dict(pages(plan))["README.md"]
+
+    assert library == yaml.safe_load(card.split("---\n")[1])["library_name"]
+    assert told == card.count("\n- transformers does not load it")

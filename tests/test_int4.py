@@ -549,6 +549,24 @@ def test_weights_that_are_not_finite_are_named(
     check_refused(carnice("build", variant, *settings), project, "layers.1.")
 
 
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (1e24, "holds a number so large that the scale of its group does not fit F16"),
+        (-np.inf, "holds NaN or infinity at element 1"),
+    ],
+)
+def test_a_number_too_large_for_its_scale_is_not_called_infinite(
+    project: Project, carnice: Carnice, number: float, words: str
+) -> None:
+    """Rounding to nearest refuses it by what it is, and does not say that zeros would help."""
+    poke(project.checkpoint, misprefixed(f"{UP}.weight"), bf16(np.array([1, number], np.float32)))
+    finished = carnice("build", RTN)
+
+    check_refused(finished, project, UP, words)
+    assert ("nonfinite" in finished.err) == (not np.isfinite(number))
+
+
 def test_a_number_that_the_plain_type_cannot_hold_is_refused(
     project: Project, carnice: Carnice
 ) -> None:

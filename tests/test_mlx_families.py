@@ -305,6 +305,76 @@ def test_a_built_folder_is_what_mlx_lm_converts(
     assert result.passed, [check for variant in result.variants for check in variant.checks]
 
 
+MIXED: Sequence[tuple[str, str, int]] = [
+    ("deepseek_v3", "mixed_3_6", 3),
+    ("deepseek_v3", "mixed_3_4", 3),
+    ("gpt_oss", "mixed_3_6", 3),
+    ("gpt_oss", "mixed_2_6", 2),
+    ("phi3", "mixed_3_6", 3),
+    ("mixtral", "mixed_4_6", 4),
+    ("nemotron_h", "mixed_3_6", 3),
+    ("qwen3_moe", "mixed_3_6", 3),
+]
+"""Families whose modules mlx-lm's mixed recipes find by other names than `v_proj` and `down_proj`.
+
+Each with the low bits, which routers get there, too.
+"""
+
+
+@pytest.mark.parametrize(("family", "preset", "low"), MIXED)
+def test_a_mixed_preset_is_what_mlx_lm_converts(
+    project: Project, zoo: Zoo, family: str, preset: str, low: int
+) -> None:
+    """In every tensor, once a rule takes back the 8 bits that models ask for their routers."""
+    folder = zoo(family, "hub" if FAMILIES[family].hub else "transformers")
+    routers = ["*.mlp.router", "*.mlp.gate", "*.block_sparse_moe.gate"]
+    recipe(project, *([{"decode": {}}] if family == "deepseek_v3" else []))
+    path = project.recipes / "family.yaml"
+    rule = {"match": routers, "paths": "mlx", "optional": True, "bits": low}
+    content = {
+        **json.loads(path.read_text()),
+        "extends": f"preset:mlx-{preset}",
+        "quantize": {"rules+": [rule]},
+    }
+    write_json(path, content)
+    build_variants(["family"], project.options(sources={"body": folder}))
+    theirs = converted(folder, project.root / "theirs", preset)
+
+    assert read_all_tensors(theirs) == read_all_tensors(project.out / "family")
+    expected = json.loads((theirs / "config.json").read_text())
+    found = json.loads((project.out / "family" / "config.json").read_text())
+    assert expected["quantization"] == found["quantization"]
+
+
+def test_a_mixed_preset_plans_kimi_k2_at_full_size(project: Project) -> None:
+    """Of attention without `v_proj`, the sensitive layers' `kv_a_proj_with_mqa` gets high bits."""
+    steps: list[dict[str, Any]] = [{"drop": {"match": "*.inv_freq"}}, {"decode": {}}]
+    recipe(project, *steps)
+    path = project.recipes / "family.yaml"
+    written = {**json.loads(path.read_text()), "extends": "preset:mlx-mixed_3_6", "quantize": {}}
+    write_json(path, written)
+    body = REPOSITORY / "benchmarks" / "shapes" / "kimi-k2.json"
+    (plan,) = plan_variants(["family"], project.options(sources={"body": body})).variants
+    schemes = plan.conversion.quantized
+
+    assert 61 == plan.architecture.num_layers
+    for layer, bits in ((0, 6), (7, 3), (9, 6), (60, 6)):
+        assert bits == schemes[f"model.layers.{layer}.self_attn.kv_a_proj_with_mqa"].bits
+        assert 3 == schemes[f"model.layers.{layer}.self_attn.embed_q"].bits
+
+
+def test_a_rule_may_match_nothing_where_it_says_so(project: Project, zoo: Zoo) -> None:
+    """Otherwise a pattern that matches nothing is refused, with the nearest path of its kind."""
+    rule = {"match": "*.fc1_latent_prj", "bits": 6}
+    options = project.options(sources={"body": zoo("mixtral", "transformers")})
+    recipe(project, rules=[{**rule, "optional": True}])
+    plan_variants(["family"], options)
+    recipe(project, rules=[{"match": "*.switch_mlp.dwon_proj", "paths": "mlx", "bits": 6}])
+
+    with pytest.raises(PlanError, match=r"matches no module; did you mean 'switch_mlp.down_proj'"):
+        plan_variants(["family"], options)
+
+
 def known(family: str) -> Any:
     """Needs a table of the family's tensors."""
     return pytest.mark.skipif(family not in KNOWN, reason=f"there is no table of {family}")
@@ -374,6 +444,26 @@ def test_a_rule_has_the_last_word_over_the_models_own_code(project: Project, zoo
 
     assert {"group_size": 64, "bits": 6, "mode": "affine"} == modules["model.layers.1.mlp.gate"]
     assert modules.keys() == variant.conversion.quantized.keys()
+
+
+@known("qwen3_moe")
+def test_bits_that_mlx_lm_wants_are_told(
+    project: Project, zoo: Zoo, carnice: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `plan` and by `new`, with the number of modules; not where a rule says otherwise."""
+    folder = zoo("qwen3_moe", "hub")
+    options = project.options(sources={"body": folder})
+    recipe(project)
+    (plan,) = plan_variants(["family"], options).variants
+    told = "mlx-lm wants 8 bits for 3 modules of this model, not 4"
+    monkeypatch.chdir(project.root)
+    arguments = ("--from", str(folder), "--as", "mlx-4bit")
+    finished = carnice("new", "mine", *arguments, "--recipes", "own/recipes")
+
+    assert [told] == [notice.partition(", and")[0] for notice in plan.notices]
+    assert told in finished.out, finished.err
+    recipe(project, rules=[{"match": "*.mlp.gate", "bits": 6}])
+    assert () == plan_variants(["family"], options).variants[0].notices
 
 
 # --- answers -------------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ from zoo import write_zoo
 
 from carnice_build.commands import new
 from carnice_build.commands.build import build_variants
+from carnice_build.commands.dataset import sample_counts
 from carnice_build.commands.new import NewRecipe, new_recipe
 from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.dtypes import TensorSpec
-from carnice_build.errors import CarniceError, CheckpointError
+from carnice_build.errors import CarniceError, CheckpointError, PlanError
 from carnice_build.graph import TensorRef, View
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Part
@@ -493,6 +494,62 @@ def test_bad_input_is_refused_and_nothing_is_written(
         assert part in finished.err
     left = [path for path in empty.rglob("*") if path.name != "cache" and "cache" not in path.parts]
     assert [] == left
+
+
+OWN_TABLE = """
+about: As Qwen3's, but that nobody says what AWQ may smooth.
+extends: qwen3
+smoothing: []
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "table"),
+    [
+        ("qwen3", OWN_TABLE, "no entry under `smoothing` of _families/qwen3.yaml is for this"),
+        ("nemotron_h", None, "no entry under `smoothing` of tables/nemotron_h.yaml is for this"),
+    ],
+)
+def test_awq_that_would_smooth_nothing_is_refused(
+    empty: Path, carnice: Carnice, family: str, own: str | None, table: str
+) -> None:
+    """It would be mere rounding: for want of a table's word, or of heads that are not grouped."""
+    write_zoo(empty / "source", family, "transformers")
+    (empty / "text.txt").write_text("Which functions do you have? " * 400)
+    if own is not None:
+        (empty / "recipes" / "_families").mkdir(parents=True)
+        (empty / "recipes" / "_families" / f"{family}.yaml").write_text(own)
+    arguments = ("new", "a", "--from", "source", "--dataset", "text.txt", "--as")
+    finished = carnice(*arguments, "w4a16-awq")
+
+    assert 2 == finished.code, finished.err
+    assert 1 == len(finished.err.splitlines())
+    assert table in finished.err
+    assert "`algorithm: nearest` or the preset w4a16-rtn" in finished.err
+    assert not (empty / "recipes" / "a.yaml").exists()
+
+
+def test_a_table_of_ones_own_says_what_awq_smooths(empty: Path, carnice: Carnice) -> None:
+    """Nemotron-H with grouped heads is smoothed where a project's table says so."""
+    write_zoo(empty / "source", "nemotron_h", "transformers")
+    (empty / "text.txt").write_text("Which functions do you have? " * 400)
+    (empty / "recipes" / "_families").mkdir(parents=True)
+    (empty / "recipes" / "_families" / "nemotron_h.yaml").write_text(
+        "about: Mine.\nextends: nemotron_h\n"
+        "smoothing: [{smooth: norm, balance: [mixer.q_proj, mixer.k_proj, mixer.v_proj]}]\n"
+    )
+    arguments = ("new", "a", "--from", "source", "--dataset", "text.txt", "--as")
+    finished = carnice(*arguments, "w4a16-awq")
+
+    assert 0 == finished.code, finished.err
+
+
+def test_a_dataset_that_nothing_reads_is_refused(empty: Path, model: Path) -> None:
+    """In one sentence, where no module is left that would be calibrated."""
+    plan = new_recipe("a", str(model), "w4a16-rtn").plan
+
+    with pytest.raises(PlanError, match="--dataset: nothing would be calibrated"):
+        sample_counts(plan)
 
 
 def test_a_recipe_that_is_there_stays(empty: Path, model: Path, carnice: Carnice) -> None:

@@ -399,7 +399,7 @@ AT_ONCE: dict[str, tuple[Callable[[Project], None], tuple[str, ...]]] = {
         narrow,
         ("layers.0.mlp.down_proj", "blocks of 16 do not divide the 200 inputs"),
     ),
-    "weights in float8": (narrow_type, ("layers.0.mlp.up_proj", "cannot quantize F8_E4M3")),
+    "weights in float8": (narrow_type, ("layers.0.mlp.up_proj", "is of F8_E4M3; expected floats")),
 }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from family_builds import options_of, write_texts
 from zoo import Layout, write_zoo
@@ -24,7 +26,7 @@ from carnice_build.graph import ActionGraph, ProcessOp, TensorRef
 from carnice_build.planning.scratch import scratch_bytes
 from carnice_build.store.store import Store
 from carnice_build.tensor_file import TensorFile
-from carnice_build.tensors import SourceTensor
+from carnice_build.tensors import SourceTensor, places
 
 SIZE = 1000
 
@@ -82,17 +84,49 @@ def chain(graph: ActionGraph, *weights: SourceTensor) -> None:
 
 
 def test_what_lies_in_no_file_is_copied_for_a_process(tmp_path: Path) -> None:
-    """A decoded weight, and experts in several places; not what is a range of a file."""
+    """Decoded weights, by themselves or as a stack; not what is one range of a file, or several."""
     decoded = fp8(tmp_path)
     path = tmp_path / "plain"
     path.write_bytes(bytes(64))
     plain = SourceTensor("p", TensorSpec("BF16", (4, 8)), LocalFile(path), 0)
-    there = {"decoded": (decoded, 64), "plain": (plain, 0), "stack": (stacked("s*", [decoded]), 64)}
+    there = {
+        "decoded": (decoded, 64),
+        "a stack of decoded": (stacked("d*", [decoded, decoded]), 128),
+        "plain": (plain, 0),
+        "a stack of plain": (stacked("p*", [plain, plain]), 0),
+    }
 
     for name, (weight, copied) in there.items():
         graph = ActionGraph()
         chain(graph, weight)
         assert SIZE + 1 + copied == scratch_bytes(graph, 1), name
+
+
+def test_a_process_reads_experts_where_they_lie(tmp_path: Path) -> None:
+    """All of them, one, some in any order, and what begins in one and ends in another."""
+    sizes, stacks = (3, 2, 8), []
+    for name in ("a", "b"):
+        path = tmp_path / name
+        path.write_bytes(bytes(random.Random(name).randbytes(200)))
+        stacks += [
+            SourceTensor(f"{name}{at}", TensorSpec("BF16", (2, 8)), LocalFile(path), at)
+            for at in (16, 100, 132)
+        ]
+    stack = stacked("e*", [stacks[0], stacks[4], stacks[2]])
+    found = places(stack)
+    assert found is not None
+    assert 3 == len(found)
+    file = TensorFile(stack.spec, str(found[0][0]), found[0][1], "e*", tuple(found))
+    flat = TensorFile(TensorSpec("BF16", (2, 24)), file.path, file.offset, "e*", file.ranges)
+    assert stack.file is not None
+    whole = bytearray(stack.spec.nbytes)
+    stack.file.read_into(0, memoryview(whole))
+    array = np.frombuffer(whole, np.uint16).reshape(sizes)
+
+    assert np.array_equal(array, file.read())
+    assert all(np.array_equal(array[index], file.read_row(index)) for index in range(3))
+    assert np.array_equal(array[[2, 0, 2]], file.gather([2, 0, 2]))
+    assert np.array_equal(array.reshape(2, 24)[1], flat.read_row(1))
 
 
 def test_layers_of_a_chain_are_never_beside_each_other(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from carnice_build.checkpoint.json import json_object, to_json
 
 NAME = "generation_config.json"
 _ENDS = "eos_token_id"
+MOST = 10**6
+"""No number that says how to sample is larger; a vocabulary may have as many tokens."""
 
 
 def generation_entries(files: Mapping[str, bytes], where: str = "") -> dict[str, Any]:
@@ -19,6 +21,17 @@ def generation_entries(files: Mapping[str, bytes], where: str = "") -> dict[str,
     if NAME not in files:
         return {}
     return json_object(f"{where}/{NAME}" if where else NAME, files[NAME])
+
+
+def sampling(entries: Mapping[str, Any]) -> dict[str, float]:
+    """How the `entries` of the file sample; empty where they choose the likeliest token."""
+    if entries.get("do_sample") is False:
+        return {}
+    return {
+        name: entries[name]
+        for name in ("temperature", "top_p", "top_k", "min_p")
+        if type(entries.get(name)) in (int, float) and 0 <= entries[name] <= MOST
+    }
 
 
 def with_generation(files: Mapping[str, bytes], where: str) -> Mapping[str, bytes]:

@@ -19,7 +19,7 @@ from blake3 import blake3
 from carnice_build.checkpoint.rows import FillRows, RowsOfTensor
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError
-from carnice_build.tensors import ByteSource, Reader, SourceTensor
+from carnice_build.tensors import ByteSource, Place, Reader, SourceTensor
 
 BLOCK_BYTES = 1 << 20
 """Bytes that are read at a time where some are left out."""
@@ -117,6 +117,16 @@ class Stack:
             if length:
                 yield _Run(run.file, run.offset + inner, length)
             offset, count, index = offset + length, count - length, index + 1
+
+    def places(self, offset: int, count: int) -> Sequence[Place] | None:
+        """See `Ranged.places`."""
+        found: list[Place] = []
+        for part in self._parts(offset, count):
+            path = part.file.path()
+            if path is None:
+                return None
+            found.append((path, part.offset, part.count))
+        return found
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Readable.read_into`."""

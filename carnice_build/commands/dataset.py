@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from carnice_build.calibration.tokens import Tokens
 from carnice_build.checkpoint.source import read_all
-from carnice_build.errors import CarniceError, CheckpointError, RecipeError
+from carnice_build.errors import CarniceError, CheckpointError, PlanError, RecipeError
 from carnice_build.graph import Action
 from carnice_build.recipe.schema import DATASET_FILES
 from carnice_build.tensors import SourceTensor
@@ -118,12 +118,14 @@ def sample_counts(plan: VariantPlan) -> tuple[int, int]:
     """How many samples a plan asks of its dataset, a file, and how many of them there are.
 
     Raises as a build will for a row that is no text, for one without a chat template, and so on;
-    BackendError when what reads it is not installed.
+    PlanError when the plan reads no dataset, BackendError when what reads it is not installed.
     """
     # It brings multiprocessing.
     from carnice_build.verification.process import Worker
 
-    (action,) = (item for item in plan.actions.values() if item.op.name == Tokens.name)
+    action = next((item for item in plan.actions.values() if item.op.name == Tokens.name), None)
+    if action is None:
+        raise PlanError("nothing would be calibrated", where=OPTION, expected="a recipe without it")
     contents = [_file(action, operand) for operand in range(2)]
     with Worker() as worker:
         found = worker.call(_count, action.params, read_all(contents[0]), str(contents[1].path()))

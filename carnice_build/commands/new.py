@@ -102,6 +102,7 @@ def new_recipe(
             draft, sentences = _with_samples(draft, plan, text["dataset"])
             found += sentences
             plan = planned() if sentences else plan
+    found += plan.conversion.notices
     found += [
         f"{item.name} is built beside it: {item.recipe.description}" for item in plan.companions
     ]

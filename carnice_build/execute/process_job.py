@@ -23,7 +23,7 @@ from carnice_build.graph import ActionOutput, BadInput, NonFiniteValue, ProcessO
 from carnice_build.store.files import hold_range
 from carnice_build.store.packs import Location, digest_range
 from carnice_build.tensor_file import TensorFile
-from carnice_build.tensors import SourceTensor
+from carnice_build.tensors import SourceTensor, places
 
 
 class ProcessJob:
@@ -127,9 +127,11 @@ class ProcessJob:
         """The input in a file that stays while the job runs; a new one is called `own`."""
         source = ref.origin
         if isinstance(source, SourceTensor):
-            path = source.file.path() if source.file else None
-            if path is not None:
-                return TensorFile(ref.spec, str(path), source.offset, source.name)
+            found = places(source)
+            if found:
+                path, offset, _ = found[0]
+                ranges = tuple(found) if len(found) > 1 else ()
+                return TensorFile(ref.spec, str(path), offset, source.name, ranges)
             _download(source, own)
             return TensorFile(ref.spec, str(own), 0, source.name)
         # Whoever needs what is gone waits for the first who makes it again.

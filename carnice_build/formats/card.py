@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from carnice_build.checkpoint.generation import generation_entries, sampling
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.models.base import Part
 from carnice_build.recipe.schema import CalibrationSpec, count_for
+from carnice_build.tensors import STACK
 from carnice_build.units import format_size
 
 if TYPE_CHECKING:
@@ -25,12 +27,14 @@ class Card:
     """What a format adds to a model card.
 
     `template` is the text of a Jinja template, which may extend `_torch.md.j2` of this package and
-    sees the format's knobs as `knobs`; `library` and `tags` are the hub's metadata.
+    sees the format's knobs as `knobs`; `library` and `tags` are the hub's metadata, `library` what
+    loads the folder, for which `with_experts` stands where experts are quantized.
     """
 
     template: str = '{% extends "_torch.md.j2" %}'
     library: str = "transformers"
     tags: tuple[str, ...] = ()
+    with_experts: str | None = None
 
 
 def own_template(package: str, name: str = "card.md.j2") -> str:
@@ -75,8 +79,8 @@ def _metadata(card: Card, variant: Variant) -> dict[str, Any]:
     base = {"base_model": _base_model(variant), "base_model_relation": "quantized"}
     return {
         "license": variant.card.license,
-        "language": variant.card.language,
-        "library_name": card.library,
+        **({"language": variant.card.language} if variant.card.language else {}),
+        "library_name": (_experts(variant) and card.with_experts) or card.library,
         **(base if known else {}),
         "pipeline_tag": "text-generation",
         "inference": False,
@@ -106,13 +110,28 @@ def _facts(variant: Variant) -> dict[str, Any]:
         "size": f"{format_size(size)} ({size / 2**30:.2f} GiB)",
         "widths": _widths(variant),
         "has_template": any("chat_template" in name for name in variant.copied),
+        "may_think": any(b"enable_thinking" in content for content in variant.copied.values()),
+        "sampling": _sampling(variant),
         "mtp_dtypes": _dtypes(variant, Part.MTP),
         "has_tower": tower,
         "left_vision": tower and not _dtypes(variant, Part.TOWER),
         "grafts": [item for item in variant.sources.items() if item[0] != variant.body],
         "calibration": variant.calibration and _calibration(variant.calibration, source.profile),
         "serves": bool(variant.serve),
+        "experts": _experts(variant),
     }
+
+
+def _experts(variant: Variant) -> bool:
+    """Whether experts are among what is quantized."""
+    return any(STACK in module for module in variant.quantized)
+
+
+def _sampling(variant: Variant) -> dict[str, str]:
+    """The numbers that the recipe states, else the source's own generation_config.json."""
+    stated = variant.card.sampling
+    found = sampling(generation_entries(variant.copied)) if stated is None else stated
+    return {name: f"{value:g}" for name, value in found.items()}
 
 
 def _calibration(spec: CalibrationSpec, profile: str | None) -> dict[str, Any]:

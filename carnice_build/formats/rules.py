@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import Field
 
-from carnice_build.errors import PlanError
-from carnice_build.models.base import TensorFact
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import PatternList, Strict
 from carnice_build.steps.base import PlanContext, require_match
@@ -20,33 +18,27 @@ class Rule(Strict):
 
     match: PatternList = Field(description="Module paths, such as `*.v_proj` or `lm_head`.")
     layers: str | None = Field(None, description="Only in this named set of layers.")
+    optional: bool = Field(
+        False, description="Whether patterns may match nothing, as in a rule for many families."
+    )
     skip: bool = Field(False, description="Leave these modules unquantized.")
 
 
-R = TypeVar("R", bound=Rule)
+def fitted(
+    rule: Rule, layers: Mapping[str, int | None], others: Sequence[str], context: PlanContext
+) -> frozenset[str]:
+    """The modules that a rule fits, of those whose decoder `layers` are given by path.
 
-
-def rules_by_module(
-    rules: Sequence[R], facts: Sequence[TensorFact], context: PlanContext
-) -> dict[str, list[tuple[int, R]]]:
-    """For each module path, the rules that fit it, with their numbers, in the order they stand.
-
-    Raises PlanError for a rule whose pattern matches no module at all.
+    Patterns may also match `others`, of which there is nothing left to choose.
+    Raises PlanError for a rule that is not optional and has a pattern that matches no module.
     """
-    chosen: dict[str, list[tuple[int, R]]] = {fact.module: [] for fact in facts}
-    layer_of = {fact.module: fact.layer for fact in facts}
-    # A rule for a head is no mistake when the head is tied: there is nothing left to choose.
-    tied = [name.rpartition(".")[0] for name in context.architecture.ties]
-    for index, rule in enumerate(rules):
-        try:
-            layers = context.layers(rule.layers) if rule.layers is not None else None
-            modules = require_match(Patterns(rule.match), [*chosen, *tied], "module")
-        except PlanError as error:
-            raise error.revised(at=("rules", index)) from None
-        for module in chosen.keys() & modules:
-            if layers is None or layer_of[module] in layers:
-                chosen[module].append((index, rule))
-    return chosen
+    among = context.layers(rule.layers) if rule.layers is not None else None
+    patterns = Patterns(rule.match)
+    paths = list(dict.fromkeys([*layers, *others]))
+    found = patterns.select(paths) if rule.optional else require_match(patterns, paths, "module")
+    return frozenset(
+        path for path in found if path in layers and (among is None or layers[path] in among)
+    )
 
 
 @dataclass(frozen=True)

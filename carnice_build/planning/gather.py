@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from carnice_build.checkpoint.stack import slab_stack, stacked, whole_stack
 from carnice_build.checkpoint.turned import turned_stack
-from carnice_build.errors import PlanError, nearest, together
+from carnice_build.dtypes import WIDE_FLOATS
+from carnice_build.errors import CheckpointError, PlanError, nearest, together
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import OPTIONAL_PARTS, Architecture, TensorFact
 from carnice_build.planning.unknown import unknown_tensors
@@ -42,7 +43,8 @@ class _Place:
 def gathered(view: View, architecture: Architecture, where: str) -> View:
     """The view by the names of the model's facts, in their order.
 
-    Raises PlanError unless it holds the model's tensors, all of them, and no other.
+    Raises PlanError unless it holds the model's tensors, all of them, and no other;
+    CheckpointError where one that its family's table knows is no tensor of floats.
     Optional parts (the MTP head, the towers) may be absent, but only as a whole, or but for what
     is a copy of another tensor.
     """
@@ -53,6 +55,9 @@ def gathered(view: View, architecture: Architecture, where: str) -> View:
         raise unknown_tensors(unknown, architecture, where)
     _check_shapes(view, places.values(), where)
     _check_missing(view, architecture, places, where)
+    if architecture.tabled:
+        # Without a table it is not known what is a weight, and what counts or points at something.
+        _check_floats(view, where)
     facts = architecture.tensors
     return {name: _ref(facts[name], place) for name, place in places.items() if place.whole}
 
@@ -134,6 +139,17 @@ def _check_shapes(view: View, places: Collection[_Place], where: str) -> None:
     if expected:
         what = f"{len(expected)} tensors are of other shapes than its config says"
         raise together([name for name in view if name in expected], error, what, where)
+
+
+def _check_floats(view: View, where: str) -> None:
+    def error(name: str) -> CheckpointError:
+        dtype = view[name].spec.dtype
+        scaled = ", or the scales of F8 and a `quantization_config`" if dtype[:2] == "F8" else ""
+        expected = f"floats: {', '.join(WIDE_FLOATS)}{scaled}"
+        return CheckpointError(f"tensor {name!r} is of {dtype}", where=where, expected=expected)
+
+    if others := [name for name, ref in view.items() if ref.spec.dtype not in WIDE_FLOATS]:
+        raise together(others, error, f"{len(others)} tensors are not of floats", where)
 
 
 def _check_missing(

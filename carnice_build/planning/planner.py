@@ -187,7 +187,7 @@ def plan_variant(
         _formatted(_named(recipe, item), view, _read(files, item.format), context, None)
         for item in companions
     )
-    return replace(plan, notices=notices, companions=along)
+    return replace(plan, notices=(*notices, *plan.notices), companions=along)
 
 
 def _named(recipe: Recipe, companion: Companion) -> Recipe:
@@ -244,7 +244,7 @@ def _formatted(
         files=files,
         serving=serving,
         dataset=dataset,
-        notices=(),
+        notices=tuple(conversion.notices),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from carnice_build.graph import Action, ActionOutput, ProcessOp, TensorRef
-from carnice_build.tensors import SourceTensor
+from carnice_build.tensors import SourceTensor, places
 
 
 def transient_inputs(action: Action) -> Iterator[TensorRef]:
@@ -44,10 +44,8 @@ def depths(actions: Iterable[Action]) -> dict[str, int]:
 
 
 def copied_bytes(source: SourceTensor) -> int:
-    """Disk for what a process is given of `source`: its bytes, unless it lies in a file here."""
-    if source.file is None or source.file.path() is not None:
-        return 0
-    return source.spec.nbytes
+    """Disk for what a process is given of `source`: its bytes, unless they lie in files here."""
+    return 0 if source.file is None or places(source) is not None else source.spec.nbytes
 
 
 def scratch_bytes(actions: Iterable[Action], width: int) -> int:

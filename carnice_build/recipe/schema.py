@@ -176,6 +176,10 @@ class PackageSpec(Strict):
     )
 
 
+SamplingName = Literal["temperature", "top_p", "top_k", "min_p"]
+SamplingNumber = Annotated[int | float, Field(ge=0, le=10**6)]
+
+
 class CardSpec(Strict):
     """Facts for the model card that no file of the checkpoint states."""
 
@@ -183,7 +187,12 @@ class CardSpec(Strict):
     license: str = Field(
         "unknown", description="Licence identifier of the hub, as the source's own page states it."
     )
-    language: list[str] = Field(default_factory=lambda: ["en"], description="Language codes.")
+    language: list[str] = Field(
+        default_factory=list, description="Language codes; none are stated if none are given."
+    )
+    sampling: dict[SamplingName, SamplingNumber] | None = Field(
+        None, description="How text is best sampled; what generation_config.json says if not given."
+    )
     tags: list[str] = Field(default_factory=list, description="Tags beside those of the format.")
     repo: str | None = Field(None, description="Where the variant will be published: owner/name.")
     base_model: str | None = Field(None, description="Repository; the body's if none is given.")

@@ -71,7 +71,7 @@ class Nearest(ArrayOp):
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Quantize; raises NonFiniteValue, also for weights whose scale F16 cannot hold."""
+        """Quantize; raises NonFiniteValue, and BadInput for a weight whose scale is too large."""
         self.apply_rows(params, 0, inputs[0], outputs)
 
     def apply_rows(
@@ -82,12 +82,21 @@ class Nearest(ArrayOp):
         outputs: Sequence[TensorData],
     ) -> None:
         """Quantize some rows, which are columns of the outputs."""
-        from carnice_build.kernels.autoround import quantize_rtn
+        from carnice_build.kernels.autoround import LARGEST, quantize_rtn
+        from carnice_build.kernels.elementwise import non_finite_index
 
         arrays = [output.array for output in outputs]
         bad_index = quantize_rtn(rows.array, rows.dtype, params["group_size"], first, *arrays)
-        if bad_index >= 0:
+        if bad_index < 0:
+            return
+        if non_finite_index(rows.array.reshape(-1)[bad_index : bad_index + 1], rows.dtype) >= 0:
             raise NonFiniteValue(bad_index)
+        raise BadInput(
+            0,
+            "holds a number so large that the scale of its group does not fit F16",
+            expected=f"weights below {LARGEST:.0f}, or this one among `keep`",
+            index=bad_index,
+        )
 
 
 class Merge(ArrayOp):

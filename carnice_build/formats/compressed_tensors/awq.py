@@ -19,9 +19,12 @@ from carnice_build.calibration.passes import layer_memory, made_specs
 from carnice_build.calibration.plan import Calibration
 from carnice_build.calibration.samples import samples
 from carnice_build.dtypes import TensorSpec
+from carnice_build.errors import PlanError
 from carnice_build.graph import ProcessOp, TensorRef
+from carnice_build.models import table_of
 from carnice_build.models.base import Architecture
 from carnice_build.models.smoothing import mappings_of_layer
+from carnice_build.models.table_file import SHIPPED
 from carnice_build.tensor_file import TensorFile
 
 
@@ -104,6 +107,7 @@ def search(
     """The search in all layers of a model of which the modules `quantized` will be.
 
     `settings` are `scheme`, `n_grid`, `duo_scaling` and `norms`.
+    Raises PlanError where nothing is smoothed, for rounding alone is not AWQ.
     """
     columns: dict[str, TensorRef] = {}
     rows: dict[str, TensorRef] = {}
@@ -122,4 +126,18 @@ def search(
         for mapping, scales in zip(mappings, found, strict=True):
             rows[layer.prefix + mapping.smooth] = scales
             columns |= {layer.prefix + name: scales for name in mapping.balance}
+    if not rows:
+        raise _smooths_nothing(architecture)
     return Scales(columns, rows)
+
+
+def _smooths_nothing(architecture: Architecture) -> PlanError:
+    path = table_of(architecture.name)
+    table = f"{path.parent.name}/{path.name}" if path else f"the family {architecture.name}"
+    why = "is in this model and quantized" if architecture.smoothing else "is for this model"
+    own = "a table of yours" if path and path.parent == SHIPPED else "it"
+    return PlanError(
+        f"AWQ would smooth nothing: no entry under `smoothing` of {table} {why}",
+        expected=f"one in {own}; or no AWQ, by `algorithm: nearest` or the preset w4a16-rtn",
+        at=("algorithm",),
+    )

@@ -144,7 +144,8 @@ class CompressedFormat(Format):
         """See `Format.card`."""
         algorithm = ("awq",) if self.smoothing else ()
         tags = ("compressed-tensors", *algorithm, "w4a16", "int4", "vllm")
-        return Card(own_template(__package__), "transformers", tags)
+        # transformers leaves the zero points of experts aside, and then cannot do without them.
+        return Card(own_template(__package__), "transformers", tags, with_experts="vllm")
 
     def checks(self) -> CompressedChecks:
         """See `Format.checks`."""
