@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from carnice_build.backends.mlx_graph import build, written
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import BackendError
+from carnice_build.extras import pip_install
 
 TRACER_VERSION = 1
 """Rises whenever another answer would be given about the same checkpoint.
@@ -235,9 +236,7 @@ def _mlx() -> Any:
     try:
         return module("mlx.core")
     except ImportError:
-        raise BackendError(
-            "mlx is not installed", expected="pip install 'carnice-build[mlx]'"
-        ) from None
+        raise BackendError("mlx is not installed", expected=pip_install("mlx")) from None
 
 
 def module(name: str) -> Any:
@@ -250,9 +249,7 @@ def _mlx_lm_utils() -> Any:
     if "mlx_lm" not in sys.modules:
         found = find_spec("mlx_lm")
         if found is None or not found.submodule_search_locations:
-            raise BackendError(
-                "mlx-lm is not installed", expected="pip install 'carnice-build[mlx]'"
-            )
+            raise BackendError("mlx-lm is not installed", expected=pip_install("mlx"))
         package = ModuleType("mlx_lm")
         package.__path__ = list(found.submodule_search_locations)
         tokenizers = ModuleType("mlx_lm.tokenizer_utils")
