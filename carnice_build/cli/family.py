@@ -20,8 +20,15 @@ def family(
     ] = None,
     recipes: Recipes = RECIPES,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write, if not beside the recipes.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="Where to write; RECIPES/_families/TYPE.yaml, where it counts, if not given.",
+            metavar="FILE",
+        ),
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let it count in the place of a table that ships.")
+    ] = False,
     show: Annotated[bool, typer.Option("--list", help="Show the families with a table.")] = False,
 ) -> None:
     """Write a table of a model family, as far as transformers tells; needs the torch extra."""
@@ -36,7 +43,7 @@ def family(
         return
     if model is None:
         raise RecipeError("lacks an argument", where="family", expected="MODEL")
-    written = write_family(model, out, options)
+    written = write_family(model, out, options, replace=replace)
     typer.echo(f"wrote {written.path}: {written.tensors} tensors of a small model")
     if written.replaces:
         typer.echo("  it counts from now on, not the table that ships for this type")
