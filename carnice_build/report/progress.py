@@ -24,6 +24,12 @@ from carnice_build.units import format_size, plural
 
 _LINE_SECONDS = 5.0
 
+_TELLING_STEPS = 8
+"""Before so many steps nothing is said of what is left: the first ones compile and load."""
+
+_STEPS_SECONDS = 600.0
+"""Steps differ, so what is left follows from all that were made in this time."""
+
 
 class ProgressView(Protocol):
     """Shows events; used as a context, and called with every event."""
@@ -63,6 +69,7 @@ class _Bar:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[memory]} in a worker"),
+            speed_estimate_period=_STEPS_SECONDS,
         )
         self._calibrating = self._steps.add_task("calibrating", visible=False, memory="")
         self._live = Live(Group(self._progress, self._steps), console=console)
@@ -97,7 +104,7 @@ class _Lines:
         self._lock = threading.Lock()
         self._total = self._done = 0
         self._steps = self._stepped = 0
-        self._start = self._last = self._last_step = time.monotonic()
+        self._start = self._last = self._last_step = self._first_step = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -142,14 +149,18 @@ class _Lines:
         with self._lock:
             self._stepped += 1
             now = time.monotonic()
+            if self._stepped == 1:
+                self._first_step = now
             if now - self._last_step < _LINE_SECONDS:
                 return
             self._last_step = now
-            left = (now - self._start) / self._stepped * (self._steps - self._stepped)
             text = (
                 f"calibrating: {self._stepped} of {self._steps} steps, "
-                f"{format_size(memory)} in a worker, {max(0, left):.0f} s left"
+                f"{format_size(memory)} in a worker"
             )
+            if self._stepped >= _TELLING_STEPS:
+                each = (now - self._first_step) / (self._stepped - 1)
+                text += f", {max(0, each * (self._steps - self._stepped)):.0f} s left"
         self._say(text)
 
 
