@@ -39,3 +39,16 @@ def test_a_first_step_says_nothing_of_those_that_follow(monkeypatch: pytest.Monk
     assert "calibrating: 1 of 384 steps, 1 GB in a worker" == lines[0]
     assert not any("left" in line for line in lines[:7])
     assert all(line.endswith(f", {6 * (384 - 8 - i)} s left") for i, line in enumerate(lines[7:]))
+
+
+def test_a_check_that_runs_is_named() -> None:
+    """In a line where there is no terminal; on one until it is done."""
+    plain, terminal = io.StringIO(), io.StringIO()
+    for file in (plain, terminal):
+        console = Console(file=file, width=80, force_terminal=file is terminal)
+        with progress.CheckView(console) as view:
+            view.begin("int4[a]", "fidelity")
+            view.end()
+
+    assert "int4[a]  fidelity ...\n" == plain.getvalue()
+    assert "int4[a]  fidelity ..." in terminal.getvalue()

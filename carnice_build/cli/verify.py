@@ -51,6 +51,7 @@ def verify(
     from rich.console import Console
 
     from carnice_build.commands.verify import VerifySettings, verify_variants
+    from carnice_build.report.progress import CheckView
     from carnice_build.report.verify_table import check_lines, verify_json, verify_tables
     from carnice_build.verification.result import Check
 
@@ -65,10 +66,14 @@ def verify(
     )
     console = Console(quiet=as_json, highlight=False, soft_wrap=True)
 
-    def listen(variant: str, check: Check) -> None:
-        console.print(check_lines(variant, check))
+    with CheckView(Console(stderr=True)) as view:
 
-    result = verify_variants(variants, options, VerifySettings(run, text, samples), listen)
+        def listen(variant: str, check: Check) -> None:
+            view.end()
+            console.print(check_lines(variant, check))
+
+        settings = VerifySettings(run, text, samples)
+        result = verify_variants(variants, options, settings, listen, view.begin)
     if as_json:
         print_json(verify_json(result))
     for table in verify_tables(result):

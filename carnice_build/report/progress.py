@@ -14,7 +14,9 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -162,6 +164,37 @@ class _Lines:
                 each = (now - self._first_step) / (self._stepped - 1)
                 text += f", {max(0, each * (self._steps - self._stepped)):.0f} s left"
         self._say(text)
+
+
+class CheckView:
+    """Says which check of `carnice verify` runs, and on a terminal for how long."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def begin(self, variant: str, check: str) -> None:
+        """A check begins."""
+        text = f"{variant}  {check} ..."
+        if not self._console.is_terminal:
+            self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+            return
+        columns = TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+        self._progress = Progress(SpinnerColumn(), *columns, console=self._console, transient=True)
+        self._progress.add_task(text, total=None)
+        self._progress.start()
+
+    def end(self) -> None:
+        """The check that runs, if there is one, is done."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
 
 
 def describe(event: Started | Notice | Packaged) -> str:
