@@ -55,6 +55,7 @@ def test_a_table_written_by_the_command_is_one(
 
     assert 0 == finished.code, finished.err
     assert str(path.relative_to(folder)) in finished.out
+    assert "  carnice new NAME --from OWNER/MODEL|FOLDER --as PRESET" in finished.out.splitlines()
     assert "do not come out" not in finished.out
     for case in WRITTEN[model_type]:
         made = CASES[case].made()

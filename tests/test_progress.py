@@ -41,13 +41,16 @@ def test_a_first_step_says_nothing_of_those_that_follow(monkeypatch: pytest.Monk
     assert all(line.endswith(f", {6 * (384 - 8 - i)} s left") for i, line in enumerate(lines[7:]))
 
 
-def test_a_check_that_runs_is_named() -> None:
-    """In a line where there is no terminal; on one until it is done."""
+def test_a_check_that_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once on a terminal, until it is done; elsewhere in a line, where it takes a while."""
     plain, terminal = io.StringIO(), io.StringIO()
-    for file in (plain, terminal):
+    for file, seconds in ((plain, 60.0), (plain, 0.0), (terminal, 60.0)):
+        monkeypatch.setattr(progress, "_LINE_SECONDS", seconds)
         console = Console(file=file, width=80, force_terminal=file is terminal)
         with progress.CheckView(console) as view:
             view.begin("int4[a]", "fidelity")
+            while file is plain and not seconds and not plain.getvalue():
+                pass
             view.end()
 
     assert "int4[a]  fidelity ...\n" == plain.getvalue()

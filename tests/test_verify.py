@@ -101,6 +101,17 @@ def test_a_fresh_build_passes(
     assert all(0.1 < item["error"] < item["bound"] and item["bits"] == 3 for item in worst)
 
 
+def test_what_is_stored_as_no_recipe_has_it_is_told(project: Project, built: Path) -> None:
+    """A folder that was built before a recipe was changed is not compared, and why is said."""
+    options = replace(project.options(), overrides=("quantize.group_size=32",))
+
+    (result,) = verify_variants([VARIANT], options, VerifySettings(run=False)).variants
+    (found,) = (check for check in result.checks if check.name == "round trip")
+
+    assert "modules not compared: " in found.summary
+    assert "as recipe and family's table are now" in found.summary
+
+
 def test_a_flipped_byte_is_named(
     project: Project, built: Path, carnice: Callable[..., Finished]
 ) -> None:

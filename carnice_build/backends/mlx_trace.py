@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from carnice_build.backends.mlx_graph import build, written
 from carnice_build.dtypes import TensorSpec
-from carnice_build.errors import BackendError
+from carnice_build.errors import MOST_LISTED, BackendError
 from carnice_build.extras import pip_install
 
 TRACER_VERSION = 1
@@ -109,7 +109,11 @@ def traced(library: Library, config: Mapping[str, Any], tensors: Mapping[str, Te
 def _sentence(error: Exception) -> str:
     """What was raised, in one line, as the library says it."""
     line = " ".join(str(error).split())
-    return f"{type(error).__name__}: {line[:300]}"
+    names = line.split(", ")
+    if len(names) > MOST_LISTED:
+        # Of a name for each weight, the first ones say it.
+        line = f"{', '.join(names[:MOST_LISTED])} and {len(names) - MOST_LISTED} more"
+    return f"{type(error).__name__}: {line[:400]}"
 
 
 def as_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:

@@ -54,3 +54,8 @@ def family(
         for name in written.differing[:_SHOWN]:
             typer.echo(f"    {name}")
     typer.echo("  look at its comments before you rely on it")
+    if out is not None:
+        return
+    folder = "" if recipes == RECIPES else f" --recipes {recipes}"
+    typer.echo("next, for a recipe of such a model:")
+    typer.echo(f"  carnice new NAME --from OWNER/MODEL|FOLDER --as PRESET{folder}")

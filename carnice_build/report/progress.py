@@ -167,11 +167,12 @@ class _Lines:
 
 
 class CheckView:
-    """Says which check of `carnice verify` runs, and on a terminal for how long."""
+    """Says which check of `carnice verify` runs: at once on a terminal, elsewhere if it goes on."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress: Progress | None = None
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -183,7 +184,9 @@ class CheckView:
         """A check begins."""
         text = f"{variant}  {check} ..."
         if not self._console.is_terminal:
-            self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+            self._timer = threading.Timer(_LINE_SECONDS, self._say, [text])
+            self._timer.daemon = True
+            self._timer.start()
             return
         columns = TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         self._progress = Progress(SpinnerColumn(), *columns, console=self._console, transient=True)
@@ -195,6 +198,12 @@ class CheckView:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def describe(event: Started | Notice | Packaged) -> str:
