@@ -31,7 +31,11 @@ def family(
     ] = False,
     show: Annotated[bool, typer.Option("--list", help="Show the families with a table.")] = False,
 ) -> None:
-    """Write a table of a model family, as far as transformers tells; needs the torch extra."""
+    """Write the table of a model family that has none.
+
+    A table says which tensors a model has and what they are, here as far as transformers tells.
+    Needs the torch extra.
+    """
     from carnice_build.commands.family import families, write_family
 
     options = make_options(recipes=recipes)

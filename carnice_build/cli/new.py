@@ -49,7 +49,10 @@ def new(
     recipes: Recipes = RECIPES,
     as_json: Json = False,
 ) -> None:
-    """Write a recipe for a model: looks at its config, headers and small files."""
+    """Write a recipe for a model, from a preset.
+
+    Reads its config, headers and small files, and no weight.
+    """
     from carnice_build.commands import new as command
 
     if show:
