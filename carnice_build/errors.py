@@ -185,4 +185,8 @@ def nearest(name: str, valid: Iterable[str]) -> str | None:
 def near(name: str, valid: Iterable[str], most: int) -> list[str]:
     """The valid names that are close in spelling to `name`, the closest first."""
     candidates = [item for item in islice(valid, _MOST_COMPARED) if len(item) <= _MOST_SHOWN]
-    return difflib.get_close_matches(name[:_MOST_SHOWN], candidates, n=most, cutoff=0.5)
+    name = name[:_MOST_SHOWN]
+    alike = difflib.get_close_matches(name, candidates, n=most, cutoff=0.5)
+    # Names half alike are a guess, unless one says more than the other.
+    close = set(difflib.get_close_matches(name, alike, n=most, cutoff=0.6))
+    return [item for item in alike if item in close or name in item or item in name]

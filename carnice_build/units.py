@@ -46,6 +46,12 @@ def format_size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def format_both(count: int) -> str:
+    """The same, and in GiB where that is one at least, as memory is counted."""
+    binary = f" ({count / 2**30:.2f} GiB)" if count >= 2**30 else ""
+    return f"{format_size(count)}{binary}"
+
+
 def plural(count: int, noun: str) -> str:
     """`1 action`, `2 actions`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -98,6 +98,20 @@ def test_another_text_quantizes_no_weight(calibrated: Project, ran: Ran) -> None
     assert 1 == len([name for name in before if before[name] != after[name]])
 
 
+@pytest.mark.parametrize("command", ["plan", "build"])
+def test_too_few_rows_are_told_before_any_work(
+    command: str, calibrated: Project, carnice: Callable[..., Finished]
+) -> None:
+    """A recipe that wants more samples than its file has is stopped at the plan."""
+    (calibrated.root / "few.jsonl").write_text('{"text": "Some words."}\n' * 3)
+    few = ["--set", "calibration.dataset=few.jsonl", "--set", "calibration.samples=4"]
+    finished = carnice(command, FINE_TUNE, *few)
+
+    assert 2 == finished.code
+    assert "few.jsonl: gives 3 samples; expected 4, or fewer `samples`" in finished.err
+    assert "action" not in finished.err
+
+
 def test_the_base_shares_what_the_fine_tune_left_equal(calibrated: Project, ran: Ran) -> None:
     """Only the groups of layers that differ are quantized, and equal shards are one file."""
     build_variants(["mlx-4bit"], calibrated.options())

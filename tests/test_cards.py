@@ -117,6 +117,20 @@ def test_a_card_gives_counts_that_the_recipe_leaves_out(everything: Path) -> Non
     assert "20 samples of at most 8192 tokens" in dict(pages(plan))["README.md"]
 
 
+def test_a_card_of_a_model_that_is_nowhere_else_links_to_nothing(project: Project) -> None:
+    """Its name is one that nobody else knows, so nobody is to look for its authors by it."""
+    project.recipe(
+        "mine",
+        "variant: mine\ndescription: A\nquantize: {format: fp8-dynamic}\n"
+        "sources: {body: {model: local/mine, folder: demo/qwen3.6-27b}}\n",
+    )
+    (plan,) = plan_variants(["mine"], project.options()).variants
+    card = dict(pages(plan))["README.md"]
+
+    assert "Please credit the authors of the model that it was made of." in card
+    assert "GiB" not in card
+
+
 def test_a_card_tells_of_no_calibration_that_was_not_run(project: Project) -> None:
     """A section that the format has no use for is not on the card, nor its dataset on record."""
     project.recipe("rounded", ROUNDED + "calibration: {dataset: rows.jsonl}\n")

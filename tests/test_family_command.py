@@ -50,11 +50,12 @@ def test_a_table_written_by_the_command_is_one(
     folder: Path, carnice: Carnice, model_type: str
 ) -> None:
     """What transformers builds of other configs follows from it; roles and modules are as ours."""
-    finished = carnice("family", model_type)
+    finished = carnice("family", model_type, "--replace")
     path = folder / "recipes" / "_families" / f"{model_type}.yaml"
 
     assert 0 == finished.code, finished.err
     assert str(path.relative_to(folder)) in finished.out
+    assert "  carnice new NAME --from OWNER/MODEL|FOLDER --as PRESET" in finished.out.splitlines()
     assert "do not come out" not in finished.out
     for case in WRITTEN[model_type]:
         made = CASES[case].made()
@@ -104,15 +105,17 @@ def test_a_table_that_is_there_is_not_overwritten(folder: Path, carnice: Carnice
     ("config", "said"),
     [
         ({"model_type": "no_such_type"}, "has no 'no_such_type'"),
+        ({"model_type": "nosuch"}, "has no 'nosuch'"),
         ({"model_type": "lama"}, "has no 'lama'; expected a model type of transformers, or a"),
         ({"hidden_size": 4}, "has no model_type"),
         (["llama"], "is not a JSON object"),
         ({"model_type": "siglip"}, "has no language model of 'siglip'"),
-        ({"model_type": "llama", "num_hidden_layers": "many"}, "LlamaConfig of transformers does"),
+        ({"model_type": "granite", "num_hidden_layers": "many"}, "GraniteConfig of transformers"),
         (None, "cannot be read"),
     ],
     ids=[
         "unknown",
+        "unlike any",
         "misspelt",
         "without a type",
         "no object",
@@ -132,6 +135,7 @@ def test_what_is_no_model_is_one_sentence(
     assert 2 == finished.code
     assert said in finished.err
     assert ("did you mean 'llama'?" in finished.err) == ("'lama'" in said)
+    assert "nanochat" not in finished.err
     assert 1 == len(finished.err.strip().splitlines())
     assert not (folder / "recipes").exists()
 
@@ -189,7 +193,7 @@ def test_a_table_in_the_place_of_one_that_ships_is_told(folder: Path, carnice: C
     write_zoo(folder / "source", "qwen2")
     elsewhere = carnice("family", "qwen2", "--out", "mine.yaml")
     before = carnice("family", "--list").out.splitlines()
-    finished = carnice("family", "qwen2")
+    finished = carnice("family", "qwen2", "--replace")
     after = carnice("family", "--list").out.splitlines()
     assert 0 == carnice("new", "mine", "--from", "source", "--as", "fp8-dynamic").code
     (plan,) = plan_variants(["mine"], Options(recipes=project.recipes)).variants
@@ -202,6 +206,17 @@ def test_a_table_in_the_place_of_one_that_ships_is_told(folder: Path, carnice: C
     (line,) = (line for line in after if line not in before)
     assert "qwen2 this project's, in the place of the one that ships" == " ".join(line.split())
     assert "_families/qwen2.yaml counts, not the table that ships" in plan.notices
+
+
+def test_a_table_that_ships_is_not_replaced_unasked(folder: Path, carnice: Carnice) -> None:
+    """The error says what would be lost, and how to have the new one all the same."""
+    finished = carnice("family", "llama")
+
+    assert 2 == finished.code
+    assert "llama.yaml: would count in the place of the table that ships" in finished.err
+    assert "without 'smoothing', 'token_bytes'" in finished.err
+    assert "--replace" in finished.err
+    assert not (folder / "recipes").exists()
 
 
 @pytest.mark.parametrize(

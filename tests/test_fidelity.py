@@ -223,13 +223,23 @@ def test_the_first_model_is_its_own_reference() -> None:
 
 def test_a_typo_fails_no_check_but_a_number_that_is_none_does() -> None:
     """The summary states the counts; a log-probability that is not finite is a problem."""
-    good = measured()
+    good = {name: replace(item, exact=max(1, item.exact)) for name, item in measured().items()}
     bad = {"x": replace(good["BF16"], log_probability=Estimate(None, None))}
     check = judge_fidelity(good)
 
     assert Outcome.PASSED is check.outcome
     assert f"BF16 copies {good['BF16'].exact} of {ANSWERED} names" in check.summary
     assert Outcome.FAILED is judge_fidelity(bad).outcome
+
+
+def test_a_source_that_copies_nothing_lets_nothing_be_said() -> None:
+    """Then no folder passes by it; the figures are told all the same."""
+    check = judge_fidelity({name: replace(item, exact=0) for name, item in measured().items()})
+
+    assert Outcome.SKIPPED is check.outcome
+    assert "BF16 itself copies no name" in check.summary
+    assert f"BF16 copies 0 of {ANSWERED} names" in check.summary
+    assert check.details
 
 
 @pytest.mark.parametrize("values", [[math.nan, 0.0], [-math.inf, 0.0], [-math.inf, math.inf]])

@@ -40,6 +40,7 @@ LAYERS = (
     "processor",
     "system",
     "units",
+    "extras",
     "version",
     "errors",
 )

@@ -203,3 +203,14 @@ def test_a_text_that_is_no_trace_is_none(text: str) -> None:
     """Whoever can write to the cache can write nonsense: it is refused, and asked for again."""
     with pytest.raises(ValueError, match="no trace"):
         parsed(text)
+
+
+def test_a_list_of_names_in_a_refusal_is_cut() -> None:
+    """The first ones say it, and how many more there are."""
+    from carnice_build.backends.mlx_trace import _sentence
+
+    names = ", ".join(f"layers.{index}.weight" for index in range(36))
+
+    assert _sentence(ValueError(f"Received 36 parameters not in model: {names}.")).endswith(
+        ", layers.4.weight and 31 more"
+    )

@@ -27,6 +27,7 @@ from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CarniceError, CheckpointError, PlanError
+from carnice_build.extras import pip_install
 from carnice_build.graph import TensorRef, View
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Part
@@ -613,16 +614,18 @@ def test_what_to_type_next_is_said_and_works(empty: Path, model: Path, carnice: 
     assert "bits per weight" in finished.out
 
 
+@pytest.mark.parametrize("there", [False, True])
 def test_what_a_build_needs_is_said(
-    empty: Path, model: Path, carnice: Carnice, monkeypatch: pytest.MonkeyPatch
+    there: bool, empty: Path, model: Path, carnice: Carnice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A calibrated preset needs a library, which is installed first."""
+    """A calibrated preset needs a library, which is installed first where it is missing."""
+    monkeypatch.setattr("carnice_build.cli.new.has_extra", lambda extra: there)
     monkeypatch.setattr("carnice_build.checkpoint.hub_listing.dataset_commit", lambda *_: "d" * 40)
     found = json.loads(
         carnice("new", "mine", "--from", model, "--as", "int4-autoround", "--json").out
     )
 
-    assert "pip install 'carnice-build[autoround]'" == found["next"][0]
+    assert there == (pip_install("autoround") != found["next"][0])
     assert "recipes/mine.yaml" == found["recipe"]
 
 

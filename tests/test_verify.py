@@ -16,6 +16,7 @@ from tiny import Tensor, read_json, read_safetensors, write_json, write_safetens
 
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.extras import pip_install
 from carnice_build.kernels.affine import dequantize_rows, quantize_rows
 from carnice_build.verification import run_mlx
 from carnice_build.verification.result import Check, Outcome
@@ -98,6 +99,17 @@ def test_a_fresh_build_passes(
     worst = found["round trip"]["details"]["worst"]
     assert len(worst) == 10
     assert all(0.1 < item["error"] < item["bound"] and item["bits"] == 3 for item in worst)
+
+
+def test_what_is_stored_as_no_recipe_has_it_is_told(project: Project, built: Path) -> None:
+    """A folder that was built before a recipe was changed is not compared, and why is said."""
+    options = replace(project.options(), overrides=("quantize.group_size=32",))
+
+    (result,) = verify_variants([VARIANT], options, VerifySettings(run=False)).variants
+    (found,) = (check for check in result.checks if check.name == "round trip")
+
+    assert "modules not compared: " in found.summary
+    assert "as recipe and family's table are now" in found.summary
 
 
 def test_a_flipped_byte_is_named(
@@ -311,7 +323,7 @@ def test_without_mlx_the_rest_is_verified(
     assert report.passed
     *_, generated, perplexity = report.variants[0].checks
     assert generated.outcome is perplexity.outcome is Outcome.SKIPPED
-    assert "pip install 'carnice-build[mlx]'" in generated.summary
+    assert pip_install("mlx") in generated.summary
 
 
 GROUPS: dict[str, Callable[[np.random.Generator], np.ndarray[Any, Any]]] = {

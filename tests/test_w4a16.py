@@ -196,7 +196,7 @@ def test_the_plan_of_the_40b_leaves_alone_what_the_card_counts(
     ]
     *modules, pattern = variant["left_alone"]
 
-    assert "left alone  471 modules and re:^mtp.*" in shown
+    assert "not quantized  471 modules and re:^mtp.*" in shown
     assert 471 == len(modules)
     assert "re:^mtp.*" == pattern
     assert 72 * 5 == sum(".linear_attn." in name for name in modules)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.errors import BackendError, CarniceError
+from carnice_build.extras import pip_install
 from carnice_build.models.derive import Derivation, default_of
 from carnice_build.models.write_table import Facts, table_text
 
@@ -39,9 +40,7 @@ def _described(model_type: str, entries: Mapping[str, Any], where: str) -> Descr
     try:
         from carnice_build.backends.skeletons import Skeletons
     except ImportError:
-        raise BackendError(
-            "torch is not installed", expected="pip install 'carnice-build[torch]'"
-        ) from None
+        raise BackendError("torch is not installed", expected=pip_install("torch")) from None
     skeletons = Skeletons(model_type, entries, where)
     samples = list(skeletons.samples())
     derivation = Derivation(samples, skeletons.owners())

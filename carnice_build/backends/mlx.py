@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from carnice_build.errors import BackendError
+from carnice_build.extras import pip_install
 
 
 def quantize_rows(
@@ -14,9 +15,7 @@ def quantize_rows(
     try:
         import mlx.core as mx
     except ImportError:
-        raise BackendError(
-            "mlx is not installed", expected="pip install 'carnice-build[mlx]'"
-        ) from None
+        raise BackendError("mlx is not installed", expected=pip_install("mlx")) from None
     import numpy as np
 
     array = mx.array(weight)

@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 
 from carnice_build.backends.mlx_graph import build, written
 from carnice_build.dtypes import TensorSpec
-from carnice_build.errors import BackendError
+from carnice_build.errors import MOST_LISTED, BackendError
+from carnice_build.extras import pip_install
 from carnice_build.tensors import STACK, numbered
 
 TRACER_VERSION = 2
@@ -119,7 +120,11 @@ def _dropped(rows: Sequence[Any], names: Sequence[str]) -> list[str]:
 def _sentence(error: Exception) -> str:
     """What was raised, in one line, as the library says it."""
     line = " ".join(str(error).split())
-    return f"{type(error).__name__}: {line[:300]}"
+    names = line.split(", ")
+    if len(names) > MOST_LISTED:
+        # Of a name for each weight, the first ones say it.
+        line = f"{', '.join(names[:MOST_LISTED])} and {len(names) - MOST_LISTED} more"
+    return f"{type(error).__name__}: {line[:400]}"
 
 
 def as_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
@@ -246,9 +251,7 @@ def _mlx() -> Any:
     try:
         return module("mlx.core")
     except ImportError:
-        raise BackendError(
-            "mlx is not installed", expected="pip install 'carnice-build[mlx]'"
-        ) from None
+        raise BackendError("mlx is not installed", expected=pip_install("mlx")) from None
 
 
 def module(name: str) -> Any:
@@ -261,9 +264,7 @@ def _mlx_lm_utils() -> Any:
     if "mlx_lm" not in sys.modules:
         found = find_spec("mlx_lm")
         if found is None or not found.submodule_search_locations:
-            raise BackendError(
-                "mlx-lm is not installed", expected="pip install 'carnice-build[mlx]'"
-            )
+            raise BackendError("mlx-lm is not installed", expected=pip_install("mlx"))
         package = ModuleType("mlx_lm")
         package.__path__ = list(found.submodule_search_locations)
         tokenizers = ModuleType("mlx_lm.tokenizer_utils")

@@ -10,6 +10,7 @@ from typing import Any
 from carnice_build.backends.mlx_trace import Library, module, traced
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import BackendError
+from carnice_build.extras import pip_install
 
 
 def answer(config: Mapping[str, Any], tensors: Mapping[str, Sequence[Any]]) -> str:
@@ -29,9 +30,7 @@ class MlxVlm(Library):
 
     def __init__(self) -> None:
         if find_spec("mlx_vlm") is None:
-            raise BackendError(
-                "mlx-vlm is not installed", expected="pip install 'carnice-build[mlxvlm]'"
-            )
+            raise BackendError("mlx-vlm is not installed", expected=pip_install("mlxvlm"))
         self.utils = module("mlx_vlm.utils")
 
     def load(self, folder: Path) -> tuple[Any, Mapping[str, Any]]:

@@ -21,6 +21,7 @@ from carnice_build.checkpoint.hub_cache import cached_dataset
 from carnice_build.checkpoint.hub_listing import dataset_at, dataset_refusal
 from carnice_build.checkpoint.patience import Refusal, judge, patiently
 from carnice_build.errors import BackendError, CarniceError, CheckpointError
+from carnice_build.extras import pip_install
 
 _ABSENT = "EntryNotFound"
 _SCRIPT = "scripts are no longer supported"
@@ -54,9 +55,7 @@ def _load_dataset() -> Any:
     try:
         import datasets
     except ImportError:
-        raise BackendError(
-            "datasets is not installed: pip install 'carnice-build[torch]'"
-        ) from None
+        raise BackendError(f"datasets is not installed: {pip_install('torch')}") from None
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     disable_progress_bars()

@@ -13,6 +13,7 @@ import numpy as np
 from carnice_build.chat.messages import with_parsed_calls, without_nulls
 from carnice_build.chat.render import Chat, render
 from carnice_build.errors import BackendError, CheckpointError
+from carnice_build.extras import pip_install
 
 _BATCH = 32
 """Conversations that are rendered by one child process."""
@@ -114,9 +115,7 @@ def _encoder(content: bytes) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise BackendError(
-            "tokenizers is not installed: pip install 'carnice-build[torch]'"
-        ) from None
+        raise BackendError(f"tokenizers is not installed: {pip_install('torch')}") from None
     try:
         tokenizer = Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises nothing more precise

@@ -33,13 +33,18 @@ Recipes = Annotated[Path, typer.Option(help="Folder of the recipes.", metavar="D
 Profile = Annotated[
     str | None,
     typer.Option(
-        help="Which checkpoints the recipes' models mean; the first profile that has all of a "
-        "recipe's models if not given."
+        help="A section of RECIPES/_profiles.yaml, which says where each model is taken from, as "
+        "demo or full; the first with all of a recipe's models if not given.",
+        metavar="NAME",
     ),
 ]
 Source = Annotated[
     list[str] | None,
-    typer.Option("--source", help="Take source NAME from a local checkpoint.", metavar="NAME=DIR"),
+    typer.Option(
+        "--source",
+        help="Take the recipe's source NAME (most have one, `body`) from a folder on this machine.",
+        metavar="NAME=DIR",
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -49,13 +54,21 @@ Set = Annotated[
         metavar="KEY=VALUE",
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the outputs.", metavar="DIR")]
-Cache = Annotated[Path, typer.Option(help="Folder of the cache.", metavar="DIR")]
+Out = Annotated[
+    Path, typer.Option(help="Where the model folders are, one a variant.", metavar="DIR")
+]
+Cache = Annotated[
+    Path, typer.Option(help="Folder of the cache, which keeps what was computed.", metavar="DIR")
+]
 Jobs = Annotated[
-    int | None, typer.Option(min=1, help="Worker threads; the number of cores if not given.")
+    int | None,
+    typer.Option(min=1, help="Worker threads; as many as cores if not given.", metavar="N"),
 ]
 Memory = Annotated[
-    str, typer.Option(help="Buffers of all workers together, e.g. 4GB.", metavar="SIZE")
+    str,
+    typer.Option(
+        help="Most memory that weights take while they are worked on, e.g. 4GB.", metavar="SIZE"
+    ),
 ]
 Stream = Annotated[
     bool,

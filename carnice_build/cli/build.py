@@ -43,7 +43,10 @@ def build(
     jobs: Jobs = None,
     memory: Memory = "2GB",
     trace: Annotated[
-        Path | None, typer.Option(help="Write a Chrome trace of the work.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="Write what ran when, for chrome://tracing or ui.perfetto.dev.", metavar="FILE"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -60,7 +60,7 @@ def gc(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Remove what no build folder needs."""
+    """Remove results that no built folder has files of; whoever needs them computes them again."""
     from carnice_build.store import upkeep
     from carnice_build.store.store import Store
 

@@ -8,7 +8,7 @@ import typer
 
 from carnice_build.cli.arguments import OUT, RECIPES, Jobs, Json, Out, make_options, print_json
 
-Folder = Annotated[str, typer.Argument(help="A variant's name in OUT, or a folder.")]
+Folder = Annotated[str, typer.Argument(help="Name of a built variant, or a model folder.")]
 
 
 def diff(
@@ -17,15 +17,21 @@ def diff(
     out: Out = OUT,
     jobs: Jobs = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Show every module, not one line a kind.")
+        bool, typer.Option("--all", help="A line for each module, not one for all of a kind.")
     ] = False,
     values: Annotated[
         bool,
-        typer.Option("--values/--no-values", help="Read the weights that differ and compare them."),
+        typer.Option(
+            "--values/--no-values",
+            help="Read the weights that differ, to say how far apart they are.",
+        ),
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Compare two model folders of any format: bits, sizes, and how far the numbers are apart."""
+    """Compare two model folders of any format, module by module.
+
+    Bits, sizes, and how far the numbers are apart.
+    """
     from rich.console import Console
 
     from carnice_build.commands.diff import diff_folders, find_folder

@@ -30,7 +30,10 @@ def explain(
     cache: Cache = CACHE,
     as_json: Json = False,
 ) -> None:
-    """Say which actions a build would run, and what changed since the last build of each."""
+    """Say what a build would run, and what changed since the last one.
+
+    An action is one piece of work, such as the quantization of one module.
+    """
     from carnice_build.commands.explain import explain_variants
 
     options = make_options(

@@ -20,11 +20,22 @@ def family(
     ] = None,
     recipes: Recipes = RECIPES,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write, if not beside the recipes.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="Where to write; RECIPES/_families/TYPE.yaml, where it counts, if not given.",
+            metavar="FILE",
+        ),
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let it count in the place of a table that ships.")
+    ] = False,
     show: Annotated[bool, typer.Option("--list", help="Show the families with a table.")] = False,
 ) -> None:
-    """Write a table of a model family, as far as transformers tells; needs the torch extra."""
+    """Write the table of a model family that has none.
+
+    A table says which tensors a model has and what they are, here as far as transformers tells.
+    Needs the torch extra.
+    """
     from carnice_build.commands.family import families, write_family
 
     options = make_options(recipes=recipes)
@@ -36,7 +47,7 @@ def family(
         return
     if model is None:
         raise RecipeError("lacks an argument", where="family", expected="MODEL")
-    written = write_family(model, out, options)
+    written = write_family(model, out, options, replace=replace)
     typer.echo(f"wrote {written.path}: {written.tensors} tensors of a small model")
     if written.replaces:
         typer.echo("  it counts from now on, not the table that ships for this type")
@@ -47,3 +58,8 @@ def family(
         for name in written.differing[:_SHOWN]:
             typer.echo(f"    {name}")
     typer.echo("  look at its comments before you rely on it")
+    if out is not None:
+        return
+    folder = "" if recipes == RECIPES else f" --recipes {recipes}"
+    typer.echo("next, for a recipe of such a model:")
+    typer.echo(f"  carnice new NAME --from OWNER/MODEL|FOLDER --as PRESET{folder}")

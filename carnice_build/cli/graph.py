@@ -36,7 +36,10 @@ def graph(
         typer.Option(help="Write Mermaid to a file, not to the screen.", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Show the action graph, folded to fit a screen; Mermaid unless --svg is given."""
+    """Draw what a build does, as text in Mermaid or as SVG.
+
+    From sources through actions to shards, folded to fit a screen.
+    """
     from carnice_build.commands.plan import plan_and_survey
     from carnice_build.report.graph_fold import fold
     from carnice_build.report.graph_mermaid import mermaid as write

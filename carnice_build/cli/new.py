@@ -8,6 +8,7 @@ import typer
 
 from carnice_build.cli.arguments import RECIPES, Json, Recipes, make_options, print_json
 from carnice_build.errors import RecipeError
+from carnice_build.extras import has_extra, pip_install
 from carnice_build.units import format_size, plural
 
 
@@ -48,7 +49,10 @@ def new(
     recipes: Recipes = RECIPES,
     as_json: Json = False,
 ) -> None:
-    """Write a recipe for a model: looks at its config, headers and small files."""
+    """Write a recipe for a model, from a preset.
+
+    Reads its config, headers and small files, and no weight.
+    """
     from carnice_build.commands import new as command
 
     if show:
@@ -63,8 +67,9 @@ def new(
     folder = "" if recipes == RECIPES else f" --recipes {recipes}"
     options = f"{folder}{profile}"
     commands = [f"carnice build {name}{options}", f"carnice verify {name}{options} --no-run"]
-    if written.extras:
-        commands.insert(0, f"pip install 'carnice-build[{','.join(written.extras)}]'")
+    lacking = [extra for extra in written.extras if not has_extra(extra)]
+    if lacking:
+        commands.insert(0, pip_install(",".join(lacking)))
     if as_json:
         facts = {"recipe": str(written.path), "found": list(written.found)}
         print_json({**facts, "size": size, "bits_per_weight": bits, "next": commands})

@@ -30,7 +30,7 @@ def plan(
     memory: Memory = "2GB",
     as_json: Json = False,
 ) -> None:
-    """Show what a build would do and make; reads headers only."""
+    """Show what a build would do, and sizes; reads no weight."""
     from carnice_build.commands.plan import plan_and_survey
     from carnice_build.report.plan_table import plan_json, plan_view
 

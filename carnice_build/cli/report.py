@@ -48,7 +48,10 @@ def report(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write what is known of the built variants as one HTML page and a Markdown table."""
+    """Compare built variants on a page.
+
+    One in HTML, and a table in Markdown: sizes, errors, checks.
+    """
     from carnice_build.commands.report import built_variants, collect_report, unverified
     from carnice_build.report.report_files import write_report
 

@@ -35,22 +35,34 @@ def verify(
     cache: Cache = CACHE,
     jobs: Jobs = None,
     run: Annotated[
-        bool, typer.Option("--run/--no-run", help="Load the models and run them.")
+        bool,
+        typer.Option("--run/--no-run", help="Also load the models and run them, in minutes."),
     ] = True,
     text: Annotated[
         Path | None,
-        typer.Option(help="Held-out text to run the models on; the demo profile has its own."),
+        typer.Option(
+            help="Text that no model was calibrated on, to run them on; the demo profile has one.",
+            metavar="FILE",
+        ),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Most sequences to take from the text; 64, or 8 without a GPU."),
+        typer.Option(
+            min=1,
+            help="Most sequences to take from the text; 64, or 8 without a GPU, if not given.",
+            metavar="N",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check built variants: files, structure, numbers, and the running model; exits 1 if wrong."""
+    """Check what was built; exits 1 if something is wrong.
+
+    Files, structure, numbers against the source, and the running model.
+    """
     from rich.console import Console
 
     from carnice_build.commands.verify import VerifySettings, verify_variants
+    from carnice_build.report.progress import CheckView
     from carnice_build.report.verify_table import check_lines, verify_json, verify_tables
     from carnice_build.verification.result import Check
 
@@ -65,10 +77,14 @@ def verify(
     )
     console = Console(quiet=as_json, highlight=False, soft_wrap=True)
 
-    def listen(variant: str, check: Check) -> None:
-        console.print(check_lines(variant, check))
+    with CheckView(Console(stderr=True)) as view:
 
-    result = verify_variants(variants, options, VerifySettings(run, text, samples), listen)
+        def listen(variant: str, check: Check) -> None:
+            view.end()
+            console.print(check_lines(variant, check))
+
+        settings = VerifySettings(run, text, samples)
+        result = verify_variants(variants, options, settings, listen, view.begin)
     if as_json:
         print_json(verify_json(result))
     for table in verify_tables(result):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from carnice_build.errors import BackendError, PlanError
+from carnice_build.extras import pip_install
 from carnice_build.keys import canonical_json, library_version
 from carnice_build.steps.base import Question
 from carnice_build.store.answers import read_answer, write_answer
@@ -36,7 +37,7 @@ class Asking:
             if library_version(library) == "absent":
                 raise PlanError(
                     f"{library} is not installed, which a plan of this model asks",
-                    expected=f"pip install 'carnice-build[{question.extra}]'",
+                    expected=pip_install(question.extra),
                 )
         text = _asked(question)
         try:

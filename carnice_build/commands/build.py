@@ -14,6 +14,7 @@ from carnice_build.checkpoint.model_dtype import with_dtype
 from carnice_build.commands.collector import no_collections
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
+from carnice_build.commands.rows import check_rows
 from carnice_build.errors import CheckpointError, PlanError, together
 from carnice_build.execute.events import Listener, Notice, Packaged, Stepped
 from carnice_build.formats.variant import Shard, Variant
@@ -81,6 +82,7 @@ def build_variants(
     start = time.perf_counter()
     options = options or Options()
     plan = plan_variants(names, options)
+    check_rows(plan.variants)
     for variant in plan.variants:
         _check_buildable(variant)
         for text in variant.notices:

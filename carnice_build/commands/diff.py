@@ -7,30 +7,21 @@ although the layers' outputs do not change by that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from carnice_build.errors import CheckpointError, StoreError
-from carnice_build.formats.folder import ModelFolder, open_folder
-from carnice_build.formats.mlx.names import known_names
-from carnice_build.formats.mlx.trace import Kind, Traced
-from carnice_build.formats.registry import packed_suffixes, readers_of
+from carnice_build.commands.diff_side import OpenedSide, Side, StoredModule, open_side
+from carnice_build.errors import CheckpointError
+from carnice_build.formats.folder import ModelFolder
 from carnice_build.graph import NonFiniteValue
-from carnice_build.models import architecture_of
-from carnice_build.models.base import Architecture
 from carnice_build.plugins import failures_blamed
 from carnice_build.store.packs import digest_range
 from carnice_build.tensors import SourceTensor
 
-if TYPE_CHECKING:
-    from carnice_build.formats.checks import FolderReader
-    from carnice_build.formats.values import Values
+_Digest = tuple[str, tuple[int, ...], str]
 
 
 class State(StrEnum):
@@ -44,14 +35,6 @@ class State(StrEnum):
     INCOMPARABLE = "not comparable"
     ONLY_A = "only in A"
     ONLY_B = "only in B"
-
-
-@dataclass(frozen=True)
-class Side:
-    """A module in one folder: how its numbers are stored, and bytes of all its tensors."""
-
-    storage: str
-    size: int
 
 
 @dataclass(frozen=True)
@@ -107,115 +90,33 @@ def diff_folders(a: Path, b: Path, jobs: int, values: bool = True) -> FolderDiff
 
     Raises a CarniceError when a folder cannot be read.
     """
-    first, second = _open(a), _open(b)
+    first, second = open_side(a), open_side(b)
     names = list(dict.fromkeys([*first.modules, *second.modules]))
     with ThreadPoolExecutor(jobs) as pool, failures_blamed(*first.readers, *second.readers):
         modules = list(pool.map(lambda name: _diff(name, first, second, values), names))
     return FolderDiff(a, b, modules)
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """A folder, its architecture, what reads it, and each module's tensors by canonical path.
-
-    Of several `readers`, the first that can tell of a module is believed.
-    """
-
-    folder: ModelFolder
-    architecture: Architecture
-    readers: Sequence[FolderReader]
-    modules: dict[str, list[str]] = field(default_factory=dict)
-
-    def storage(self, names: Sequence[str]) -> str:
-        """The scheme of a packed module, the type of any other."""
-        if len(names) > 1:
-            for reader in self.readers:
-                scheme = reader.scheme(self.module(names[0]))
-                if scheme is not None:
-                    return str(scheme)
-        return ", ".join(sorted({self.folder.tensors[name].spec.dtype for name in names}))
-
-    def module(self, name: str) -> str:
-        """The module whose weight is stored in tensor `name`; others stand for themselves."""
-        module, _, suffix = name.rpartition(".")
-        return module if suffix in packed_suffixes() else name
-
-    def values(self, names: Sequence[str]) -> Values:
-        """The numbers of a module with these tensors; Incomparable when they cannot be told."""
-        from carnice_build.formats.values import Incomparable, PlainValues
-
-        if len(names) == 1:
-            return PlainValues(self.folder.tensors[names[0]])
-        for reader in self.readers:
-            with suppress(Incomparable):
-                return reader.values(self.folder.tensors, self.module(names[0]))
-        raise Incomparable(f"{names[0]} is stored in a way not known")
-
-    def stores_gain(self, module: str) -> bool:
-        """True for a norm of which this folder has 1 + w, because it is one of MLX."""
-        item = self.mlx_names.get(f"{module}.weight")
-        return item is not None and item.kind is Kind.SHIFT and item.name in self.folder.tensors
-
-    @cached_property
-    def mlx_names(self) -> Mapping[str, Traced]:
-        """What a folder of MLX would hold, by canonical name."""
-        return known_names(self.architecture)
-
-    @cached_property
-    def canonical(self) -> Mapping[str, str]:
-        """The canonical names of what a folder of MLX would hold, by its own names."""
-        return {item.name: name for name, item in self.mlx_names.items()}
-
-    def side(self, names: Sequence[str]) -> Side:
-        """What the table says of the module with these tensors."""
-        size = sum(self.folder.tensors[name].spec.nbytes for name in names)
-        return Side(self.storage(names), size)
-
-
-def _open(path: Path) -> _Opened:
-    folder = open_folder(path)
-    if folder.problems:
-        raise StoreError(folder.problems[0], where=str(path))
-    opened = _Opened(folder, architecture_of(folder.config, str(path)), readers_of(folder.config))
-    for name in folder.tensors:
-        opened.modules.setdefault(_canonical(opened, name), []).append(name)
-    in_order = {_bare(name): index for index, name in enumerate(opened.architecture.tensors)}
-    ordered = sorted(opened.modules, key=lambda name: (in_order.get(name, len(in_order)), name))
-    return replace(opened, modules={module: opened.modules[module] for module in ordered})
-
-
-def _bare(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
-def _canonical(opened: _Opened, name: str) -> str:
-    """The canonical path of the tensor's module, or its own where the model has none such."""
-    module = opened.module(name)
-    weight = name if module == name else f"{module}.weight"
-    known = opened.canonical.get(weight) or opened.architecture.canonical_name(weight)
-    return _bare(known or weight)
-
-
-def _diff(name: str, a: _Opened, b: _Opened, values: bool) -> ModuleDiff:
-    names_a, names_b = a.modules.get(name), b.modules.get(name)
+def _diff(name: str, a: OpenedSide, b: OpenedSide, values: bool) -> ModuleDiff:
+    first, second = a.modules.get(name), b.modules.get(name)
     kind = a.architecture.module_kind(name)
-    if names_a is None:
-        assert names_b is not None
-        return ModuleDiff(name, kind, None, b.side(names_b), State.ONLY_B)
-    if names_b is None:
-        return ModuleDiff(name, kind, a.side(names_a), None, State.ONLY_A)
-    sides = a.side(names_a), b.side(names_b)
-    if _digests(a.folder, names_a) == _digests(b.folder, names_b):
+    if first is None:
+        assert second is not None
+        return ModuleDiff(name, kind, None, b.side(second), State.ONLY_B)
+    if second is None:
+        return ModuleDiff(name, kind, a.side(first), None, State.ONLY_A)
+    sides = a.side(first), b.side(second)
+    if _digests(a.folder, first) == _digests(b.folder, second):
         return ModuleDiff(name, kind, *sides, State.SAME)
     if a.stores_gain(name) != b.stores_gain(name):
         return ModuleDiff(name, kind, *sides, State.INCOMPARABLE)
-    sums = _compare(a, names_a, b, names_b) if values else (None, None)
+    sums = _compare(a, first, b, second) if values else (None, None)
     return ModuleDiff(name, kind, *sides, State.DIFFERENT, *sums)
 
 
-def _digests(folder: ModelFolder, names: Sequence[str]) -> list[tuple[str, tuple[int, ...], str]]:
+def _digests(folder: ModelFolder, module: StoredModule) -> list[_Digest]:
     """Type, shape and digest of each tensor, in an order that does not depend on the names."""
-    tensors = [folder.tensors[name] for name in sorted(names)]
+    tensors = [folder.tensors[name] for name in sorted(module.held)]
     return [(item.spec.dtype, item.spec.shape, _digest(folder, item)) for item in tensors]
 
 
@@ -233,13 +134,13 @@ def _digest(folder: ModelFolder, tensor: SourceTensor) -> str:
 
 
 def _compare(
-    a: _Opened, names_a: Sequence[str], b: _Opened, names_b: Sequence[str]
+    a: OpenedSide, first: StoredModule, b: OpenedSide, second: StoredModule
 ) -> tuple[float | None, float | None]:
     """Sums of squares of the difference and of A."""
     from carnice_build.formats.values import Incomparable, squared_sums
 
     try:
-        return squared_sums(a.values(names_a), b.values(names_b))
+        return squared_sums(a.values(first), b.values(second))
     except (Incomparable, NonFiniteValue, ValueError):
         # A ValueError is a kernel's, on arrays of other types or group sizes than it knows.
         return None, None

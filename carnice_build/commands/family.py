@@ -13,7 +13,8 @@ from carnice_build.commands.options import FAMILIES, Options
 from carnice_build.errors import CarniceError, CheckpointError, RecipeError
 from carnice_build.models import known_types, packaged_types, replaced, table_of
 from carnice_build.models.table import FamilyTable
-from carnice_build.models.table_file import SHIPPED
+from carnice_build.models.table_file import SHIPPED, load_table
+from carnice_build.models.write_table import NEVER_WRITTEN
 from carnice_build.planning.gather import stored
 from carnice_build.verification.process import Worker
 
@@ -33,16 +34,26 @@ class WrittenTable:
     replaces: bool
 
 
-def write_family(model: str, out: Path | None, options: Options) -> WrittenTable:
+def write_family(
+    model: str, out: Path | None, options: Options, *, replace: bool = False
+) -> WrittenTable:
     """Write a table for `model`, a model type or the path of a config.json.
 
     It goes to `out`, by default into the project's folder of tables.
-    CarniceError when it is there already, or when transformers has no such model.
+    CarniceError when it is there already, or when transformers has no such model; and unless it
+    may `replace` it, when a table that ships would no longer count.
     """
     model_type, entries = _config(model)
     path = out or options.recipes / FAMILIES / f"{model_type}.yaml"
     if path.exists():
         raise RecipeError("is there already", where=str(path), expected="another --out")
+    counts = path.resolve() == (options.recipes / FAMILIES / f"{model_type}.yaml").resolve()
+    if counts and not replace and (shipped := table_of(model_type)):
+        raise RecipeError(
+            f"would count in the place of the table that ships{_lost(shipped)}",
+            where=str(path),
+            expected="--out FILE, where it does not count, or --replace",
+        )
     with Worker() as worker:
         found = worker.call(described, model_type, entries, model)
     if isinstance(found, CarniceError):
@@ -53,6 +64,13 @@ def write_family(model: str, out: Path | None, options: Options) -> WrittenTable
     own = replaced(model_type)
     replaces = own is not None and own == path.resolve()
     return WrittenTable(path, found.unknown, len(found.shapes), tuple(differing), replaces)
+
+
+def _lost(shipped: Path) -> str:
+    """What the table that ships says and a new one cannot, as the end of a clause."""
+    said = load_table(shipped).table.model_fields_set
+    lost = [entry for entry in NEVER_WRITTEN if entry in said]
+    return f", without {', '.join(map(repr, lost))}" if lost else ""
 
 
 def families() -> dict[str, str]:

@@ -9,6 +9,7 @@ from carnice_build.checkpoint.profiles import Profiles, SourceFinder
 from carnice_build.commands.asking import Asking
 from carnice_build.commands.collector import no_collections
 from carnice_build.commands.options import Options
+from carnice_build.commands.rows import check_rows
 from carnice_build.errors import PlanError, PluginError, nearest
 from carnice_build.graph import ActionGraph
 from carnice_build.planning.planner import VariantPlan, plan_variant
@@ -103,10 +104,12 @@ class PlanResult:
 def plan_and_survey(names: Sequence[str], options: Options | None = None) -> PlanResult:
     """Plan the named variants and ask the cache; an empty cache is made where there is none.
 
-    Reads headers only.  Raises a CarniceError for the first thing that is wrong.
+    Reads headers only, and counts a calibration's rows.
+    Raises a CarniceError for the first thing that is wrong.
     """
     options = options or Options()
     plan = plan_variants(names, options)
+    check_rows(plan.variants)
     with Store(options.cache) as store:
         return PlanResult(plan, survey(plan.variants, store))
 

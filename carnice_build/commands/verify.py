@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from carnice_build.commands.findings import folder_stamp, keep_findings
@@ -13,6 +15,7 @@ from carnice_build.errors import PlanError
 from carnice_build.formats.folder import open_folder
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.plugins import failures_blamed
+from carnice_build.verification import digests
 from carnice_build.verification.chat import check_chat
 from carnice_build.verification.digests import check_digests
 from carnice_build.verification.perplexity import LENGTHS
@@ -68,6 +71,8 @@ class VerifyResult:
 
 
 Listener = Callable[[str, Check], None]
+Begins = Callable[[str, str], None]
+"""Hears of a variant and of a check of it that begins and may take long."""
 
 
 def verify_variants(
@@ -75,10 +80,12 @@ def verify_variants(
     options: Options | None = None,
     settings: VerifySettings | None = None,
     listen: Listener = lambda variant, check: None,
+    begins: Begins = lambda variant, check: None,
 ) -> VerifyResult:
     """Check what `build_variants` left in `options.out`; raises only when there is nothing there.
 
-    `listen` hears of every check as soon as it is made; what was found is kept in the cache.
+    `listen` hears of every check as soon as it is made, and `begins` of those that may take long
+    before that; what was found is kept in the cache.
     """
     options = options or Options()
     settings = settings or VerifySettings()
@@ -91,7 +98,9 @@ def verify_variants(
         folder = options.out / variant.name
         checks: list[Check] = []
         stamp = folder_stamp(folder)
-        for check in _check(variant, folder, options.jobs, how if settings.run else None, tables):
+        begin = partial(begins, variant.name)
+        run = how if settings.run else None
+        for check in _check(variant, folder, options.jobs, run, tables, begin):
             checks.append(check)
             listen(variant.name, check)
         results.append(VariantResult(variant.name, folder, checks))
@@ -115,9 +124,17 @@ def _text(plan: Plan, options: Options, settings: VerifySettings) -> Path | None
 
 
 def _check(
-    variant: VariantPlan, path: Path, jobs: int, how: RunSettings | None, tables: Tables
+    variant: VariantPlan,
+    path: Path,
+    jobs: int,
+    how: RunSettings | None,
+    tables: Tables,
+    begin: Callable[[str], None],
 ) -> Iterator[Check]:
-    """All checks of a folder; without `how` the model is not run."""
+    """All checks of a folder; without `how` the model is not run.
+
+    `begin` hears of those that may take long.
+    """
     # Numpy is needed from here on.
     from carnice_build.verification import roundtrip
     from carnice_build.verification.runners import RUNNERS
@@ -125,18 +142,24 @@ def _check(
     folder = open_folder(path)
     with failures_blamed(variant.format):
         checks = variant.format.checks()
+        begin(digests.NAME)
         yield check_digests(folder, jobs)
         yield check_structure(variant, folder, checks)
         yield check_chat(path)
         if variant.body.buildable:
+            begin(roundtrip.NAME)
             yield roundtrip.check_roundtrip(variant, folder, checks, jobs)
         else:
             why_not = f"{variant.body.where} has shapes but no weights"
             yield skipped(roundtrip.NAME, why_not)
         runner = RUNNERS[checks.library]
-        untabled = runner.needs_table and not variant.architecture.tabled
-        if how is None or untabled:
-            why_not = "its family has no table" if untabled else "--no-run"
-            yield from (skipped(name, why_not) for name in runner.names)
+        if how is None:
+            yield from (skipped(name, "--no-run") for name in runner.names)
+        elif runner.needs_table and not variant.architecture.tabled:
+            yield from (skipped(name, "its family has no table") for name in runner.names)
         else:
-            yield from runner.run(checks, variant, path, how, tables)
+            running = runner.run(checks, variant, path, how, tables)
+            for name in runner.names:
+                begin(name)
+                yield from islice(running, 1)
+            yield from running

@@ -158,7 +158,7 @@ class Format(Strict):
         return {"format": "pt"}
 
     def extras(self) -> tuple[str, ...]:
-        """The optional dependencies, as in `pip install carnice-build[...]`, that a build needs."""
+        """The optional dependencies, as in `pip install '.[...]'`, that a build needs."""
         return ()
 
 

@@ -13,7 +13,7 @@ from carnice_build.formats.variant import Variant
 from carnice_build.models.base import Part
 from carnice_build.recipe.schema import CalibrationSpec, count_for
 from carnice_build.tensors import STACK
-from carnice_build.units import format_size
+from carnice_build.units import format_both
 
 if TYPE_CHECKING:
     from carnice_build.formats.base import Format
@@ -64,10 +64,15 @@ def _base_model(variant: Variant) -> str:
     return variant.card.base_model or variant.sources[variant.body].spec.model
 
 
+def _is_known(variant: Variant) -> bool:
+    """Whether the base model has a name on the hub."""
+    return not variant.sources[variant.body].local or bool(variant.card.base_model)
+
+
 def _link(variant: Variant) -> str:
     """The base model as a page names it: by a link, unless it is on this machine alone."""
     name = _base_model(variant)
-    if variant.sources[variant.body].local and not variant.card.base_model:
+    if not _is_known(variant):
         return f"`{name}`"
     return f"[`{name}`](https://huggingface.co/{name})"
 
@@ -75,13 +80,12 @@ def _link(variant: Variant) -> str:
 def _metadata(card: Card, variant: Variant) -> dict[str, Any]:
     bits = {scheme.bits for scheme in variant.quantized.values()}
     width = [f"{bits.pop()}-bit"] if len(bits) == 1 else []
-    known = not variant.sources[variant.body].local or variant.card.base_model
     base = {"base_model": _base_model(variant), "base_model_relation": "quantized"}
     return {
         "license": variant.card.license,
         **({"language": variant.card.language} if variant.card.language else {}),
         "library_name": (_experts(variant) and card.with_experts) or card.library,
-        **(base if known else {}),
+        **(base if _is_known(variant) else {}),
         "pipeline_tag": "text-generation",
         "inference": False,
         "tags": list(dict.fromkeys([*card.tags, *variant.card.tags, *width])),
@@ -90,7 +94,7 @@ def _metadata(card: Card, variant: Variant) -> dict[str, Any]:
 
 def _facts(variant: Variant) -> dict[str, Any]:
     base_model = _base_model(variant)
-    link = _link(variant)
+    link, known = _link(variant), _is_known(variant)
     tower = any(fact.part is Part.TOWER for fact in variant.architecture.built.values())
     size = sum(shard.size for shard in variant.shards)
     source = variant.sources[variant.body]
@@ -101,13 +105,14 @@ def _facts(variant: Variant) -> dict[str, Any]:
         "repo": variant.card.repo or f"path/to/{variant.name}",
         "base_model": base_model,
         "base_link": link,
+        "credited": link if known else "the model that it was made of",
         "stand_in": source.profile != "full" and not source.local,
         "profile": source.profile,
         "origin": "a local folder"
         if source.local
         else f"{link}, revision `{source.revision or source.spec.revision}`",
         "bits_per_weight": f"{variant.bits_per_weight:.2f}",
-        "size": f"{format_size(size)} ({size / 2**30:.2f} GiB)",
+        "size": format_both(size),
         "widths": _widths(variant),
         "has_template": any("chat_template" in name for name in variant.copied),
         "may_think": any(b"enable_thinking" in content for content in variant.copied.values()),

@@ -49,6 +49,10 @@ class FolderReader(ABC):
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """True for the config.json of a folder of this format."""
 
+    def by_module(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """A folder's tensors, and those of modules that are held together in one of them."""
+        return tensors
+
     @abstractmethod
     def scheme(self, module: str) -> Scheme | None:
         """How config.json says that the quantized `module` is stored, None if it does not."""

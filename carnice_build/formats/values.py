@@ -5,7 +5,7 @@ A tensor counts as a matrix of its first axis against all others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Protocol
 
@@ -115,6 +115,28 @@ class PlainValues:
     def rows(self, start: int, stop: int) -> Floats:
         """The rows from `start` to `stop`."""
         return as_float32(read_rows(self._tensor, self._tensor.spec, start, stop))
+
+
+class Joined:
+    """The rows of several matrices end to end."""
+
+    def __init__(self, parts: Sequence[Values]) -> None:
+        """`parts` are one at least; Incomparable unless all are of one shape."""
+        if len({part.shape for part in parts}) > 1:
+            raise Incomparable("matrices of several shapes")
+        self._parts = parts
+        self._rows, columns = parts[0].shape
+        self.shape = len(parts) * self._rows, columns
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The rows from `start` to `stop`, of as many of the matrices as they lie in."""
+        found = []
+        while start < stop:
+            index, first = divmod(start, self._rows)
+            count = min(stop - start, self._rows - first)
+            found.append(self._parts[index].rows(first, first + count))
+            start += count
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def squared_sums(a: Values, b: Values) -> tuple[float, float]:

@@ -37,6 +37,22 @@ def table_text(derivation: Derivation, facts: Facts) -> str:
     return "\n".join(_Writer(derivation, facts).lines()) + "\n"
 
 
+NEVER_WRITTEN = (
+    "smoothing",
+    "passed",
+    "narrow",
+    "eager",
+    "mtp_entries",
+    "drafter",
+    "mlx_drafter",
+    "reader",
+    "spellings",
+    "token_bytes",
+    "attention_heads",
+)
+"""Entries of a table that transformers' models do not tell."""
+
+
 class _Writer:
     def __init__(self, derivation: Derivation, facts: Facts) -> None:
         self._derivation = derivation

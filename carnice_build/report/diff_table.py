@@ -9,7 +9,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from carnice_build.commands.diff import FolderDiff, ModuleDiff, Side, State, relative
+from carnice_build.commands.diff import FolderDiff, ModuleDiff, State, relative
+from carnice_build.commands.diff_side import Side
 from carnice_build.units import format_size
 
 

@@ -15,7 +15,7 @@ from carnice_build.execute.jobs import STREAM_BYTES
 from carnice_build.graph import ActionOutput
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, Status
-from carnice_build.units import format_size, plural
+from carnice_build.units import format_both, format_size, plural
 
 
 @dataclass
@@ -160,10 +160,16 @@ def _variant_table(variant: VariantPlan, status: BuildStatus) -> Table:
     return table
 
 
+_NAMED = 3
+
+
 def _left_alone(ignored: Sequence[str]) -> str:
-    """How many modules the config names as not quantized, and the patterns beside them."""
+    """The modules that the config names as not quantized, or how many, and patterns for others."""
     patterns = [entry for entry in ignored if entry.startswith("re:") or "*" in entry]
-    modules = plural(len(ignored) - len(patterns), "module")
+    named = [entry for entry in ignored if entry not in patterns]
+    modules = plural(len(named), "module")
+    if 0 < len(named) <= _NAMED:
+        modules = ", ".join(named)
     return f"{modules} and {', '.join(patterns)}" if patterns else modules
 
 
@@ -178,9 +184,12 @@ def _totals(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> Table:
     body = plan.variants[0].body
     source_bytes = sum(tensor.spec.nbytes for tensor in body.tensors.values())
     table.add_row("source", f"{len(body.tensors)} tensors, {format_size(source_bytes)}")
+    read = status.count(Status.READ)
+    # Their inputs have not been read yet, so nobody knows what they are.
+    perhaps = " (then run or found in the cache)" if read else ""
     table.add_row(
         "actions",
-        f"{status.count(Status.RUN)} to run, {status.count(Status.READ)} to read first, "
+        f"{status.count(Status.RUN)} to run, {read} to read first{perhaps}, "
         f"{status.count(Status.CACHED)} cached",
     )
     table.add_row("to read", format_size(status.bytes_to_read))
@@ -188,14 +197,13 @@ def _totals(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> Table:
         "to write", f"{format_size(status.bytes_to_write)} in {len(status.pending)} shards"
     )
     for variant in plan.variants:
-        size = variant.weights_bytes
-        table.add_row(f"{variant.name}", f"{format_size(size)} ({size / 2**30:.2f} GiB) on disk")
+        table.add_row(variant.name, f"{format_both(variant.weights_bytes)} on disk")
         if variant.conversion.ignored:
-            table.add_row("left alone", _left_alone(variant.conversion.ignored))
+            table.add_row("not quantized", _left_alone(variant.conversion.ignored))
         for text in variant.notices:
             table.add_row("notice", text)
     peak = peak_memory_estimate(plan, status, memory, jobs)
-    table.add_row("buffers", f"at most {format_size(peak)} at once")
+    table.add_row("memory", f"at most {format_size(peak)} of weights at once")
     scratch = status.scratch_bytes(plan.graph, jobs)
     if scratch:
         table.add_row("scratch", f"at most {format_size(scratch)} of disk while it runs")

@@ -14,7 +14,9 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -23,6 +25,12 @@ from carnice_build.execute.events import Advanced, Event, Notice, Packaged, Star
 from carnice_build.units import format_size, plural
 
 _LINE_SECONDS = 5.0
+
+_TELLING_STEPS = 8
+"""Before so many steps nothing is said of what is left: the first ones compile and load."""
+
+_STEPS_SECONDS = 600.0
+"""Steps differ, so what is left follows from all that were made in this time."""
 
 
 class ProgressView(Protocol):
@@ -63,6 +71,7 @@ class _Bar:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[memory]} in a worker"),
+            speed_estimate_period=_STEPS_SECONDS,
         )
         self._calibrating = self._steps.add_task("calibrating", visible=False, memory="")
         self._live = Live(Group(self._progress, self._steps), console=console)
@@ -97,7 +106,7 @@ class _Lines:
         self._lock = threading.Lock()
         self._total = self._done = 0
         self._steps = self._stepped = 0
-        self._start = self._last = self._last_step = time.monotonic()
+        self._start = self._last = self._last_step = self._first_step = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -142,15 +151,59 @@ class _Lines:
         with self._lock:
             self._stepped += 1
             now = time.monotonic()
+            if self._stepped == 1:
+                self._first_step = now
             if now - self._last_step < _LINE_SECONDS:
                 return
             self._last_step = now
-            left = (now - self._start) / self._stepped * (self._steps - self._stepped)
             text = (
                 f"calibrating: {self._stepped} of {self._steps} steps, "
-                f"{format_size(memory)} in a worker, {max(0, left):.0f} s left"
+                f"{format_size(memory)} in a worker"
             )
+            if self._stepped >= _TELLING_STEPS:
+                each = (now - self._first_step) / (self._stepped - 1)
+                text += f", {max(0, each * (self._steps - self._stepped)):.0f} s left"
         self._say(text)
+
+
+class CheckView:
+    """Says which check of `carnice verify` runs: at once on a terminal, elsewhere if it goes on."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def begin(self, variant: str, check: str) -> None:
+        """A check begins."""
+        text = f"{variant}  {check} ..."
+        if not self._console.is_terminal:
+            self._timer = threading.Timer(_LINE_SECONDS, self._say, [text])
+            self._timer.daemon = True
+            self._timer.start()
+            return
+        columns = TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+        self._progress = Progress(SpinnerColumn(), *columns, console=self._console, transient=True)
+        self._progress.add_task(text, total=None)
+        self._progress.start()
+
+    def end(self) -> None:
+        """The check that runs, if there is one, is done."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def describe(event: Started | Notice | Packaged) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from carnice_build.commands.report import Report
 from carnice_build.errors import BackendError, StoreError
+from carnice_build.extras import pip_install
 from carnice_build.report.report_table import render_markdown
 from carnice_build.store.files import write_atomically
 
-MISSING = "plotly is not installed: pip install 'carnice-build[report]'"
+MISSING = f"plotly is not installed: {pip_install('report')}"
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:

@@ -24,7 +24,8 @@ from carnice_build.verification.copying import (
     tasks,
     written,
 )
-from carnice_build.verification.result import Check, judged
+from carnice_build.verification.result import Check, Outcome, judged
+from carnice_build.verification.running import SOURCE
 
 NAME = "fidelity"
 ANSWERED = 24
@@ -175,7 +176,10 @@ def ratio(groups: Sequence[Sequence[float]]) -> Estimate:
 
 
 def judge_fidelity(found: Mapping[str, Fidelity]) -> Check:
-    """The check's result: a model may make typos, but its log-probabilities must be numbers."""
+    """The check's result: a model may make typos, but its log-probabilities must be numbers.
+
+    Where the source copies nothing there was nothing to lose.
+    """
     problems = [
         f"{name}: a log-probability is not finite"
         for name, item in found.items()
@@ -186,7 +190,12 @@ def judge_fidelity(found: Mapping[str, Fidelity]) -> Check:
         f"{item.log_probability} nats a token"
         for name, item in found.items()
     )
-    return judged(NAME, problems, summary, {name: asdict(item) for name, item in found.items()})
+    details = {name: asdict(item) for name, item in found.items()}
+    source = found.get(SOURCE)
+    if source is not None and not source.exact and not problems:
+        why = f"{SOURCE} itself copies no name, so this says nothing of the folder"
+        return Check(NAME, Outcome.SKIPPED, f"{why}; {summary}", details=details)
+    return judged(NAME, problems, summary, details)
 
 
 def _rendered(tokenizer: Any, count: int, seed: int) -> list[Rendered]:

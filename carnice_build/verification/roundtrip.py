@@ -19,6 +19,7 @@ from math import prod
 
 import numpy as np
 
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.checks import FormatChecks, QuantizedValues
@@ -36,6 +37,7 @@ from carnice_build.formats.values import (
 from carnice_build.graph import NonFiniteValue
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.tensors import STACK, SourceTensor, numbered
+from carnice_build.units import plural
 from carnice_build.verification.result import Check, judged, skipped
 
 NAME = "round trip"
@@ -66,11 +68,16 @@ class KindErrors:
     largest: float | None
 
 
+_REASONS = 2
+"""Of modules that are not compared, so many say why."""
+
+
 @dataclass(frozen=True)
 class _Finding:
     problem: str | None = None
     module: ModuleError | None = None
-    skipped: bool = False
+    skipped: str = ""
+    """Why it was not compared, if it was not."""
 
 
 def check_roundtrip(
@@ -91,7 +98,8 @@ def check_roundtrip(
         found += pool.map(comparison.joined, joined.values())
     errors = [item.module for item in found if item.module]
     plain = sum(1 for item in found if not item.module and not item.skipped)
-    left_out = sum(item.skipped for item in found)
+    reasons = [item.skipped for item in found if item.skipped]
+    left_out = len(reasons)
     if left_out == len(found):
         return skipped(NAME, "nothing in the folder can be compared with its source")
     worst = sorted(errors, key=_rank, reverse=True)[:WORST]
@@ -99,7 +107,8 @@ def check_roundtrip(
     if worst:
         summary += f", largest relative error {_format(worst[0].error)} in {worst[0].module}"
     if left_out:
-        summary += f"; {left_out} modules not compared"
+        why = ", ".join(dict.fromkeys(reasons[:_REASONS]))
+        summary += f"; {plural(left_out, 'module')} not compared: {why}"
     problems = [item.problem for item in found if item.problem]
     details = {
         "worst": [asdict(item) for item in worst],
@@ -140,7 +149,9 @@ class _Comparison:
             found = self._folder.tensors.get(name)
             if found is None or found.spec != spec:
                 # The structure check names it.
-                return _Finding(skipped=True)
+                stored = "is missing" if found is None else f"is {_shape(found.spec)}"
+                why = f"{name} {stored}, but {_shape(spec)} as recipe and family's table are now"
+                return _Finding(skipped=why)
         module = tensors[0].name.rpartition(".")[0]
         packed = module in self.quantized and len(tensors) > 1
         with_source = partial(self._packed, module) if packed else self._equal
@@ -193,12 +204,16 @@ class _Comparison:
         return _Finding(_problem(error) if error.outside > allowed else None, error)
 
 
+def _shape(spec: TensorSpec) -> str:
+    return f"{spec.dtype} {list(spec.shape)}"
+
+
 def _tried(name: str, compare: Callable[[], _Finding]) -> _Finding:
     """What comes of comparing `name`."""
     try:
         return compare()
-    except Incomparable:
-        return _Finding(skipped=True)
+    except Incomparable as error:
+        return _Finding(skipped=str(error))
     except NonFiniteValue:
         return _Finding(f"the source of {name} holds NaN or infinity")
     except CheckpointError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import BackendError
+from carnice_build.extras import pip_install
 from carnice_build.formats.checks import FormatChecks
 from carnice_build.formats.folder import read_object
 from carnice_build.formats.library import Library
@@ -61,7 +62,7 @@ class _Engine:
         """Why nothing can be run, or nothing."""
         if installed(self.module):
             return ""
-        return f"{self.library} is not installed: pip install 'carnice-build[{self.extra}]'"
+        return f"{self.library} is not installed: {pip_install(self.extra)}"
 
 
 _MLX_LM = _Engine(Library.MLX_LM, "mlx_lm", "mlx", mlx_worker.run)

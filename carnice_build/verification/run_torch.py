@@ -11,6 +11,7 @@ from pathlib import Path
 
 from carnice_build.chat.files import TEMPLATE_NAME
 from carnice_build.errors import CarniceError
+from carnice_build.extras import pip_install
 from carnice_build.formats.checks import FormatChecks, TorchChecks
 from carnice_build.formats.folder import open_folder
 from carnice_build.formats.library import Library
@@ -33,7 +34,7 @@ from carnice_build.verification.sources import source_tensors
 from carnice_build.verification.torch_worker import StoredModel
 
 NAMES = (generate.NAME, perplexity.NAME, acceptance.NAME, fidelity.NAME)
-MISSING = "torch is not installed: pip install 'carnice-build[torch]'"
+MISSING = f"torch is not installed: {pip_install('torch')}"
 
 _FLOAT32 = 4
 

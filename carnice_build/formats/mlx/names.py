@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from carnice_build.dtypes import TensorSpec
 from carnice_build.formats.mlx.table import Table, table_of, trace_of
 from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Traced
 from carnice_build.models.base import Architecture
+from carnice_build.tensors import STACK
 
 
 def drafter_table(architecture: Architecture) -> Table | None:
@@ -36,6 +37,16 @@ def known_names(architecture: Architecture) -> Mapping[str, Traced]:
     targets = (published(architecture, target) for target in Target)
     found = (published_drafter(architecture), *targets)
     return dict(item for names in found for item in names.items())
+
+
+def stack_names(name: str) -> Iterator[str]:
+    """What tensor `name` of a folder of MLX may be called as a stack of experts.
+
+    Where no table says it: mlx-lm calls most `switch_mlp`, some as checkpoints do.
+    """
+    for part in (".switch_mlp.", ".experts."):
+        if part in name:
+            yield name.replace(part, f".experts.{STACK}.")
 
 
 def _names(architecture: Architecture, table: Table | None) -> Mapping[str, Traced]:

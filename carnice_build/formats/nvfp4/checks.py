@@ -53,6 +53,10 @@ class Nvfp4Reader(FolderReader):
         """Folders that name modelopt as their method."""
         return section(config, "quantization_config").get("quant_method") == "modelopt"
 
+    def by_module(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """See `FolderReader.by_module`: the experts that are one tensor, apart."""
+        return _by_module(tensors, architecture)
+
     def scheme(self, module: str) -> Scheme | None:
         """That of the only config group."""
         return as_scheme(only_group(self.config))
@@ -92,11 +96,7 @@ class Nvfp4Checks(TorchChecks):
 
     def by_module(self, tensors: Tensors, architecture: Architecture) -> Tensors:
         """See `FormatChecks.by_module`: the experts that are one tensor, apart."""
-        found = dict(tensors)
-        for fact in architecture.tensors.values():
-            if fact.stacked and fact.fused:
-                found |= _apart(fact, fact.fused, tensors)
-        return found
+        return _by_module(tensors, architecture)
 
     def values(self, tensors: Tensors, module: str, scheme: Scheme) -> Nvfp4Values:
         """See `FormatChecks.values`."""
@@ -153,6 +153,14 @@ class Nvfp4Values:
         """See `QuantizedValues.allowance`."""
         blocks = source.reshape(-1, BLOCK)
         return allowance(blocks, self._scale_2).reshape(source.shape)
+
+
+def _by_module(tensors: Tensors, architecture: Architecture) -> Tensors:
+    found = dict(tensors)
+    for fact in architecture.tensors.values():
+        if fact.stacked and fact.fused:
+            found |= _apart(fact, fact.fused, tensors)
+    return found
 
 
 def _apart(

@@ -1,0 +1,57 @@
+"""What is said while a build or a check runs."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from carnice_build.execute.events import Started, Stepped
+from carnice_build.report import progress
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        """In the place of `time.monotonic`."""
+        return self.now
+
+
+def test_a_first_step_says_nothing_of_those_that_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads and compiles; later ones tell what is left by what they took themselves."""
+    clock, file = Clock(), io.StringIO()
+    monkeypatch.setattr(progress, "time", clock)
+    started = Started(actions=1, read_bytes=0, write_bytes=0, packs=1, steps=384)
+    with progress.progress_view(Console(file=file, width=200)) as view:
+        view(started)
+        clock.now += 66
+        view(Stepped(10**9))
+        for _ in range(20):
+            clock.now += 6
+            view(Stepped(10**9))
+    lines = [line for line in file.getvalue().splitlines() if line.startswith("calibrating")]
+
+    assert "calibrating: 1 of 384 steps, 1 GB in a worker" == lines[0]
+    assert not any("left" in line for line in lines[:7])
+    assert all(line.endswith(f", {6 * (384 - 8 - i)} s left") for i, line in enumerate(lines[7:]))
+
+
+def test_a_check_that_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once on a terminal, until it is done; elsewhere in a line, where it takes a while."""
+    plain, terminal = io.StringIO(), io.StringIO()
+    for file, seconds in ((plain, 60.0), (plain, 0.0), (terminal, 60.0)):
+        monkeypatch.setattr(progress, "_LINE_SECONDS", seconds)
+        console = Console(file=file, width=80, force_terminal=file is terminal)
+        with progress.CheckView(console) as view:
+            view.begin("int4[a]", "fidelity")
+            while file is plain and not seconds and not plain.getvalue():
+                pass
+            view.end()
+
+    assert "int4[a]  fidelity ...\n" == plain.getvalue()
+    assert "int4[a]  fidelity ..." in terminal.getvalue()
