@@ -150,7 +150,7 @@ class Stacked(ArrayOp):
     """
 
     name = "stack"
-    version = 0
+    version = 1
     """Rises whenever stacks are cut otherwise; that of the op comes on top."""
 
     def __init__(self, op: ArrayOp, shared: Collection[int] = ()) -> None:
@@ -159,7 +159,7 @@ class Stacked(ArrayOp):
         self.shared = frozenset(shared)
         self.rowwise = not shared
         self.name = ".".join([op.name, "stack", *map(str, sorted(shared))])
-        self.version = Stacked.version + op.version
+        self.version = op.version + Stacked.version - 1
         self.libraries = op.libraries
         self.figures = op.figures
 

@@ -28,6 +28,8 @@ MEMORY = 1 << 30
 class OneByOne:
     """An executor without threads: `jobs` is how many it was given."""
 
+    width = 1
+
     def __init__(self) -> None:
         self.jobs = 0
 

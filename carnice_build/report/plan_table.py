@@ -186,7 +186,7 @@ def _totals(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> Table:
     table.add_row("source", f"{len(body.tensors)} tensors, {format_size(source_bytes)}")
     read = status.count(Status.READ)
     # Their inputs have not been read yet, so nobody knows what they are.
-    perhaps = " (then run or found in the cache)" if read else ""
+    perhaps = " (then run, or cached)" if read else ""
     table.add_row(
         "actions",
         f"{status.count(Status.RUN)} to run, {read} to read first{perhaps}, "
