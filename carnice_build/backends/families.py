@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from carnice_build.errors import BackendError, CarniceError
+from carnice_build.errors import BackendError
 from carnice_build.extras import pip_install
 from carnice_build.models.derive import Derivation, default_of
 from carnice_build.models.write_table import Facts, table_text
@@ -25,18 +25,11 @@ class Described:
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def described(model_type: str, entries: Mapping[str, Any], where: str) -> Described | CarniceError:
+def described(model_type: str, entries: Mapping[str, Any], where: str) -> Described:
     """The family of a model type, or of the config.json `where` with these entries.
 
-    An error of ours is given back, because only as an answer it keeps its kind.
+    CarniceError for what `Skeletons` refuses, and when torch is not installed.
     """
-    try:
-        return _described(model_type, entries, where)
-    except CarniceError as error:
-        return error
-
-
-def _described(model_type: str, entries: Mapping[str, Any], where: str) -> Described:
     try:
         from carnice_build.backends.skeletons import Skeletons
     except ImportError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from carnice_build.calibration.tokens import Tokens
 from carnice_build.checkpoint.source import read_all
-from carnice_build.errors import CarniceError, CheckpointError, PlanError, RecipeError
+from carnice_build.errors import CheckpointError, PlanError, RecipeError
 from carnice_build.graph import Action
 from carnice_build.recipe.schema import DATASET_FILES
 from carnice_build.tensors import SourceTensor
@@ -128,9 +128,7 @@ def sample_counts(plan: VariantPlan) -> tuple[int, int]:
         raise PlanError("nothing would be calibrated", where=OPTION, expected="a recipe without it")
     contents = [_file(action, operand) for operand in range(2)]
     with Worker() as worker:
-        found = worker.call(_count, action.params, read_all(contents[0]), str(contents[1].path()))
-    if isinstance(found, CarniceError):
-        raise found
+        found = worker.ask(_count, action.params, read_all(contents[0]), str(contents[1].path()))
     return action.params["samples"], found
 
 
@@ -141,10 +139,7 @@ def _file(action: Action, operand: int) -> Any:
     return origin.file
 
 
-def _count(params: Mapping[str, Any], tokenizer: bytes, file: str) -> int | CarniceError:
+def _count(params: Mapping[str, Any], tokenizer: bytes, file: str) -> int:
     from carnice_build.calibration.tokenizing import count
 
-    try:
-        return count(params, tokenizer, file)
-    except CarniceError as error:
-        return error
+    return count(params, tokenizer, file)

@@ -55,9 +55,7 @@ def write_family(
             expected="--out FILE, where it does not count, or --replace",
         )
     with Worker() as worker:
-        found = worker.call(described, model_type, entries, model)
-    if isinstance(found, CarniceError):
-        raise found
+        found = worker.ask(described, model_type, entries, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(found.text, encoding="utf-8")
     differing = _differing(path, found.config, found.shapes)

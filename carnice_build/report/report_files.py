@@ -11,8 +11,6 @@ from carnice_build.extras import pip_install
 from carnice_build.report.report_table import render_markdown
 from carnice_build.store.files import write_atomically
 
-MISSING = f"plotly is not installed: {pip_install('report')}"
-
 
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Write `index.html` and `report.md` into `folder`.
@@ -20,7 +18,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     Raises BackendError when plotly is missing, StoreError when the folder cannot be written to.
     """
     if find_spec("plotly") is None:
-        raise BackendError(MISSING)
+        raise BackendError(f"plotly is not installed: {pip_install('report')}")
     from carnice_build.report.report_page import render_page
 
     contents = {"index.html": render_page(report), "report.md": render_markdown(report)}

@@ -42,6 +42,13 @@ class Worker:
         BackendError with whatever it raises, and when the process dies.
         """
         try:
+            return self.ask(function, *arguments)
+        except CarniceError as error:
+            raise BackendError(str(error)) from None
+
+    def ask(self, function: Callable[..., T], *arguments: Any) -> T:
+        """As `call`, for what is no run of a model: errors of ours stay what they are."""
+        try:
             return self._pool.submit(_work, function, arguments).result()
         except BrokenProcessPool:
             raise BackendError("the process that ran the model died; out of memory?") from None
@@ -52,8 +59,8 @@ def _work(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     try:
         return function(*arguments)
-    except CarniceError as error:
-        raise BackendError(str(error)) from None
+    except CarniceError:
+        raise
     except Exception as error:
         # Whatever a library finds wrong with the folder is our result.
         raise BackendError(f"{type(error).__name__}: {_first_line(error)}") from None

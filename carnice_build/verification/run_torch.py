@@ -34,7 +34,6 @@ from carnice_build.verification.sources import source_tensors
 from carnice_build.verification.torch_worker import StoredModel
 
 NAMES = (generate.NAME, perplexity.NAME, acceptance.NAME, fidelity.NAME)
-MISSING = f"torch is not installed: {pip_install('torch')}"
 
 _FLOAT32 = 4
 
@@ -49,7 +48,8 @@ def run_torch(
     """Run the folder's text model; what was measured goes to `tables`."""
     assert isinstance(checks, TorchChecks)
     if not (installed("torch") and installed("transformers")):
-        yield from (skipped(name, MISSING) for name in NAMES)
+        missing = f"torch is not installed: {pip_install('torch')}"
+        yield from (skipped(name, missing) for name in NAMES)
         return
     with Worker() as worker:
         run = _Run(checks, variant, folder, settings, tables, worker)
