@@ -18,7 +18,7 @@ from carnice_build.calibration.driver import Arithmetic
 from carnice_build.calibration.layer_files import layer_tensors
 from carnice_build.calibration.samples import table_rows
 from carnice_build.calibration.watch import NonFiniteInput, seen_inputs
-from carnice_build.errors import BackendError, CheckpointError
+from carnice_build.errors import BackendError
 from carnice_build.graph import TensorData
 from carnice_build.tensor_file import TensorFile
 
@@ -112,7 +112,7 @@ def make_of_tokens(
     tables = {name: named.pop(name) for name in params["tables"]}
     beginning = Beginning(
         params["config"],
-        Arithmetic(params["dtype"], params["attention"], params["threads"], params["device"]),
+        Arithmetic.of(params),
         layer_tensors({"names": list(named)}, list(named.values())),
     )
     wanted = [(layer, argument) for layer, (argument, *_) in params["given"]]
@@ -126,10 +126,7 @@ def make_of_tokens(
             try:
                 given = beginning.given(rows, wanted)
             except NonFiniteInput as error:
-                raise CheckpointError(
-                    f"{error.linear} was given NaN or infinity by sample {index + 1}",
-                    expected="finite activations",
-                ) from None
+                raise error.by_sample(index) from None
             for file, tensor in zip(files, given, strict=True):
                 assert tensor.shape[1:].numel() == len(tokens) * file.spec.shape[-1]
                 file.write_row(index, as_data(tensor[0]).array)

@@ -51,6 +51,11 @@ class Arithmetic:
     threads: int
     device: str = "cpu"
 
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> Arithmetic:
+        """That of an action with these parameters; see `passes.Forward`."""
+        return cls(params["dtype"], params["attention"], params["threads"], params["device"])
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The type of weights and hidden states."""

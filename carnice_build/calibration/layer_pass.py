@@ -39,11 +39,7 @@ def run_layer(
             try:
                 result = driver.run(layer, state, beside.given(index))
             except NonFiniteInput as error:
-                name = layer_name(params, weights) + error.linear
-                raise CheckpointError(
-                    f"{name} was given NaN or infinity by sample {index + 1}",
-                    expected="finite activations",
-                ) from None
+                raise error.by_sample(index, layer_name(params, weights)) from None
             out[0].write_row(index, as_data(result[0]).array)
             beside.put(index)
             progress()
@@ -61,9 +57,8 @@ def _load(
             f"torch cannot use calibration.device {device}: {error}", expected="such as cpu or cuda"
         ) from None
     tensors = layer_tensors(params, weights)
-    arithmetic = Arithmetic(params["dtype"], params["attention"], params["threads"], device)
     try:
-        driver = LayerDriver(params["config"], params["layer"], arithmetic)
+        driver = LayerDriver(params["config"], params["layer"], Arithmetic.of(params))
         return driver, driver.layer(tensors), driver.owners(tensors)
     except CarniceError:
         raise

@@ -11,6 +11,13 @@ PADDING = -1
 """Behind the tokens of a sample that is shorter than the longest it may be."""
 
 
+def too_few(there: int, wanted: int, where: str) -> CheckpointError:
+    """The error for a text that gives fewer samples than are wanted."""
+    return CheckpointError(
+        f"gives {there} samples", where=where, expected=f"{wanted}, or fewer `samples`"
+    )
+
+
 def samples(tokens: TensorFile) -> list[Any]:
     """The rows of a tensor of tokens, each without its padding."""
     return [row[row != PADDING] for row in tokens.read()]

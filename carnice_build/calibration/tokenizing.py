@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from carnice_build.calibration.samples import too_few
 from carnice_build.chat.messages import with_parsed_calls, without_nulls
 from carnice_build.chat.render import Chat, render
 from carnice_build.errors import BackendError, CheckpointError
@@ -38,16 +39,12 @@ def tokenize(
     """
     samples = list(_samples(params, tokenizer.tobytes(), file))
     if len(samples) < params["samples"]:
-        raise CheckpointError(
-            f"gives {len(samples)} samples",
-            where=_where(params, file),
-            expected=f"{params['samples']}, or fewer `samples`",
-        )
+        raise too_few(len(samples), params["samples"], _where(params, file))
     return samples
 
 
 def count(params: Mapping[str, Any], tokenizer: bytes, file: str | None) -> int:
-    """How many samples `tokenize` finds of those that are wanted; it raises for too few."""
+    """How many samples `tokenize` finds of those that are wanted; raises as it does for rows."""
     return sum(1 for _ in _samples(params, tokenizer, file))
 
 

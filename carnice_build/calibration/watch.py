@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from carnice_build.calibration.weights import Owners
-from carnice_build.errors import BackendError
+from carnice_build.errors import BackendError, CheckpointError
 
 
 class NonFiniteInput(Exception):
@@ -27,6 +27,13 @@ class NonFiniteInput(Exception):
     def __init__(self, linear: str) -> None:
         super().__init__(linear)
         self.linear = linear
+
+    def by_sample(self, index: int, prefix: str = "") -> CheckpointError:
+        """What a person is told of it; `prefix` goes before the linear's name."""
+        return CheckpointError(
+            f"{prefix}{self.linear} was given NaN or infinity by sample {index + 1}",
+            expected="finite activations",
+        )
 
 
 _Place = tuple[int, str]

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
+from carnice_build.calibration.samples import too_few
 from carnice_build.calibration.tokens import Tokens
-from carnice_build.errors import CheckpointError
 from carnice_build.graph import Action
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.tensors import SourceTensor
@@ -40,11 +40,7 @@ def _check(action: Action) -> None:
     wanted = action.params["samples"]
     there = _rows(path, wanted)
     if there is not None and there < wanted:
-        raise CheckpointError(
-            f"gives {there} samples",
-            where=str(path),
-            expected=f"{wanted}, or fewer `samples`",
-        )
+        raise too_few(there, wanted, str(path))
 
 
 def _rows(path: Path, most: int) -> int | None:

@@ -28,9 +28,6 @@ def smooth(
     progress: Callable[[], None],
 ) -> None:
     """Smooth a layer; see `awq.Smooth` for the parameters and the files."""
-    arithmetic = Arithmetic(
-        params["dtype"], params["attention"], params["threads"], params["device"]
-    )
     settings = AwqSettings(
         scheme=WeightScheme(**params["scheme"]),
         mappings=tuple(
@@ -41,7 +38,7 @@ def smooth(
         norms=params["norms"],
     )
 
-    driver = LayerDriver(params["config"], params["layer"], arithmetic)
+    driver = LayerDriver(params["config"], params["layer"], Arithmetic.of(params))
 
     end = 1 + len(settings.mappings)
     beside = BesideFiles(params, samples, given, outputs[end:])
