@@ -69,9 +69,13 @@ class RowsFile(ABC):
             return
         first, stop = self._range(offset, count)
         with self._open_rows(first, stop) as fill:
-            reader = RowReader(self._row_bytes, fill)
-            reader.skip(offset - first * self._row_bytes)
-            yield reader.read
+            yield self._reader(fill, first, offset)
+
+    def _reader(self, fill: FillRows, first: int, offset: int) -> Reader:
+        """Reads bytes from `offset` on, given what fills buffers from row `first` on."""
+        reader = RowReader(self._row_bytes, fill)
+        reader.skip(offset - first * self._row_bytes)
+        return reader.read
 
     def _range(self, offset: int, count: int) -> tuple[int, int]:
         """The rows that hold `count` bytes from `offset` on."""
@@ -104,9 +108,7 @@ class RowsOfTensor(RowsFile):
     def reader(self, read: Reader, offset: int, count: int) -> Reader:
         """Reads `count` bytes from `offset` on, given what reads their `span`."""
         first, stop = self._range(offset, count)
-        rows = RowReader(self._row_bytes, self._filled_from(read, first, stop))
-        rows.skip(offset - first * self._row_bytes)
-        return rows.read
+        return self._reader(self._filled_from(read, first, stop), first, offset)
 
     @contextmanager
     def _open_rows(self, first: int, stop: int) -> Iterator[FillRows]:

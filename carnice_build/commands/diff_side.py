@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from carnice_build.checkpoint.stack import slab_stack
-from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import StoreError
 from carnice_build.formats.folder import ModelFolder, open_folder
@@ -22,7 +20,8 @@ from carnice_build.formats.mlx.names import known_names, stack_names
 from carnice_build.formats.mlx.trace import Kind, Traced
 from carnice_build.formats.registry import packed_suffixes, readers_of
 from carnice_build.models import architecture_of
-from carnice_build.models.base import Architecture, FusedIn, TensorFact
+from carnice_build.models.base import Architecture, TensorFact
+from carnice_build.planning.gather import part_of, stored
 from carnice_build.tensors import STACK, SourceTensor, numbered, stacks
 
 if TYPE_CHECKING:
@@ -153,9 +152,10 @@ class OpenedSide:
         assert fact.fused is not None
         pieces = numbered(f"{fact.module}.{end}", fact.shape[0])
         if pieces[0] not in self.tensors:
-            part = _part(fact, fact.fused, self.folder.tensors[name])
-            if part is None:
+            whole = self.folder.tensors[name]
+            if stored(fact, [name]) != ([name], whole.spec.shape):
                 return False
+            part = part_of(fact, whole, turned=name == fact.fused.turned)
             self.tensors[fact.name] = _as_matrix(part)
             pieces = [fact.name]
         module = self.modules.setdefault(_bare(fact.name), StoredModule(of=fact.fused.of))
@@ -208,16 +208,6 @@ def open_side(path: Path) -> OpenedSide:
 
 def _bare(name: str) -> str:
     return name.removesuffix(".weight")
-
-
-def _part(fact: TensorFact, fused: FusedIn, whole: SourceTensor) -> SourceTensor | None:
-    """The stack of a fact in a tensor that holds several, None if that is of another shape."""
-    count, rows, *rest = fact.shape
-    if whole.spec.shape == (count, fused.of * rows, *rest) and whole.name == fused.name:
-        return slab_stack(fact.name, whole, *fused.rows(rows))
-    if whole.spec.shape == (count, *rest, fused.of * rows) and whole.name == fused.turned:
-        return turned_stack(fact.name, whole, *fused.rows(rows))
-    return None
 
 
 def _as_matrix(stack: SourceTensor) -> SourceTensor:

@@ -93,18 +93,22 @@ def _ref(fact: TensorFact, place: _Place) -> TensorRef:
     sources = [ref.origin for ref in place.refs if isinstance(ref.origin, SourceTensor)]
     if len(sources) < len(place.refs):
         raise _computed(place)
-    if place.turned:
-        assert fact.fused is not None
-        tensor = turned_stack(fact.name, sources[0], *fact.fused.rows(fact.shape[1]))
+    if place.fused:
+        tensor = part_of(fact, sources[0], turned=place.turned)
     else:
-        tensor = part_of(fact, sources[0]) if place.fused else stacked(fact.name, sources)
+        tensor = stacked(fact.name, sources)
     return TensorRef(tensor.spec, tensor)
 
 
-def part_of(fact: TensorFact, tensor: SourceTensor) -> SourceTensor:
-    """The stack of a fact in a tensor [experts, of * rows, ...] that holds several."""
+def part_of(fact: TensorFact, tensor: SourceTensor, *, turned: bool = False) -> SourceTensor:
+    """The stack of a fact in a tensor [experts, of * rows, ...] that holds several.
+
+    `turned`, that is [experts, ..., of * rows].
+    """
     if fact.fused is None:
         return tensor
+    if turned:
+        return turned_stack(fact.name, tensor, *fact.fused.rows(fact.shape[1]))
     if fact.fused.of == 1:
         return whole_stack(fact.name, tensor)
     return slab_stack(fact.name, tensor, *fact.fused.rows(fact.shape[1]))
