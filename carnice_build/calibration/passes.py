@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from carnice_build.calibration.beside import passed_specs
 from carnice_build.calibration.libraries import LAYER_LIBRARIES
@@ -20,6 +20,8 @@ from carnice_build.dtypes import FLOAT_NAMES, ITEM_SIZE, NUMPY_NAME, TensorSpec
 from carnice_build.graph import ProcessOp
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import STACK, numbered
+
+T = TypeVar("T")
 
 
 class Embed(ProcessOp):
@@ -129,19 +131,19 @@ class Forward(ProcessOp):
         from carnice_build.calibration.layer_pass import run_layer
 
         made = len(outputs) - len(made_specs(params, [file.spec for file in inputs]))
-        given = 2 + len(params["names"])
+        weights, given = layer_inputs(params, inputs)
         seen = run_layer(
             params,
             samples(inputs[0]),
             inputs[1],
-            inputs[2:given],
-            inputs[given:],
+            weights,
+            given,
             (outputs[0], *outputs[made:]),
             progress,
         )
-        counts = linear_counts(params, [file.spec for file in inputs[2:]])
+        counts = linear_counts(params, [file.spec for file in weights])
         linears = map(numbered, params["linears"], counts)
-        prefix = layer_name(params, inputs[2:])
+        prefix = layer_name(params, weights)
         outputs[1].write(np.array(seen.largest(linears, prefix), np.float32))
         for file in outputs[2:made]:
             stack = next(name for name in params["linears"] if STACK in name)
@@ -165,6 +167,12 @@ class ForwardExperts(Forward):
         hidden, amax, *made = super().infer(params, inputs)
         counts = TensorSpec("I64", (max(linear_counts(params, inputs[2:])),))
         return hidden, amax, counts, *made
+
+
+def layer_inputs(params: Mapping[str, Any], inputs: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """Of what `Forward` reads: the layer's tensors, and what it is given beside hidden states."""
+    end = 2 + len(params["names"])
+    return inputs[2:end], inputs[end:]
 
 
 def made_specs(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
@@ -192,10 +200,11 @@ def layer_memory(params: Mapping[str, Any], inputs: Sequence[TensorSpec], worksp
     1.05 to 1.25 times what was taken.
     """
     dtype = FLOAT_NAMES[params["dtype"]]
-    named = list(zip(params["names"], inputs[2:], strict=False))
-    weights = sum(spec.nbytes for _, spec in named)
-    passed = (*inputs[2 + len(named) :], *made_specs(params, inputs))
+    tensors, given = layer_inputs(params, inputs)
+    weights = sum(spec.nbytes for spec in tensors)
+    passed = (*given, *made_specs(params, inputs))
     # What is cast is there twice, and so are stacks of experts, which transformers fuses.
+    named = zip(params["names"], tensors, strict=True)
     twice = (spec for name, spec in named if spec.dtype != dtype or STACK in name)
     placed = sum(spec.size * ITEM_SIZE[dtype] for spec in twice)
     beside = 2 * sum(spec.row_bytes for spec in passed)

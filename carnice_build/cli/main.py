@@ -43,15 +43,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-app.command(cls=Command)(new)
-app.command(cls=Command)(build)
-app.command(cls=Command)(plan)
-app.command(cls=Command)(explain)
-app.command(cls=Command)(verify)
-app.command(cls=Command)(report)
-app.command(cls=Command)(diff)
-app.command(cls=Command)(graph)
-app.command(cls=Command)(family)
+for command in (new, build, plan, explain, verify, report, diff, graph, family):
+    app.command(cls=Command)(command)
 app.command(name="list", cls=Command)(list_variants)
 app.command(cls=Command)(schema)
 app.add_typer(cache.app, name="cache")

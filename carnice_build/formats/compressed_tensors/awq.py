@@ -15,7 +15,7 @@ from typing import Any
 
 from carnice_build.calibration.chain import Chain
 from carnice_build.calibration.libraries import LAYER_LIBRARIES
-from carnice_build.calibration.passes import layer_memory, made_specs
+from carnice_build.calibration.passes import layer_inputs, layer_memory, made_specs
 from carnice_build.calibration.plan import Calibration
 from carnice_build.calibration.samples import samples
 from carnice_build.dtypes import TensorSpec
@@ -68,7 +68,7 @@ class Smooth(ProcessOp):
 
     def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """The layer twice, and one sample inside it; what the search keeps lies on disk."""
-        weights = sum(spec.nbytes for spec in inputs[2 : 2 + len(params["names"])])
+        weights = sum(spec.nbytes for spec in layer_inputs(params, inputs)[0])
         return layer_memory(params, inputs, self.workspace) + 2 * weights
 
     def run(
@@ -81,8 +81,7 @@ class Smooth(ProcessOp):
         """Raises BackendError when the library finds no scales."""
         from carnice_build.formats.compressed_tensors.worker import smooth
 
-        given = 2 + len(params["names"])
-        weights, beside = inputs[2:given], inputs[given:]
+        weights, beside = layer_inputs(params, inputs)
         smooth(params, samples(inputs[0]), inputs[1], weights, beside, outputs, progress)
 
 
