@@ -295,6 +295,12 @@ _TUNING = {
     "seed": 42,
 }
 _ARITHMETIC = ("dtype", "attention", "threads", "device", "processor")
+_SEARCH = {
+    "scheme": {"num_bits": 4, "group_size": 64, "symmetric": False},
+    "n_grid": 4,
+    "duo_scaling": True,
+    "norms": "library",
+}
 _PASSING = ("names", "layer", "config", "threads", "processor")
 _WORKSPACE = frozenset({"workspace", "transient"})
 # What is `shared` stands in the name, and what is row-wise follows from it.
@@ -410,10 +416,7 @@ OPS: Sequence[OpSample] = [
             **_passing_layer(0).params,
             "mappings": [["mlp.up_proj", ["mlp.down_proj"]]],
             "quantized": ["mlp.up_proj", "mlp.down_proj"],
-            "scheme": {"num_bits": 4, "group_size": 64, "symmetric": False},
-            "n_grid": 4,
-            "duo_scaling": True,
-            "norms": "library",
+            **_SEARCH,
         },
         _passing_layer(0).inputs(1),
         _WORKSPACE,
@@ -424,10 +427,7 @@ OPS: Sequence[OpSample] = [
             **_experts_layer().params,
             "mappings": [["mlp.experts.*.up_proj", ["mlp.experts.*.down_proj"]]],
             "quantized": ["mlp.experts.*.up_proj", "mlp.experts.*.down_proj"],
-            "scheme": {"num_bits": 4, "group_size": 64, "symmetric": False},
-            "n_grid": 4,
-            "duo_scaling": True,
-            "norms": "library",
+            **_SEARCH,
         },
         _experts_layer().inputs(1),
         _WORKSPACE,
@@ -438,10 +438,7 @@ OPS: Sequence[OpSample] = [
             **_layer().params,
             "mappings": [["mlp.up_proj", ["mlp.down_proj"]]],
             "quantized": ["mlp.up_proj", "mlp.down_proj"],
-            "scheme": {"num_bits": 4, "group_size": 64, "symmetric": False},
-            "n_grid": 4,
-            "duo_scaling": True,
-            "norms": "library",
+            **_SEARCH,
         },
         _layer().inputs(1),
         _WORKSPACE,

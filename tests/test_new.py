@@ -41,15 +41,6 @@ DATA_FREE = ("mlx-mixed_3_6", "fp8-dynamic", "int4-rtn", "w4a16-rtn")
 
 
 @pytest.fixture
-def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, which is the current one: no clone, no recipes, no profiles."""
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
 def model(tmp_path: Path, tiny_checkpoint: TinyCheckpoint) -> Path:
     """A checkpoint elsewhere, with a vision tower and an MTP head, for a test to change."""
     return tiny_checkpoint(tmp_path / "models" / "tiny")

@@ -34,15 +34,6 @@ UNEVEN_EXPERTS = ("qwen3_moe", {"moe_intermediate_size": 72})
 
 
 @pytest.fixture
-def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, which is the current one."""
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
 def model(tmp_path: Path, tiny_checkpoint: TinyCheckpoint) -> Path:
     """A checkpoint elsewhere, with a chat template."""
     return tiny_checkpoint(tmp_path / "tiny")

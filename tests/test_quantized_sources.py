@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from family_builds import INT4_WEIGHTS
+from family_builds import INT4_WEIGHTS, options_of
 from quantizing import decoded_folder, floats_of_gpt_oss
 from safetensors.torch import load_file, save_file
 from tiny import Tensor, read_all_tensors, read_json, write_json
@@ -74,14 +74,7 @@ class Workshop:
 
     def options(self, source: Path) -> Options:
         """Where everything is."""
-        root = self.root
-        return Options(
-            recipes=root / "recipes",
-            out=root / "out",
-            cache=root / "cache",
-            jobs=1,
-            sources={"body": source},
-        )
+        return options_of(self.root, source)
 
     def build(self, source: Path, quant: str, *steps: Any) -> BuildResult:
         """Build a variant called `quant`, which passes its checks.
