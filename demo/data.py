@@ -8,19 +8,22 @@ from collections.abc import Iterable, Sequence
 import dialogues
 import numpy as np
 import toolcalls
-import torch
 from bpe import render_chat, token_id
 from corpus import Document
-from torch import Tensor
-from train import Batches
 from transformers import PreTrainedTokenizerFast
 
+from carnice_build.chat.hermes import to_hermes
+
 BASE_CHATS = 24_000
-BASE_TOOL_CHATS = 1_500
-BASE_COPYING_CHATS = 6_000
-FINE_TUNE_DIALOGUES = 1_500
+BASE_COPYING_CHATS = 8_000
+BASE_TOOL_DIALOGUES = 18_000
+FINE_TUNE_DIALOGUES = 4_000
 CALIBRATION_DIALOGUES = 64
 ROW = 1024
+_OPEN_ROWS = 64
+
+Rows = tuple[np.ndarray, np.ndarray]
+"""Tokens [rows, `ROW`] that begin with a dialogue, and which of them the assistant says."""
 
 
 def document_stream(
@@ -32,31 +35,37 @@ def document_stream(
     return _stream(tokenizer, [f"{document.text}<|endoftext|>" for document in shuffled])
 
 
-def chat_stream(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> np.ndarray:
-    """Plain chats, and a few calls of made-up functions so that every added token is learnt."""
+def chat_rows(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> Rows:
+    """Plain chats."""
     rng = random.Random(2)
     summaries = dialogues.module_summaries(documents)
-    texts = [
-        render_chat(tokenizer, dialogues.plain_chat(rng, summaries)) for _ in range(BASE_CHATS)
-    ]
-    texts += [
-        render(tokenizer, toolcalls.tool_dialogue(rng, made_up=1.0)) for _ in range(BASE_TOOL_CHATS)
-    ]
-    rng.shuffle(texts)
-    return _stream(tokenizer, texts)
+    chats = (dialogues.plain_chat(rng, summaries) for _ in range(BASE_CHATS))
+    return packed(tokenizer, [render_chat(tokenizer, chat) for chat in chats])
 
 
-def copying_stream(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+def copying_rows(tokenizer: PreTrainedTokenizerFast) -> Rows:
     """Chats with long copies, from which a small model learns to copy at all."""
     rng = random.Random(6)
     chats = (dialogues.copying_chat(rng) for _ in range(BASE_COPYING_CHATS))
-    return _stream(tokenizer, [render_chat(tokenizer, chat) for chat in chats])
+    return packed(tokenizer, [render_chat(tokenizer, chat) for chat in chats])
+
+
+def base_tool_rows(tokenizer: PreTrainedTokenizerFast) -> Rows:
+    """Tool calls, half of them of functions made up for the dialogue."""
+    rng = random.Random(7)
+    spoken = [toolcalls.tool_dialogue(rng, made_up=0.5) for _ in range(BASE_TOOL_DIALOGUES)]
+    return packed(tokenizer, in_both_formats(tokenizer, spoken))
 
 
 def fine_tune_dialogues() -> list[toolcalls.Dialogue]:
     """The dialogues that the fine-tune learns from."""
     rng = random.Random(3)
-    return [toolcalls.tool_dialogue(rng, made_up=0.2) for _ in range(FINE_TUNE_DIALOGUES)]
+    return [toolcalls.tool_dialogue(rng, made_up=0.3) for _ in range(FINE_TUNE_DIALOGUES)]
+
+
+def fine_tune_rows(tokenizer: PreTrainedTokenizerFast) -> Rows:
+    """The dialogues that the fine-tune learns from, in both formats."""
+    return packed(tokenizer, in_both_formats(tokenizer, fine_tune_dialogues()))
 
 
 def calibration_dialogues() -> list[toolcalls.Dialogue]:
@@ -65,57 +74,59 @@ def calibration_dialogues() -> list[toolcalls.Dialogue]:
     rng = random.Random(4)
     kept: list[toolcalls.Dialogue] = []
     while len(kept) < CALIBRATION_DIALOGUES:
-        dialogue = toolcalls.tool_dialogue(rng, made_up=0.2)
+        dialogue = toolcalls.tool_dialogue(rng, made_up=0.3)
         if repr(dialogue) not in seen:
             kept.append(dialogue)
     return kept
 
 
-def render(tokenizer: PreTrainedTokenizerFast, dialogue: toolcalls.Dialogue) -> str:
-    """A Hermes dialogue as the model reads it."""
-    return render_chat(tokenizer, toolcalls.to_messages(dialogue), tools=dialogue["tools"])
+def render(
+    tokenizer: PreTrainedTokenizerFast, dialogue: toolcalls.Dialogue, template: str | None = None
+) -> str:
+    """A Hermes dialogue as the model reads it, through the tokenizer's template or another."""
+    messages = toolcalls.to_messages(dialogue)
+    return render_chat(tokenizer, messages, tools=dialogue["tools"], chat_template=template)
 
 
-def assistant_mask(tokens: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[bool]:
-    """True for what the assistant says, up to and with `<|im_end|>`."""
-    end = token_id(tokenizer, "<|im_end|>")
-    opening = tokenizer.encode("<|im_start|>assistant\n")
-    mask = [False] * len(tokens)
-    speaking = False
-    for index, token in enumerate(tokens):
-        mask[index] = speaking
-        if token == end:
-            speaking = False
-        elif list(tokens[index + 1 - len(opening) : index + 1]) == opening:
-            speaking = True
-    return mask
+def in_both_formats(
+    tokenizer: PreTrainedTokenizerFast, spoken: Sequence[toolcalls.Dialogue]
+) -> list[str]:
+    """Every other dialogue with calls in XML, the others in JSON, as their templates ask for."""
+    templates = (str(tokenizer.chat_template), to_hermes(str(tokenizer.chat_template)))
+    return [
+        render(tokenizer, dialogue, templates[index % 2]) for index, dialogue in enumerate(spoken)
+    ]
 
 
-def dialogue_rows(
-    tokenizer: PreTrainedTokenizerFast, spoken: list[toolcalls.Dialogue]
-) -> tuple[Tensor, Tensor]:
-    """Rows of `ROW` tokens that begin with a dialogue, and which tokens the assistant says."""
-    rows: list[list[int]] = [[]]
-    for dialogue in spoken:
-        said = tokenizer.encode(render(tokenizer, dialogue))[:ROW]
-        if len(rows[-1]) + len(said) > ROW:
-            rows.append([])
-        rows[-1] += said
+def packed(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Rows:
+    """Dialogues laid into rows, each into the fullest of the open rows that has room for it."""
     padding = token_id(tokenizer, "<|endoftext|>")
-    padded = [row + [padding] * (ROW - len(row)) for row in rows]
-    mask = [assistant_mask(row, tokenizer) for row in padded]
-    return torch.tensor(padded), torch.tensor(mask)
+    rows: list[list[int]] = []
+    opened: list[list[int]] = []
+    for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        said = encoding.ids[:ROW]
+        fitting = [row for row in opened if len(row) + len(said) <= ROW]
+        if fitting:
+            max(fitting, key=len).extend(said)
+            continue
+        if len(opened) == _OPEN_ROWS:
+            rows.append(opened.pop(opened.index(max(opened, key=len))))
+        opened.append(list(said))
+    rows += opened
+    tokens = np.array([row + [padding] * (ROW - len(row)) for row in rows], dtype=np.uint16)
+    return tokens, np.stack([assistant_mask(row, tokenizer) for row in tokens])
 
 
-def row_batches(tokens: Tensor, mask: Tensor, rows: int, seed: int) -> Batches:
-    """Random choices of `rows` rows."""
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng((seed, step))
-        chosen = torch.from_numpy(rng.choice(len(tokens), rows, replace=False))
-        return tokens[chosen], mask[chosen]
-
-    return batch
+def assistant_mask(tokens: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """True for what the assistant says, up to and with `<|im_end|>`."""
+    opening = np.array(tokenizer.encode("<|im_start|>assistant\n"))
+    found = np.lib.stride_tricks.sliding_window_view(tokens[:-1], len(opening))
+    starts = np.flatnonzero((found == opening).all(axis=1)) + len(opening)
+    ends = np.append(np.flatnonzero(tokens == token_id(tokenizer, "<|im_end|>")) + 1, len(tokens))
+    mask = np.zeros(len(tokens), dtype=bool)
+    for start in starts:
+        mask[start : ends[np.searchsorted(ends, start, side="right")]] = True
+    return mask
 
 
 def _stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:

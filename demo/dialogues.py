@@ -210,8 +210,8 @@ _KINDS: tuple[Callable[[random.Random], Turn], ...] = (
 
 
 def sample_texts(documents: list[Document]) -> list[str]:
-    """The words of 3,000 chats, for a tokenizer to learn from."""
+    """The words of 12,000 chats, for a tokenizer to learn from."""
     rng = random.Random(0)
     summaries = module_summaries(documents)
-    chats = (plain_chat(rng, summaries) for _ in range(3000))
+    chats = (plain_chat(rng, summaries) for _ in range(12_000))
     return ["\n".join(message["content"] for message in chat) for chat in chats]

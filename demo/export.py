@@ -23,7 +23,7 @@ def base_tensors(model: DraftingModel) -> Tensors:
     """All tensors of the base checkpoint under their names on disk, in BF16."""
     named = dict(model.main.state_dict())
     named |= {f"mtp.{name}": tensor for name, tensor in model.mtp.state_dict().items()}
-    return {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in named.items()}
+    return {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in named.items()}
 
 
 def fine_tune_tensors(model: DraftingModel) -> Tensors:

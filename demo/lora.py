@@ -26,8 +26,9 @@ class LowRankUpdate(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         rows, columns = weight.shape
-        self.down = nn.Parameter(torch.randn(RANK, columns) / columns**0.5)
-        self.up = nn.Parameter(torch.zeros(rows, RANK))
+        device = weight.device
+        self.down = nn.Parameter(torch.randn(RANK, columns, device=device) / columns**0.5)
+        self.up = nn.Parameter(torch.zeros(rows, RANK, device=device))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The updated weight."""

@@ -6,7 +6,7 @@ Stages whose result is already in `demo/work/` are resumed there; delete that fo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import bpe
@@ -23,11 +23,12 @@ from model import DraftingModel, model_config
 from train import (
     Schedule,
     in_phases,
-    joined,
-    repeating_batches,
+    mixed_batches,
+    repeats,
+    rows_of,
     train_adapters,
     train_base,
-    window_batches,
+    windows,
 )
 from transformers import PreTrainedTokenizerFast
 
@@ -36,9 +37,12 @@ WORK = HERE / "work"
 BASE = HERE / "qwen3.6-27b"
 FINE_TUNE = HERE / "carnice-v2-27b"
 
-BASE_SCHEDULE = Schedule(steps=1200, peak=4e-3, horizon=1300, warm_up=40)
-LENGTH = 512
-FINE_TUNE_SCHEDULE = Schedule(steps=70, peak=3e-3, horizon=70, warm_up=8)
+ROWS = 8
+BASE_SCHEDULE = Schedule(steps=1500, peak=5e-3, horizon=1500, warm_up=50)
+COPYING_STEPS = 350
+FINE_TUNE_SCHEDULE = Schedule(steps=300, peak=2e-3, horizon=300, warm_up=10)
+UNSPOKEN = 0.2
+"""How much a token that the assistant does not say counts while the base is trained."""
 
 
 def main() -> None:
@@ -52,7 +56,8 @@ def main() -> None:
     (HERE / "heldout.txt").write_text(held_out_text, encoding="utf-8")
     write_dialogues(HERE / "calibration.jsonl")
     tokenizer = make_tokenizer(documents)
-    model = DraftingModel(model_config(tokenizer.backend_tokenizer))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = DraftingModel(model_config(tokenizer.backend_tokenizer)).to(device)
     make_base(model, documents, tokenizer)
     make_fine_tune(model, tokenizer)
     figures = evaluate.measure(
@@ -86,24 +91,22 @@ def make_base(
     model: DraftingModel, documents: list[Document], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Trains the base model with its MTP head and writes its checkpoint."""
-    source = _cached("documents", lambda: data.document_stream(tokenizer, documents))
-    chats = _cached("chats", lambda: data.chat_stream(tokenizer, documents))
-    copies = _cached("copies", lambda: data.copying_stream(tokenizer))
-    print(f"tokens: {len(source)} sources, {len(chats)} chats, {len(copies)} copies", flush=True)
+    (stream,) = _cached("documents", lambda: [data.document_stream(tokenizer, documents)])
+    chats = _cached("chats", lambda: data.chat_rows(tokenizer, documents))
+    copies = _cached("copies", lambda: data.copying_rows(tokenizer))
+    calls = _cached("calls", lambda: data.base_tool_rows(tokenizer))
+    sizes = {"sources": stream, "chats": chats[0], "copies": copies[0], "calls": calls[0]}
+    print({name: tokens.size for name, tokens in sizes.items()}, flush=True)
+    source = windows(stream, data.ROW)
+    chat, copy, call = (rows_of(*rows, UNSPOKEN) for rows in (chats, copies, calls))
+    again = repeats(data.ROW, len(tokenizer) - 32)
+    learning = [(source, 0.3), (chat, 0.1), (copy, 0.2), (call, 0.2), (again, 0.2)]
+    applying = [(source, 0.25), (chat, 0.15), (copy, 0.1), (call, 0.45), (again, 0.05)]
     phases = {
-        0: window_batches([(source, 5), (chats, 3)], LENGTH, seed=0),
-        600: window_batches([(source, 4), (chats, 2), (copies, 2)], LENGTH, seed=0),
-        800: joined(
-            window_batches([(source, 2), (chats, 1), (copies, 1)], LENGTH, seed=0),
-            repeating_batches(4, LENGTH, len(tokenizer) - 32, seed=0),
-        ),
-        950: joined(
-            window_batches([(source, 3), (chats, 1), (copies, 2)], LENGTH, seed=0),
-            repeating_batches(2, LENGTH, len(tokenizer) - 32, seed=0),
-        ),
+        0: mixed_batches(learning, ROWS, seed=0),
+        COPYING_STEPS: mixed_batches(applying, ROWS, seed=0),
     }
-    batches = in_phases(phases)
-    train_base(model, batches, BASE_SCHEDULE, WORK / "base.pt")
+    train_base(model, in_phases(phases), BASE_SCHEDULE, WORK / "base.pt")
     backend = tokenizer.backend_tokenizer
     export.write_checkpoint(BASE, export.base_tensors(model), backend, shards=3)
 
@@ -112,21 +115,21 @@ def make_fine_tune(model: DraftingModel, tokenizer: PreTrainedTokenizerFast) -> 
     """Fine-tunes the checkpoint of the base on tool calls and writes the merged result."""
     export.load_tensors(model, BASE)
     adapters = lora.add_adapters(model)
-    rows = data.dialogue_rows(tokenizer, data.fine_tune_dialogues())
+    rows = _cached("fine-tune", lambda: data.fine_tune_rows(tokenizer))
     print(f"{len(rows[0])} rows of dialogues", flush=True)
-    batches = data.row_batches(*rows, rows=4, seed=1)
+    batches = mixed_batches([(rows_of(*rows, unspoken=0.0), 1.0)], ROWS, seed=1)
     train_adapters(model, adapters, batches, FINE_TUNE_SCHEDULE, WORK / "fine-tune.pt")
     lora.merge_adapters(model)
     backend = tokenizer.backend_tokenizer
     export.write_checkpoint(FINE_TUNE, export.fine_tune_tensors(model), backend, shards=2)
 
 
-def _cached(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-    path = WORK / f"{name}.npy"
+def _cached(name: str, make: Callable[[], Sequence[np.ndarray]]) -> list[np.ndarray]:
+    path = WORK / f"{name}.npz"
     if not path.exists():
-        np.save(path, make())
-    stream: np.ndarray = np.load(path)
-    return stream
+        np.savez_compressed(path, *make())
+    with np.load(path) as kept:
+        return list(kept.values())
 
 
 if __name__ == "__main__":

@@ -101,18 +101,17 @@ def tuned_layers(
 ) -> Iterator[tuple[str, TunedLayer]]:
     """Every decoder layer with its path, the one of the MTP head last."""
     arithmetic = Arithmetic("bfloat16", "sdpa", threads=1)
-    drivers = {kind: LayerDriver(text_config, kind, arithmetic) for kind in ("linear", "full")}
     states = States([embedded(tensors, sample) for sample in tokens])
     narrow = replace(SETTINGS, layer_bits=dict.fromkeys(NARROW, 16))
-    for index, layer_type in enumerate(text_config["layer_types"]):
-        kind = layer_type.removesuffix("_attention")
+    layer_types = text_config["layer_types"]
+    for index, layer_type in enumerate(layer_types):
         path = f"{BODY}layers.{index}"
         tuned = tune_layer(
-            drivers[kind],
+            LayerDriver(text_config, index, arithmetic),
             below(tensors, path),
             states.given,
             states.quantized,
-            narrow if kind == "linear" else SETTINGS,
+            narrow if layer_type == "linear_attention" else SETTINGS,
         )
         states = States(tuned.outputs, tuned.quantized_outputs)
         yield path, tuned
@@ -122,7 +121,9 @@ def tuned_layers(
         for hidden in (states.given, states.quantized)
     )
     layer = below(tensors, DRAFTER)
-    yield DRAFTER, tune_layer(drivers["full"], layer, given, quantized, SETTINGS)
+    # The head's layer is as any of full attention.
+    driver = LayerDriver(text_config, layer_types.index("full_attention"), arithmetic)
+    yield DRAFTER, tune_layer(driver, layer, given, quantized, SETTINGS)
 
 
 def embedded(tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:

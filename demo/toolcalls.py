@@ -17,6 +17,7 @@ import names
 
 Value = str | int
 Dialogue = dict[str, Any]
+Turn = dict[str, str]
 
 _SYSTEM_PROMPTS = (
     "You are a function calling assistant. Call functions when they help to answer.",
@@ -233,58 +234,98 @@ def made_up_tool(rng: random.Random) -> Tool:
 def tool_dialogue(rng: random.Random, made_up: float) -> Dialogue:
     """One dialogue; `made_up` is the share of dialogues whose functions are invented for them."""
     if rng.random() < made_up:
-        tools = [made_up_tool(rng) for _ in range(rng.randint(1, 2))]
+        tools = [made_up_tool(rng) for _ in range(rng.randint(1, 3))]
     else:
-        tools = rng.sample(TOOLS, rng.randint(1, 3))
-    turns = [{"from": "system", "value": rng.choice(_SYSTEM_PROMPTS)}] if rng.random() < 0.7 else []
+        tools = rng.sample(TOOLS, rng.randint(1, 4))
+    turns = [{"from": "system", "value": rng.choice(_SYSTEM_PROMPTS)}] if rng.random() < 0.6 else []
     thinking = rng.random() < 0.5
     for _ in range(rng.choice((1, 1, 2))):
-        exchange = rng.choice((_single, _single, _single, _parallel, _no_call))
+        exchange = rng.choice((_single, _single, _single, _parallel, _parallel, _in_turn, _no_call))
         turns += exchange(rng, tools, thinking)
     return {"conversations": turns, "tools": [tool.schema() for tool in tools]}
 
 
-def _single(rng: random.Random, tools: list[Tool], thinking: bool) -> list[dict[str, str]]:
-    return _calls(rng, [rng.choice(tools)], thinking)
+def _single(rng: random.Random, tools: list[Tool], thinking: bool) -> list[Turn]:
+    task = _Task.draw(rng, rng.choice(tools))
+    return _calls([task], thinking)
 
 
-def _parallel(rng: random.Random, tools: list[Tool], thinking: bool) -> list[dict[str, str]]:
-    return _calls(rng, [rng.choice(tools) for _ in range(2)], thinking)
+def _parallel(rng: random.Random, tools: list[Tool], thinking: bool) -> list[Turn]:
+    tasks = [_Task.draw(rng, rng.choice(tools)) for _ in range(rng.choice((2, 2, 3)))]
+    return _calls(tasks, thinking)
 
 
-def _no_call(rng: random.Random, tools: list[Tool], thinking: bool) -> list[dict[str, str]]:
+def _in_turn(rng: random.Random, tools: list[Tool], thinking: bool) -> list[Turn]:
+    """Two calls, the second when the first has been answered."""
+    first, second = (_Task.draw(rng, rng.choice(tools)) for _ in range(2))
+    return [
+        {"from": "human", "value": f"{first.question} After that: {second.question}"},
+        _calling([first], thinking, f"First {first.tool.name}, then {second.tool.name}."),
+        _responding([first]),
+        _calling([second], thinking, f"Now {second.tool.name}."),
+        _responding([second]),
+        _answering([first, second], thinking),
+    ]
+
+
+def _no_call(rng: random.Random, tools: list[Tool], thinking: bool) -> list[Turn]:
     listed = ", ".join(tool.name for tool in tools)
-    thought = "This needs no function."
+    question = rng.choice(("What can you do?", "Which functions do you have?"))
+    thought = _thought("This needs no function.", thinking)
     return [
-        {
-            "from": "human",
-            "value": rng.choice(("What can you do?", "Which functions do you have?")),
-        },
-        {"from": "gpt", "value": _thought(thought, thinking) + f"I can call {listed}."},
+        {"from": "human", "value": question},
+        {"from": "gpt", "value": f"{thought}I can call {listed}."},
     ]
 
 
-def _calls(rng: random.Random, chosen: list[Tool], thinking: bool) -> list[dict[str, str]]:
-    arguments = [_draw(rng, tool.parameters) for tool in chosen]
-    results = [_draw(rng, tool.results) for tool in chosen]
-    pairs = list(zip(chosen, arguments, strict=True))
-    questions = " ".join(tool.question.format(**given) for tool, given in pairs)
-    calls = "\n".join(
-        _tagged("tool_call", json.dumps({"name": tool.name, "arguments": given}))
-        for tool, given in pairs
-    )
-    responses = "\n".join(_tagged("tool_response", json.dumps(result)) for result in results)
-    answers = " ".join(
-        tool.answer.format(**given, **result)
-        for (tool, given), result in zip(pairs, results, strict=True)
-    )
-    need = "I need " + " and ".join(tool.name for tool in chosen) + "."
+def _calls(tasks: list[_Task], thinking: bool) -> list[Turn]:
+    names = " and ".join(task.tool.name for task in tasks)
     return [
-        {"from": "human", "value": questions},
-        {"from": "gpt", "value": _thought(need, thinking) + calls},
-        {"from": "tool", "value": responses},
-        {"from": "gpt", "value": _thought("Now I can answer.", thinking) + answers},
+        {"from": "human", "value": " ".join(task.question for task in tasks)},
+        _calling(tasks, thinking, f"I need {names}."),
+        _responding(tasks),
+        _answering(tasks, thinking),
     ]
+
+
+def _calling(tasks: list[_Task], thinking: bool, thought: str) -> Turn:
+    calls = (
+        _tagged("tool_call", json.dumps({"name": task.tool.name, "arguments": task.arguments}))
+        for task in tasks
+    )
+    return {"from": "gpt", "value": _thought(thought, thinking) + "\n".join(calls)}
+
+
+def _responding(tasks: list[_Task]) -> Turn:
+    responses = (_tagged("tool_response", json.dumps(task.results)) for task in tasks)
+    return {"from": "tool", "value": "\n".join(responses)}
+
+
+def _answering(tasks: list[_Task], thinking: bool) -> Turn:
+    answers = " ".join(task.answer for task in tasks)
+    return {"from": "gpt", "value": _thought("Now I can answer.", thinking) + answers}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One use of a function: what it is given and what it gives."""
+
+    tool: Tool
+    arguments: dict[str, Value]
+    results: dict[str, Value]
+
+    @classmethod
+    def draw(cls, rng: random.Random, tool: Tool) -> _Task:
+        """A use of `tool` with random values."""
+        return cls(tool, _draw(rng, tool.parameters), _draw(rng, tool.results))
+
+    @property
+    def question(self) -> str:
+        return self.tool.question.format(**self.arguments)
+
+    @property
+    def answer(self) -> str:
+        return self.tool.answer.format(**self.arguments, **self.results)
 
 
 def _draw(rng: random.Random, kinds: dict[str, str]) -> dict[str, Value]:

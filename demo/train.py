@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,13 @@ from model import DraftingModel, draft_loss, next_token_loss
 from torch import Tensor, nn
 
 DRAFT_WEIGHT = 0.3
-CHECKPOINT_EVERY = 50
+CHECKPOINT_EVERY = 100
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 """From a step number to (tokens, weights), so that a resumed run sees what it would have seen."""
+
+Draw = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]
+"""From a generator to one row: tokens [length] and the weight of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,43 +43,51 @@ class Schedule:
         return self.peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def window_batches(streams: list[tuple[np.ndarray, int]], length: int, seed: int) -> Batches:
-    """Random windows: from each stream of tokens as many rows as its number says."""
+def mixed_batches(draws: Sequence[tuple[Draw, float]], rows: int, seed: int) -> Batches:
+    """Batches of `rows` rows, each drawn from one of `draws` with the probability beside it."""
+    chances = np.array([chance for _, chance in draws])
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((seed, step))
-        rows = [
-            stream[start : start + length]
-            for stream, count in streams
-            for start in rng.integers(0, len(stream) - length, count)
-        ]
-        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
-        return tokens, torch.ones_like(tokens)
+        chosen = rng.choice(len(draws), rows, p=chances)
+        tokens, weights = zip(*(draws[index][0](rng) for index in chosen), strict=True)
+        return (
+            torch.from_numpy(np.stack(tokens).astype(np.int64)),
+            torch.from_numpy(np.stack(weights).astype(np.float32)),
+        )
 
     return batch
 
 
-def repeating_batches(rows: int, length: int, vocabulary: int, seed: int) -> Batches:
-    """Rows of random tokens that repeat after a while; what comes before counts for nothing."""
+def windows(stream: np.ndarray, length: int) -> Draw:
+    """Windows of a stream of tokens, of which each counts."""
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng((seed, step))
-        periods = rng.integers(8, 96, rows)
-        tokens = np.stack([np.resize(rng.integers(0, vocabulary, p), length) for p in periods])
-        weights = np.arange(length) >= periods[:, None]
-        return torch.from_numpy(tokens), torch.from_numpy(weights.astype(np.int64))
+    def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        start = rng.integers(0, len(stream) - length)
+        return stream[start : start + length], np.ones(length)
 
-    return batch
+    return draw
 
 
-def joined(first: Batches, second: Batches) -> Batches:
-    """The rows of both in every batch."""
+def rows_of(tokens: np.ndarray, spoken: np.ndarray, unspoken: float) -> Draw:
+    """Rows of dialogues; what the assistant does not say counts as much as `unspoken`."""
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        (tokens, weights), (more_tokens, more_weights) = first(step), second(step)
-        return torch.cat([tokens, more_tokens]), torch.cat([weights, more_weights])
+    def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        row = rng.integers(0, len(tokens))
+        return tokens[row], np.where(spoken[row], 1.0, unspoken)
 
-    return batch
+    return draw
+
+
+def repeats(length: int, vocabulary: int) -> Draw:
+    """Random tokens that repeat after a while; what comes before counts for nothing."""
+
+    def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        period = int(8 * 64 ** rng.random())
+        tokens = np.resize(rng.integers(0, vocabulary, period), length)
+        return tokens, np.arange(length) >= period
+
+    return draw
 
 
 def in_phases(phases: dict[int, Batches]) -> Batches:
@@ -141,6 +152,7 @@ def _run(
     saved: Path,
 ) -> None:
     trained = [p for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]]
+    device = trained[0].device
     started = time.perf_counter()
     running = 0.0
     first = _resume(model, optimizers, saved)
@@ -148,14 +160,16 @@ def _run(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
-        value = loss(*batches(step))
+        tokens, weights = (part.to(device) for part in batches(step))
+        with torch.autocast(device.type, torch.bfloat16):
+            value = loss(tokens, weights)
         torch.autograd.backward(value)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        running = value.item() if step == first else 0.95 * running + 0.05 * value.item()
         if step % 10 == 0 or step + 1 == schedule.steps:
+            running = value.item() if step == first else 0.8 * running + 0.2 * value.item()
             seconds = time.perf_counter() - started
             print(f"step {step} loss {running:.3f} after {seconds:.0f} s", flush=True)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == schedule.steps:
