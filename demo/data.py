@@ -92,10 +92,16 @@ def in_both_formats(
     tokenizer: PreTrainedTokenizerFast, spoken: Sequence[toolcalls.Dialogue]
 ) -> list[str]:
     """Every other dialogue with calls in XML, the others in JSON, as their templates ask for."""
-    templates = (str(tokenizer.chat_template), to_hermes(str(tokenizer.chat_template)))
+    templates = both_templates(tokenizer)
     return [
         render(tokenizer, dialogue, templates[index % 2]) for index, dialogue in enumerate(spoken)
     ]
+
+
+def both_templates(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+    """The chat template, which asks for calls in XML, and its patch, which asks for JSON."""
+    template = str(tokenizer.chat_template)
+    return template, to_hermes(template)
 
 
 def packed(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Rows:

@@ -61,11 +61,13 @@ def base_name(name: str) -> str:
     return name.removeprefix(THRICE)
 
 
-def test_both_checkpoints_are_small() -> None:
-    """They take 11.5 MB at most."""
-    sizes = [path.stat().st_size for folder in (BASE, FINE_TUNE) for path in folder.iterdir()]
+def test_the_demo_is_small() -> None:
+    """The checkpoints and what is beside them take 18 MB at most."""
+    folders = [path for path in DEMO.iterdir() if path.is_dir() and path.name[0] in "qc"]
+    files = [path for folder in (DEMO, *folders) for path in folder.iterdir() if path.is_file()]
 
-    assert sum(sizes) <= 11.5e6
+    assert len(folders) == 3
+    assert sum(path.stat().st_size for path in files) <= 18e6
 
 
 def test_base_is_complete() -> None:
@@ -90,6 +92,25 @@ def test_config_is_consistent() -> None:
     assert text["layer_types"] == (["linear_attention"] * 3 + ["full_attention"]) * 2
     assert text["head_dim"] * rope["partial_rotary_factor"] / 2 == sum(rope["mrope_section"])
     assert (text["mtp_num_hidden_layers"], text["mtp_use_dedicated_embeddings"]) == (1, False)
+
+
+def test_two_cards_can_share_the_model() -> None:
+    """Halves of heads, groups of 128 and rows of tiles: tensor parallelism of two fits."""
+    text = read_json(BASE / "config.json")["text_config"]
+    heads = (
+        *("num_attention_heads", "num_key_value_heads"),
+        *("linear_num_key_heads", "linear_num_value_heads"),
+    )
+    parallel_by_rows = {
+        text["intermediate_size"],
+        text["num_attention_heads"] * text["head_dim"],
+        text["linear_num_value_heads"] * text["linear_value_head_dim"],
+    }
+
+    assert all(text[name] % 2 == 0 for name in heads)
+    assert all(size % (2 * 128) == 0 for size in parallel_by_rows)
+    # What vLLM's kernels for gated delta nets take.
+    assert {text["linear_key_head_dim"], text["linear_value_head_dim"]} <= {64, 128}
 
 
 def test_every_fine_tuned_name_repeats_the_prefix() -> None:
