@@ -34,6 +34,7 @@ from carnice_build.formats.card import render_card
 from carnice_build.formats.checks import Library
 from carnice_build.formats.folder import open_folder
 from carnice_build.formats.registry import readers_of
+from carnice_build.verification.process import Workers
 from carnice_build.verification.result import Outcome
 from carnice_build.verification.runners import RUNNERS
 from carnice_build.verification.running import RunSettings, Tables
@@ -233,10 +234,11 @@ def test_the_model_is_run(acme: Acme) -> None:
     """It says something, and its perplexity is near the source's, with rounded activations too."""
     (plan,) = plan_variants([VARIANT], acme.project.options()).variants
     tables = Tables()
-    settings = RunSettings(REPOSITORY / "demo" / "heldout.txt", (256,), 1, 2)
-    runner = RUNNERS[Library.TRANSFORMERS]
-    checks = runner.run(plan.format.checks(), plan, acme.folder, settings, tables)
-    found = list(islice(checks, 2))
+    with Workers() as workers:
+        settings = RunSettings(REPOSITORY / "demo" / "heldout.txt", (256,), 1, 2, workers)
+        runner = RUNNERS[Library.TRANSFORMERS]
+        checks = runner.run(plan.format.checks(), plan, acme.folder, settings, tables)
+        found = list(islice(checks, 2))
     source, weights, served = tables.perplexities
 
     assert [("generate", Outcome.PASSED), ("perplexity", Outcome.PASSED)] == [

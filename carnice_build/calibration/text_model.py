@@ -61,6 +61,8 @@ class ModelSource:
 class State:
     """What layers know of a sequence: `hidden` [1, length, hidden], and what is beside it.
 
+    Of several sequences of one length that go `together`, [samples, length, hidden].
+
     `of_tokens` is that by the number of the layer that is given it and what it is called there,
     `shared` the mappings that layers fill for others, by what they are called.
     """
@@ -73,6 +75,20 @@ class State:
         """What layer number `layer` is called with beside `hidden`."""
         own = {name: tensor for (index, name), tensor in self.of_tokens.items() if index == layer}
         return {**own, **self.shared}
+
+
+def together(states: Sequence[State]) -> State:
+    """The states of sequences of one length as one, [samples, length, ...], before any layer.
+
+    What layers share is empty then, and each finds the samples there in the order that it has.
+    """
+    first = states[0]
+    if len(states) == 1:
+        return first
+    of_tokens = {
+        key: torch.cat([state.of_tokens[key] for state in states]) for key in first.of_tokens
+    }
+    return State(torch.cat([state.hidden for state in states]), of_tokens, first.shared)
 
 
 class OpenModel:
@@ -329,6 +345,17 @@ class ResidentModel:
     def scores(self, states: Tensor) -> Tensor:
         """Logits [1, length, vocabulary] of `states` that a norm has gone over."""
         return self._scoring.scores(states)
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor) -> Tensor:
+        """States [samples, length, hidden], after the final norm, of `tokens` [samples, length].
+
+        Nothing is masked, so that rows may be filled up behind their ends alone.
+        """
+        with self._transforming():
+            passed = self._body(input_ids=tokens.to(self._device), use_cache=False)
+        states: Tensor = passed.last_hidden_state
+        return states
 
     @torch.no_grad()
     def continue_greedily(

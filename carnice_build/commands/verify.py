@@ -19,6 +19,7 @@ from carnice_build.verification import digests
 from carnice_build.verification.chat import check_chat
 from carnice_build.verification.digests import check_digests
 from carnice_build.verification.perplexity import LENGTHS
+from carnice_build.verification.process import Workers
 from carnice_build.verification.result import Check, Outcome, skipped
 from carnice_build.verification.running import AcceptanceRow, PerplexityRow, RunSettings, Tables
 from carnice_build.verification.structure import check_structure
@@ -91,21 +92,22 @@ def verify_variants(
     settings = settings or VerifySettings()
     plan = plan_variants(names, options)
     text = _text(plan, options, settings) if settings.run else None
-    how = RunSettings(text, settings.lengths, settings.samples, options.jobs)
     results: list[VariantResult] = []
     tables = Tables()
-    for variant in plan.variants:
-        folder = options.out / variant.name
-        checks: list[Check] = []
-        stamp = folder_stamp(folder)
-        begin = partial(begins, variant.name)
+    with Workers() as workers:
+        how = RunSettings(text, settings.lengths, settings.samples, options.jobs, workers)
         run = how if settings.run else None
-        for check in _check(variant, folder, options.jobs, run, tables, begin):
-            checks.append(check)
-            listen(variant.name, check)
-        results.append(VariantResult(variant.name, folder, checks))
-        rows = tables.perplexities
-        keep_findings(options.cache, variant, stamp, checks, rows, ran=settings.run, text=text)
+        for variant in plan.variants:
+            folder = options.out / variant.name
+            checks: list[Check] = []
+            stamp = folder_stamp(folder)
+            begin = partial(begins, variant.name)
+            for check in _check(variant, folder, options.jobs, run, tables, begin):
+                checks.append(check)
+                listen(variant.name, check)
+            results.append(VariantResult(variant.name, folder, checks))
+            rows = tables.perplexities
+            keep_findings(options.cache, variant, stamp, checks, rows, ran=settings.run, text=text)
     return VerifyResult(results, tables.ordered(), tables.acceptances)
 
 

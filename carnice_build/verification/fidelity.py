@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carnice_build.errors import CheckpointError
 from carnice_build.verification.copying import (
@@ -24,12 +24,19 @@ from carnice_build.verification.copying import (
     tasks,
     written,
 )
+from carnice_build.verification.process import tell
 from carnice_build.verification.result import Check, Outcome, judged
 from carnice_build.verification.running import SOURCE
+
+if TYPE_CHECKING:
+    from carnice_build.calibration.text_model import ResidentModel
 
 NAME = "fidelity"
 ANSWERED = 24
 READ = 240
+READ_TOKENS = 1024
+"""So many tokens are read at once, with those that fill up the rows of a batch."""
+
 _MORE_TOKENS = 16
 """How far an answer may go beyond the length of the right one."""
 
@@ -258,7 +265,7 @@ def _found(
     model = ResidentModel(OpenModel(source, arithmetic))
     return Found(
         [_answer(model, question, tokenizer) for question in answered],
-        [_reading(model, question) for question in read],
+        readings(model, read),
     )
 
 
@@ -273,13 +280,43 @@ def _answer(model: Any, question: _Question, tokenizer: Any) -> Answer:
     return Answer(judge(text, name), word, len(name) if word is None else edits(word, name))
 
 
-def _reading(model: Any, question: _Question) -> Reading:
+def readings(model: ResidentModel, questions: Sequence[_Question]) -> list[Reading]:
+    """How `model` reads the right answers, those of like lengths together.
+
+    What stands behind an answer in its row is seen by nothing before it.
+    """
+    by_length = sorted(range(len(questions)), key=lambda index: len(questions[index].whole))
+    found: dict[int, Reading] = {}
+    while by_length:
+        longest = len(questions[by_length[-1]].whole)
+        count = max(1, READ_TOKENS // longest)
+        batch, by_length = by_length[-count:], by_length[:-count]
+        read = _read_together(model, [questions[index] for index in batch])
+        found |= dict(zip(batch, read, strict=True))
+        tell("names read", len(found), len(questions))
+    return [found[index] for index in range(len(questions))]
+
+
+def _read_together(model: ResidentModel, questions: Sequence[_Question]) -> list[Reading]:
     import torch
 
-    tokens, names = torch.tensor(question.whole), question.names
-    # Each token is chosen by the state before it; states of all are known after a single step.
-    states = model.continue_greedily(tokens, 1).states[:, names.start - 1 : names.stop - 1]
-    scores = model.scores(states)[0].float().log_softmax(dim=-1).cpu()
-    wanted = tokens[names.start : names.stop]
-    found = scores.gather(1, wanted[:, None])[:, 0]
-    return Reading((scores.argmax(dim=-1) == wanted).tolist(), found.double().tolist())
+    rows = [torch.tensor(question.whole) for question in questions]
+    states = model.read(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    # Each token is chosen by the state before it.
+    chosen = [
+        state[question.names.start - 1 : question.names.stop - 1]
+        for state, question in zip(states, questions, strict=True)
+    ]
+    scores = model.scores(torch.cat(chosen)[None])[0].float().log_softmax(dim=-1).cpu()
+    wanted = torch.cat(
+        [row[item.names.start : item.names.stop] for row, item in zip(rows, questions, strict=True)]
+    )
+    right = scores.argmax(dim=-1) == wanted
+    found = scores.gather(1, wanted[:, None])[:, 0].double()
+    lengths = [len(question.names) for question in questions]
+    return [
+        Reading(one.tolist(), values.tolist())
+        for one, values in zip(
+            torch.split(right, lengths), torch.split(found, lengths), strict=True
+        )
+    ]

@@ -7,13 +7,28 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from threading import Thread
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from carnice_build.errors import BackendError, CarniceError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a call is: `done` of `total` of `what`, as in "24 answers"."""
+
+    what: str
+    done: int
+    total: int
+
+
+Told = Callable[[Step], None]
 
 
 def installed(library: str) -> bool:
@@ -22,10 +37,15 @@ def installed(library: str) -> bool:
 
 
 class Worker:
-    """A fresh process while the block is open."""
+    """A process while the block is open, started by the first call; anew if it dies."""
 
-    def __enter__(self) -> Worker:
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    def __init__(self, told: Told = lambda step: None) -> None:
+        """`told` hears, from another thread, of each step of a call; see `tell`."""
+        self._told = told
+        self._pool: ProcessPoolExecutor | None = None
+        self._listener: Thread | None = None
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -34,7 +54,7 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._end()
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """What `function`, one of a module's, gives in the process.
@@ -49,14 +69,93 @@ class Worker:
     def ask(self, function: Callable[..., T], *arguments: Any) -> T:
         """As `call`, for what is no run of a model: errors of ours stay what they are."""
         try:
+            if self._pool is None:
+                return self._started(function, arguments)
             return self._pool.submit(_work, function, arguments).result()
         except BrokenProcessPool:
+            self._end()
             raise BackendError("the process that ran the model died; out of memory?") from None
+
+    def _started(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+        context = get_context("spawn")
+        reader, writer = context.Pipe(duplex=False)
+        # The process begins with the first call, which hands it the end that it writes to.
+        with writer:
+            pool = ProcessPoolExecutor(
+                1, mp_context=context, initializer=_prepare, initargs=(writer,)
+            )
+            self._pool = pool
+            found = pool.submit(_work, function, arguments)
+        self._listener = Thread(target=_listen, args=(reader, self._told), daemon=True)
+        self._listener.start()
+        return found.result()
+
+    def _end(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        if self._listener is not None:
+            self._listener.join()
+        self._pool = self._listener = None
+
+
+class Workers:
+    """The process that runs models while the block is open, for one library after the other.
+
+    Whatever a library keeps is there for the next model; when another library's turn comes, the
+    process ends, so that no two hold memory.
+    """
+
+    def __init__(self, told: Told = lambda step: None) -> None:
+        """`told` is that of `Worker`."""
+        self._told = told
+        self._library = ""
+        self._worker = Worker(told)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.__exit__(None, None, None)
+
+    def of(self, library: str) -> Worker:
+        """The process in which `library` is imported."""
+        if library != self._library:
+            self._worker.__exit__(None, None, None)
+            self._library, self._worker = library, Worker(self._told)
+        return self._worker
+
+
+_told: Connection | None = None
+"""In a worker: where it tells of its steps."""
+
+
+def tell(what: str, done: int, total: int) -> None:
+    """Say how far the function is that runs in a worker; elsewhere, nothing."""
+    if _told is not None:
+        _told.send(Step(what, done, total))
+
+
+def _listen(reader: Connection, told: Told) -> None:
+    """Until the process has ended, with which its end is closed."""
+    with reader:
+        while True:
+            try:
+                step = reader.recv()
+            except (EOFError, OSError):
+                return
+            told(step)
+
+
+def _prepare(writer: Connection) -> None:
+    global _told
+    _told = writer
+    # A folder must be complete in itself; nothing may be looked up on the hub.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    # Threads that spin while they wait for each other take ten times as long on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _work(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-    # A folder must be complete in itself; nothing may be looked up on the hub.
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     try:
         return function(*arguments)
     except CarniceError:

@@ -23,8 +23,16 @@ from carnice_build.calibration.text_model import (
     OpenModel,
     ResidentModel,
     State,
+    together,
 )
 from carnice_build.verification.generate import PROMPT, TOKENS, Generation
+from carnice_build.verification.process import tell
+
+BATCH_TOKENS = 1024
+"""So many tokens go through a layer at once, or one sequence if that is longer.
+
+Sums are then made in another order than one by one, which moves a figure in its seventh digit.
+"""
 
 _LOGITS_BYTES = 256 << 20
 """Memory for the float32 logits of the positions that are scored at once, for one model."""
@@ -55,7 +63,7 @@ def measure(
     the hidden states of all sequences.
     """
     opened = {name: OpenModel(source, arithmetic) for name, source in models.items()}
-    hidden = {name: _last_hidden(model, sequences) for name, model in opened.items()}
+    hidden = {name: last_hidden(model, sequences) for name, model in opened.items()}
     endings = {name: model.ending() for name, model in opened.items()}
     vocabulary = next(iter(opened.values())).vocabulary
     figures: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
@@ -94,12 +102,28 @@ def _log_probabilities(ending: Ending, hidden: Tensor) -> Tensor:
     return ending.scores(ending.states(hidden))[0].float().log_softmax(dim=-1)
 
 
-def _last_hidden(model: OpenModel, sequences: Sequence[Tensor]) -> list[Tensor]:
-    """The last layer's output for each sequence."""
-    states = model.embedded(sequences)
-    for index in range(model.architecture.num_layers):
+def last_hidden(model: OpenModel, sequences: Sequence[Tensor]) -> list[Tensor]:
+    """The last layer's output [1, length, hidden] for each sequence."""
+    states = [together(batch) for batch in _batches(model.embedded(sequences))]
+    layers = model.architecture.num_layers
+    for index in range(layers):
         _advance(model.layer(index), states)
-    return [state.hidden for state in states]
+        tell("layers", index + 1, layers)
+    return [row for state in states for row in torch.split(state.hidden, 1)]
+
+
+def _batches(states: Sequence[State]) -> Iterator[Sequence[State]]:
+    """Neighbours of one length, as many as a layer takes at once."""
+    batch: list[State] = []
+    for state in states:
+        length = state.hidden.shape[1]
+        full = (len(batch) + 1) * length > BATCH_TOKENS
+        if batch and (full or length != batch[0].hidden.shape[1]):
+            yield batch
+            batch = []
+        batch.append(state)
+    if batch:
+        yield batch
 
 
 def _advance(layer: Callable[[State], State], states: list[State]) -> None:

@@ -25,7 +25,7 @@ from carnice_build.verification import (
     torch_worker,
 )
 from carnice_build.verification.mlx_worker import Answer, SourceWeights, Task
-from carnice_build.verification.process import Worker, installed
+from carnice_build.verification.process import installed
 from carnice_build.verification.result import Check, judged, skipped
 from carnice_build.verification.running import (
     NO_TEXT,
@@ -101,7 +101,7 @@ def _run(
         return
     task = Task(folder, folder, settings.text, settings.lengths, settings.samples, generate=True)
     try:
-        answer = _answer(engine, task)
+        answer = _answer(engine, task, settings)
     except BackendError as error:
         yield judged(
             generate.NAME, [str(error)], f"{engine.library} cannot load and run the folder"
@@ -124,9 +124,8 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _answer(engine: _Engine, task: Task) -> Answer:
-    with Worker() as worker:
-        return worker.call(engine.run, task)
+def _answer(engine: _Engine, task: Task, settings: RunSettings) -> Answer:
+    return settings.workers.of(engine.module).call(engine.run, task)
 
 
 def _source_row(
@@ -160,7 +159,7 @@ def _source_row(
     source = SourceWeights(config, tensors)
     task = Task(source, folder, settings.text, settings.lengths, settings.samples, generate=False)
     try:
-        return row(_answer(engine, task))
+        return row(_answer(engine, task, settings))
     except BackendError as error:
         return row(None, str(error))
 
@@ -175,12 +174,12 @@ def _acceptance(variant: VariantPlan, folder: Path, settings: RunSettings, table
     if why_not or settings.text is None:
         return skipped(acceptance.NAME, why_not or NO_TEXT)
     try:
-        with Worker() as worker:
-            prompts = worker.call(
-                torch_worker.prompts_of, folder, settings.text, settings.samples or PROMPTS
-            )
-            found = worker.call(mlx_vlm_worker.drafts, folder, head, prompts, DRAFTS)
-        ours = _counted(variant, folder, prompts, settings.threads)
+        worker = settings.workers.of(_MLX_VLM.module)
+        prompts = worker.call(
+            torch_worker.prompts_of, folder, settings.text, settings.samples or PROMPTS
+        )
+        found = worker.call(mlx_vlm_worker.drafts, folder, head, prompts, DRAFTS)
+        ours = _counted(variant, folder, prompts, settings)
     except BackendError as error:
         return judged(acceptance.NAME, [str(error)], "mlx-vlm cannot draft with the head")
     rows = acceptance.compared_rows(variant.name, *found, ours)
@@ -189,7 +188,7 @@ def _acceptance(variant: VariantPlan, folder: Path, settings: RunSettings, table
 
 
 def _counted(
-    variant: VariantPlan, folder: Path, prompts: list[list[int]], threads: int
+    variant: VariantPlan, folder: Path, prompts: list[list[int]], settings: RunSettings
 ) -> dict[int, Drafts]:
     """Our own count; nothing where there is no torch, or nobody who runs the family's head."""
     from carnice_build.verification import mlx_stored
@@ -200,5 +199,5 @@ def _counted(
     if too_much or not (installed("torch") and installed("transformers")):
         return {}
     model = mlx_stored.stored(variant, drafter, folder)
-    with Worker() as worker:
-        return worker.call(mlx_stored.count, model, prompts, DRAFTS, threads)
+    worker = settings.workers.of("torch")
+    return worker.call(mlx_stored.count, model, prompts, DRAFTS, settings.threads)

@@ -51,14 +51,14 @@ def run_torch(
         missing = f"torch is not installed: {pip_install('torch')}"
         yield from (skipped(name, missing) for name in NAMES)
         return
-    with Worker() as worker:
-        run = _Run(checks, variant, folder, settings, tables, worker)
-        checks_in_order = (run.generate, run.perplexity, run.acceptance, run.fidelity)
-        for name, check in zip(NAMES, checks_in_order, strict=True):
-            try:
-                yield check()
-            except CarniceError as error:
-                yield judged(name, [str(error)], "the model cannot be loaded and run")
+    worker = settings.workers.of("torch")
+    run = _Run(checks, variant, folder, settings, tables, worker)
+    checks_in_order = (run.generate, run.perplexity, run.acceptance, run.fidelity)
+    for name, check in zip(NAMES, checks_in_order, strict=True):
+        try:
+            yield check()
+        except CarniceError as error:
+            yield judged(name, [str(error)], "the model cannot be loaded and run")
 
 
 @dataclass(frozen=True)

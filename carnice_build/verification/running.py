@@ -11,6 +11,7 @@ from pathlib import Path
 from carnice_build.formats.library import Library
 from carnice_build.units import format_size
 from carnice_build.verification.perplexity import Perplexity
+from carnice_build.verification.process import Workers
 
 SOURCE = "BF16"
 """What tables call a model before it is quantized."""
@@ -20,12 +21,16 @@ NO_TEXT = "there is no held-out text; give --text FILE"
 
 @dataclass(frozen=True)
 class RunSettings:
-    """On what to run models, and how; `samples` is None for what suits the machine."""
+    """On what to run models, and how; `samples` is None for what suits the machine.
+
+    `workers` run them, and stay for the next variant.
+    """
 
     text: Path | None
     lengths: Sequence[int]
     samples: int | None
     threads: int
+    workers: Workers
 
 
 @dataclass(frozen=True)
