@@ -34,6 +34,7 @@ from carnice_build.formats.card import render_card
 from carnice_build.formats.checks import Library
 from carnice_build.formats.folder import open_folder
 from carnice_build.formats.registry import readers_of
+from carnice_build.verification.kept import Memory
 from carnice_build.verification.process import Workers
 from carnice_build.verification.result import Outcome
 from carnice_build.verification.runners import RUNNERS
@@ -235,7 +236,7 @@ def test_the_model_is_run(acme: Acme) -> None:
     (plan,) = plan_variants([VARIANT], acme.project.options()).variants
     tables = Tables()
     with Workers() as workers:
-        settings = RunSettings(REPOSITORY / "demo" / "heldout.txt", (256,), 1, 2, workers)
+        settings = RunSettings(REPOSITORY / "demo" / "heldout.txt", (256,), 1, 2, workers, Memory())
         runner = RUNNERS[Library.TRANSFORMERS]
         checks = runner.run(plan.format.checks(), plan, acme.folder, settings, tables)
         found = list(islice(checks, 2))

@@ -53,6 +53,9 @@ def verify(
             metavar="N",
         ),
     ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure anew what was measured before.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check what was built; exits 1 if something is wrong.
@@ -83,7 +86,7 @@ def verify(
             view.end()
             console.print(check_lines(variant, check))
 
-        settings = VerifySettings(run, text, samples)
+        settings = VerifySettings(run, text, samples, again=again)
         result = verify_variants(variants, options, settings, listen, view.begin)
     if as_json:
         print_json(verify_json(result))

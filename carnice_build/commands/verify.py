@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from carnice_build.plugins import failures_blamed
 from carnice_build.verification import digests
 from carnice_build.verification.chat import check_chat
 from carnice_build.verification.digests import check_digests
+from carnice_build.verification.kept import Kept, Memory, versions
 from carnice_build.verification.perplexity import LENGTHS
 from carnice_build.verification.process import Workers
 from carnice_build.verification.result import Check, Outcome, skipped
@@ -35,12 +37,14 @@ class VerifySettings:
 
     `samples` bounds the sequences of each length and the prompts that drafts are counted on; None
     is 64 sequences, or 8 without a GPU, and 16 prompts.
+    What was measured before is measured `again` if asked.
     """
 
     run: bool = True
     text: Path | None = None
     samples: int | None = None
     lengths: Sequence[int] = LENGTHS
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,16 @@ def verify_variants(
     results: list[VariantResult] = []
     tables = Tables()
     with Workers() as workers:
-        how = RunSettings(text, settings.lengths, settings.samples, options.jobs, workers)
-        run = how if settings.run else None
+        # All that is older counts for nothing where everything is to be measured again.
+        kept = Kept(options.cache, time.time() if settings.again else 0.0)
+        samples = settings.samples
+        how = RunSettings(text, settings.lengths, samples, options.jobs, workers, Memory(kept))
         for variant in plan.variants:
             folder = options.out / variant.name
             checks: list[Check] = []
             stamp = folder_stamp(folder)
             begin = partial(begins, variant.name)
-            for check in _check(variant, folder, options.jobs, run, tables, begin):
+            for check in _check(variant, folder, how, tables, begin, run=settings.run):
                 checks.append(check)
                 listen(variant.name, check)
             results.append(VariantResult(variant.name, folder, checks))
@@ -128,12 +134,13 @@ def _text(plan: Plan, options: Options, settings: VerifySettings) -> Path | None
 def _check(
     variant: VariantPlan,
     path: Path,
-    jobs: int,
-    how: RunSettings | None,
+    how: RunSettings,
     tables: Tables,
     begin: Callable[[str], None],
+    *,
+    run: bool,
 ) -> Iterator[Check]:
-    """All checks of a folder; without `how` the model is not run.
+    """All checks of a folder; the model is run if asked.
 
     `begin` hears of those that may take long.
     """
@@ -145,23 +152,40 @@ def _check(
     with failures_blamed(variant.format):
         checks = variant.format.checks()
         begin(digests.NAME)
-        yield check_digests(folder, jobs)
+        whole = check_digests(folder, how.threads)
+        yield whole
+        sound = whole.outcome is Outcome.PASSED and _sound(variant, path, how.threads)
+        memory = Memory.of(how.memory.kept, variant, path, checks, sound=sound)
         yield check_structure(variant, folder, checks)
         yield check_chat(path)
         if variant.body.buildable:
             begin(roundtrip.NAME)
-            yield roundtrip.check_roundtrip(variant, folder, checks, jobs)
+            yield from memory.checks(
+                roundtrip.NAME,
+                versions("numpy", "numba"),
+                tables,
+                lambda: roundtrip.check_roundtrip(variant, folder, checks, how.threads),
+            )
         else:
             why_not = f"{variant.body.where} has shapes but no weights"
             yield skipped(roundtrip.NAME, why_not)
         runner = RUNNERS[checks.library]
-        if how is None:
+        if not run:
             yield from (skipped(name, "--no-run") for name in runner.names)
         elif runner.needs_table and not variant.architecture.tabled:
             yield from (skipped(name, "its family has no table") for name in runner.names)
         else:
-            running = runner.run(checks, variant, path, how, tables)
+            running = runner.run(checks, variant, path, replace(how, memory=memory), tables)
             for name in runner.names:
                 begin(name)
                 yield from islice(running, 1)
             yield from running
+
+
+def _sound(variant: VariantPlan, path: Path, jobs: int) -> bool:
+    """Whether what belongs to the folder, as its drafter's, is what its own build.json names."""
+    others = [path.parent / other.name for other in variant.companions]
+    return all(
+        other.is_dir() and check_digests(open_folder(other), jobs).outcome is Outcome.PASSED
+        for other in others
+    )

@@ -45,11 +45,15 @@ def check_lines(variant: str, check: Check) -> str:
     """A check's line, in rich markup, and one more for each of its first problems."""
     style = _STYLES[check.outcome]
     state = f"[{style}]{check.outcome:8}[/]"
-    lines = [f"{variant}  {check.name:10}  {state} {escape(check.summary)}"]
+    lines = [f"{variant}  {check.name:10}  {state} {escape(check.summary)}{_when(check)}"]
     lines += [f"    {escape(problem)}" for problem in check.problems[:_SHOWN_PROBLEMS]]
     if len(check.problems) > _SHOWN_PROBLEMS:
         lines.append(f"    and {len(check.problems) - _SHOWN_PROBLEMS} more; --json lists all")
     return "\n".join(lines)
+
+
+def _when(check: Check) -> str:
+    return f" [dim](as measured on {check.measured})[/]" if check.measured else ""
 
 
 def verify_tables(result: VerifyResult) -> Iterator[RenderableType]:

@@ -1,8 +1,9 @@
-"""What was done for each variant, for `explain` and `report` alone: no build depends on it.
+"""What was done for each variant, and what was measured: no build depends on it.
 
 cache/history/<variant>    the fields of its actions' keys when it was last built
 cache/builds/<variant>     what its builds did (`BuildRecord`)
 cache/verified/<variant>   what `carnice verify` found
+cache/measured/<key>       a figure, by a digest of all that decides it
 """
 
 from __future__ import annotations
@@ -92,6 +93,21 @@ def write_findings(root: Path, variant: str, findings: Mapping[str, Any]) -> Non
 def read_findings(root: Path, variant: str) -> dict[str, Any] | None:
     """What was found; None when it was never verified or the file is unreadable."""
     return _read(root / "verified" / variant)
+
+
+def measured_path(root: Path, key: str) -> Path:
+    """Where what was measured under `key`, a digest, is kept."""
+    return root / "measured" / key
+
+
+def write_measured(root: Path, key: str, value: Mapping[str, Any]) -> None:
+    """Remember what was measured under `key`, JSON-ready."""
+    _write(measured_path(root, key), value)
+
+
+def read_measured(root: Path, key: str) -> dict[str, Any] | None:
+    """What was measured under `key`; None when nothing was or the file is unreadable."""
+    return _read(measured_path(root, key))
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

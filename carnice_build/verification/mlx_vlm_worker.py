@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from carnice_build.verification.mlx_worker import (
     Answer,
     SourceWeights,
     Task,
-    perplexities,
+    answer,
     widen_on_cpu,
 )
 from carnice_build.verification.running import Drafts
@@ -33,9 +33,11 @@ def run(task: Task) -> Answer:
     if task.generate:
         found = prompt(tokenizer)[None]
         generation = collected(tokenizer, _steps(model, found, TOKENS))
-    widen_on_cpu(model)
-    text_model = model.language_model
-    return Answer(generation, perplexities(task, tokenizer, lambda rows: text_model(rows).logits))
+    return answer(task, tokenizer, generation, model, _load_source, _scoring)
+
+
+def _scoring(model: Any) -> Callable[[Any], Any]:
+    return lambda rows: model.language_model(rows).logits
 
 
 def drafts(

@@ -12,6 +12,10 @@ from typing import Any
 from carnice_build.backends.mlx_trace import cast_as_stated
 from carnice_build.verification.generate import Generation, generate
 from carnice_build.verification.perplexity import SAMPLES, SAMPLES_ON_CPU, Perplexity, measure
+from carnice_build.verification.running import SOURCE
+
+MODEL = "model"
+"""What a folder's model is called beside its source."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class SourceWeights:
 class Task:
     """Load a folder or a source, measure perplexity on `text` if given, and generate if asked.
 
+    With `source`, that is measured beside, and what the model diverges from.
     `tokenizer` is the folder whose tokenizer splits the text.
     `samples` is None for what suits this machine.
     """
@@ -36,14 +41,20 @@ class Task:
     lengths: Sequence[int]
     samples: int | None
     generate: bool
+    source: SourceWeights | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What running the model gave."""
+    """What running the model gave; `of_source` is that of the source beside it.
+
+    `missing` is why there is nothing of that.
+    """
 
     generation: Generation | None
     perplexities: Sequence[Perplexity]
+    of_source: Sequence[Perplexity] = ()
+    missing: str = ""
 
 
 def run(task: Task) -> Answer:
@@ -57,18 +68,36 @@ def run(task: Task) -> Answer:
     else:
         model, _ = load_model(task.model)
     generation = generate(model, tokenizer) if task.generate else None
-    widen_on_cpu(model)
-    return Answer(generation, perplexities(task, tokenizer, model))
+    return answer(task, tokenizer, generation, model, _load_source, lambda model: model)
 
 
-def perplexities(task: Task, tokenizer: Any, logits: Callable[[Any], Any]) -> list[Perplexity]:
-    """What the task asks for, of a model as what makes logits of tokens [rows, length]."""
+def answer(
+    task: Task,
+    tokenizer: Any,
+    generation: Generation | None,
+    model: Any,
+    load_source: Callable[[SourceWeights], Any],
+    scoring: Callable[[Any], Callable[[Any], Any]],
+) -> Answer:
+    """What the task asks for beside `generation`; `scoring` finds what makes logits of tokens."""
     if task.text is None:
-        return []
+        return Answer(generation, ())
+    widen_on_cpu(model)
+    models, missing = {MODEL: scoring(model)}, ""
+    if task.source is not None:
+        try:
+            source = load_source(task.source)
+            widen_on_cpu(source)
+            models = {SOURCE: scoring(source), **models}
+        except Exception as error:
+            # Whatever a library finds wrong with the source says nothing of the folder.
+            missing = f"{type(error).__name__}: {str(error).strip()[:300]}"
     tokens = tokenizer.encode(task.text.read_text(encoding="utf-8"))
     samples = task.samples or (SAMPLES_ON_CPU if on_cpu() else SAMPLES)
-    found = (measure(logits, tokens, length, samples) for length in task.lengths)
-    return [item for item in found if item is not None]
+    found = [measure(models, tokens, length, samples) for length in task.lengths]
+    # The source is as far from itself as nothing.
+    of_source = [item[SOURCE] for item in found if SOURCE in item]
+    return Answer(generation, [item[MODEL] for item in found if item], of_source, missing)
 
 
 def widen_on_cpu(model: Any) -> None:

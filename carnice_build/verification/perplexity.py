@@ -7,10 +7,11 @@ loss over all predicted tokens; its standard error is that of the mean times the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from carnice_build.verification.process import tell
 from carnice_build.verification.result import Check, judged, skipped
 
 NAME = "perplexity"
@@ -38,33 +39,60 @@ class Perplexity:
     kl: float | None = None
 
 
-def measure(model: Any, tokens: list[int], length: int, samples: int) -> Perplexity | None:
-    """Perplexity at one length, None when the text is shorter; runs where mlx is loaded."""
+def measure(
+    models: Mapping[str, Any], tokens: list[int], length: int, samples: int
+) -> dict[str, Perplexity]:
+    """Perplexity of each model at one length, and KL against the first; runs where mlx is loaded.
+
+    A model is what makes logits [rows, length, vocabulary] of tokens [rows, length].
+    Nothing when the text is shorter.
+    """
     import mlx.core as mx
     import mlx.nn as nn
 
     sequences = cut(tokens, length, samples)
     if not sequences:
-        return None
+        return {}
     rows, samples = mx.array(sequences), len(sequences)
-    losses = []
+    losses: dict[str, list[Any]] = {name: [] for name in models}
+    divergences: dict[str, list[Any]] = {name: [] for name in models}
     first, batch = 0, 1
     while first < samples:
-        logits = model(rows[first : first + batch, :-1]).astype(mx.float32)
-        targets = rows[first : first + batch, 1:]
-        loss = nn.losses.cross_entropy(logits, targets, reduction="none")
-        mx.eval(loss)
-        losses.append(loss.flatten())
-        first += batch
+        inputs, targets = rows[first : first + batch, :-1], rows[first : first + batch, 1:]
+        reference = None
+        for name, model in models.items():
+            logits = model(inputs).astype(mx.float32)
+            loss = nn.losses.cross_entropy(logits, targets, reduction="none")
+            found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            reference = found if reference is None else reference
+            divergence = (mx.exp(reference) * (reference - found)).sum(axis=-1)
+            mx.eval(loss, divergence)
+            losses[name].append(loss.flatten())
+            divergences[name].append(divergence.flatten())
+        first += len(inputs)
+        tell(f"sequences of {length}", first, samples)
         # The recurrent layers take a step a token, however many sequences take it together.
         batch = max(1, LOGITS_BYTES // (4 * length * logits.shape[-1]))
-    together = mx.concatenate(losses)
-    mean = float(together.mean())
-    spread = float(mx.sqrt(mx.var(together, ddof=1)))
+    one, *others = [
+        _figures(length, samples, mx.concatenate(losses[name]), mx.concatenate(divergences[name]))
+        for name in models
+    ]
+    # Of one model alone nothing diverges.
+    found = [one, *others] if others else [replace(one, kl=None)]
+    return dict(zip(models, found, strict=True))
+
+
+def _figures(length: int, samples: int, losses: Any, divergences: Any) -> Perplexity:
+    """Figures from mlx's losses and divergences at all positions, in nats."""
+    import mlx.core as mx
+
+    mean, divergence = float(losses.mean()), float(divergences.mean())
+    kl = divergence if math.isfinite(divergence) else None
     if not math.isfinite(mean):
-        return Perplexity(length, samples, None, None)
+        return Perplexity(length, samples, None, None, kl)
     perplexity = math.exp(mean)
-    return Perplexity(length, samples, perplexity, perplexity * spread / together.size**0.5)
+    spread = float(mx.sqrt(mx.var(losses, ddof=1)))
+    return Perplexity(length, samples, perplexity, perplexity * spread / losses.size**0.5, kl)
 
 
 def cut(tokens: Sequence[int], length: int, samples: int) -> list[Sequence[int]]:

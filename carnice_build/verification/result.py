@@ -25,6 +25,8 @@ class Check:
     summary: str
     problems: Sequence[str] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    measured: str = ""
+    """The day, as 2026-11-25, on which it was made; empty when that is now."""
 
 
 def judged(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from carnice_build.checkpoint.source import LocalFile
@@ -24,7 +24,9 @@ from carnice_build.verification import (
     perplexity,
     torch_worker,
 )
+from carnice_build.verification.kept import versions
 from carnice_build.verification.mlx_worker import Answer, SourceWeights, Task
+from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.process import installed
 from carnice_build.verification.result import Check, judged, skipped
 from carnice_build.verification.running import (
@@ -89,7 +91,12 @@ def run_mlx_vlm(
 ) -> Iterator[Check]:
     """As `run_mlx`, and then with the drafter that was built along."""
     yield from _run(_MLX_VLM, variant, folder, settings, tables)
-    yield _acceptance(variant, folder, settings, tables)
+    yield from settings.memory.checks(
+        acceptance.NAME,
+        settings.of_text | versions("mlx", "mlx-vlm", "torch", "transformers"),
+        tables,
+        lambda: _acceptance(variant, folder, settings, tables),
+    )
 
 
 def _run(
@@ -99,9 +106,22 @@ def _run(
     if why_not:
         yield from (skipped(name, why_not) for name in NAMES)
         return
+    yield from settings.memory.checks(
+        " and ".join(NAMES),
+        settings.of_text | versions("mlx", engine.module.replace("_", "-"), "transformers"),
+        tables,
+        lambda: list(_measured(engine, variant, folder, settings, tables)),
+    )
+
+
+def _measured(
+    engine: _Engine, variant: VariantPlan, folder: Path, settings: RunSettings, tables: Tables
+) -> Iterator[Check]:
     task = Task(folder, folder, settings.text, settings.lengths, settings.samples, generate=True)
+    source, missing = _source(variant, folder)
+    beside = source is not None and not too_large(_size(folder) + _source_size(variant))
     try:
-        answer = _answer(engine, task, settings)
+        answer = _answer(engine, replace(task, source=source if beside else None), settings)
     except BackendError as error:
         yield judged(
             generate.NAME, [str(error)], f"{engine.library} cannot load and run the folder"
@@ -115,7 +135,11 @@ def _run(
         return
     model = variant.recipe.sources[variant.recipe.body].model
     if not tables.has_source(engine.library, model):
-        tables.perplexities.append(_source_row(engine, model, variant, folder, settings))
+        found, missing = answer.of_source, missing or answer.missing
+        if source is not None and not beside:
+            alone = replace(task, model=source, generate=False)
+            found, missing = _alone(engine, alone, variant, settings)
+        tables.perplexities.append(PerplexityRow(SOURCE, engine.library, found, missing, model))
     tables.perplexities.append(PerplexityRow(variant.name, engine.library, answer.perplexities))
     yield perplexity.judge_perplexities(answer.perplexities)
 
@@ -128,40 +152,44 @@ def _answer(engine: _Engine, task: Task, settings: RunSettings) -> Answer:
     return settings.workers.of(engine.module).call(engine.run, task)
 
 
-def _source_row(
-    engine: _Engine, model: str, variant: VariantPlan, folder: Path, settings: RunSettings
-) -> PerplexityRow:
-    def row(answer: Answer | None, missing: str = "") -> PerplexityRow:
-        found = answer.perplexities if answer else ()
-        return PerplexityRow(SOURCE, engine.library, found, missing, model)
-
+def _source(variant: VariantPlan, folder: Path) -> tuple[SourceWeights | None, str]:
+    """What the variant was made from, or why it cannot be run."""
     origins = source_tensors(variant)
     if any(isinstance(origin.file, Composite) for origin in origins.values()):
-        return row(None, "experts of the source are not in the form that is loaded here")
+        return None, "experts of the source are not in the form that is loaded here"
     tensors = {
         canonical: (origin.file.name, origin.name)
         for canonical, origin in origins.items()
         if isinstance(origin.file, LocalFile)
     }
     if len(tensors) < len(origins):
-        return row(None, "the source is not on this machine")
-    # Without a GPU the worker computes in float32.
-    copies = 1 if sys.platform == "darwin" else 2
-    why_not = too_large(copies * sum(origin.spec.nbytes for origin in origins.values()))
-    if why_not:
-        return row(None, why_not)
+        return None, "the source is not on this machine"
     # As published: the library may need entries that the source lacks.
     config = read_object(folder / "config.json")
     config = {key: value for key, value in config.items() if key not in QUANTIZATION}
     if dtype := variant.architecture.dtype:
         # The spelling that the libraries read wherever it stands; see `conversion.ask_mlx`.
         config["torch_dtype"] = dtype
-    source = SourceWeights(config, tensors)
-    task = Task(source, folder, settings.text, settings.lengths, settings.samples, generate=False)
+    return SourceWeights(config, tensors), ""
+
+
+def _source_size(variant: VariantPlan) -> int:
+    # Without a GPU the worker computes in float32.
+    copies = 1 if sys.platform == "darwin" else 2
+    return copies * sum(origin.spec.nbytes for origin in source_tensors(variant).values())
+
+
+def _alone(
+    engine: _Engine, task: Task, variant: VariantPlan, settings: RunSettings
+) -> tuple[Sequence[Perplexity], str]:
+    """The perplexities of a source that does not fit beside its variant, or why there are none."""
+    why_not = too_large(_source_size(variant))
+    if why_not:
+        return (), why_not
     try:
-        return row(_answer(engine, task, settings))
+        return _answer(engine, task, settings).perplexities, ""
     except BackendError as error:
-        return row(None, str(error))
+        return (), str(error)
 
 
 def _acceptance(variant: VariantPlan, folder: Path, settings: RunSettings, tables: Tables) -> Check:

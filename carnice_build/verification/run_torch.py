@@ -5,7 +5,7 @@ For formats that no library runs on every machine; `torch_worker` says how.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from carnice_build.models import architecture_of
 from carnice_build.models.base import Part
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification import acceptance, fidelity, generate, perplexity, torch_worker
+from carnice_build.verification.kept import versions
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.process import Worker, installed
 from carnice_build.verification.result import Check, judged, skipped
@@ -53,10 +54,17 @@ def run_torch(
         return
     worker = settings.workers.of("torch")
     run = _Run(checks, variant, folder, settings, tables, worker)
-    checks_in_order = (run.generate, run.perplexity, run.acceptance, run.fidelity)
-    for name, check in zip(NAMES, checks_in_order, strict=True):
+    libraries = versions("torch", "transformers", "tokenizers", "numpy", "numba", "jinja2")
+    of_text, of_run = settings.of_text | libraries, settings.of_run | libraries
+    checks_in_order: tuple[tuple[Callable[[], Check], dict[str, object]], ...] = (
+        (run.generate, {"threads": settings.threads, **libraries}),
+        (run.perplexity, of_text),
+        (run.acceptance, of_text),
+        (run.fidelity, of_run),
+    )
+    for name, (check, facts) in zip(NAMES, checks_in_order, strict=True):
         try:
-            yield check()
+            yield from settings.memory.checks(name, facts, tables, check)
         except CarniceError as error:
             yield judged(name, [str(error)], "the model cannot be loaded and run")
 

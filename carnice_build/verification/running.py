@@ -7,11 +7,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from carnice_build.formats.library import Library
+from carnice_build.store.digests import digest_bytes
 from carnice_build.units import format_size
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.process import Workers
+
+if TYPE_CHECKING:
+    from carnice_build.verification.kept import Memory
 
 SOURCE = "BF16"
 """What tables call a model before it is quantized."""
@@ -23,7 +28,7 @@ NO_TEXT = "there is no held-out text; give --text FILE"
 class RunSettings:
     """On what to run models, and how; `samples` is None for what suits the machine.
 
-    `workers` run them, and stay for the next variant.
+    `workers` run them, and stay for the next variant; `memory` is what was measured before.
     """
 
     text: Path | None
@@ -31,6 +36,21 @@ class RunSettings:
     samples: int | None
     threads: int
     workers: Workers
+    memory: Memory
+
+    @property
+    def of_text(self) -> dict[str, object]:
+        """What decides figures on the text, beside the model: facts for `memory`."""
+        return {
+            "text": digest_bytes(self.text.read_bytes()) if self.text else "",
+            "lengths": list(self.lengths),
+            **self.of_run,
+        }
+
+    @property
+    def of_run(self) -> dict[str, object]:
+        """What decides figures that need no text, beside the model: facts for `memory`."""
+        return {"samples": self.samples, "threads": self.threads}
 
 
 @dataclass(frozen=True)

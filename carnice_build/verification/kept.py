@@ -1,0 +1,262 @@
+"""Figures that are there are not measured again.
+
+A figure is kept in the cache under a digest of all that decides it.
+There are two kinds: the checks of a folder (`Memory.checks`), and what is measured of a source for
+all variants that are made from it (`Kept.measured`, `Kept.states`), in whatever process.
+What is damaged is absent, and what failed is never kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import carnice_build.errors
+from carnice_build.formats.checks import FormatChecks
+from carnice_build.formats.folder import BUILD_NAME, read_build
+from carnice_build.keys import canonical_json, library_version
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.processor import gpus, vector_instructions
+from carnice_build.store.digests import digest_bytes, digest_texts
+from carnice_build.store.files import write_atomically
+from carnice_build.store.history import measured_path, read_measured, write_measured
+from carnice_build.store.records import Records
+from carnice_build.verification.result import Check, Outcome
+from carnice_build.verification.running import AcceptanceRow, PerplexityRow, Tables
+from carnice_build.verification.sources import source_tensors
+
+T = TypeVar("T")
+
+_CODE = ("backends", "calibration", "chat", "checkpoint", "formats", "kernels", "models")
+"""The parts of the package, beside `verification`, whose code decides figures."""
+
+_DIGEST_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is in the cache `root`, nowhere if it is None; what is older than `since` is not there.
+
+    `since` is in seconds since 1970.
+    """
+
+    root: Path | None = None
+    since: float = 0.0
+
+    def measured(
+        self, facts: Mapping[str, Any], kind: type[T], measure: Callable[[], T]
+    ) -> tuple[T, float]:
+        """What `measure` gives, a dataclass of `kind`, or gave under the same `facts`, and when.
+
+        `facts`, JSON-ready, are all that can change it.
+        """
+        found = self._found(facts, kind)
+        if found is None:
+            found = measure(), time.time()
+            self.keep(facts, *found)
+        return found
+
+    def _found(self, facts: Mapping[str, Any], kind: type[T]) -> tuple[T, float] | None:
+        from pydantic import TypeAdapter, ValidationError
+
+        value = read_measured(self.root, _key(facts)) if self.root else None
+        at = value.get("at") if value else None
+        if value is None or not isinstance(at, float) or at < self.since:
+            return None
+        try:
+            return TypeAdapter(kind).validate_python(value.get("found")), at
+        except (ValidationError, TypeError, ValueError):
+            return None
+
+    def keep(self, facts: Mapping[str, Any], found: Any, at: float) -> None:
+        """Remember what was `found`, a dataclass, under the `facts`."""
+        if self.root is not None:
+            # A figure is worth as much where the cache cannot be written to.
+            with contextlib.suppress(OSError):
+                write_measured(self.root, _key(facts), {"at": at, "found": asdict(found)})
+
+    def states(self, facts: Mapping[str, Any], width: int, make: Callable[[], Any]) -> Any:
+        """Float32 [rows, width] of numpy that `make` gives, or gave under the same `facts`."""
+        import numpy as np
+
+        path = measured_path(self.root, _key(facts)) if self.root else None
+        try:
+            raw = path.read_bytes() if path and path.stat().st_mtime >= self.since else b""
+        except OSError:
+            raw = b""
+        content = memoryview(raw)[_DIGEST_LENGTH:]
+        if raw and raw[:_DIGEST_LENGTH] == digest_bytes(content).encode():
+            return np.frombuffer(bytearray(content), np.float32).reshape(-1, width)
+        found = np.ascontiguousarray(make(), np.float32)
+        if path is not None:
+            content = memoryview(found.data).cast("B")
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, digest_bytes(content).encode() + content)
+        return found
+
+
+def _key(facts: Mapping[str, Any]) -> str:
+    return digest_texts([canonical_json(facts)])
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Checks that passed, and the rows of tables that go with them."""
+
+    checks: Sequence[Check]
+    perplexities: Sequence[PerplexityRow]
+    acceptances: Sequence[AcceptanceRow]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is known of one variant's folder: `facts` are what decides all of its figures.
+
+    `source` names the content of what it was made from, and what computes there.
+    """
+
+    kept: Kept = Kept()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        kept: Kept, variant: VariantPlan, folder: Path, checks: FormatChecks, *, sound: bool
+    ) -> Memory:
+        """That of `variant` as it lies in `folder`; nothing is known of one that is not `sound`.
+
+        Sound is a folder whose files are those that its build.json names by their digests.
+        """
+        if kept.root is None or not sound:
+            return Memory()
+        tensors = source_tensors(variant)
+        source = {
+            "tensors": _contents(kept.root, {n: (t.identity, t.spec) for n, t in tensors.items()}),
+            "config": _plain(variant.architecture.text_config),
+            "platform": [sys.platform, vector_instructions(), *gpus()],
+            "code": _code(type(checks)),
+        }
+        names = [variant.name, *(other.name for other in variant.companions)]
+        facts = {
+            "variant": variant.name,
+            "folders": [_folder(folder.parent / name) for name in names],
+            "quantized": {name: str(scheme) for name, scheme in _quantized(variant)},
+            "source": source,
+        }
+        return Memory(kept, facts, source)
+
+    def checks(
+        self,
+        name: str,
+        facts: Mapping[str, Any],
+        tables: Tables,
+        make: Callable[[], Check | list[Check]],
+    ) -> list[Check]:
+        """What `make` finds and adds to `tables`, or found under the same facts.
+
+        `facts` are what decides the figures of `name` beside the folder and its source: texts,
+        lengths, versions of libraries.
+        Only checks that passed are kept, with the row of the source that they are compared with.
+        """
+        if self.kept.root is None:
+            return _listed(make())
+        facts = {**self.facts, "check": name, **facts}
+        known = self.kept._found(facts, _Record)
+        if known is not None:
+            record, at = known
+            for row in record.perplexities:
+                if not (row.source and tables.has_source(row.library, row.source)):
+                    tables.perplexities.append(row)
+            tables.acceptances += record.acceptances
+            on = time.strftime("%Y-%m-%d", time.localtime(at))
+            return [replace(check, measured=on) for check in record.checks]
+        rows, drafts = len(tables.perplexities), len(tables.acceptances)
+        found = _listed(make())
+        added = tables.perplexities[rows:]
+        libraries = {row.library for row in added}
+        sources = [row for row in tables.perplexities if row.source and row.library in libraries]
+        missing = any(row.missing for row in sources)
+        if not missing and all(check.outcome is Outcome.PASSED for check in found):
+            own = [row for row in added if not row.source]
+            record = _Record(found, [*sources, *own], tables.acceptances[drafts:])
+            self.kept.keep(facts, record, time.time())
+        return found
+
+
+def _listed(found: Check | list[Check]) -> list[Check]:
+    return [found] if isinstance(found, Check) else found
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of packages, for facts; nothing is imported."""
+    return {package: library_version(package) for package in packages}
+
+
+def _quantized(variant: VariantPlan) -> list[tuple[str, Any]]:
+    both = (variant, *variant.companions)
+    return [
+        (f"{one.name} {module}", scheme)
+        for one in both
+        for module, scheme in one.conversion.quantized.items()
+    ]
+
+
+def _folder(folder: Path) -> str:
+    """The content of a folder as its build.json names it, without what only people read."""
+    record = read_build(folder)
+    files = record.get("files")
+    named = {name: item for name, item in files.items() if _decides(name)} if files else {}
+    others = [
+        f"{path.relative_to(folder)} {path.stat().st_size} {digest_bytes(path.read_bytes())}"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name != BUILD_NAME
+        and path.relative_to(folder).as_posix() not in (files or {})
+        and _decides(path.relative_to(folder).as_posix())
+    ]
+    return digest_texts([canonical_json(named), canonical_json(record.get("tensors")), *others])
+
+
+def _decides(name: str) -> bool:
+    """Whether a file of a folder can change what its model does."""
+    return not (name.endswith(".md") or name.startswith("serve/"))
+
+
+def _contents(root: Path, tensors: Mapping[str, tuple[str, Any]]) -> str:
+    """What the source's tensors hold: by their digests where a build has read them."""
+    known: dict[str, str] = {}
+    with contextlib.suppress(carnice_build.errors.CarniceError):
+        if (root / "records").is_dir():
+            records = Records(root / "records")
+            with contextlib.closing(records):
+                for identity, _ in tensors.values():
+                    known[identity] = records.source_digest(identity) or identity
+    return digest_texts(
+        f"{name} {spec.dtype} {list(spec.shape)} {known.get(identity, identity)}"
+        for name, (identity, spec) in sorted(tensors.items())
+    )
+
+
+def _plain(config: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(config, default=str))
+
+
+def _code(checks: type[Any]) -> str:
+    """The code that decides figures: ours, and that of a format which may be of another package."""
+    package = Path(carnice_build.errors.__file__).parent
+    files = [
+        path
+        for part in (*_CODE, "verification")
+        for path in sorted((package / part).rglob("*"))
+        if path.suffix in (".py", ".yaml")
+    ]
+    files.append(Path(inspect.getfile(checks)))
+    return digest_texts(digest_bytes(path.read_bytes()) for path in files)
