@@ -9,6 +9,7 @@ from rich.console import Console
 
 from carnice_build.execute.events import Started, Stepped
 from carnice_build.report import progress
+from carnice_build.verification.process import Step
 
 
 class Clock:
@@ -48,10 +49,12 @@ def test_a_check_that_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(progress, "_LINE_SECONDS", seconds)
         console = Console(file=file, width=80, force_terminal=file is terminal)
         with progress.CheckView(console) as view:
-            view.begin("int4[a]", "fidelity")
+            view.begin("int4[a]", "fidelity", 7, 24)
+            view.step(Step("names read", 12, 240))
             while file is plain and not seconds and not plain.getvalue():
                 pass
             view.end()
 
-    assert "int4[a]  fidelity ...\n" == plain.getvalue()
-    assert "int4[a]  fidelity ..." in terminal.getvalue()
+    assert "int4[a]  fidelity ... (7 of 24 checks done)\n" == plain.getvalue()
+    assert "int4[a]  fidelity ... (7 of 24 checks done)" in terminal.getvalue()
+    assert "12 of 240 names read" in terminal.getvalue()

@@ -87,7 +87,7 @@ def verify(
             console.print(check_lines(variant, check))
 
         settings = VerifySettings(run, text, samples, again=again)
-        result = verify_variants(variants, options, settings, listen, view.begin)
+        result = verify_variants(variants, options, settings, listen, view.begin, view.step)
     if as_json:
         print_json(verify_json(result))
     for table in verify_tables(result):

@@ -21,7 +21,7 @@ from carnice_build.verification.chat import check_chat
 from carnice_build.verification.digests import check_digests
 from carnice_build.verification.kept import Kept, Memory, versions
 from carnice_build.verification.perplexity import LENGTHS
-from carnice_build.verification.process import Workers
+from carnice_build.verification.process import Told, Workers
 from carnice_build.verification.result import Check, Outcome, skipped
 from carnice_build.verification.running import AcceptanceRow, PerplexityRow, RunSettings, Tables
 from carnice_build.verification.structure import check_structure
@@ -29,6 +29,10 @@ from carnice_build.verification.structure import check_structure
 DEMO = "demo"
 HELDOUT = Path(DEMO) / "heldout.txt"
 """The text that goes with the demo checkpoints, from the project's folder."""
+
+
+_OF_FILES = 4
+"""Checks that need no running model: digests, structure, chat and round trip."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,11 @@ class VerifyResult:
 
 
 Listener = Callable[[str, Check], None]
-Begins = Callable[[str, str], None]
-"""Hears of a variant and of a check of it that begins and may take long."""
+Begins = Callable[[str, str, int, int], None]
+"""Hears of a variant and of a check of it that begins and may take long.
+
+Behind them, how many checks of all variants are done, and how many there are.
+"""
 
 
 def verify_variants(
@@ -85,12 +92,14 @@ def verify_variants(
     options: Options | None = None,
     settings: VerifySettings | None = None,
     listen: Listener = lambda variant, check: None,
-    begins: Begins = lambda variant, check: None,
+    begins: Begins = lambda variant, check, done, total: None,
+    told: Told = lambda step: None,
 ) -> VerifyResult:
     """Check what `build_variants` left in `options.out`; raises only when there is nothing there.
 
     `listen` hears of every check as soon as it is made, and `begins` of those that may take long
-    before that; what was found is kept in the cache.
+    before that; `told` hears, from another thread, how far the one is that runs.
+    What was found is kept in the cache, and what is there and still holds is not measured again.
     """
     options = options or Options()
     settings = settings or VerifySettings()
@@ -98,7 +107,13 @@ def verify_variants(
     text = _text(plan, options, settings) if settings.run else None
     results: list[VariantResult] = []
     tables = Tables()
-    with Workers() as workers:
+    total = sum(map(_count, plan.variants))
+
+    def starts(variant: str, made: Sequence[Check], check: str) -> None:
+        done = sum(len(result.checks) for result in results) + len(made)
+        begins(variant, check, done, total)
+
+    with Workers(told) as workers:
         # All that is older counts for nothing where everything is to be measured again.
         kept = Kept(options.cache, time.time() if settings.again else 0.0)
         samples = settings.samples
@@ -107,7 +122,8 @@ def verify_variants(
             folder = options.out / variant.name
             checks: list[Check] = []
             stamp = folder_stamp(folder)
-            begin = partial(begins, variant.name)
+
+            begin = partial(starts, variant.name, checks)
             for check in _check(variant, folder, how, tables, begin, run=settings.run):
                 checks.append(check)
                 listen(variant.name, check)
@@ -131,6 +147,16 @@ def _text(plan: Plan, options: Options, settings: VerifySettings) -> Path | None
     return default if demo and default.is_file() else None
 
 
+def _count(variant: VariantPlan) -> int:
+    """How many checks are made of a variant."""
+    # Numpy is needed from here on.
+    from carnice_build.verification.runners import RUNNERS
+
+    with failures_blamed(variant.format):
+        checks = variant.format.checks()
+    return _OF_FILES + len(RUNNERS[checks.library].names)
+
+
 def _check(
     variant: VariantPlan,
     path: Path,
@@ -144,7 +170,6 @@ def _check(
 
     `begin` hears of those that may take long.
     """
-    # Numpy is needed from here on.
     from carnice_build.verification import roundtrip
     from carnice_build.verification.runners import RUNNERS
 

@@ -23,6 +23,7 @@ from rich.progress import (
 
 from carnice_build.execute.events import Advanced, Event, Notice, Packaged, Started, Stepped
 from carnice_build.units import format_size, plural
+from carnice_build.verification.process import Step
 
 _LINE_SECONDS = 5.0
 
@@ -172,6 +173,7 @@ class CheckView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress: Progress | None = None
+        self._text = ""
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Self:
@@ -180,9 +182,9 @@ class CheckView:
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def begin(self, variant: str, check: str) -> None:
-        """A check begins."""
-        text = f"{variant}  {check} ..."
+    def begin(self, variant: str, check: str, done: int, total: int) -> None:
+        """A check begins, before which so many of all were `done`."""
+        text = f"{variant}  {check} ... ({done} of {total} checks done)"
         if not self._console.is_terminal:
             self._timer = threading.Timer(_LINE_SECONDS, self._say, [text])
             self._timer.daemon = True
@@ -190,8 +192,16 @@ class CheckView:
             return
         columns = TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         self._progress = Progress(SpinnerColumn(), *columns, console=self._console, transient=True)
+        self._text = text
         self._progress.add_task(text, total=None)
         self._progress.start()
+
+    def step(self, step: Step) -> None:
+        """Of the check that runs, so much is done; said on a terminal alone."""
+        progress = self._progress
+        if progress is not None:
+            text = f"{self._text}  {step.done} of {step.total} {step.what}"
+            progress.update(progress.task_ids[0], description=text)
 
     def end(self) -> None:
         """The check that runs, if there is one, is done."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.errors import CheckpointError
@@ -24,6 +25,7 @@ from carnice_build.verification.copying import (
     tasks,
     written,
 )
+from carnice_build.verification.kept import NOT_KEPT, KeptSource
 from carnice_build.verification.process import tell
 from carnice_build.verification.result import Check, Outcome, judged
 from carnice_build.verification.running import SOURCE
@@ -120,6 +122,7 @@ def measure(
     answered: int = ANSWERED,
     read: int = READ,
     seed: int = SEED,
+    kept: KeptSource = NOT_KEPT,
 ) -> dict[str, Fidelity]:
     """The fidelity of each model, the first of which the others are compared with.
 
@@ -127,12 +130,23 @@ def measure(
     `models` are `ModelSource`s of one vocabulary, `arithmetic` an `Arithmetic` and `tokenizer`
     one of transformers, a fast one with a chat template; runs where torch is loaded, with one model
     in memory at a time.
+    What the source did is `kept`.
     CheckpointError when the template does not take chats or calls of tools.
     """
     rendered = _rendered(tokenizer, max(answered, read), seed)
     questions = [_Question.of(task, tokenizer) for task in rendered]
+    facts = {
+        "fidelity": [question.facts for question in questions],
+        "answered": answered,
+        "read": read,
+        **asdict(arithmetic),
+    }
+
+    def ask(source: Any) -> Found:
+        return _found(source, questions[:answered], questions[:read], tokenizer, arithmetic)
+
     found = {
-        name: _found(source, questions[:answered], questions[:read], tokenizer, arithmetic)
+        name: kept.measured(name, facts, Found, partial(ask, source))
         for name, source in models.items()
     }
     reference = next(iter(found.values()))
@@ -227,6 +241,12 @@ class _Question:
     whole: Sequence[int]
     names: range
     ends: frozenset[int]
+
+    @property
+    def facts(self) -> list[Any]:
+        """All that decides what a model makes of it, JSON-ready."""
+        places = [self.names.start, self.names.stop]
+        return [self.task.task.name, list(self.prompt), list(self.whole), places, sorted(self.ends)]
 
     @classmethod
     def of(cls, task: Rendered, tokenizer: Any) -> _Question:

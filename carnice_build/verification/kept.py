@@ -22,12 +22,14 @@ import carnice_build.errors
 from carnice_build.formats.checks import FormatChecks
 from carnice_build.formats.folder import BUILD_NAME, read_build
 from carnice_build.keys import canonical_json, library_version
+from carnice_build.models.base import Part
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.processor import gpus, vector_instructions
 from carnice_build.store.digests import digest_bytes, digest_texts
 from carnice_build.store.files import write_atomically
 from carnice_build.store.history import measured_path, read_measured, write_measured
 from carnice_build.store.records import Records
+from carnice_build.tensors import SourceTensor
 from carnice_build.verification.result import Check, Outcome
 from carnice_build.verification.running import AcceptanceRow, PerplexityRow, Tables
 from carnice_build.verification.sources import source_tensors
@@ -38,6 +40,10 @@ _CODE = ("backends", "calibration", "chat", "checkpoint", "formats", "kernels", 
 """The parts of the package, beside `verification`, whose code decides figures."""
 
 _DIGEST_LENGTH = 64
+
+
+Key = Mapping[str, Any]
+"""Facts, JSON-ready: all that can change a figure."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,31 @@ def _key(facts: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class KeptSource:
+    """What is kept of a source for all that is made from it; nothing where that is not known.
+
+    `facts` name its content and what computes; `model` is its name among those that are compared.
+    """
+
+    kept: Kept = Kept()
+    facts: Key = field(default_factory=dict)
+    model: str = ""
+
+    def measured(self, model: str, facts: Key, kind: type[T], measure: Callable[[], T]) -> T:
+        """What `measure` gives of `model`, or gave of the source under the same `facts`."""
+        if model != self.model:
+            return measure()
+        return self.kept.measured({**self.facts, **facts}, kind, measure)[0]
+
+    def states(self, facts: Key, width: int, make: Callable[[], Any]) -> Any:
+        """As `Kept.states`, of the source."""
+        return self.kept.states({**self.facts, **facts}, width, make)
+
+
+NOT_KEPT = KeptSource()
+
+
+@dataclass(frozen=True)
 class _Record:
     """Checks that passed, and the rows of tables that go with them."""
 
@@ -138,11 +169,12 @@ class Memory:
         if kept.root is None or not sound:
             return Memory()
         tensors = source_tensors(variant)
+        run = {name: tensor for name, tensor in tensors.items() if _runs(variant, name)}
         source = {
-            "tensors": _contents(kept.root, {n: (t.identity, t.spec) for n, t in tensors.items()}),
+            "tensors": _contents(kept.root, run),
             "config": _plain(variant.architecture.text_config),
             "platform": [sys.platform, vector_instructions(), *gpus()],
-            "code": _code(type(checks)),
+            "code": _code(),
         }
         names = [variant.name, *(other.name for other in variant.companions)]
         facts = {
@@ -150,8 +182,20 @@ class Memory:
             "folders": [_folder(folder.parent / name) for name in names],
             "quantized": {name: str(scheme) for name, scheme in _quantized(variant)},
             "source": source,
+            "tensors": _contents(kept.root, tensors),
+            # That of another package, maybe.
+            "format": digest_bytes(Path(inspect.getfile(type(checks))).read_bytes()),
         }
         return Memory(kept, facts, source)
+
+    def of_source(self, model: str, **facts: Any) -> KeptSource:
+        """For a worker: what is kept of the source, which is called `model` there.
+
+        `facts` are what else decides all of its figures, as versions of libraries.
+        """
+        if self.kept.root is None:
+            return NOT_KEPT
+        return KeptSource(self.kept, {**self.source, **facts}, model)
 
     def checks(
         self,
@@ -230,18 +274,26 @@ def _decides(name: str) -> bool:
     return not (name.endswith(".md") or name.startswith("serve/"))
 
 
-def _contents(root: Path, tensors: Mapping[str, tuple[str, Any]]) -> str:
+def _runs(variant: VariantPlan, name: str) -> bool:
+    """Whether a source's tensor is of the model that writes text, without drafts and images."""
+    fact = variant.architecture.tensors.get(name)
+    return fact is None or fact.part not in (Part.MTP, Part.TOWER)
+
+
+def _contents(root: Path, tensors: Mapping[str, SourceTensor]) -> str:
     """What the source's tensors hold: by their digests where a build has read them."""
     known: dict[str, str] = {}
     with contextlib.suppress(carnice_build.errors.CarniceError):
         if (root / "records").is_dir():
             records = Records(root / "records")
             with contextlib.closing(records):
-                for identity, _ in tensors.values():
-                    known[identity] = records.source_digest(identity) or identity
+                for tensor in tensors.values():
+                    found = records.source_digest(tensor.identity)
+                    known[tensor.identity] = found or tensor.identity
     return digest_texts(
-        f"{name} {spec.dtype} {list(spec.shape)} {known.get(identity, identity)}"
-        for name, (identity, spec) in sorted(tensors.items())
+        f"{name} {tensor.spec.dtype} {list(tensor.spec.shape)} "
+        f"{known.get(tensor.identity, tensor.identity)}"
+        for name, tensor in sorted(tensors.items())
     )
 
 
@@ -249,8 +301,8 @@ def _plain(config: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(config, default=str))
 
 
-def _code(checks: type[Any]) -> str:
-    """The code that decides figures: ours, and that of a format which may be of another package."""
+def _code() -> str:
+    """Our code that decides figures."""
     package = Path(carnice_build.errors.__file__).parent
     files = [
         path
@@ -258,5 +310,4 @@ def _code(checks: type[Any]) -> str:
         for path in sorted((package / part).rglob("*"))
         if path.suffix in (".py", ".yaml")
     ]
-    files.append(Path(inspect.getfile(checks)))
     return digest_texts(digest_bytes(path.read_bytes()) for path in files)

@@ -56,7 +56,11 @@ def measure(
     rows, samples = mx.array(sequences), len(sequences)
     losses: dict[str, list[Any]] = {name: [] for name in models}
     divergences: dict[str, list[Any]] = {name: [] for name in models}
-    first, batch = 0, 1
+    # Nothing is computed for a shape.
+    vocabulary = next(iter(models.values()))(rows[:1, :1]).shape[-1]
+    # The recurrent layers take a step a token, however many sequences take it together.
+    batch = max(1, LOGITS_BYTES // (4 * length * vocabulary))
+    first = 0
     while first < samples:
         inputs, targets = rows[first : first + batch, :-1], rows[first : first + batch, 1:]
         reference = None
@@ -71,8 +75,6 @@ def measure(
             divergences[name].append(divergence.flatten())
         first += len(inputs)
         tell(f"sequences of {length}", first, samples)
-        # The recurrent layers take a step a token, however many sequences take it together.
-        batch = max(1, LOGITS_BYTES // (4 * length * logits.shape[-1]))
     one, *others = [
         _figures(length, samples, mx.concatenate(losses[name]), mx.concatenate(divergences[name]))
         for name in models

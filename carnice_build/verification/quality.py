@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from carnice_build.calibration.text_model import (
     together,
 )
 from carnice_build.verification.generate import PROMPT, TOKENS, Generation
+from carnice_build.verification.kept import NOT_KEPT, KeptSource
 from carnice_build.verification.process import tell
 
 BATCH_TOKENS = 1024
@@ -54,16 +55,25 @@ class Quality:
 
 
 def measure(
-    models: Mapping[str, ModelSource], sequences: Sequence[Tensor], arithmetic: Arithmetic
+    models: Mapping[str, ModelSource],
+    sequences: Sequence[Tensor],
+    arithmetic: Arithmetic,
+    kept: KeptSource = NOT_KEPT,
 ) -> dict[str, Quality]:
     """The quality of each model on `sequences`, int64 [length]; the first one is the reference.
 
     All models have one vocabulary.
+    What the source's last layer gives is `kept`.
     In memory at a time: one layer of one model, the norms and heads of all, and for each model
     the hidden states of all sequences.
     """
     opened = {name: OpenModel(source, arithmetic) for name, source in models.items()}
-    hidden = {name: last_hidden(model, sequences) for name, model in opened.items()}
+    hidden = {
+        name: _kept_hidden(kept, model, sequences)
+        if name == kept.model
+        else last_hidden(model, sequences)
+        for name, model in opened.items()
+    }
     endings = {name: model.ending() for name, model in opened.items()}
     vocabulary = next(iter(opened.values())).vocabulary
     figures: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
@@ -100,6 +110,19 @@ def generate(source: ModelSource, tokenizer: Any, arithmetic: Arithmetic) -> Gen
 def _log_probabilities(ending: Ending, hidden: Tensor) -> Tensor:
     """Float32 [length, vocabulary] from the last layer's outputs [1, length, hidden]."""
     return ending.scores(ending.states(hidden))[0].float().log_softmax(dim=-1)
+
+
+def _kept_hidden(kept: KeptSource, model: OpenModel, sequences: Sequence[Tensor]) -> list[Tensor]:
+    """As `last_hidden`, of the source."""
+    facts = {"states": [row.tolist() for row in sequences], **asdict(model.arithmetic)}
+    width = model.architecture.text_config["hidden_size"]
+
+    def make() -> Any:
+        return torch.cat(last_hidden(model, sequences), dim=1)[0].cpu().numpy()
+
+    rows = torch.from_numpy(kept.states(facts, width, make))
+    found = torch.split(rows, [len(row) for row in sequences])
+    return [model.arithmetic.place(states)[None] for states in found]
 
 
 def last_hidden(model: OpenModel, sequences: Sequence[Tensor]) -> list[Tensor]:

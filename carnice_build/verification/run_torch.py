@@ -19,7 +19,7 @@ from carnice_build.models import architecture_of
 from carnice_build.models.base import Part
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.verification import acceptance, fidelity, generate, perplexity, torch_worker
-from carnice_build.verification.kept import versions
+from carnice_build.verification.kept import KeptSource, versions
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.process import Worker, installed
 from carnice_build.verification.result import Check, judged, skipped
@@ -35,6 +35,9 @@ from carnice_build.verification.sources import source_tensors
 from carnice_build.verification.torch_worker import StoredModel
 
 NAMES = (generate.NAME, perplexity.NAME, acceptance.NAME, fidelity.NAME)
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "numba", "jinja2")
+"""Those whose versions decide figures."""
 
 _FLOAT32 = 4
 
@@ -54,7 +57,7 @@ def run_torch(
         return
     worker = settings.workers.of("torch")
     run = _Run(checks, variant, folder, settings, tables, worker)
-    libraries = versions("torch", "transformers", "tokenizers", "numpy", "numba", "jinja2")
+    libraries = versions(*_LIBRARIES)
     of_text, of_run = settings.of_text | libraries, settings.of_run | libraries
     checks_in_order: tuple[tuple[Callable[[], Check], dict[str, object]], ...] = (
         (run.generate, {"threads": settings.threads, **libraries}),
@@ -106,6 +109,7 @@ class _Run:
             self.settings.lengths,
             self.settings.samples,
             self.settings.threads,
+            self._kept(),
         )
         self._add_rows(found)
         *_, served = found.values()
@@ -147,8 +151,12 @@ class _Run:
             self.folder,
             self.settings.samples,
             self.settings.threads,
+            self._kept(),
         )
         return fidelity.judge_fidelity(found)
+
+    def _kept(self) -> KeptSource:
+        return self.settings.memory.of_source(SOURCE, **versions(*_LIBRARIES))
 
     def _dequantized(self) -> StoredModel:
         folder = open_folder(self.folder)

@@ -25,6 +25,7 @@ from carnice_build.tensors import STACK, SourceTensor, numbered
 from carnice_build.verification import fidelity
 from carnice_build.verification.fidelity import Fidelity
 from carnice_build.verification.generate import Generation
+from carnice_build.verification.kept import KeptSource
 from carnice_build.verification.perplexity import SAMPLES_ON_CPU, Perplexity, cut
 from carnice_build.verification.running import Drafts
 
@@ -109,6 +110,7 @@ def measure_perplexities(
     lengths: Sequence[int],
     samples: int | None,
     threads: int,
+    kept: KeptSource,
 ) -> dict[str, list[Perplexity]]:
     """Perplexity of each model, and KL against the first, at each length that the text has."""
     import torch
@@ -124,7 +126,7 @@ def measure_perplexities(
         if not sequences:
             continue
         rows = [torch.tensor(row) for row in sequences]
-        for name, item in measure(sources, rows, arithmetic).items():
+        for name, item in measure(sources, rows, arithmetic, kept).items():
             found[name].append(Perplexity(length, len(rows), item.perplexity, item.error, item.kl))
     return found
 
@@ -188,7 +190,11 @@ def prompts_of(tokenizer: Path, text: Path, count: int) -> list[list[int]]:
 
 
 def measure_fidelity(
-    models: Mapping[str, StoredModel], tokenizer: Path, samples: int | None, threads: int
+    models: Mapping[str, StoredModel],
+    tokenizer: Path,
+    samples: int | None,
+    threads: int,
+    kept: KeptSource,
 ) -> dict[str, Fidelity]:
     """How each model copies rare names, against the first; fewer names with fewer `samples`."""
     from transformers import AutoTokenizer
@@ -202,6 +208,7 @@ def measure_fidelity(
         _arithmetic(next(iter(models.values())).architecture, threads),
         answered=max(2, round(share * fidelity.ANSWERED)),
         read=max(2, round(share * fidelity.READ)),
+        kept=kept,
     )
 
 
