@@ -416,6 +416,7 @@ def test_the_model_runs_and_is_measured(running: Project) -> None:
         assert exact.mean != near.mean
         assert exact.mean == pytest.approx(near.mean, rel=0.02)
         assert exact.error > 0
+        assert exact.kl == 0 and near.kl is not None and 0 < near.kl < 0.1
 
 
 def test_logits_that_are_not_finite_fail(running: Project) -> None:

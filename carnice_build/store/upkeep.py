@@ -86,9 +86,10 @@ def collect(
 ) -> Collected:
     """Remove what no build folder needs, oldest first; statistics of calibrations stay.
 
-    With `max_age` (seconds since it was written) only what is older goes, and answers that no plan
-    has asked for since; with `max_bytes` only as much as brings the cache down to that size; with
-    neither, all of it but the answers, for plans of the folders that stay ask for them.
+    With `max_age` (seconds since it was written) only what is older goes, figures of verifications
+    too, and answers that no plan has asked for since; with `max_bytes` only as much as brings the
+    cache down to that size; with neither, all of it but figures and answers, for plans of the
+    folders that stay ask for them.
     Raises StoreError while a build is running.
     """
     with store.alone():
@@ -100,7 +101,7 @@ def collect(
         ]
         if max_age is not None:
             oldest = time.time() - max_age
-            candidates += _answers(store)
+            candidates += _answers(store) + _files(store.root / "measured")
             candidates = [path for path in candidates if path.stat().st_mtime < oldest]
         candidates.sort(key=lambda path: path.stat().st_mtime)
         excess = None if max_bytes is None else _total(store) - max_bytes
