@@ -1,0 +1,50 @@
+"""The process in which models run tells how far it is, and may die."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from carnice_build.errors import BackendError
+from carnice_build.verification.process import Step, Worker, Workers, tell
+
+
+def test_steps_come_out_of_the_process_and_no_thread_stays() -> None:
+    """In their order, all of them before the block ends."""
+    heard: list[Step] = []
+    threads = set(threading.enumerate())
+    with Worker(heard.append) as worker:
+        for done in range(3):
+            worker.call(tell, "names read", done + 1, 3)
+
+    assert [Step("names read", done, 3) for done in (1, 2, 3)] == heard
+    assert threads == set(threading.enumerate())
+
+
+def test_a_process_that_died_is_followed_by_another() -> None:
+    """Its call is an error, the next one runs."""
+    with Worker() as worker:
+        first = worker.call(os.getpid)
+        with pytest.raises(BackendError, match="died"):
+            worker.call(os._exit, 1)
+
+        assert first != worker.call(os.getpid)
+
+
+def test_a_library_keeps_its_process_until_another_is_asked_for() -> None:
+    """So it is imported once for all variants, and no two hold memory."""
+    with Workers() as workers:
+        torch = [workers.of("torch").call(os.getpid) for _ in range(2)]
+        mlx = workers.of("mlx_lm").call(os.getpid)
+        with pytest.raises(ProcessLookupError):
+            os.kill(torch[0], 0)
+
+    assert 1 == len(set(torch))
+    assert mlx not in torch
+
+
+def test_whoever_is_no_worker_tells_nobody() -> None:
+    """What runs in a worker can be called anywhere."""
+    tell("layers", 1, 8)
