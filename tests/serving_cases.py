@@ -37,7 +37,7 @@ INT4 = replace(
     NVFP4,
     repo="owner/Carnice-V2-27B-INT4-BF16-MTP",
     variant="int4",
-    quantization="auto_round",
+    quantization="inc",
     profiles=AutoRoundFormat.serving().profiles,
     tool_call_parser="hermes",
     text_only=False,

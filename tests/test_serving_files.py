@@ -130,13 +130,13 @@ def test_a_script_says_why_above_the_command() -> None:
 def test_a_hostile_value_stays_one_argument(tmp_path: Path) -> None:
     """Quotes, dollars and backticks of a recipe reach the engine as they are, also by compose."""
     value = """a'b"c $HOME `id` \\ ${X}"""
-    change = {"flags": {"dtype": value}, "env": {"TEXT": value}}
+    change = {"flags": {"response-role": value}, "env": {"TEXT": value}}
     files = serve_files(spec_of("nvfp4-vllm", production=change), NVFP4)
     script = written(files, tmp_path) / "production.sh"
     arguments, _, environment = run_script(script, "vllm", tmp_path)
     service = yaml.safe_load(files["serve/compose.yaml"])["services"]["production"]
 
-    assert value == arguments[arguments.index("--dtype") + 1]
+    assert value == arguments[arguments.index("--response-role") + 1]
     assert value == environment["TEXT"]
     assert value.replace("$", "$$") in service["command"]
     assert value.replace("$", "$$") == service["environment"]["TEXT"]

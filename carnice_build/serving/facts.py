@@ -14,7 +14,7 @@ class ServingFacts:
     """Facts of one packaged folder.
 
     `repo` is where it is published, as owner/name; `quantization` is the engine's name for its
-    format (`modelopt`, `compressed-tensors`, `auto_round`, `inc`), `profiles` are its launches;
+    format (`modelopt`, `compressed-tensors`, `inc`), `profiles` are its launches;
     the parsers are those that read what the packaged chat template makes the model write, None
     where it has no such form;
     `text_only` says that the model has a vision tower which the folder lacks;
