@@ -21,7 +21,7 @@ VLLM = load_engine("vllm")
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_option_of_an_engine_is_the_parser_s(engine: str) -> None:
-    """What a recipe may set or cannot, and what rules look at, is in the table; what went is not."""
+    """What a recipe may set or not, and what rules look at, is in the table; what went is not."""
     data = load_engine(engine)
     settings = [key.partition(".")[0] for rule in data.rules for key in rule.when]
     named = {*data.options, *data.reserved, *data.own_choices}

@@ -11,6 +11,7 @@ from carnice_build.chat.tool_format import tool_format
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import Conversion, Format
 from carnice_build.models.base import Architecture, Part
+from carnice_build.planning.sharding import sharding_of
 from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
@@ -47,6 +48,7 @@ def plan_serving(
         weights_bytes=weights_bytes,
         kv=architecture.kv_geometry,
         max_positions=architecture.max_positions,
+        sharding=sharding_of(architecture, conversion),
     )
     _check_sections(recipe, facts)
     return facts

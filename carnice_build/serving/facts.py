@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from carnice_build.models.base import KvGeometry
 from carnice_build.serving.profile import ServingProfile
+from carnice_build.serving.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class ServingFacts:
     the parsers are those that read what the packaged chat template makes the model write, None
     where it has no such form;
     `text_only` says that the model has a vision tower which the folder lacks;
-    `weights_bytes` counts all shards; `max_positions` is the longest context in tokens.
+    `weights_bytes` counts all shards; `max_positions` is the longest context in tokens;
+    `sharding` is what several cards share.
     """
 
     repo: str
@@ -32,3 +34,4 @@ class ServingFacts:
     weights_bytes: int
     kv: KvGeometry
     max_positions: int
+    sharding: Sharding
