@@ -48,6 +48,8 @@ NVFP4 = ServingFacts(
     kv=KvGeometry(16, 4, 256, draft_layers=1),
     max_positions=262_144,
     sharding=CARNICE,
+    packaged_sampling={"temperature": 1.0, "top_p": 0.95, "top_k": 20},
+    stated_sampling={},
 )
 INT4 = replace(
     NVFP4,

@@ -20,7 +20,9 @@ class ServingFacts:
     where it has no such form;
     `text_only` says that the model has a vision tower which the folder lacks;
     `weights_bytes` counts all shards; `max_positions` is the longest context in tokens;
-    `sharding` is what several cards share.
+    `sharding` is what several cards share;
+    `packaged_sampling` is what its generation_config.json says of sampling, as vLLM reads it, and
+    `stated_sampling` what the recipe says, which is none where it says nothing.
     """
 
     repo: str
@@ -35,3 +37,5 @@ class ServingFacts:
     kv: KvGeometry
     max_positions: int
     sharding: Sharding
+    packaged_sampling: Mapping[str, int | float]
+    stated_sampling: Mapping[str, int | float]

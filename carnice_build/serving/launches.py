@@ -34,6 +34,13 @@ _UNCHANGED = LaunchChange.model_validate({})
 _ALLOWED = "one that `carnice_build/serving/data/engines.yaml` lists"
 
 
+OVERRIDE = "override-generation-config"
+"""The option that says how to sample, over what `SOURCE` gives."""
+
+SOURCE = "generation-config"
+"""The option that says where sampling comes from, left out for the folder's own file."""
+
+
 @dataclass(frozen=True)
 class Option:
     """An option as it is written; `True` stands for one without a value."""
@@ -125,6 +132,7 @@ def _launch(
         at = ("launches", name, "flags", flag)
         _check_option(flag, value, engine, facts, at)
         _change(flags, flag, value)
+    _state_sampling(flags, change.flags, facts)
     for flag, option in flags.items():
         at = ("launches", name, *(("flags", flag) if flag in change.flags else ()))
         _check_value(flag, option.value, engine, at)
@@ -200,6 +208,21 @@ def _change(flags: dict[str, Option], flag: str, value: FlagValue) -> None:
         reason += f"; the profile has {old.text or 'it without a value'}"
         reason += f": {old.reason}" if old.reason else ""
     flags[flag] = Option(value, reason, load_bearing=False)
+
+
+def _state_sampling(
+    flags: dict[str, Option], changes: Mapping[str, FlagValue], facts: ServingFacts
+) -> None:
+    """Set what the card states of sampling and the folder's own file does not."""
+    source = flags.get(SOURCE)
+    own = facts.packaged_sampling if source is None or source.value == "auto" else {}
+    missing: dict[str, Scalar | list[Scalar]] = {
+        name: item for name, item in facts.stated_sampling.items() if own.get(name) != item
+    }
+    if not missing or OVERRIDE in changes:
+        return
+    reason = "what the recipe says of sampling, and the folder's generation_config.json does not"
+    flags[OVERRIDE] = Option(missing, reason, load_bearing=False)
 
 
 def _hardware(given: Hardware | None, change: HardwareChange) -> Hardware | None:
