@@ -317,6 +317,18 @@ def test_drafts_need_a_head() -> None:
         assert "speculative-config" not in launch.flags
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_launch_uses_the_head_that_is_packaged(profile: str) -> None:
+    """With an MTP head in the folder each launch of each profile drafts, and without one none."""
+    for has_mtp in (True, False):
+        facts = replace(FACTS[profile], has_mtp=has_mtp)
+
+        assert {has_mtp} == {
+            "speculative-config" in launch.flags
+            for launch in plan_launches(spec_of(profile), facts)
+        }
+
+
 def test_a_folder_with_its_vision_tower_is_served_with_it() -> None:
     """--language-model-only is there for text-only folders alone, and needed there."""
     launch = launch_of(spec_of("nvfp4-vllm"), "production", NVFP4)

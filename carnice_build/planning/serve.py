@@ -52,7 +52,7 @@ def plan_serving(
         sharding=sharding_of(architecture, conversion),
         # vLLM does not look whether the file asks for sampling at all.
         packaged_sampling=sampling({**generation_entries(files), "do_sample": True}),
-        stated_sampling={**(recipe.card.sampling or {})},
+        stated_sampling={str(name): item for name, item in (recipe.card.sampling or {}).items()},
     )
     _check_sections(recipe, facts)
     return facts
