@@ -21,6 +21,7 @@ def readme(launches: Sequence[Launch], facts: ServingFacts, place: Place) -> str
         launches=launches,
         by_name={launch.name: launch for launch in launches},
         profile=launches[0].profile,
+        release=launches[0].engine.release,
         facts=facts,
         place=place,
         drafts=any("speculative-config" in launch.flags for launch in launches),
