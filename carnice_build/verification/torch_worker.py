@@ -165,6 +165,7 @@ def count_drafts(
     """
     import torch
 
+    from carnice_build.calibration.decoding import Prompt
     from carnice_build.calibration.text_model import OpenModel, ResidentModel
     from carnice_build.verification.drafting import acceptance
 
@@ -172,7 +173,7 @@ def count_drafts(
     # First, for a head that nobody has code for is refused.
     drafters = [OpenModel(source, arithmetic).draft_head() for source in sources]
     target = ResidentModel(OpenModel(sources[0], arithmetic))
-    texts = [target.continue_greedily(torch.tensor(prompt), NEW_TOKENS) for prompt in prompts]
+    texts = target.continue_all([Prompt(torch.tensor(row), NEW_TOKENS) for row in prompts])
     return [
         {number: acceptance(drafter, target, texts, number) for number in numbers}
         for drafter in drafters
