@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 16384
 """Of all prompts of a batch, padding included; what attention needs grows with it."""
 
 _TOLERANCE = 1e-3
