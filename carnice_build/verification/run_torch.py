@@ -39,7 +39,7 @@ from carnice_build.verification.running import (
     Tables,
     too_large,
 )
-from carnice_build.verification.sources import source_tensors
+from carnice_build.verification.sources import local_source
 from carnice_build.verification.torch_worker import StoredModel
 
 NAMES = (generate.NAME, perplexity.NAME, acceptance.NAME, fidelity.NAME, calls.NAME)
@@ -187,10 +187,10 @@ class _Run:
 
     def _models(self) -> dict[str, StoredModel]:
         """What is compared, by the name of its row, the source first if it is here."""
-        name, models = self.variant.name, {}
-        tensors = source_tensors(self.variant)
-        if all(tensor.file and tensor.file.local for tensor in tensors.values()):
-            models[SOURCE] = StoredModel(self.variant.architecture, tensors)
+        name = self.variant.name
+        models: dict[str, StoredModel] = {}
+        if source := local_source(self.variant):
+            models[SOURCE] = source
         models[name] = self._dequantized()
         if self.checks.activations:
             models[f"{name}, {self.checks.activations}"] = self._served()
