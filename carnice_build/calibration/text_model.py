@@ -306,6 +306,7 @@ class ResidentModel:
 
     def __init__(self, model: OpenModel) -> None:
         """Load everything that a pass through `model` needs."""
+        torch.set_num_threads(model.arithmetic.threads)
         whole, self._transforming = model.whole()
         self._config = whole.config
         self._body = whole.base_model
