@@ -257,20 +257,32 @@ def _found(
 
     model = ResidentModel(OpenModel(source, arithmetic))
     return Found(
-        [_answer(model, question, tokenizer) for question in answered],
+        _answers(model, answered, tokenizer),
         [_reading(model, question) for question in read],
     )
 
 
-def _answer(model: Any, question: _Question, tokenizer: Any) -> Answer:
+def _answers(model: Any, questions: Sequence[_Question], tokenizer: Any) -> list[Answer]:
     import torch
 
-    room = len(question.whole) - len(question.prompt) + _MORE_TOKENS
-    said = model.continue_greedily(torch.tensor(question.prompt), room, question.ends)
-    text = tokenizer.decode(said.tokens[said.prompt :], skip_special_tokens=True)
-    name = question.task.task.name
-    word = written(text, name)
-    return Answer(judge(text, name), word, len(name) if word is None else edits(word, name))
+    from carnice_build.calibration.decoding import Prompt
+
+    prompts = [
+        Prompt(
+            torch.tensor(question.prompt),
+            len(question.whole) - len(question.prompt) + _MORE_TOKENS,
+            question.ends,
+        )
+        for question in questions
+    ]
+    answers = []
+    for question, said in zip(questions, model.continue_all(prompts), strict=True):
+        text = tokenizer.decode(said.tokens[said.prompt :], skip_special_tokens=True)
+        name = question.task.task.name
+        word = written(text, name)
+        distance = len(name) if word is None else edits(word, name)
+        answers.append(Answer(judge(text, name), word, distance))
+    return answers
 
 
 def _reading(model: Any, question: _Question) -> Reading:
