@@ -19,6 +19,21 @@ from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import Launch
 from carnice_build.serving.memory import GIB
 from carnice_build.serving.rules import plan_launches
+from carnice_build.serving.sharding import Sharding, Split
+
+CARNICE = Sharding(
+    64,
+    (
+        Split("attention heads", 24),
+        Split("key heads of linear attention", 16),
+        Split("value heads of linear attention", 48),
+        Split("KV heads", 4, repeated=True),
+        Split("rows of the padded vocabulary", 248320),
+        Split("inputs of mlp.down_proj", 17408, 16),
+        Split("attention heads of the vision tower", 16, tower=True),
+    ),
+)
+"""Of the 27B, in groups as NVFP4 has them."""
 
 NVFP4 = ServingFacts(
     repo="owner/Carnice-V2-27b-NVFP4-TEXT-MTP",
@@ -32,12 +47,15 @@ NVFP4 = ServingFacts(
     weights_bytes=19_640_000_000,
     kv=KvGeometry(16, 4, 256, draft_layers=1),
     max_positions=262_144,
+    sharding=CARNICE,
+    packaged_sampling={"temperature": 1.0, "top_p": 0.95, "top_k": 20},
+    stated_sampling={},
 )
 INT4 = replace(
     NVFP4,
     repo="owner/Carnice-V2-27B-INT4-BF16-MTP",
     variant="int4",
-    quantization="auto_round",
+    quantization="inc",
     profiles=AutoRoundFormat.serving().profiles,
     tool_call_parser="hermes",
     text_only=False,

@@ -209,7 +209,7 @@ def test_checks_that_begin_are_counted(project: Project) -> None:
         ["mlx-4bit"], project.options(), VerifySettings(run=False), begins=begins
     )
 
-    assert [("digests", 0, 6), ("round trip", 3, 6)] == heard
+    assert [("digests", 0, 7), ("round trip", 3, 7)] == heard
 
 
 def test_records_lie_under_digests(tmp_path: Path) -> None:

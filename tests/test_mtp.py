@@ -17,8 +17,9 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
     Qwen3_5TextRotaryEmbedding,
 )
 
+from carnice_build.calibration.decoding import Continuation
 from carnice_build.calibration.driver import Arithmetic
-from carnice_build.calibration.text_model import Continuation, ModelSource, OpenModel, ResidentModel
+from carnice_build.calibration.text_model import ModelSource, OpenModel, ResidentModel
 from carnice_build.verification.drafting import (
     DraftHead,
     acceptance,

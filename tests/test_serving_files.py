@@ -66,34 +66,56 @@ def test_a_script_runs_its_launch(profile: str, name: str, tmp_path: Path) -> No
     assert {key: item.value for key, item in launch.env.items()}.items() <= environment.items()
 
 
+class Served:
+    """Scripts of a folder, run from elsewhere with a stand-in for their engine."""
+
+    def __init__(self, profile: str, model: Path, beside: Path) -> None:
+        facts, spec = FACTS[profile], spec_of(profile)
+        launch = plan_launches(spec, facts)[0]
+        self.place = Place(f"serve/{profile}")
+        self.script = model / self.place.folder / f"{launch.name}.sh"
+        self.elsewhere = beside / "some where" / "else"
+        self.elsewhere.mkdir(parents=True)
+        written(serve_files(spec, facts, self.place), model)
+        subprocess.run(["bash", "-n", str(self.script)], check=True)
+        programs = beside / "bin"
+        programs.mkdir()
+        program = programs / launch.engine.command[0]
+        program.write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
+        program.chmod(0o755)
+        self._environment = {
+            "PATH": f"{programs}:{self.script.parent}:{os.environ['PATH']}",
+            "CDPATH": str(beside),
+        }
+
+    def run(self, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+        """The command as it was called in a folder."""
+        return subprocess.run(
+            [*command, "--more"],
+            cwd=folder,
+            env=self._environment,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+
+    def __call__(self, folder: Path, *command: str) -> str:
+        """The model that the engine is given."""
+        run = self.run(folder, *command)
+        assert 0 == run.returncode, run.stderr
+        arguments = run.stdout.split("\0")[:-1]
+        assert "--more" == arguments[-1]
+        where = arguments.index("--model") + 1 if "--model" in arguments else 1
+        return arguments[where]
+
+
 @pytest.mark.parametrize("profile", FACTS)
 @pytest.mark.parametrize("name", ["model", "a model's $HOME", "-model", "modèle"])
 def test_a_script_serves_its_folder_from_anywhere(profile: str, name: str, tmp_path: Path) -> None:
     """Called by any path from any folder, it hands over the folder that it lies in."""
-    facts, spec = FACTS[profile], spec_of(profile)
-    launch = plan_launches(spec, facts)[0]
-    place = Place(f"serve/{profile}")
-    model, elsewhere = tmp_path / name, tmp_path / "some where" / "else"
-    elsewhere.mkdir(parents=True)
-    written(serve_files(spec, facts, place), model)
-    script = model / place.folder / f"{launch.name}.sh"
-    program = launch.engine.command[0]
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / program).write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
-    (tmp_path / "bin" / program).chmod(0o755)
-    environment = {
-        "PATH": f"{tmp_path / 'bin'}:{script.parent}:{os.environ['PATH']}",
-        "CDPATH": str(tmp_path),
-    }
-
-    def served(folder: Path, *command: str) -> str:
-        run = subprocess.run(
-            [*command, "--more"], cwd=folder, env=environment, check=True, capture_output=True
-        )
-        arguments = run.stdout.decode().split("\0")[:-1]
-        assert "--more" == arguments[-1]
-        where = arguments.index("--model") + 1 if "--model" in arguments else 1
-        return arguments[where]
+    model = tmp_path / name
+    served = Served(profile, model, tmp_path)
+    script, elsewhere = served.script, served.elsewhere
 
     assert {str(model)} == {
         served(elsewhere, str(script)),
@@ -101,9 +123,51 @@ def test_a_script_serves_its_folder_from_anywhere(profile: str, name: str, tmp_p
         served(elsewhere, "/bin/sh", str(script)),
         served(script.parent, f"./{script.name}"),
         served(script.parent, "/bin/sh", script.name),
-        served(model, f"{place.folder}/{script.name}"),
+        served(model, f"{served.place.folder}/{script.name}"),
         served(elsewhere, script.name),
     }
+
+
+@pytest.mark.parametrize("profile", ["nvfp4-vllm", "w4a16-v100"])
+def test_a_link_to_a_script_serves_the_script_s_folder(profile: str, tmp_path: Path) -> None:
+    """Whether the link is to the script, to a link to it, or to a folder above it."""
+    model = tmp_path / "model"
+    served = Served(profile, model, tmp_path)
+    links = tmp_path / "links" / "of mine"
+    links.mkdir(parents=True)
+    (links / "absolute").symlink_to(served.script)
+    (links / "relative").symlink_to(os.path.relpath(served.script, links))
+    (links / "chained").symlink_to("relative")
+    (links / "folder").symlink_to(served.script.parent)
+    (links / "model").symlink_to(model)
+    (links / f"broken {served.script.name}").write_bytes(served.script.read_bytes())
+    below = f"model/{served.place.folder}/{served.script.name}"
+
+    assert {str(model)} == {
+        served(served.elsewhere, str(links / "absolute")),
+        served(served.elsewhere, str(links / "relative")),
+        served(served.elsewhere, os.path.relpath(links / "chained", served.elsewhere)),
+        served(links, "/bin/sh", "chained"),
+        served(links, f"folder/{served.script.name}"),
+        served(links, below),
+    }
+    alone = served.run(links, "/bin/sh", f"broken {served.script.name}")
+    assert (1, f"broken {served.script.name} is not in the folder of its model\n") == (
+        alone.returncode,
+        alone.stderr,
+    )
+
+
+def test_a_script_in_the_hub_s_cache_serves_the_snapshot(tmp_path: Path) -> None:
+    """There every file is a link to one among others, which has no model around it."""
+    snapshot = tmp_path / "snapshots" / "0123"
+    served = Served("nvfp4-vllm", snapshot, tmp_path)
+    blob = tmp_path / "blobs" / "abcd"
+    blob.parent.mkdir()
+    served.script.rename(blob)
+    served.script.symlink_to(os.path.relpath(blob, served.script.parent))
+
+    assert str(snapshot) == served(served.elsewhere, str(served.script))
 
 
 def test_a_script_says_from_where_it_runs() -> None:
@@ -130,13 +194,13 @@ def test_a_script_says_why_above_the_command() -> None:
 def test_a_hostile_value_stays_one_argument(tmp_path: Path) -> None:
     """Quotes, dollars and backticks of a recipe reach the engine as they are, also by compose."""
     value = """a'b"c $HOME `id` \\ ${X}"""
-    change = {"flags": {"dtype": value}, "env": {"TEXT": value}}
+    change = {"flags": {"response-role": value}, "env": {"TEXT": value}}
     files = serve_files(spec_of("nvfp4-vllm", production=change), NVFP4)
     script = written(files, tmp_path) / "production.sh"
     arguments, _, environment = run_script(script, "vllm", tmp_path)
     service = yaml.safe_load(files["serve/compose.yaml"])["services"]["production"]
 
-    assert value == arguments[arguments.index("--dtype") + 1]
+    assert value == arguments[arguments.index("--response-role") + 1]
     assert value == environment["TEXT"]
     assert value.replace("$", "$$") in service["command"]
     assert value.replace("$", "$$") == service["environment"]["TEXT"]

@@ -95,6 +95,7 @@ def test_a_fresh_build_passes(
         "round trip": "passed",
         "generate": "skipped",
         "perplexity": "skipped",
+        "calls": "skipped",
     }
     worst = found["round trip"]["details"]["worst"]
     assert len(worst) == 10

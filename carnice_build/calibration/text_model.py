@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, MutableMapping, Seque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +20,12 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from carnice_build.calibration.beginning import Beginning
+from carnice_build.calibration.decoding import (
+    Continuation,
+    Prompt,
+    continue_together,
+    takes_padding,
+)
 from carnice_build.calibration.driver import (
     Arithmetic,
     LayerDriver,
@@ -310,32 +317,18 @@ class _States(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """A prompt of `prompt` tokens and what the model says after it, at temperature 0.
-
-    `tokens` is [length], int64, prompt included.
-    `states` is [1, length - 1, hidden]: what the model knew, after its final norm, when it
-    chose each token but the first.
-    `bad_step` is the first generated token, from 1, with a logit that was not finite.
-    """
-
-    prompt: int
-    tokens: Tensor
-    states: Tensor
-    bad_step: int | None
-
-
 class ResidentModel:
     """A text model wholly in memory."""
 
     def __init__(self, model: OpenModel) -> None:
         """Load everything that a pass through `model` needs."""
+        torch.set_num_threads(model.arithmetic.threads)
         whole, self._transforming = model.whole()
         self._config = whole.config
         self._body = whole.base_model
         self._device = model.arithmetic.device
         self._scoring = Scoring(whole)
+        self._padding: bool | None = None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Rows [1, length, hidden] of the embedding for `tokens` [length], which is on the CPU."""
@@ -346,8 +339,12 @@ class ResidentModel:
         """Logits [1, length, vocabulary] of `states` that a norm has gone over."""
         return self._scoring.scores(states)
 
+    def cache(self) -> Any:
+        """What is to hold what the model has read."""
+        return DynamicCache(config=self._config)
+
     @torch.no_grad()
-    def read(self, tokens: Tensor) -> Tensor:
+    def known(self, tokens: Tensor) -> Tensor:
         """States [samples, length, hidden], after the final norm, of `tokens` [samples, length].
 
         Nothing is masked, so that rows may be filled up behind their ends alone.
@@ -358,24 +355,31 @@ class ResidentModel:
         return states
 
     @torch.no_grad()
+    def read(self, tokens: Tensor, cache: Any, seen: Tensor | None = None) -> Tensor:
+        """What the model knows at each of `tokens` [rows, new]; see `decoding.Decoder`."""
+        padding: dict[str, Tensor] = {}
+        if seen is not None:
+            seen = seen.to(self._device)
+            positions = (seen.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            padding = {"attention_mask": seen, "position_ids": positions}
+        with self._transforming():
+            # Not rows: the model may look tokens up in more than one table.
+            states: Tensor = self._body(
+                input_ids=tokens.to(self._device), past_key_values=cache, use_cache=True, **padding
+            ).last_hidden_state
+        return states
+
     def continue_greedily(
         self, prompt: Tensor, count: int, ends: Collection[int] = ()
     ) -> Continuation:
         """Continue `prompt`, int64 [length], by `count` tokens, or up to one of `ends`."""
-        past = DynamicCache(config=self._config)
-        tokens, states, bad_step = prompt, [], None
-        new = prompt
-        for step in range(1, count + 1):
-            with self._transforming():
-                # Not rows: the model may look tokens up in more than one table.
-                tokens_in = new.to(self._device)[None]
-                passed = self._body(input_ids=tokens_in, past_key_values=past, use_cache=True)
-            states.append(passed.last_hidden_state)
-            logits = self.scores(states[-1][:, -1:])
-            if bad_step is None and not logits.isfinite().all():
-                bad_step = step
-            new = logits.argmax(-1)[0].cpu()
-            tokens = torch.cat([tokens, new])
-            if int(new) in ends:
-                break
-        return Continuation(len(prompt), tokens, torch.cat(states, dim=1), bad_step)
+        return self.continue_all([Prompt(prompt, count, ends)])[0]
+
+    def continue_all(self, prompts: Sequence[Prompt]) -> list[Continuation]:
+        """Continue the prompts, many at once."""
+        uneven = len({len(prompt.tokens) for prompt in prompts}) > 1
+        if uneven and self._padding is None:
+            named = signature(self._body.forward).parameters
+            takes = "attention_mask" in named and "position_ids" in named
+            self._padding = takes and takes_padding(self, prompts)
+        return continue_together(self, prompts, padding=bool(uneven and self._padding))

@@ -8,9 +8,11 @@ from types import NoneType
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import tool_format
+from carnice_build.checkpoint.generation import generation_entries, sampling
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import Conversion, Format
 from carnice_build.models.base import Architecture, Part
+from carnice_build.planning.sharding import sharding_of
 from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
 from carnice_build.serving.facts import ServingFacts
@@ -47,6 +49,10 @@ def plan_serving(
         weights_bytes=weights_bytes,
         kv=architecture.kv_geometry,
         max_positions=architecture.max_positions,
+        sharding=sharding_of(architecture, conversion),
+        # vLLM does not look whether the file asks for sampling at all.
+        packaged_sampling=sampling({**generation_entries(files), "do_sample": True}),
+        stated_sampling={str(name): item for name, item in (recipe.card.sampling or {}).items()},
     )
     _check_sections(recipe, facts)
     return facts

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from carnice_build.models.base import KvGeometry
 from carnice_build.serving.profile import ServingProfile
+from carnice_build.serving.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,14 @@ class ServingFacts:
     """Facts of one packaged folder.
 
     `repo` is where it is published, as owner/name; `quantization` is the engine's name for its
-    format (`modelopt`, `compressed-tensors`, `auto_round`, `inc`), `profiles` are its launches;
+    format (`modelopt`, `compressed-tensors`, `inc`), `profiles` are its launches;
     the parsers are those that read what the packaged chat template makes the model write, None
     where it has no such form;
     `text_only` says that the model has a vision tower which the folder lacks;
-    `weights_bytes` counts all shards; `max_positions` is the longest context in tokens.
+    `weights_bytes` counts all shards; `max_positions` is the longest context in tokens;
+    `sharding` is what several cards share;
+    `packaged_sampling` is what its generation_config.json says of sampling, as vLLM reads it, and
+    `stated_sampling` what the recipe says, which is none where it says nothing.
     """
 
     repo: str
@@ -32,3 +36,6 @@ class ServingFacts:
     weights_bytes: int
     kv: KvGeometry
     max_positions: int
+    sharding: Sharding
+    packaged_sampling: Mapping[str, int | float]
+    stated_sampling: Mapping[str, int | float]

@@ -17,6 +17,7 @@ from carnice_build.recipe.serve import (
     is_model_name,
 )
 from carnice_build.serving.facts import ServingFacts
+from carnice_build.serving.options import misfit
 from carnice_build.serving.profile import (
     Engine,
     Flag,
@@ -29,6 +30,15 @@ from carnice_build.serving.profile import (
 from carnice_build.units import plural
 
 _UNCHANGED = LaunchChange.model_validate({})
+
+_ALLOWED = "one that `carnice_build/serving/data/engines.yaml` lists"
+
+
+OVERRIDE = "override-generation-config"
+"""The option that says how to sample, over what `SOURCE` gives."""
+
+SOURCE = "generation-config"
+"""The option that says where sampling comes from, left out for the folder's own file."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +129,13 @@ def _launch(
         if value is not None and value is not False:
             flags[flag] = Option(value, item.reason, item.load_bearing)
     for flag, value in change.flags.items():
-        _check_option(flag, value, engine, facts, ("launches", name, "flags", flag))
+        at = ("launches", name, "flags", flag)
+        _check_option(flag, value, engine, facts, at)
         _change(flags, flag, value)
+    _state_sampling(flags, change.flags, facts)
+    for flag, option in flags.items():
+        at = ("launches", name, *(("flags", flag) if flag in change.flags else ()))
+        _check_value(flag, option.value, engine, at)
     return Launch(
         name=name,
         data=data,
@@ -150,19 +165,35 @@ def _value(flag: Flag, profile: ServingProfile, facts: ServingFacts) -> FlagValu
 def _check_option(
     flag: str, value: FlagValue, engine: Engine, facts: ServingFacts, at: tuple[str, ...]
 ) -> None:
+    """PlanError where a recipe cannot set the option."""
     if flag in engine.reserved:
         raise PlanError(f"{flag} is not set by hand: {engine.reserved[flag]}", at=at)
-    known = [*engine.options, *engine.own_options]
-    if flag not in known:
+    if flag in engine.retired:
+        retired = engine.retired[flag]
         raise PlanError(
-            f"{' '.join(engine.command)} has no option {flag!r}",
-            nearest=nearest(flag, known),
+            f"{engine.release} has no option {flag}, which went with {retired.since}",
+            expected=retired.instead,
             at=at,
         )
+    known = [*engine.options, *engine.own_options]
+    if flag not in known and engine.fact(flag):
+        raise PlanError(f"{flag} is no option that a recipe sets", expected=_ALLOWED, at=at)
+    if flag not in known:
+        near = nearest(flag, known)
+        raise PlanError(f"{engine.release} has no option {flag!r}", nearest=near, at=at)
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         raise PlanError(f"{flag} is JSON in a text", expected="keys and values", at=at)
     if flag == "speculative-config" and value is not False and not facts.has_mtp:
         raise PlanError("the folder has no MTP head to draft with", at=at)
+
+
+def _check_value(flag: str, value: FlagValue, engine: Engine, at: tuple[str, ...]) -> None:
+    """PlanError where the engine's parser would not take the option's value."""
+    fact = engine.fact(flag)
+    if fact is None:
+        raise PlanError(f"{engine.release} has no option {flag!r}", at=at)
+    if found := misfit(flag, value, fact, engine.own_choices.get(flag, ())):
+        raise found.error(at)
 
 
 def _change(flags: dict[str, Option], flag: str, value: FlagValue) -> None:
@@ -177,6 +208,21 @@ def _change(flags: dict[str, Option], flag: str, value: FlagValue) -> None:
         reason += f"; the profile has {old.text or 'it without a value'}"
         reason += f": {old.reason}" if old.reason else ""
     flags[flag] = Option(value, reason, load_bearing=False)
+
+
+def _state_sampling(
+    flags: dict[str, Option], changes: Mapping[str, FlagValue], facts: ServingFacts
+) -> None:
+    """Set what the card states of sampling and the folder's own file does not."""
+    source = flags.get(SOURCE)
+    own = facts.packaged_sampling if source is None or source.value == "auto" else {}
+    missing: dict[str, Scalar | list[Scalar]] = {
+        name: item for name, item in facts.stated_sampling.items() if own.get(name) != item
+    }
+    if not missing or OVERRIDE in changes:
+        return
+    reason = "what the recipe says of sampling, and the folder's generation_config.json does not"
+    flags[OVERRIDE] = Option(missing, reason, load_bearing=False)
 
 
 def _hardware(given: Hardware | None, change: HardwareChange) -> Hardware | None:
@@ -219,7 +265,10 @@ def setting(launch: Launch, key: str, facts: ServingFacts) -> Any:
         return facts.weights_bytes / 1e9
     if kind == "fact":
         return getattr(facts, name)
-    default = facts.max_positions if key == "max-model-len" else launch.engine.defaults.get(key)
+    engine = launch.engine
+    default = engine.defaults.get(key, engine.parser.default(key))
+    if key == "max-model-len":
+        default = facts.max_positions
     option = launch.flags.get(kind)
     if option is None:
         return default

@@ -45,8 +45,8 @@ class Memory:
 def estimate(launch: Launch, facts: ServingFacts) -> Memory:
     """What `launch` needs and has; PlanError when one of its numbers is none."""
     kv = facts.kv
-    tokens = _whole(launch, "max-model-len", facts)
-    parallel = _whole(launch, "tensor-parallel-size", facts)
+    tokens = whole_number(launch, "max-model-len", facts)
+    parallel = whole_number(launch, "tensor-parallel-size", facts)
     share = _share(launch, facts)
     drafts = "speculative-config" in launch.flags
     # A head is not split: with more cards than heads each card holds one.
@@ -66,7 +66,8 @@ def _element_bytes(dtype: object) -> int:
     return 1 if str(dtype).startswith("fp8") else 2
 
 
-def _whole(launch: Launch, flag: str, facts: ServingFacts) -> int:
+def whole_number(launch: Launch, flag: str, facts: ServingFacts) -> int:
+    """The value of a setting that is a count; PlanError where it is none."""
     value = setting(launch, flag, facts)
     if type(value) is not int or value < 1:
         raise PlanError(f"{flag} {value!r} is no count", at=launch.path("flags", flag))

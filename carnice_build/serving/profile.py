@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, model_validator
 
 from carnice_build.recipe.serve import FlagName, FlagValue, Scalar, Strict, VariableName
+from carnice_build.serving.options import OptionFact, OptionTable, option_table
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -166,20 +167,46 @@ class ServingProfile(Strict):
     rules: tuple[Rule, ...] = ()
 
 
-class Engine(Strict):
-    """A program that serves, and its options.
+class Retired(Strict):
+    """An option that a server no longer has: the release without it, and what to do instead."""
 
-    `model_option` goes before the model, None where it is a bare argument; `defaults` are what
-    rules assume of options that are left out; `reserved` says why a recipe cannot set an option.
+    since: str
+    instead: str
+
+
+class Engine(Strict):
+    """A program that serves, and which of its options a recipe may set.
+
+    `table` names the table of what its parser takes; `model_option` goes before the model, None
+    where it is a bare argument; `defaults` are what rules assume of options that are left out,
+    where that is not the parser's; `reserved` says why a recipe cannot set an option.
+    What a fork adds to its table are `own_options`, and `own_choices` of others.
     """
 
     command: tuple[str, ...]
+    table: str
     model_option: str | None = None
     defaults: dict[str, Scalar | list[Scalar]]
     reserved: dict[FlagName, str]
     rules: tuple[Rule, ...]
     options: tuple[FlagName, ...]
-    own_options: tuple[FlagName, ...] = ()
+    retired: dict[FlagName, Retired] = Field(default_factory=dict)
+    own_options: dict[FlagName, OptionFact] = Field(default_factory=dict)
+    own_choices: dict[FlagName, tuple[str, ...]] = Field(default_factory=dict)
+
+    @property
+    def parser(self) -> OptionTable:
+        """What the engine's parser takes."""
+        return option_table(self.table)
+
+    @property
+    def release(self) -> str:
+        """The release whose parser it is."""
+        return f"{self.parser.program} {self.parser.version}"
+
+    def fact(self, option: str) -> OptionFact | None:
+        """What the engine takes for `option`, None where it has none of that name."""
+        return self.own_options.get(option) or self.parser.names.get(option)
 
 
 class ServingProfiles(Mapping[str, ServingProfile]):

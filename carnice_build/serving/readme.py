@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from carnice_build.serving.facts import ServingFacts
-from carnice_build.serving.launches import Launch
+from carnice_build.serving.launches import OVERRIDE, Launch
 from carnice_build.serving.memory import GIB, Memory, estimate
 from carnice_build.serving.place import Place
 from carnice_build.serving.profile import Range
+from carnice_build.serving.sampling import launch_sampling
 
 
 def readme(launches: Sequence[Launch], facts: ServingFacts, place: Place) -> str:
@@ -20,11 +21,14 @@ def readme(launches: Sequence[Launch], facts: ServingFacts, place: Place) -> str
         launches=launches,
         by_name={launch.name: launch for launch in launches},
         profile=launches[0].profile,
+        release=launches[0].engine.release,
         facts=facts,
         place=place,
         drafts=any("speculative-config" in launch.flags for launch in launches),
         memory={launch.name: estimate(launch, facts) for launch in launches},
+        sampling={launch.name: _sampling(launch_sampling(launch, facts)) for launch in launches},
         source="card" if len(launches[0].profile.cards) == 1 else "cards",
+        overridden=any(OVERRIDE in launch.flags for launch in launches),
     )
 
 
@@ -60,6 +64,10 @@ def _cell(text: object) -> str:
 def _code(text: object) -> str:
     """`text` as code inside a table."""
     return f"`{_cell(text)}`"
+
+
+def _sampling(numbers: Mapping[str, int | float]) -> str:
+    return ", ".join(f"{name} {number:g}" for name, number in numbers.items())
 
 
 def _range(value: Range | None) -> str:

@@ -63,8 +63,7 @@ def _script(launch: Launch, place: Place) -> str:
         lines += _commented(f"For {launch.hardware.name}.")
     lines += [line for reason in _reasons(launch) for line in ("#", *_commented(reason, "  "))]
     lines += ["set -eu", ""]
-    # A CDPATH would make cd print where it went.
-    lines += [f'model=$(CDPATH= cd -- "$(dirname -- "$0")/{place.model_folder}" && pwd)', ""]
+    lines += [*_found_model(f"{launch.name}.sh", place), ""]
     for name, variable in launch.env.items():
         lines.append(f"export {name}={shlex.quote(variable.value)}")
     lines += [""] if launch.env else []
@@ -73,6 +72,28 @@ def _script(launch: Launch, place: Place) -> str:
     command = [f"exec {shlex.join(launch.engine.command)}"]
     command += [" ".join(map(_quoted, group)) for group in groups]
     return "\n".join(lines) + "\n" + " \\\n    ".join([*command, '"$@"']) + "\n"
+
+
+def _found_model(script: str, place: Place) -> list[str]:
+    """Lines that set `model` to the folder that the script is a file of.
+
+    That is looked for by the script's own place in it, from link to link: a link to the script may
+    lie anywhere, and in the hub's cache the script itself is one, into a heap of files.
+    A CDPATH would make cd print where it went, and `..` is the folder's, not that of a link to it.
+    """
+    own = f"{place.model_folder}/{place.folder}/{script}"
+    return [
+        "here=$0",
+        f'until [ -f "$(dirname -- "$here")/{own}" ]; do',
+        '    [ -L "$here" ] || { echo "$0 is not in the folder of its model" >&2; exit 1; }',
+        '    link=$(readlink -- "$here")',
+        "    case $link in",
+        "        /*) here=$link ;;",
+        '        *) here=$(dirname -- "$here")/$link ;;',
+        "    esac",
+        "done",
+        f'model=$(CDPATH= cd -P -- "$(dirname -- "$here")/{place.model_folder}" && pwd)',
+    ]
 
 
 def _quoted(argument: str) -> str:

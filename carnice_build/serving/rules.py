@@ -8,7 +8,7 @@ from carnice_build.errors import PlanError
 from carnice_build.recipe.serve import ServeSpec
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import Launch, resolve_launches, setting
-from carnice_build.serving.memory import GIB, estimate
+from carnice_build.serving.memory import GIB, estimate, whole_number
 from carnice_build.serving.profile import Condition, Rule
 
 
@@ -41,13 +41,7 @@ def _check_size(launch: Launch, facts: ServingFacts) -> None:
             f"max-model-len {memory.tokens} is more than the model's {facts.max_positions}",
             at=launch.path("flags", "max-model-len"),
         )
-    parallel = setting(launch, "tensor-parallel-size", facts)
-    if launch.hardware and parallel > launch.hardware.cards:
-        raise PlanError(
-            f"tensor-parallel-size {parallel} is more than the {launch.hardware.cards} cards",
-            expected="that many cards in `hardware`",
-            at=launch.path("flags", "tensor-parallel-size"),
-        )
+    _check_cards(launch, facts)
     if memory.budget is not None and memory.needed > memory.budget:
         raise PlanError(
             f"the launch {launch.name!r} needs {memory.kv_cache / GIB:.1f} GiB for "
@@ -55,6 +49,38 @@ def _check_size(launch: Launch, facts: ServingFacts) -> None:
             f"and may use {memory.budget / GIB:.1f} GiB",
             expected="a smaller max-model-len, an FP8 cache, or more memory",
             at=launch.path("flags", "max-model-len"),
+        )
+
+
+def _check_cards(launch: Launch, facts: ServingFacts) -> None:
+    """PlanError where the model cannot be split as the launch says, or over the cards it has."""
+    parallel = whole_number(launch, "tensor-parallel-size", facts)
+    stages = whole_number(launch, "pipeline-parallel-size", facts)
+    if launch.hardware and parallel * stages > launch.hardware.cards:
+        flag = "tensor-parallel-size" if parallel > 1 else "pipeline-parallel-size"
+        product = " x ".join(str(number) for number in (parallel, stages) if number > 1)
+        raise PlanError(
+            f"{flag} {product} is more than the {launch.hardware.cards} cards",
+            expected="that many cards in `hardware`",
+            at=launch.path("flags", flag),
+        )
+    if stages > facts.sharding.layers:
+        raise PlanError(
+            f"the launch {launch.name!r} cannot work: pipeline-parallel-size {stages} is more than "
+            f"the {facts.sharding.layers} decoder layers",
+            at=launch.path("flags", "pipeline-parallel-size"),
+        )
+    split = {
+        "experts": "enable-expert-parallel" not in launch.flags,
+        "tower": "language-model-only" not in launch.flags
+        and setting(launch, "mm-encoder-tp-mode", facts) != "data",
+    }
+    if refusal := facts.sharding.refusal(parallel, **split):
+        possible = [str(number) for number in facts.sharding.possible(**split)]
+        raise PlanError(
+            f"the launch {launch.name!r} cannot work: tensor-parallel-size {parallel} {refusal}",
+            expected=" or ".join(possible),
+            at=launch.path("flags", "tensor-parallel-size"),
         )
 
 

@@ -39,9 +39,7 @@ _FLAG = re.compile(r"--(tool-call-parser|reasoning-parser)[\s=\"',-]+(\w+)")
 def check_chat(folder: Path) -> Check:
     """Play the tasks of `chat.roundtrip` with the template that the folder holds."""
     try:
-        beside = [str(path.relative_to(folder)) for path in sorted(folder.glob(_NAMED))]
-        held = [name for name in (*_READ, *beside) if (folder / name).is_file()]
-        files = {name: (folder / name).read_bytes() for name in held}
+        files = chat_files(folder)
         templates, tokens = template_files(files), special_tokens(files)
         if not templates:
             return skipped(NAME, "the folder has no chat template")
@@ -76,6 +74,13 @@ def check_chat(folder: Path) -> Check:
         "tasks": {task.name: task.problem or "ok" for task in tasks},
     }
     return judged(NAME, problems, summary, details)
+
+
+def chat_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that hold a template, or the special tokens that it sees."""
+    beside = [str(path.relative_to(folder)) for path in sorted(folder.glob(_NAMED))]
+    held = [name for name in (*_READ, *beside) if (folder / name).is_file()]
+    return {name: (folder / name).read_bytes() for name in held}
 
 
 def _parsers(found: ToolFormat) -> str:

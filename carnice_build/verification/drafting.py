@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from carnice_build.calibration.text_model import Continuation, ResidentModel
+from carnice_build.calibration.decoding import Continuation
+from carnice_build.calibration.text_model import ResidentModel
 from carnice_build.verification.running import Drafts
 
 

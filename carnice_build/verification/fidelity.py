@@ -284,20 +284,32 @@ def _found(
 
     model = ResidentModel(OpenModel(source, arithmetic))
     return Found(
-        [_answer(model, question, tokenizer) for question in answered],
+        _answers(model, answered, tokenizer),
         readings(model, read),
     )
 
 
-def _answer(model: Any, question: _Question, tokenizer: Any) -> Answer:
+def _answers(model: Any, questions: Sequence[_Question], tokenizer: Any) -> list[Answer]:
     import torch
 
-    room = len(question.whole) - len(question.prompt) + _MORE_TOKENS
-    said = model.continue_greedily(torch.tensor(question.prompt), room, question.ends)
-    text = tokenizer.decode(said.tokens[said.prompt :], skip_special_tokens=True)
-    name = question.task.task.name
-    word = written(text, name)
-    return Answer(judge(text, name), word, len(name) if word is None else edits(word, name))
+    from carnice_build.calibration.decoding import Prompt
+
+    prompts = [
+        Prompt(
+            torch.tensor(question.prompt),
+            len(question.whole) - len(question.prompt) + _MORE_TOKENS,
+            question.ends,
+        )
+        for question in questions
+    ]
+    answers = []
+    for question, said in zip(questions, model.continue_all(prompts), strict=True):
+        text = tokenizer.decode(said.tokens[said.prompt :], skip_special_tokens=True)
+        name = question.task.task.name
+        word = written(text, name)
+        distance = len(name) if word is None else edits(word, name)
+        answers.append(Answer(judge(text, name), word, distance))
+    return answers
 
 
 def readings(model: ResidentModel, questions: Sequence[_Question]) -> list[Reading]:
@@ -321,7 +333,7 @@ def _read_together(model: ResidentModel, questions: Sequence[_Question]) -> list
     import torch
 
     rows = [torch.tensor(question.whole) for question in questions]
-    states = model.read(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    states = model.known(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
     # Each token is chosen by the state before it.
     chosen = [
         state[question.names.start - 1 : question.names.stop - 1]

@@ -1,6 +1,6 @@
-"""A folder of mlx-vlm and its drafter as the one model that they are, under canonical names.
+"""A folder of MLX, and its drafter, as the one model that they are, under canonical names.
 
-So that what mlx-vlm says of drafts can be counted again by somebody else.
+So that torch runs what mlx does: drafts are counted again by somebody else, and calls asked for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class MlxStored:
-    """A text model with a drafter where they lie."""
+    """A text model where it lies, with a drafter or without."""
 
     architecture: Architecture
     pieces: Sequence[_Piece]
@@ -62,19 +62,24 @@ class MlxStored:
             return found - 1 if item.kind is Kind.SHIFT else found
         raise BackendError(f"tensor {name} is missing")
 
+    def source(self) -> Any:
+        """What `OpenModel` takes."""
+        from carnice_build.calibration.text_model import ModelSource
 
-def stored(variant: VariantPlan, drafter: VariantPlan, folder: Path) -> MlxStored:
-    """The model at `folder`, with its drafter beside it."""
-    head = folder.parent / drafter.name
-    names = published(variant.architecture, Target.MLX_VLM)
-    heads = published_drafter(variant.architecture)
-    return MlxStored(
-        variant.architecture,
-        [
-            _Piece(names, open_folder(folder).tensors, variant.conversion.quantized),
-            _Piece(heads, open_folder(head).tensors, drafter.conversion.quantized),
-        ],
-    )
+        return ModelSource(self.architecture, self.tensor)
+
+
+def stored(
+    variant: VariantPlan, folder: Path, target: Target, drafter: VariantPlan | None = None
+) -> MlxStored:
+    """The model at `folder`, which is for `target`; with a drafter, that which is beside it."""
+    names = published(variant.architecture, target)
+    pieces = [_Piece(names, open_folder(folder).tensors, variant.conversion.quantized)]
+    if drafter is not None:
+        head = open_folder(folder.parent / drafter.name).tensors
+        heads = published_drafter(variant.architecture)
+        pieces.append(_Piece(heads, head, drafter.conversion.quantized))
+    return MlxStored(variant.architecture, pieces)
 
 
 def count(
@@ -84,12 +89,10 @@ def count(
 
     Nothing for a head that we have no code for.
     """
-    from carnice_build.calibration.text_model import ModelSource
     from carnice_build.verification.torch_worker import count_drafts
 
-    source = ModelSource(model.architecture, model.tensor)
     try:
-        (found,) = count_drafts([source], prompts, numbers, threads)
+        (found,) = count_drafts([model.source()], prompts, numbers, threads)
     except NotImplementedError:
         return {}
     return found

@@ -1,4 +1,4 @@
-"""Checks `generate` and `perplexity` by mlx-lm and by mlx-vlm, and `mtp` by mlx-vlm."""
+"""Checks `generate` and `perplexity` by mlx-lm and mlx-vlm, `mtp` by mlx-vlm, `calls` in torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from carnice_build.checkpoint.source import LocalFile
-from carnice_build.errors import BackendError
+from carnice_build.errors import BackendError, CarniceError
 from carnice_build.extras import pip_install
 from carnice_build.formats.checks import FormatChecks
 from carnice_build.formats.folder import read_object
 from carnice_build.formats.library import Library
+from carnice_build.formats.mlx.target import Target
 from carnice_build.models.base import QUANTIZATION
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.tensors import Composite
 from carnice_build.verification import (
     acceptance,
+    calls,
     generate,
     mlx_vlm_worker,
     mlx_worker,
@@ -29,6 +31,7 @@ from carnice_build.verification.mlx_worker import Answer, SourceWeights, Task
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.process import installed
 from carnice_build.verification.result import Check, judged, skipped
+from carnice_build.verification.run_calls import check_calls
 from carnice_build.verification.running import (
     NO_TEXT,
     SOURCE,
@@ -38,10 +41,11 @@ from carnice_build.verification.running import (
     Tables,
     too_large,
 )
-from carnice_build.verification.sources import source_tensors
+from carnice_build.verification.sources import local_source, source_tensors
 
-NAMES = (generate.NAME, perplexity.NAME)
-VLM_NAMES = (*NAMES, acceptance.NAME)
+_RUN = (generate.NAME, perplexity.NAME)
+NAMES = (*_RUN, calls.NAME)
+VLM_NAMES = (*_RUN, acceptance.NAME, calls.NAME)
 
 DRAFTS = (2, 3)
 """Two are what mlx-vlm drafts when nobody says otherwise, three what is tried in torch."""
@@ -78,8 +82,9 @@ def run_mlx(
     settings: RunSettings,
     tables: Tables,
 ) -> Iterator[Check]:
-    """Load the folder once for both checks; what was measured goes to `tables`."""
+    """Load the folder once for two checks; what was measured goes to `tables`."""
     yield from _run(_MLX_LM, variant, folder, settings, tables)
+    yield _calls(Target.MLX_LM, variant, folder, settings, tables)
 
 
 def run_mlx_vlm(
@@ -97,6 +102,7 @@ def run_mlx_vlm(
         tables,
         lambda: _acceptance(variant, folder, settings, tables),
     )
+    yield _calls(Target.MLX_VLM, variant, folder, settings, tables)
 
 
 def _run(
@@ -104,10 +110,10 @@ def _run(
 ) -> Iterator[Check]:
     why_not = engine.missing or too_large(_size(folder))
     if why_not:
-        yield from (skipped(name, why_not) for name in NAMES)
+        yield from (skipped(name, why_not) for name in _RUN)
         return
     yield from settings.memory.checks(
-        " and ".join(NAMES),
+        " and ".join(_RUN),
         settings.of_text | versions("mlx", engine.module.replace("_", "-"), "transformers"),
         tables,
         lambda: list(_measured(engine, variant, folder, settings, tables)),
@@ -226,6 +232,29 @@ def _counted(
     too_much = too_large(4 * (variant.conversion.parameters + drafter.conversion.parameters))
     if too_much or not (installed("torch") and installed("transformers")):
         return {}
-    model = mlx_stored.stored(variant, drafter, folder)
+    model = mlx_stored.stored(variant, folder, Target.MLX_VLM, drafter)
     worker = settings.workers.of("torch")
     return worker.call(mlx_stored.count, model, prompts, DRAFTS, settings.threads)
+
+
+def _calls(
+    target: Target, variant: VariantPlan, folder: Path, settings: RunSettings, tables: Tables
+) -> Check:
+    """What an agent must do, by the folder's dequantized weights in torch."""
+    from carnice_build.verification import mlx_stored
+
+    if not variant.architecture.tabled:
+        return skipped(calls.NAME, "its family has no table")
+    if not (installed("torch") and installed("transformers")):
+        return skipped(calls.NAME, f"torch is not installed: {pip_install('torch')}")
+    # In float32, as it is needed.
+    if too_much := too_large(4 * variant.conversion.parameters):
+        return skipped(calls.NAME, too_much)
+    try:
+        model = mlx_stored.stored(variant, folder, target)
+        source = local_source(variant)
+        worker = settings.workers.of("torch")
+        return check_calls(variant, folder, variant.name, model, source, settings, tables, worker)
+    except CarniceError as error:
+        # The library has run the folder; that torch does not says nothing of it.
+        return skipped(calls.NAME, str(error))

@@ -1,6 +1,7 @@
-"""Checks `generate`, `perplexity`, `mtp` and `fidelity` in torch, on the dequantized weights.
+"""Checks `generate`, `perplexity`, `mtp`, `fidelity` and `calls` in torch.
 
-For formats that no library runs on every machine; `torch_worker` says how.
+On the dequantized weights, for formats that no library runs on every machine; `torch_worker` says
+how.
 """
 
 from __future__ import annotations
@@ -18,11 +19,19 @@ from carnice_build.formats.library import Library
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Part
 from carnice_build.planning.planner import VariantPlan
-from carnice_build.verification import acceptance, fidelity, generate, perplexity, torch_worker
+from carnice_build.verification import (
+    acceptance,
+    calls,
+    fidelity,
+    generate,
+    perplexity,
+    torch_worker,
+)
 from carnice_build.verification.kept import KeptSource, versions
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.process import Worker, installed
 from carnice_build.verification.result import Check, judged, skipped
+from carnice_build.verification.run_calls import check_calls
 from carnice_build.verification.running import (
     NO_TEXT,
     SOURCE,
@@ -31,10 +40,10 @@ from carnice_build.verification.running import (
     Tables,
     too_large,
 )
-from carnice_build.verification.sources import source_tensors
+from carnice_build.verification.sources import local_source
 from carnice_build.verification.torch_worker import StoredModel
 
-NAMES = (generate.NAME, perplexity.NAME, acceptance.NAME, fidelity.NAME)
+NAMES = (generate.NAME, perplexity.NAME, acceptance.NAME, fidelity.NAME, calls.NAME)
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "numba", "jinja2")
 """Those whose versions decide figures."""
@@ -65,11 +74,16 @@ def run_torch(
         (run.acceptance, of_text),
         (run.fidelity, of_run),
     )
-    for name, (check, facts) in zip(NAMES, checks_in_order, strict=True):
+    for name, (check, facts) in zip(NAMES, checks_in_order, strict=False):
         try:
             yield from settings.memory.checks(name, facts, tables, check)
         except CarniceError as error:
             yield judged(name, [str(error)], "the model cannot be loaded and run")
+    # What it finds follows from the source's own template too, which no facts tell.
+    try:
+        yield run.calls()
+    except CarniceError as error:
+        yield judged(calls.NAME, [str(error)], "the model cannot be loaded and run")
 
 
 @dataclass(frozen=True)
@@ -158,6 +172,24 @@ class _Run:
     def _kept(self) -> KeptSource:
         return self.settings.memory.of_source(SOURCE, **versions(*_LIBRARIES))
 
+    def calls(self) -> Check:
+        """What an agent must do, as the model is served, and as the source does it."""
+        why_not = too_large(self._whole_bytes())
+        if why_not:
+            return skipped(calls.NAME, why_not)
+        models = self._models()
+        *_, name = models
+        return check_calls(
+            self.variant,
+            self.folder,
+            name,
+            models[name],
+            models.get(SOURCE),
+            self.settings,
+            self.tables,
+            self.worker,
+        )
+
     def _dequantized(self) -> StoredModel:
         folder = open_folder(self.folder)
         architecture = architecture_of(folder.config, str(self.folder))
@@ -170,10 +202,10 @@ class _Run:
 
     def _models(self) -> dict[str, StoredModel]:
         """What is compared, by the name of its row, the source first if it is here."""
-        name, models = self.variant.name, {}
-        tensors = source_tensors(self.variant)
-        if all(tensor.file and tensor.file.local for tensor in tensors.values()):
-            models[SOURCE] = StoredModel(self.variant.architecture, tensors)
+        name = self.variant.name
+        models: dict[str, StoredModel] = {}
+        if source := local_source(self.variant):
+            models[SOURCE] = source
         models[name] = self._dequantized()
         if self.checks.activations:
             models[f"{name}, {self.checks.activations}"] = self._served()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.tensors import SourceTensor
+from carnice_build.verification.torch_worker import StoredModel
 
 
 def source_tensors(variant: VariantPlan) -> dict[str, SourceTensor]:
@@ -20,3 +21,11 @@ def source_tensors(variant: VariantPlan) -> dict[str, SourceTensor]:
             origin = origin.action.inputs[0].origin
         found[name] = origin
     return found
+
+
+def local_source(variant: VariantPlan) -> StoredModel | None:
+    """The unquantized model in torch, or nothing where a file of it is not on this machine."""
+    tensors = source_tensors(variant)
+    if all(tensor.file and tensor.file.local for tensor in tensors.values()):
+        return StoredModel(variant.architecture, tensors)
+    return None

@@ -23,6 +23,7 @@ from carnice_build.graph import TensorData
 from carnice_build.models.base import Architecture, Part, Role
 from carnice_build.tensors import STACK, SourceTensor, numbered
 from carnice_build.verification import fidelity
+from carnice_build.verification.calls import Asked
 from carnice_build.verification.fidelity import Fidelity
 from carnice_build.verification.generate import Generation
 from carnice_build.verification.kept import KeptSource
@@ -167,6 +168,7 @@ def count_drafts(
     """
     import torch
 
+    from carnice_build.calibration.decoding import Prompt
     from carnice_build.calibration.text_model import OpenModel, ResidentModel
     from carnice_build.verification.drafting import acceptance
 
@@ -174,7 +176,7 @@ def count_drafts(
     # First, for a head that nobody has code for is refused.
     drafters = [OpenModel(source, arithmetic).draft_head() for source in sources]
     target = ResidentModel(OpenModel(sources[0], arithmetic))
-    texts = [target.continue_greedily(torch.tensor(prompt), NEW_TOKENS) for prompt in prompts]
+    texts = target.continue_all([Prompt(torch.tensor(row), NEW_TOKENS) for row in prompts])
     return [
         {number: acceptance(drafter, target, texts, number) for number in numbers}
         for drafter in drafters
@@ -210,6 +212,37 @@ def measure_fidelity(
         read=max(2, round(share * fidelity.READ)),
         kept=kept,
     )
+
+
+def answer(model: Any, asked: Sequence[Asked], tokenizer: Path, threads: int) -> list[str]:
+    """What a model says after each prompt, up to the end of its turn, special tokens and all.
+
+    `model` is a `StoredModel` or an `MlxStored`.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from carnice_build.calibration.decoding import Prompt
+    from carnice_build.calibration.text_model import OpenModel, ResidentModel
+
+    loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+    specials = set(loaded.all_special_ids)
+    prompts = []
+    for item in asked:
+        prompt, right = (
+            loaded(text, add_special_tokens=False)["input_ids"]
+            for text in (item.prompt, item.right)
+        )
+        # What ends a turn is special, or is the tokenizer's own end.
+        last = [token for token in right if token in specials][-1:]
+        ends = frozenset({*last, loaded.eos_token_id})
+        prompts.append(Prompt(torch.tensor(prompt), len(right) + item.more, ends))
+    resident = ResidentModel(OpenModel(model.source(), _arithmetic(model.architecture, threads)))
+    texts = []
+    for task, said in zip(prompts, resident.continue_all(prompts), strict=True):
+        new = said.tokens[said.prompt :].tolist()
+        texts.append(loaded.decode(new[:-1] if new[-1] in task.ends else new))
+    return texts
 
 
 def _rounded_head(model: StoredModel) -> dict[str, Any]:

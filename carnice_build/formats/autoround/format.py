@@ -161,7 +161,7 @@ class AutoRoundFormat(Format):
     @classmethod
     def serving(cls) -> Serving:
         """As vLLM's `--quantization` has it."""
-        return Serving("auto_round", ServingProfiles(__package__))
+        return Serving("inc", ServingProfiles(__package__))
 
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor of the view, the linears of decoder layers quantized."""

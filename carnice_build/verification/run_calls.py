@@ -1,0 +1,93 @@
+"""Asks a folder's model, and the source where it is here, to call functions; see `calls`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from carnice_build.checkpoint.assets import Assets
+from carnice_build.errors import CheckpointError
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.verification import torch_worker
+from carnice_build.verification.agent import Task, tasks
+from carnice_build.verification.calls import (
+    NAME,
+    TASKS,
+    Answer,
+    Asked,
+    Row,
+    Template,
+    asked,
+    judge_calls,
+    read,
+)
+from carnice_build.verification.chat import chat_files
+from carnice_build.verification.perplexity import SAMPLES_ON_CPU
+from carnice_build.verification.process import Worker
+from carnice_build.verification.result import Check, judged, skipped
+from carnice_build.verification.running import SOURCE, RunSettings, Tables
+
+OWN = f"{SOURCE}, own template"
+"""The row of the source through the template that it was published with."""
+
+
+def check_calls(
+    variant: VariantPlan,
+    folder: Path,
+    name: str,
+    model: Any,
+    source: Any | None,
+    settings: RunSettings,
+    tables: Tables,
+    worker: Worker,
+) -> Check:
+    """Ask `model`, called `name` in the table; `source` is None where it is not on this machine.
+
+    Both have a method `source` that gives a `ModelSource` in the worker's process.
+    What a source answers is kept in `tables` for variants to come.
+    """
+    try:
+        packaged = Template.of(chat_files(folder))
+        if packaged is None:
+            return skipped(NAME, "there is no chat template that knows tools")
+        count = max(10, round(TASKS * (settings.samples or SAMPLES_ON_CPU) / SAMPLES_ON_CPU))
+        drawn = tasks(count)
+        prompts = asked(drawn, packaged)
+    except CheckpointError as error:
+        return judged(NAME, [str(error)], "the chat template cannot be used")
+    own = None if source is None else _own(variant, packaged)
+    wanted = [(name, model, packaged, prompts)]
+    if source is not None:
+        wanted.append((SOURCE, source, packaged, prompts))
+        if own is not None:
+            wanted.append((OWN, source, own, asked(drawn, own)))
+    rows = {}
+    for row, asking, template, texts in wanted:
+        key = (variant.recipe.sources[variant.recipe.body].model, texts)
+        answers = tables.answers.get(key) if asking is source else None
+        if answers is None:
+            answers = worker.call(torch_worker.answer, asking, texts, folder, settings.threads)
+        if asking is source:
+            tables.answers[key] = answers
+        rows[row] = Row(row, _read(drawn, texts, answers, template))
+    parser = packaged.format.tool_call_parser
+    return judge_calls(rows[name], parser, rows.get(SOURCE), rows.get(OWN))
+
+
+def _own(variant: VariantPlan, packaged: Template) -> Template | None:
+    """The template of the source, if it is another one and can be used."""
+    try:
+        own = Template.of(Assets(variant.body, variant.format.engine_reads()))
+    except CheckpointError:
+        return None
+    return None if own is None or own.text == packaged.text else own
+
+
+def _read(
+    drawn: Sequence[Task], prompts: Sequence[Asked], texts: Sequence[str], template: Template
+) -> list[Answer]:
+    return [
+        read(task, prompt.prompt, text, template.format)
+        for task, prompt, text in zip(drawn, prompts, texts, strict=True)
+    ]
