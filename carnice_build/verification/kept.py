@@ -32,7 +32,6 @@ from carnice_build.store.records import Records
 from carnice_build.tensors import SourceTensor
 from carnice_build.verification.result import Check, Outcome
 from carnice_build.verification.running import AcceptanceRow, PerplexityRow, Tables
-from carnice_build.verification.sources import source_tensors
 
 T = TypeVar("T")
 
@@ -166,6 +165,9 @@ class Memory:
 
         Sound is a folder whose files are those that its build.json names by their digests.
         """
+        # It knows of models that run, and these of what is kept.
+        from carnice_build.verification.sources import source_tensors
+
         if kept.root is None or not sound:
             return Memory()
         tensors = source_tensors(variant)
