@@ -19,6 +19,7 @@ from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.commands.rows import check_rows
 from carnice_build.errors import CheckpointError, PlanError, together
 from carnice_build.execute.events import Listener, Notice, Packaged, Stepped
+from carnice_build.formats.card import published_as
 from carnice_build.formats.variant import Shard, Variant
 from carnice_build.keys import library_version
 from carnice_build.package.files import render_files
@@ -297,7 +298,8 @@ def _launch(variant: VariantPlan) -> str:
         return ""
     from carnice_build.serving.render import first_launch
 
-    return first_launch(variant.recipe.package.serve[0], variant.serving)
+    model = published_as(variant.recipe.card, variant.name)
+    return first_launch(variant.recipe.package.serve[0], variant.serving, model)
 
 
 def _serve_files(variant: VariantPlan) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from carnice_build.formats.measured import Measured, command_line, plain
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.models.base import Part
-from carnice_build.recipe.schema import CalibrationSpec, count_for
+from carnice_build.recipe.schema import CalibrationSpec, CardSpec, count_for
 from carnice_build.tensors import STACK
 from carnice_build.units import format_both
 
@@ -68,6 +68,11 @@ def render_card(
         by_position=measured and any("by position" in line.what for line in measured.lines),
     )
     return f"---\n{front}---\n\n{body}".encode()
+
+
+def published_as(card: CardSpec, variant: str) -> str:
+    """What commands on a page call the folder."""
+    return card.repo or f"path/to/{variant}"
 
 
 def _base_model(variant: Variant) -> str:
@@ -133,7 +138,7 @@ def _facts(variant: Variant) -> dict[str, Any]:
         "title": variant.card.title or f"{base_model.rpartition('/')[2]}: {variant.name}",
         "variant": variant,
         "card": variant.card,
-        "repo": variant.card.repo or f"path/to/{variant.name}",
+        "repo": published_as(variant.card, variant.name),
         "base_model": base_model,
         "base_link": link,
         "credited": link if known else "the model that it was made of",

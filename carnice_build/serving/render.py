@@ -71,11 +71,11 @@ def _script(launch: Launch, place: Place) -> str:
     return "\n".join(lines) + "\n" + " \\\n    ".join(command) + "\n"
 
 
-def first_launch(spec: ServeSpec, facts: ServingFacts) -> str:
-    """The launch that is recommended, to be typed wherever the published folder can be had."""
+def first_launch(spec: ServeSpec, facts: ServingFacts, model: str) -> str:
+    """The launch that is recommended, as a shell takes it, of the published folder `model`."""
     launch = plan_launches(spec, facts)[0]
     lines = [f"export {name}={shlex.quote(item.value)}\n" for name, item in launch.env.items()]
-    command = [shlex.join(launch.engine.command), *_options(launch, facts.repo)]
+    command = [shlex.join(launch.engine.command), *_options(launch, model)]
     return "".join(lines) + " \\\n    ".join(command)
 
 

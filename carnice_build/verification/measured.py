@@ -5,6 +5,7 @@ Figures come from the cache, where anybody may have written: one of another form
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -25,7 +26,7 @@ _MOST = 10**9
 T = TypeVar("T")
 _Count = Annotated[int, Field(ge=0, le=_MOST)]
 _Number = Annotated[float, Field(allow_inf_nan=False, ge=0, le=_MOST)]
-_Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
+_Rate = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
 
 
 class _Figures(BaseModel):
@@ -33,7 +34,7 @@ class _Figures(BaseModel):
 
 
 class _Drafts(_Figures):
-    rates: list[_Share] = Field(min_length=1, max_length=64)
+    rates: list[_Rate] = Field(min_length=1, max_length=64)
     mean_length: _Number
     error: _Number
 
@@ -44,17 +45,16 @@ class _Copies(_Figures):
     typos: _Count
 
 
-class _Calls(_Figures):
-    asked: Annotated[int, Field(ge=1, le=_MOST)]
-    parsed: _Count
-    right_name: _Count
-    right_keys: _Count
-    exact: _Count
+class _Share(_Figures):
+    count: _Count
+    of: _Count
+    error: _Number
 
 
 _DRAFTS = TypeAdapter(dict[str, dict[str, _Drafts]])
 _COPIES = TypeAdapter(dict[str, _Copies])
-_CALLS = TypeAdapter(dict[str, _Calls])
+_CALLS = TypeAdapter(dict[str, dict[str, Any]])
+_SHARE = TypeAdapter(_Share)
 _NUMBERS = TypeAdapter(_Number)
 
 
@@ -133,19 +133,26 @@ def _drafts(details: Any) -> Iterator[Line]:
 def _called(details: Any) -> Iterator[Line]:
     models = _valid(_CALLS, details) or {}
     source, ours = _pair(models)
-    if ours is None:
-        return
-    for words, name in _STEPS.items():
-        told = [f"{getattr(item, name)} of {item.asked}" if item else "" for item in (source, ours)]
-        yield Line(f"Tool calls {words}", *told)
+    for name, words in _CALLED.items():
+        there, here = (_valid(_SHARE, (model or {}).get(name)) for model in (source, ours))
+        if here is not None and here.of:
+            yield Line(f"Tool calls: {words}", _share(there) if there else "", _share(here))
 
 
-_STEPS = {
-    "that the parser reads": "parsed",
-    "of the right function": "right_name",
-    "with the right keys": "right_keys",
-    "exact": "exact",
+_CALLED = {
+    "parsed": "answers that the parser finds a call in",
+    "named": "the right function",
+    "keyed": "the right function and arguments of the right names",
+    "exact": "the whole call as it must be",
+    "parallel": "several at once, of the right functions",
+    "continued": "the right way on behind a tool's result",
+    "closed": "thoughts that end",
 }
+"""Figures of check `calls` by name."""
+
+
+def _share(item: _Share) -> str:
+    return f"{item.count} of {item.of} ± {item.error:.1f}" if item.of else ""
 
 
 def _copied(details: Any) -> Iterator[Line]:
@@ -154,16 +161,22 @@ def _copied(details: Any) -> Iterator[Line]:
     if ours is None:
         return
     for words, name in {"copied exactly": "exact", "with typos": "typos"}.items():
-        counts = [
-            f"{getattr(one, name)} of {one.answered}" if one else "" for one in (source, ours)
-        ]
-        yield Line(f"Rare names {words}", *counts)
+        shares = [_copies(model, name) if model else "" for model in (source, ours)]
+        yield Line(f"Rare names {words}", *shares)
+
+
+def _copies(model: _Copies, name: str) -> str:
+    count, of = getattr(model, name), model.answered
+    # Of names that are independent; a count that is none has no error.
+    error = math.sqrt(count * (of - count) / of) if count <= of else 0.0
+    return _share(_Share(count=count, of=of, error=error))
 
 
 def _pair(models: Mapping[str, T]) -> tuple[T | None, T | None]:
-    """What was found of the source, and of the folder as it is served."""
-    others = [item for name, item in models.items() if name != SOURCE]
-    return models.get(SOURCE), others[-1] if others else None
+    """What was found of the source, and of the folder as it is served; each is the last one."""
+    source = [item for name, item in models.items() if name.partition(", ")[0] == SOURCE]
+    ours = [item for name, item in models.items() if name.partition(", ")[0] != SOURCE]
+    return source[-1] if source else None, ours[-1] if ours else None
 
 
 def _valid(adapter: TypeAdapter[T], value: Any) -> T | None:
