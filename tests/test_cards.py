@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -217,3 +218,132 @@ def test_a_card_of_w4a16_with_experts_is_for_vllm(
 
     assert library == yaml.safe_load(card.split("---\n")[1])["library_name"]
     assert told == card.count("\n- transformers does not load it")
+
+
+def front(card: str) -> dict[str, Any]:
+    """The metadata that the hub reads."""
+    metadata: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return metadata
+
+
+@pytest.fixture(scope="module")
+def card_in_full(everything: Path) -> Callable[[str], str]:
+    """The card of a recipe at full size."""
+
+    def card(variant: str) -> str:
+        options = Options(recipes=everything / "recipes", profile="full")
+        (plan, *_) = plan_variants([variant], options).variants
+        return dict(pages(plan))["README.md"]
+
+    return card
+
+
+CARNICE, QWEN = "kai-os/Carnice-V2-27b", "Qwen/Qwen3.6-27B"
+GRID = "noonghunna/Qwen3.6-27B-int4-AutoRound"
+
+
+@pytest.mark.parametrize(
+    ("variant", "parents"),
+    [
+        ("int4-bf16-mtp", [CARNICE, QWEN, GRID]),
+        ("nvfp4-text-mtp", [CARNICE, QWEN]),
+        ("qwen-nvfp4-text-mtp", QWEN),
+        ("mlx-4bit", CARNICE),
+    ],
+)
+def test_the_hub_is_told_all_parents(
+    card_in_full: Callable[[str], str], variant: str, parents: str | list[str]
+) -> None:
+    """The fine-tune first, then what its head and its grid are from; one alone is no list."""
+    metadata = front(card_in_full(variant))
+
+    assert parents == metadata["base_model"]
+    assert "quantized" == metadata["base_model_relation"]
+
+
+def test_a_card_says_which_part_is_from_where(card_in_full: Callable[[str], str]) -> None:
+    """By repository and revision, each repository once."""
+    section = card_in_full("int4-bf16-mtp").partition("## Made from")[2].partition("##")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if "huggingface" in line]
+
+    assert [
+        ["| The model", f"[`{CARNICE}`](https://huggingface.co/{CARNICE})"],
+        [
+            "| The MTP head; the weights that the grid was made for",
+            f"[`{QWEN}`](https://huggingface.co/{QWEN})",
+        ],
+        [
+            "| The INT4 grid that the weights are put on",
+            f"[`{GRID}`](https://huggingface.co/{GRID})",
+        ],
+    ] == [row[:2] for row in rows]
+    assert {"`main` |"} == {row[2] for row in rows}
+
+
+def test_a_card_has_the_first_launch_and_a_link_to_the_others(
+    card_in_full: Callable[[str], str],
+) -> None:
+    """With the options of the script that is recommended."""
+    card = card_in_full("nvfp4-text-mtp")
+    usage = card.partition("## Usage")[2].partition("## ")[0]
+
+    assert "```bash\nvllm serve \\\n    path/to/nvfp4-text-mtp \\\n    --" in usage
+    assert "    --kv-cache-dtype fp8 \\\n" in usage
+    assert "    --language-model-only \\\n" in usage
+    assert "](serve/README.md)" in usage
+
+
+def test_a_card_tells_of_the_template_and_who_reads_its_calls() -> None:
+    """That it was patched, where it was."""
+    assert "is that of the source, patched: " in card_of_demo("int4-rtn")
+    assert "parser `hermes` reads, and thoughts in that of `qwen3`." in card_of_demo("int4-rtn")
+    assert "template has the model write tool calls" in card_of_demo("nvfp4-text-mtp")
+    assert "parser `qwen3_xml` reads" in card_of_demo("nvfp4-text-mtp")
+
+
+def card_of_demo(variant: str) -> str:
+    """The card of a recipe at the demo's size."""
+    options = Options(recipes=REPOSITORY / "recipes", profile="demo")
+    (plan, *_) = plan_variants([variant], options).variants
+    return dict(pages(plan))["README.md"]
+
+
+def test_a_launch_without_files_has_the_parsers_too(project: Project) -> None:
+    """They follow from the template, whether there is a folder `serve/` or not."""
+    template = (REPOSITORY / "demo" / "qwen3.6-27b" / "chat_template.jinja").read_text()
+    (project.base / "chat_template.jinja").write_text(template)
+    text = "variant: plain\ndescription: Plain\nsources: {body: {model: Qwen/Qwen3.6-27B}}\n"
+    project.recipe("plain", f"{text}quantize: {{format: fp8-dynamic}}\n")
+    (plan,) = plan_variants(["plain"], project.options()).variants
+    card = dict(pages(plan))["README.md"]
+
+    assert (
+        "--enable-auto-tool-choice --tool-call-parser qwen3_xml --reasoning-parser qwen3\n" in card
+    )
+
+
+@pytest.mark.parametrize(
+    ("generation", "told"),
+    [
+        ({"temperature": 0.6}, "`generation_config.json` in this folder says so"),
+        ({"temperature": 1}, "send this with each request"),
+    ],
+)
+def test_a_card_says_who_samples_so(
+    project: Project, generation: dict[str, object], told: str
+) -> None:
+    """The file that is packaged, if it says what the recipe says; else nobody but the reader."""
+    write_json(project.base / "generation_config.json", generation)
+    text = "variant: plain\ndescription: Plain\nsources: {body: {model: Qwen/Qwen3.6-27B}}\n"
+    text += "card: {sampling: {temperature: 0.6}}\n"
+    project.recipe("plain", f"{text}quantize: {{format: fp8-dynamic}}\n")
+    (plan,) = plan_variants(["plain"], project.options()).variants
+    section = dict(pages(plan))["README.md"].partition("## Sampling")[2]
+
+    assert section.startswith("\n\n| temperature |\n|---|\n| 0.6 |\n")
+    assert told in section
+
+
+def test_nvfp4_is_for_vllm(card_in_full: Callable[[str], str]) -> None:
+    """transformers takes packed weights of ModelOpt's for weights of other sizes."""
+    assert "vllm" == front(card_in_full("nvfp4-text-mtp"))["library_name"]

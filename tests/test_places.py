@@ -86,7 +86,7 @@ def test_a_recipe_may_name_the_folder_of_a_source(
     card = project.built("own")["README.md"].decode()
 
     assert "a local folder" == record["sources"]["body"]["profile"]
-    assert "| Source | a local folder |" in card
+    assert "| The model | a local folder |  |" in card
     assert "huggingface.co/local" not in card
     assert "base_model" not in card
     assert str(folder) not in card

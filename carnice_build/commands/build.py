@@ -6,17 +6,20 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF
 
 from carnice_build.calibration.tokens import Tokens
 from carnice_build.checkpoint.model_dtype import with_dtype
 from carnice_build.commands.collector import no_collections
+from carnice_build.commands.findings import figures_for_card
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.commands.rows import check_rows
 from carnice_build.errors import CheckpointError, PlanError, together
 from carnice_build.execute.events import Listener, Notice, Packaged, Stepped
+from carnice_build.formats.card import published_as
 from carnice_build.formats.variant import Shard, Variant
 from carnice_build.keys import library_version
 from carnice_build.package.files import render_files
@@ -28,6 +31,7 @@ from carnice_build.package.folder import (
     make_executable,
 )
 from carnice_build.planning.explain import variant_facts
+from carnice_build.planning.packaged import packaged_template, parents
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import Contents, survey
 from carnice_build.plugins import failures_blamed
@@ -177,7 +181,8 @@ def _package(
     described = describe(variant, shards, _figures(variant, store))
     folder = options.out / variant.name
     with failures_blamed(variant.format):
-        rendered = render_files(described, variant.format)
+        known = partial(figures_for_card, options.cache, variant.name)
+        rendered = render_files(described, variant.format, known)
     stale = not is_current(folder, rendered.key, shards)
     if stale:
         check_writable(folder)
@@ -279,10 +284,22 @@ def describe(
         copied=dict(variant.files),
         architecture=variant.architecture,
         serve=_serve_files(variant),
+        launch=_launch(variant),
+        parents=parents(variant),
+        template=packaged_template(variant),
         figures=figures,
         calibration=recipe.calibration if calibrated else None,
         dataset=variant.dataset if calibrated else None,
     )
+
+
+def _launch(variant: VariantPlan) -> str:
+    if variant.serving is None:
+        return ""
+    from carnice_build.serving.render import first_launch
+
+    model = published_as(variant.recipe.card, variant.name)
+    return first_launch(variant.recipe.package.serve[0], variant.serving, model)
 
 
 def _serve_files(variant: VariantPlan) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +10,13 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from carnice_build.commands.card import renew_card
 from carnice_build.commands.findings import folder_stamp, keep_findings
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import PlanError
-from carnice_build.formats.folder import open_folder
+from carnice_build.formats.folder import open_folder, read_build
+from carnice_build.package.files import content_key
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.plugins import failures_blamed
 from carnice_build.verification import digests
@@ -53,11 +56,12 @@ class VerifySettings:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """All checks of one variant."""
+    """All checks of one variant; `renewed` says that its card now tells other figures."""
 
     variant: str
     folder: Path
     checks: Sequence[Check]
+    renewed: bool = False
 
     @property
     def passed(self) -> bool:
@@ -121,16 +125,43 @@ def verify_variants(
         for variant in plan.variants:
             folder = options.out / variant.name
             checks: list[Check] = []
-            stamp = folder_stamp(folder)
-
+            stamp, content = folder_stamp(folder), content_key(read_build(folder))
             begin = partial(starts, variant.name, checks)
             for check in _check(variant, folder, how, tables, begin, run=settings.run):
                 checks.append(check)
                 listen(variant.name, check)
-            results.append(VariantResult(variant.name, folder, checks))
-            rows = tables.perplexities
-            keep_findings(options.cache, variant, stamp, checks, rows, ran=settings.run, text=text)
+            keep_findings(
+                options.cache,
+                variant,
+                stamp,
+                checks,
+                tables.perplexities,
+                ran=settings.run,
+                text=text,
+                content=content if _is_whole(checks) and stamp == folder_stamp(folder) else "",
+                command=_command(variant.name, options, settings),
+            )
+            renewed = renew_card(variant, folder, options.cache)
+            results.append(VariantResult(variant.name, folder, checks, renewed))
     return VerifyResult(results, tables.ordered(), tables.acceptances)
+
+
+def _is_whole(checks: Sequence[Check]) -> bool:
+    """Whether the folder holds what its build.json says."""
+    return any(item.name == digests.NAME and item.outcome is Outcome.PASSED for item in checks)
+
+
+def _command(variant: str, options: Options, settings: VerifySettings) -> str:
+    """What makes these figures; of paths there is the last part, which tells of no machine."""
+    words = ["carnice", "verify", variant]
+    words += ["--profile", options.profile] if options.profile else []
+    for name, path in options.sources.items():
+        words += ["--source", f"{name}={path.name}"]
+    for assignment in options.overrides:
+        words += ["--set", assignment]
+    words += ["--text", settings.text.name] if settings.text else []
+    words += ["--samples", str(settings.samples)] if settings.samples else []
+    return shlex.join(words)
 
 
 def _text(plan: Plan, options: Options, settings: VerifySettings) -> Path | None:

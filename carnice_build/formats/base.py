@@ -119,6 +119,10 @@ class Format(Strict):
         """
         return ()
 
+    def takes(self) -> Mapping[str, str]:
+        """What the format takes of other sources than the body, in words, by the source's name."""
+        return {}
+
     def card(self) -> Card:
         """What the model card says of the format: what it says of all, unless there is more."""
         return Card()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.generation import generation_entries, sampling
+from carnice_build.formats.measured import Measured, command_line, plain
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.models.base import Part
-from carnice_build.recipe.schema import CalibrationSpec, count_for
+from carnice_build.recipe.schema import CalibrationSpec, CardSpec, count_for
 from carnice_build.tensors import STACK
 from carnice_build.units import format_both
 
@@ -42,8 +44,10 @@ def own_template(package: str, name: str = "card.md.j2") -> str:
     return files(package).joinpath(name).read_text("utf-8")
 
 
-def render_card(card: Card, knobs: Format, variant: Variant) -> bytes:
-    """README.md of the variant."""
+def render_card(
+    card: Card, knobs: Format, variant: Variant, measured: Measured | None = None
+) -> bytes:
+    """README.md of the variant, with what was measured of it."""
     import jinja2
     import yaml
 
@@ -55,9 +59,20 @@ def render_card(card: Card, knobs: Format, variant: Variant) -> bytes:
         keep_trailing_newline=True,
         autoescape=False,
     )
+    environment.filters |= {"plain": plain, "command_line": command_line}
     front = yaml.safe_dump(_metadata(card, variant), sort_keys=False, allow_unicode=True)
-    body = environment.from_string(card.template).render(_facts(variant), knobs=knobs)
+    body = environment.from_string(card.template).render(
+        _facts(variant),
+        knobs=knobs,
+        measured=measured,
+        by_position=measured and any("by position" in line.what for line in measured.lines),
+    )
     return f"---\n{front}---\n\n{body}".encode()
+
+
+def published_as(card: CardSpec, variant: str) -> str:
+    """What commands on a page call the folder."""
+    return card.repo or f"path/to/{variant}"
 
 
 def _base_model(variant: Variant) -> str:
@@ -69,23 +84,43 @@ def _is_known(variant: Variant) -> bool:
     return not variant.sources[variant.body].local or bool(variant.card.base_model)
 
 
-def _link(variant: Variant) -> str:
-    """The base model as a page names it: by a link, unless it is on this machine alone."""
-    name = _base_model(variant)
-    if not _is_known(variant):
-        return f"`{name}`"
-    return f"[`{name}`](https://huggingface.co/{name})"
+def _link(name: str, *, known: bool = True) -> str:
+    """A model as a page names it: by a link, unless it is on this machine alone."""
+    return f"[`{name}`](https://huggingface.co/{name})" if known else f"`{name}`"
+
+
+def _base_models(variant: Variant) -> str | list[str]:
+    """What the hub is told that the folder was made from: the body first; of one, its name."""
+    names = [_base_model(variant)] if _is_known(variant) else []
+    others = [variant.sources[parent.source] for parent in variant.parents[1:]]
+    names += [source.spec.model for source in others if not source.local]
+    distinct = list(dict.fromkeys(names))
+    return distinct[0] if len(distinct) == 1 else distinct
+
+
+def _parents(variant: Variant) -> Iterator[dict[str, str]]:
+    for parent in variant.parents:
+        source = variant.sources[parent.source]
+        own = parent.source == variant.body
+        name = _base_model(variant) if own else source.spec.model
+        known = _is_known(variant) if own else not source.local
+        yield {
+            "parts": plain(parent.parts[:1].upper() + parent.parts[1:]),
+            "link": _link(name, known=known) if known else "a local folder",
+            "revision": "" if source.local else f"`{source.revision or source.spec.revision}`",
+        }
 
 
 def _metadata(card: Card, variant: Variant) -> dict[str, Any]:
     bits = {scheme.bits for scheme in variant.quantized.values()}
     width = [f"{bits.pop()}-bit"] if len(bits) == 1 else []
-    base = {"base_model": _base_model(variant), "base_model_relation": "quantized"}
+    names = _base_models(variant)
+    base = {"base_model": names, "base_model_relation": "quantized"}
     return {
         "license": variant.card.license,
         **({"language": variant.card.language} if variant.card.language else {}),
         "library_name": (_experts(variant) and card.with_experts) or card.library,
-        **(base if _is_known(variant) else {}),
+        **(base if names else {}),
         "pipeline_tag": "text-generation",
         "inference": False,
         "tags": list(dict.fromkeys([*card.tags, *variant.card.tags, *width])),
@@ -94,7 +129,8 @@ def _metadata(card: Card, variant: Variant) -> dict[str, Any]:
 
 def _facts(variant: Variant) -> dict[str, Any]:
     base_model = _base_model(variant)
-    link, known = _link(variant), _is_known(variant)
+    known = _is_known(variant)
+    link = _link(base_model, known=known)
     tower = any(fact.part is Part.TOWER for fact in variant.architecture.built.values())
     size = sum(shard.size for shard in variant.shards)
     source = variant.sources[variant.body]
@@ -102,27 +138,24 @@ def _facts(variant: Variant) -> dict[str, Any]:
         "title": variant.card.title or f"{base_model.rpartition('/')[2]}: {variant.name}",
         "variant": variant,
         "card": variant.card,
-        "repo": variant.card.repo or f"path/to/{variant.name}",
+        "repo": published_as(variant.card, variant.name),
         "base_model": base_model,
         "base_link": link,
         "credited": link if known else "the model that it was made of",
         "stand_in": source.profile != "full" and not source.local,
         "profile": source.profile,
-        "origin": "a local folder"
-        if source.local
-        else f"{link}, revision `{source.revision or source.spec.revision}`",
+        "parents": list(_parents(variant)),
         "bits_per_weight": f"{variant.bits_per_weight:.2f}",
         "size": format_both(size),
         "widths": _widths(variant),
         "has_template": any("chat_template" in name for name in variant.copied),
         "may_think": any(b"enable_thinking" in content for content in variant.copied.values()),
         "sampling": _sampling(variant),
+        "packaged_sampling": _numbers(sampling(generation_entries(variant.copied))),
         "mtp_dtypes": _dtypes(variant, Part.MTP),
         "has_tower": tower,
         "left_vision": tower and not _dtypes(variant, Part.TOWER),
-        "grafts": [item for item in variant.sources.items() if item[0] != variant.body],
         "calibration": variant.calibration and _calibration(variant.calibration, source.profile),
-        "serves": bool(variant.serve),
         "experts": _experts(variant),
     }
 
@@ -136,7 +169,11 @@ def _sampling(variant: Variant) -> dict[str, str]:
     """The numbers that the recipe states, else the source's own generation_config.json."""
     stated = variant.card.sampling
     found = sampling(generation_entries(variant.copied)) if stated is None else stated
-    return {name: f"{value:g}" for name, value in found.items()}
+    return _numbers(found)
+
+
+def _numbers(values: Mapping[Any, float]) -> dict[str, str]:
+    return {name: f"{value:g}" for name, value in values.items()}
 
 
 def _calibration(spec: CalibrationSpec, profile: str | None) -> dict[str, Any]:

@@ -30,13 +30,36 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """A source of the recipe, and what of the folder comes from it, in words."""
+
+    source: str
+    parts: str
+
+
+@dataclass(frozen=True)
+class PackagedTemplate:
+    """What the packaged chat template makes a model write, and vLLM's parsers that read it.
+
+    `patched` says that it writes tool calls otherwise than the source's own.
+    """
+
+    patched: bool
+    tool_call_parser: str | None
+    reasoning_parser: str | None
+    flags: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Variant:
     """All that the files of a folder may speak of.
 
     `config` is the model's config.json but for its quantization.
     `stated` is what else the format's files state; see `Conversion`.
     `copied` holds the small files that come from the checkpoint, as the steps left them;
-    `serve` those that say how to serve it.  `figures` are numbers that actions measured.
+    `serve` those that say how to serve it, and `launch` is the first way, as a shell takes it.
+    `parents` has the body first; `template` is None where there is none or it cannot be used.
+    `figures` are numbers that actions measured.
     `calibration` and `dataset` are None when nothing was calibrated, whatever the recipe says.
     """
 
@@ -56,6 +79,9 @@ class Variant:
     copied: Mapping[str, bytes]
     architecture: Architecture
     serve: Mapping[str, bytes]
+    launch: str
+    parents: Sequence[Parent]
+    template: PackagedTemplate | None
     figures: Mapping[str, Sequence[float]]
     calibration: CalibrationSpec | None
     dataset: Dataset | None

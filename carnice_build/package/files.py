@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from carnice_build.checkpoint.json import to_json
 from carnice_build.formats.base import Format
 from carnice_build.formats.card import CARD_NAME, render_card
 from carnice_build.formats.folder import BUILD_NAME
+from carnice_build.formats.measured import Measured
 from carnice_build.formats.variant import Variant, dataset_record, source_records
 from carnice_build.keys import canonical_json
 from carnice_build.store.digests import digest_bytes
@@ -41,9 +42,38 @@ class Rendered:
         return {**self.others, BUILD_NAME: to_json({"key": self.key, **self.record})}
 
 
-def render_files(variant: Variant, number_format: Format) -> Rendered:
+Figures = Callable[[str], Measured | None]
+"""What was measured of a folder, by the key of its content."""
+
+
+def nothing_measured(content: str) -> Measured | None:
+    """Of no folder anything was measured."""
+    return None
+
+
+def content_key(record: Mapping[str, Any]) -> str:
+    """A digest of what figures of a folder depend on, by its build.json.
+
+    These are its sources and all files but the card, which may tell the figures, and launches.
+    Empty where build.json does not say it.
+    """
+    files, sources = record.get("files"), record.get("sources")
+    if not isinstance(files, dict):
+        return ""
+    held = {
+        name: item
+        for name, item in files.items()
+        if name != CARD_NAME and not name.startswith("serve/")
+    }
+    return digest_bytes(canonical_json({"files": held, "sources": sources}).encode())
+
+
+def render_files(
+    variant: Variant, number_format: Format, figures: Figures = nothing_measured
+) -> Rendered:
     """Every file of the folder but the shards; deterministic.
 
+    The card tells what `figures` has of the others.
     ValueError for a format that names a file as a shard is, or one that is made for all of them.
     """
     own = number_format.files(variant)
@@ -55,9 +85,23 @@ def render_files(variant: Variant, number_format: Format) -> Rendered:
         **variant.serve,
         INDEX_NAME: _index(variant),
         **own,
-        CARD_NAME: render_card(number_format.card(), number_format, variant),
     }
-    return Rendered(others, _provenance(variant, others))
+    records = _records(variant, others)
+    measured = figures(content_key({"files": records, "sources": source_records(variant)}))
+    card = render_card(number_format.card(), number_format, variant, measured)
+    records |= _small_records({CARD_NAME: card})
+    return Rendered({**others, CARD_NAME: card}, _provenance(variant, records))
+
+
+def differs_in_card_alone(rendered: Rendered, record: Mapping[str, Any]) -> bool:
+    """Whether a folder's build.json says the same but for the card, and of that something else."""
+    said = {name: item for name, item in record.items() if name != "key"}
+    card = rendered.record["files"][CARD_NAME]
+    files = said.get("files")
+    if not isinstance(files, dict) or files.get(CARD_NAME) == card:
+        return False
+    said["files"] = {**files, CARD_NAME: card}
+    return canonical_json(said) == canonical_json(rendered.record)
 
 
 def _index(variant: Variant) -> bytes:
@@ -79,10 +123,20 @@ def _index(variant: Variant) -> bytes:
     return start + f"{{\n    {entries[1:-1]}\n  }}".encode() + end
 
 
-def _provenance(variant: Variant, files: Mapping[str, bytes]) -> dict[str, Any]:
-    sizes = {shard.name: {"size": shard.size, "pack": shard.pack} for shard in variant.shards}
-    for name, content in sorted(files.items()):
-        sizes[name] = {"size": len(content), "digest": digest_bytes(content)}
+def _records(variant: Variant, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """What build.json says of the shards and of these small files."""
+    shards = {shard.name: {"size": shard.size, "pack": shard.pack} for shard in variant.shards}
+    return shards | _small_records(files)
+
+
+def _small_records(files: Mapping[str, bytes]) -> dict[str, Any]:
+    return {
+        name: {"size": len(content), "digest": digest_bytes(content)}
+        for name, content in sorted(files.items())
+    }
+
+
+def _provenance(variant: Variant, records: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "variant": variant.name,
         "carnice_build": __version__,
@@ -93,7 +147,7 @@ def _provenance(variant: Variant, files: Mapping[str, bytes]) -> dict[str, Any]:
         "parameters": variant.parameters,
         "bits_per_weight": round(variant.bits_per_weight, 4),
         "figures": dict(variant.figures),
-        "files": sizes,
+        "files": dict(records),
         "tensors": {
             name: {
                 "dtype": spec.dtype,

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, is_plain_path
 from carnice_build.errors import StoreError
-from carnice_build.formats.folder import read_build
+from carnice_build.formats.card import CARD_NAME
+from carnice_build.formats.folder import BUILD_NAME, read_build
 from carnice_build.formats.variant import Shard
 from carnice_build.store.files import (
     copied_time,
@@ -140,6 +141,21 @@ def _assemble(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes])
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def replace_card(folder: Path, key: str, card: bytes, record: bytes) -> bool:
+    """Put another card and build.json in the folder that has this `key`; False if it has not.
+
+    Each of the two is the old or the new one at any time.
+    Where only the first was replaced, the next build finds that they do not fit.
+    """
+    with locked(folder.parent / LOCK_NAME):
+        if read_build(folder).get("key") != key:
+            return False
+        write_atomically(folder / CARD_NAME, card)
+        write_atomically(folder / BUILD_NAME, record)
+        sync_folder(folder)
+    return True
 
 
 def make_executable(folder: Path, names: Iterable[str]) -> None:

@@ -67,11 +67,23 @@ def _script(launch: Launch, place: Place) -> str:
     for name, variable in launch.env.items():
         lines.append(f"export {name}={shlex.quote(variable.value)}")
     lines += [""] if launch.env else []
+    command = [f"exec {shlex.join(launch.engine.command)}", *_options(launch, _HERE), '"$@"']
+    return "\n".join(lines) + "\n" + " \\\n    ".join(command) + "\n"
+
+
+def first_launch(spec: ServeSpec, facts: ServingFacts, model: str) -> str:
+    """The launch that is recommended, as a shell takes it, of the published folder `model`."""
+    launch = plan_launches(spec, facts)[0]
+    lines = [f"export {name}={shlex.quote(item.value)}\n" for name, item in launch.env.items()]
+    command = [shlex.join(launch.engine.command), *_options(launch, model)]
+    return "".join(lines) + " \\\n    ".join(command)
+
+
+def _options(launch: Launch, model: str) -> list[str]:
+    """The arguments that serve `model`, an option with its value in each."""
     port = [] if launch.port == _CONTAINER_PORT else ["--port", str(launch.port)]
-    groups = _grouped([*launch.arguments(_HERE), *port])
-    command = [f"exec {shlex.join(launch.engine.command)}"]
-    command += [" ".join(map(_quoted, group)) for group in groups]
-    return "\n".join(lines) + "\n" + " \\\n    ".join([*command, '"$@"']) + "\n"
+    groups = _grouped([*launch.arguments(model), *port])
+    return [" ".join(map(_quoted, group)) for group in groups]
 
 
 def _found_model(script: str, place: Place) -> list[str]:

@@ -128,6 +128,15 @@ class AutoRoundFormat(Format):
         """See `Format.takes_untabled`."""
         return self.method == "nearest"
 
+    def takes(self) -> Mapping[str, str]:
+        """See `Format.takes`."""
+        if self.grid is None:
+            return {}
+        return {
+            self.grid.source: "the INT4 grid that the weights are put on",
+            self.grid.base: "the weights that the grid was made for",
+        }
+
     def card(self) -> Card:
         """See `Format.card`."""
         tags = ("autoround", "int4", "w4a16", "vllm")

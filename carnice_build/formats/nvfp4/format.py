@@ -75,7 +75,7 @@ class Nvfp4Format(Format):
 
     def card(self) -> Card:
         """See `Format.card`."""
-        return Card(own_template(__package__), "transformers", ("modelopt", "nvfp4", "vllm"))
+        return Card(own_template(__package__), "vllm", ("modelopt", "nvfp4", "vllm"))
 
     def checks(self) -> Nvfp4Checks:
         """See `Format.checks`."""
