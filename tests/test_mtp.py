@@ -256,7 +256,7 @@ def test_a_trained_head_is_accepted_and_a_shuffled_one_is_not(
     own = measure(drafter, target, prompts, NEW_TOKENS)
     other = measure(shuffled, target, prompts, NEW_TOKENS)
 
-    assert own[1].rates[0] > 0.7
+    assert own[1].rates[0] > 0.5
     assert other[1].rates[0] < 0.1
     for found in (own, other):
         assert 1 <= found[1].mean_length <= 2

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from carnice_build.chat.files import template_files
 from carnice_build.checkpoint.assets import Assets
 from carnice_build.errors import CheckpointError
 from carnice_build.planning.planner import VariantPlan
@@ -23,10 +24,11 @@ from carnice_build.verification.calls import (
     read,
 )
 from carnice_build.verification.chat import chat_files
+from carnice_build.verification.kept import versions
 from carnice_build.verification.perplexity import SAMPLES_ON_CPU
 from carnice_build.verification.process import Worker
 from carnice_build.verification.result import Check, judged, skipped
-from carnice_build.verification.running import SOURCE, RunSettings, Tables
+from carnice_build.verification.running import SOURCE, RunSettings
 
 OWN = f"{SOURCE}, own template"
 """The row of the source through the template that it was published with."""
@@ -39,13 +41,12 @@ def check_calls(
     model: Any,
     source: Any | None,
     settings: RunSettings,
-    tables: Tables,
     worker: Worker,
 ) -> Check:
     """Ask `model`, called `name` in the table; `source` is None where it is not on this machine.
 
     Both have a method `source` that gives a `ModelSource` in the worker's process.
-    What a source answers is kept in `tables` for variants to come.
+    What a source answers is kept for variants to come.
     """
     try:
         packaged = Template.of(chat_files(folder))
@@ -62,26 +63,37 @@ def check_calls(
         wanted.append((SOURCE, source, packaged, prompts))
         if own is not None:
             wanted.append((OWN, source, own, asked(drawn, own)))
+    kept = settings.memory.of_source(SOURCE, **versions(*torch_worker.LIBRARIES))
     rows = {}
     for row, asking, template, texts in wanted:
-        key = (variant.recipe.sources[variant.recipe.body].model, texts)
-        answers = tables.answers.get(key) if asking is source else None
-        if answers is None:
-            answers = worker.call(torch_worker.answer, asking, texts, folder, settings.threads)
-        if asking is source:
-            tables.answers[key] = answers
-        rows[row] = Row(row, _read(drawn, texts, answers, template))
+        called = SOURCE if asking is source else row
+        said = worker.call(
+            torch_worker.answer, called, asking, texts, folder, settings.threads, kept
+        )
+        rows[row] = Row(row, _read(drawn, texts, said.texts, template))
     parser = packaged.format.tool_call_parser
     return judge_calls(rows[name], parser, rows.get(SOURCE), rows.get(OWN))
+
+
+def own_template(variant: VariantPlan) -> list[str]:
+    """The texts of the source's own template, which decide what check `calls` finds."""
+    try:
+        return list(template_files(_source_files(variant)).values())
+    except CheckpointError:
+        return []
 
 
 def _own(variant: VariantPlan, packaged: Template) -> Template | None:
     """The template of the source, if it is another one and can be used."""
     try:
-        own = Template.of(Assets(variant.body, variant.format.engine_reads()))
+        own = Template.of(_source_files(variant))
     except CheckpointError:
         return None
     return None if own is None or own.text == packaged.text else own
+
+
+def _source_files(variant: VariantPlan) -> Assets:
+    return Assets(variant.body, variant.format.engine_reads())
 
 
 def _read(

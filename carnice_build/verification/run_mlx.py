@@ -31,7 +31,7 @@ from carnice_build.verification.mlx_worker import Answer, SourceWeights, Task
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.process import installed
 from carnice_build.verification.result import Check, judged, skipped
-from carnice_build.verification.run_calls import check_calls
+from carnice_build.verification.run_calls import check_calls, own_template
 from carnice_build.verification.running import (
     NO_TEXT,
     SOURCE,
@@ -84,7 +84,7 @@ def run_mlx(
 ) -> Iterator[Check]:
     """Load the folder once for two checks; what was measured goes to `tables`."""
     yield from _run(_MLX_LM, variant, folder, settings, tables)
-    yield _calls(Target.MLX_LM, variant, folder, settings, tables)
+    yield from _calls(Target.MLX_LM, variant, folder, settings, tables)
 
 
 def run_mlx_vlm(
@@ -102,7 +102,7 @@ def run_mlx_vlm(
         tables,
         lambda: _acceptance(variant, folder, settings, tables),
     )
-    yield _calls(Target.MLX_VLM, variant, folder, settings, tables)
+    yield from _calls(Target.MLX_VLM, variant, folder, settings, tables)
 
 
 def _run(
@@ -239,22 +239,32 @@ def _counted(
 
 def _calls(
     target: Target, variant: VariantPlan, folder: Path, settings: RunSettings, tables: Tables
-) -> Check:
+) -> list[Check]:
     """What an agent must do, by the folder's dequantized weights in torch."""
-    from carnice_build.verification import mlx_stored
-
     if not variant.architecture.tabled:
-        return skipped(calls.NAME, "its family has no table")
+        return [skipped(calls.NAME, "its family has no table")]
     if not (installed("torch") and installed("transformers")):
-        return skipped(calls.NAME, f"torch is not installed: {pip_install('torch')}")
+        return [skipped(calls.NAME, f"torch is not installed: {pip_install('torch')}")]
     # In float32, as it is needed.
     if too_much := too_large(4 * variant.conversion.parameters):
-        return skipped(calls.NAME, too_much)
+        return [skipped(calls.NAME, too_much)]
+    facts = {"own": own_template(variant), **versions(*torch_worker.LIBRARIES)}
+    return settings.memory.checks(
+        calls.NAME,
+        settings.of_run | facts,
+        tables,
+        lambda: _asked(target, variant, folder, settings),
+    )
+
+
+def _asked(target: Target, variant: VariantPlan, folder: Path, settings: RunSettings) -> Check:
+    from carnice_build.verification import mlx_stored
+
     try:
         model = mlx_stored.stored(variant, folder, target)
         source = local_source(variant)
         worker = settings.workers.of("torch")
-        return check_calls(variant, folder, variant.name, model, source, settings, tables, worker)
+        return check_calls(variant, folder, variant.name, model, source, settings, worker)
     except CarniceError as error:
         # The library has run the folder; that torch does not says nothing of it.
         return skipped(calls.NAME, str(error))

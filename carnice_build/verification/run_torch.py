@@ -31,7 +31,7 @@ from carnice_build.verification.kept import KeptSource, versions
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.process import Worker, installed
 from carnice_build.verification.result import Check, judged, skipped
-from carnice_build.verification.run_calls import check_calls
+from carnice_build.verification.run_calls import check_calls, own_template
 from carnice_build.verification.running import (
     NO_TEXT,
     SOURCE,
@@ -44,9 +44,6 @@ from carnice_build.verification.sources import local_source
 from carnice_build.verification.torch_worker import StoredModel
 
 NAMES = (generate.NAME, perplexity.NAME, acceptance.NAME, fidelity.NAME, calls.NAME)
-
-_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "numba", "jinja2")
-"""Those whose versions decide figures."""
 
 _FLOAT32 = 4
 
@@ -66,24 +63,20 @@ def run_torch(
         return
     worker = settings.workers.of("torch")
     run = _Run(checks, variant, folder, settings, tables, worker)
-    libraries = versions(*_LIBRARIES)
+    libraries = versions(*torch_worker.LIBRARIES)
     of_text, of_run = settings.of_text | libraries, settings.of_run | libraries
     checks_in_order: tuple[tuple[Callable[[], Check], dict[str, object]], ...] = (
         (run.generate, {"threads": settings.threads, **libraries}),
         (run.perplexity, of_text),
         (run.acceptance, of_text),
         (run.fidelity, of_run),
+        (run.calls, of_run | {"own": own_template(variant)}),
     )
-    for name, (check, facts) in zip(NAMES, checks_in_order, strict=False):
+    for name, (check, facts) in zip(NAMES, checks_in_order, strict=True):
         try:
             yield from settings.memory.checks(name, facts, tables, check)
         except CarniceError as error:
             yield judged(name, [str(error)], "the model cannot be loaded and run")
-    # What it finds follows from the source's own template too, which no facts tell.
-    try:
-        yield run.calls()
-    except CarniceError as error:
-        yield judged(calls.NAME, [str(error)], "the model cannot be loaded and run")
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,7 @@ class _Run:
         return fidelity.judge_fidelity(found)
 
     def _kept(self) -> KeptSource:
-        return self.settings.memory.of_source(SOURCE, **versions(*_LIBRARIES))
+        return self.settings.memory.of_source(SOURCE, **versions(*torch_worker.LIBRARIES))
 
     def calls(self) -> Check:
         """What an agent must do, as the model is served, and as the source does it."""
@@ -186,7 +179,6 @@ class _Run:
             models[name],
             models.get(SOURCE),
             self.settings,
-            self.tables,
             self.worker,
         )
 

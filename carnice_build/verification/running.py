@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,8 +105,6 @@ class Tables:
 
     perplexities: list[PerplexityRow] = field(default_factory=list)
     acceptances: list[AcceptanceRow] = field(default_factory=list)
-    answers: dict[Hashable, list[str]] = field(default_factory=dict)
-    """What unquantized sources answered, by the source and what it was asked."""
 
     def has_source(self, library: Library, source: str) -> bool:
         """True when the unquantized model was measured already."""

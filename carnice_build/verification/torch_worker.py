@@ -8,7 +8,7 @@ divergences that are looked for.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,18 @@ from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.values import matrix, read_rows
 from carnice_build.graph import TensorData
 from carnice_build.models.base import Architecture, Part, Role
+from carnice_build.store.digests import digest_bytes
 from carnice_build.tensors import STACK, SourceTensor, numbered
 from carnice_build.verification import fidelity
 from carnice_build.verification.calls import Asked
 from carnice_build.verification.fidelity import Fidelity
 from carnice_build.verification.generate import Generation
-from carnice_build.verification.kept import KeptSource
+from carnice_build.verification.kept import NOT_KEPT, KeptSource
 from carnice_build.verification.perplexity import SAMPLES_ON_CPU, Perplexity, cut
 from carnice_build.verification.running import Drafts
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "numba", "jinja2")
+"""Those whose versions decide figures."""
 
 PROMPTS = 16
 PROMPT_LENGTH = 96
@@ -214,11 +218,35 @@ def measure_fidelity(
     )
 
 
-def answer(model: Any, asked: Sequence[Asked], tokenizer: Path, threads: int) -> list[str]:
+@dataclass(frozen=True)
+class Said:
+    """What a model said after each of some prompts."""
+
+    texts: list[str]
+
+
+def answer(
+    name: str,
+    model: Any,
+    asked: Sequence[Asked],
+    tokenizer: Path,
+    threads: int,
+    kept: KeptSource = NOT_KEPT,
+) -> Said:
     """What a model says after each prompt, up to the end of its turn, special tokens and all.
 
-    `model` is a `StoredModel` or an `MlxStored`.
+    `model`, called `name`, is a `StoredModel` or an `MlxStored`; `kept` is what is known of the
+    source.
     """
+    facts = {
+        "asked": [asdict(item) for item in asked],
+        "tokenizer": digest_bytes((tokenizer / "tokenizer.json").read_bytes()),
+        "threads": threads,
+    }
+    return kept.measured(name, facts, Said, lambda: _said(model, asked, tokenizer, threads))
+
+
+def _said(model: Any, asked: Sequence[Asked], tokenizer: Path, threads: int) -> Said:
     import torch
     from transformers import AutoTokenizer
 
@@ -242,7 +270,7 @@ def answer(model: Any, asked: Sequence[Asked], tokenizer: Path, threads: int) ->
     for task, said in zip(prompts, resident.continue_all(prompts), strict=True):
         new = said.tokens[said.prompt :].tolist()
         texts.append(loaded.decode(new[:-1] if new[-1] in task.ends else new))
-    return texts
+    return Said(texts)
 
 
 def _rounded_head(model: StoredModel) -> dict[str, Any]:
