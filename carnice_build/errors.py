@@ -135,6 +135,10 @@ class BackendError(CarniceError):
     exit_code = 1
 
 
+class EngineError(CarniceError):
+    """A serving engine is not installed, does not start, or answers what is no answer."""
+
+
 class PluginError(CarniceError):
     """A step or format of another package cannot be used, or failed."""
 

@@ -15,6 +15,7 @@ LAYERS = (
     "cli",
     "report",
     "commands",
+    "engines",
     "verification",
     "package",
     "execute",

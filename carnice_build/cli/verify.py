@@ -56,6 +56,19 @@ def verify(
     again: Annotated[
         bool, typer.Option("--again", help="Measure anew what was measured before.")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Also serve each folder with this engine and ask it: vllm or mlx-lm.",
+            metavar="NAME",
+        ),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Port of the engine; a free one if not given.", metavar="N"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check what was built; exits 1 if something is wrong.
@@ -65,6 +78,7 @@ def verify(
     from rich.console import Console
 
     from carnice_build.commands.verify import VerifySettings, verify_variants
+    from carnice_build.engines.check import EngineSettings
     from carnice_build.report.progress import CheckView
     from carnice_build.report.verify_table import check_lines, verify_json, verify_tables
     from carnice_build.verification.result import Check
@@ -86,7 +100,8 @@ def verify(
             view.end()
             console.print(check_lines(variant, check))
 
-        settings = VerifySettings(run, text, samples, again=again)
+        served = EngineSettings(engine, options.recipes.parent, port) if engine else None
+        settings = VerifySettings(run, text, samples, again=again, engine=served)
         result = verify_variants(variants, options, settings, listen, view.begin, view.step)
     if as_json:
         print_json(verify_json(result))

@@ -14,6 +14,9 @@ from carnice_build.commands.card import renew_card
 from carnice_build.commands.findings import folder_stamp, keep_findings
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
+from carnice_build.engines import check as engine_check
+from carnice_build.engines.check import EngineSettings, prepare_engine
+from carnice_build.engines.engine import launch_of
 from carnice_build.errors import PlanError
 from carnice_build.formats.folder import open_folder, read_build
 from carnice_build.package.files import content_key
@@ -45,6 +48,7 @@ class VerifySettings:
     `samples` bounds the sequences of each length and the prompts that drafts are counted on; None
     is 64 sequences, or 8 without a GPU, and 16 prompts.
     What was measured before is measured `again` if asked.
+    With an `engine`, each folder is also served by it.
     """
 
     run: bool = True
@@ -52,6 +56,7 @@ class VerifySettings:
     samples: int | None = None
     lengths: Sequence[int] = LENGTHS
     again: bool = False
+    engine: EngineSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ def verify_variants(
 ) -> VerifyResult:
     """Check what `build_variants` left in `options.out`; raises only when there is nothing there.
 
+    EngineError, when an engine is asked for that cannot be used or does not answer.
+
     `listen` hears of every check as soon as it is made, and `begins` of those that may take long
     before that; `told` hears, from another thread, how far the one is that runs.
     What was found is kept in the cache, and what is there and still holds is not measured again.
@@ -108,10 +115,11 @@ def verify_variants(
     options = options or Options()
     settings = settings or VerifySettings()
     plan = plan_variants(names, options)
-    text = _text(plan, options, settings) if settings.run else None
+    engine = prepare_engine(settings.engine, plan.variants) if settings.engine else None
+    text = _text(plan, options, settings) if settings.run or engine else None
     results: list[VariantResult] = []
     tables = Tables()
-    total = sum(map(_count, plan.variants))
+    total = sum(_count(variant) + (engine is not None) for variant in plan.variants)
 
     def starts(variant: str, made: Sequence[Check], check: str) -> None:
         done = sum(len(result.checks) for result in results) + len(made)
@@ -128,6 +136,13 @@ def verify_variants(
             stamp, content = folder_stamp(folder), content_key(read_build(folder))
             begin = partial(starts, variant.name, checks)
             for check in _check(variant, folder, how, tables, begin, run=settings.run):
+                checks.append(check)
+                listen(variant.name, check)
+            if engine is not None:
+                begin(engine_check.NAME)
+                check = engine_check.check_engine(
+                    engine, launch_of(variant), folder, text, settings.samples, checks
+                )
                 checks.append(check)
                 listen(variant.name, check)
             keep_findings(
@@ -161,6 +176,7 @@ def _command(variant: str, options: Options, settings: VerifySettings) -> str:
         words += ["--set", assignment]
     words += ["--text", settings.text.name] if settings.text else []
     words += ["--samples", str(settings.samples)] if settings.samples else []
+    words += ["--engine", settings.engine.name] if settings.engine else []
     return shlex.join(words)
 
 

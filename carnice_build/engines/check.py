@@ -1,0 +1,208 @@
+"""Check `engine`: the folder in the engine that serves it, asked as its users ask.
+
+The engine's figures are held against those of the other checks, which read the same text and
+prompts: its arithmetic is BF16, so they are near and not equal.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from carnice_build.engines.client import Client
+from carnice_build.engines.engine import Engine, check_fits, find_engine
+from carnice_build.engines.interpreter import check_installed, engine_python
+from carnice_build.engines.questions import Turns, ask_all, engine_tasks
+from carnice_build.engines.server import Patience, free_port, serve
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.serving.launches import Launch
+from carnice_build.verification import acceptance, calls, perplexity
+from carnice_build.verification.perplexity import Perplexity, cut, format_perplexity
+from carnice_build.verification.result import Check, judged
+from carnice_build.verification.running import Drafts
+
+NAME = "engine"
+
+SAME_TEXT = 0.02
+"""Nats that mean losses on the same tokens may differ by: BF16 and float32 sum in other orders."""
+ERRORS = 4
+"""Standard errors that mean lengths of drafts may be apart, those of both together."""
+FEWEST = 0.5
+"""Of calls asked for, the share that a parser must find: any less and it reads another form."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """An engine by its name; `port` is None for any, `beside` the folder with its environment."""
+
+    name: str
+    beside: Path
+    port: int | None = None
+    patience: Patience = field(default_factory=Patience)
+
+
+@dataclass(frozen=True)
+class ReadyEngine:
+    """An engine that is installed, and may be started for a folder."""
+
+    engine: Engine
+    python: Path
+    settings: EngineSettings
+
+
+def prepare_engine(settings: EngineSettings, variants: Sequence[VariantPlan]) -> ReadyEngine:
+    """What can be said before anything runs: EngineError for what cannot work with all of them."""
+    engine = find_engine(settings.name)
+    for variant in variants:
+        check_fits(engine, variant)
+    free_port(settings.port)
+    python = engine_python(settings.beside)
+    check_installed(python, engine.name, engine.package)
+    return ReadyEngine(engine, python, settings)
+
+
+def check_engine(
+    ready: ReadyEngine,
+    launch: Launch | None,
+    folder: Path,
+    text: Path | None,
+    samples: int | None,
+    found: Sequence[Check],
+) -> Check:
+    """Start the engine for the folder as its launch says, and ask; `found` has our figures.
+
+    EngineError when it does not start or answers what is no answer.
+    """
+    engine, settings = ready.engine, ready.settings
+    start = engine.start(folder.resolve(), launch, os.environ)
+    ours = {check.name: check.details for check in found}
+    with serve(engine, start, ready.python, settings.port, settings.patience) as server:
+        client = Client(server, settings.patience)
+        scored: list[Perplexity] = []
+        drafts = None
+        if engine.scores and text is not None:
+            scored = list(_score(client, folder, text, samples))
+            if start.drafts:
+                drafts = _draft(client, folder, text, samples)
+        turns = ask_all(client, engine_tasks())
+    problems = [
+        *_perplexity_problems(scored, ours.get(perplexity.NAME, {})),
+        *_draft_problems(drafts, start.drafts, ours.get(acceptance.NAME, {})),
+        *_turn_problems(turns, ours.get(calls.NAME, {})),
+    ]
+    details = {
+        "engine": engine.name,
+        "arguments": [str(item) for item in start.arguments if item != str(folder.resolve())],
+        "perplexity": {str(item.length): asdict(item) for item in scored},
+        "mtp": None if drafts is None else {str(start.drafts): _drafts_json(drafts)},
+        "answers": turns.as_json(),
+    }
+    return judged(NAME, problems, _summary(engine, scored, drafts, turns), details)
+
+
+def _score(client: Client, folder: Path, text: Path, samples: int | None) -> Iterator[Perplexity]:
+    """Perplexity at each length that the text has, over the sequences of check `perplexity`."""
+    tokens = _tokens(folder, text)
+    for length in perplexity.LENGTHS:
+        rows = cut(tokens, length, samples or perplexity.SAMPLES_ON_CPU)
+        losses = [-score for row in rows for score in client.scores(row)]
+        if losses:
+            mean = math.fsum(losses) / len(losses)
+            spread = math.fsum((loss - mean) ** 2 for loss in losses) / max(1, len(losses) - 1)
+            figure = math.exp(mean) if math.isfinite(mean) else None
+            error = figure and figure * math.sqrt(spread / len(losses))
+            yield Perplexity(length, len(rows), figure, error)
+
+
+def _draft(client: Client, folder: Path, text: Path, samples: int | None) -> Drafts | None:
+    """What becomes of drafts in the continuations of check `mtp`."""
+    from carnice_build.verification.torch_worker import NEW_TOKENS, PROMPTS, prompts_of
+
+    before = client.drafts()
+    for prompt in prompts_of(folder, text, samples or PROMPTS):
+        client.write(prompt, NEW_TOKENS)
+    after = client.drafts()
+    if after is None or before is None:
+        return after
+    steps = after.steps - before.steps
+    pairs = zip(after.rates, before.rates, strict=True)
+    return Drafts(steps, [(a * after.steps - b * before.steps) / steps for a, b in pairs])
+
+
+def _tokens(folder: Path, text: Path) -> list[int]:
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    found: list[int] = loaded.encode(text.read_text(encoding="utf-8")).ids
+    return found
+
+
+def _perplexity_problems(theirs: Sequence[Perplexity], ours: Mapping[str, Any]) -> Iterator[str]:
+    for item in theirs:
+        own = ours.get(str(item.length), {})
+        if item.mean is None:
+            yield f"the loss at sequence length {item.length} is not finite"
+        elif own.get("mean") and own["samples"] == item.samples:
+            apart = abs(math.log(item.mean / own["mean"]))
+            if apart > SAME_TEXT:
+                yield (
+                    f"perplexity {item.mean:.3f} at sequence length {item.length}, where the same "
+                    f"weights have {own['mean']:.3f} here"
+                )
+
+
+def _draft_problems(theirs: Drafts | None, number: int, ours: Mapping[str, Any]) -> Iterator[str]:
+    own = ours.get("head as packaged", {}).get(str(number))
+    if number and theirs is None and own:
+        yield "nothing is drafted, where the launch says to"
+    if theirs is not None and own:
+        apart = abs(theirs.mean_length - own["mean_length"])
+        if apart > ERRORS * math.hypot(theirs.error, own["error"]):
+            yield (
+                f"{theirs.mean_length:.2f} tokens a step at n={number}, where the same head "
+                f"gives {own['mean_length']:.2f} here"
+            )
+
+
+def _turn_problems(turns: Turns, ours: Mapping[str, Any]) -> Iterator[str]:
+    found = turns.figures
+    # The folder itself is the last of the rows; the engine's parser may miss half of its calls.
+    own = list(ours.values())[-1]["parsed"]["count"] if ours else found.parsed.of
+    if found.parsed.count < FEWEST * own:
+        text = f"calls were read in {found.parsed} turns that ask for them"
+        yield f"{text}; our parser reads {own} here" if ours else text
+    if found.closed.count < FEWEST * found.closed.of:
+        yield f"reasoning was found in {found.closed} turns with thinking"
+    if turns.unasked:
+        yield f"{turns.unasked} turns without thinking came with reasoning"
+    if turns.leaked:
+        yield f"{turns.leaked} answers hold tags of reasoning or of calls"
+    if turns.changed:
+        yield f"{turns.changed} of {turns.streamed} turns differ when they are streamed"
+
+
+def _summary(
+    engine: Engine, scored: Sequence[Perplexity], drafts: Drafts | None, turns: Turns
+) -> str:
+    parts = [f"{format_perplexity(item)} at {item.length}" for item in scored]
+    if drafts is not None:
+        parts.append(f"{drafts.mean_length:.2f} tokens a step at n={len(drafts.rates)}")
+    found = turns.figures
+    parts.append(
+        f"{found.parsed} calls are read, {found.named.count} have the right name, "
+        f"{found.keyed.count} the right keys, {found.exact.count} are exact"
+    )
+    return f"{engine.name}: " + "; ".join(parts)
+
+
+def _drafts_json(drafts: Drafts) -> dict[str, Any]:
+    return {
+        "steps": drafts.steps,
+        "rates": list(drafts.rates),
+        "mean_length": drafts.mean_length,
+        "error": drafts.error,
+    }

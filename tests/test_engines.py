@@ -1,0 +1,282 @@
+"""What `carnice verify --engine` says of engines that are missing, die, or answer nonsense.
+
+The engines here are fakes; real ones are asked by `make test-engines`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Finished, Project
+
+from carnice_build.commands.options import Options
+from carnice_build.commands.plan import plan_variants
+from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.engines.check import EngineSettings
+from carnice_build.engines.engine import MLX_LM, VLLM, Start, launch_of
+from carnice_build.engines.forced import ENVIRONMENT, FORCED, options_on_processor
+from carnice_build.engines.interpreter import FOLDER, TARGET, VARIABLE, engine_python
+from carnice_build.engines.server import HOST, Patience, last_words, serve
+from carnice_build.errors import EngineError
+from carnice_build.verification.result import Check, Outcome
+
+Carnice = Callable[..., Finished]
+Patch = pytest.MonkeyPatch
+MLX, FP8 = "mlx-4bit", "fp8-dynamic"
+OURS = ("--no-run", "--recipes", REPOSITORY / "recipes")
+QUICK = Patience(start=20, answer=20)
+SECONDS = 10
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: Patch) -> Callable[[str], Path]:
+    """`fake("dies")`: a Python whose `mlx_lm.server` does that, named as that of engines."""
+    package = tmp_path / "packages" / "mlx_lm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    shutil.copy(REPOSITORY / "tests" / "fake_engine.py", package / "server.py")
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(package.parent))} exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+
+    def make(mode: str) -> Path:
+        monkeypatch.setenv("FAKE_ENGINE", mode)
+        monkeypatch.setenv(VARIABLE, str(python))
+        return python
+
+    return make
+
+
+@pytest.fixture
+def built(project: Project, carnice: Carnice) -> Options:
+    """A folder for mlx-lm."""
+    assert carnice("build", MLX, "--jobs", 2).code == 0
+    return Options(out=project.out, cache=project.cache, recipes=project.recipes)
+
+
+def asked(options: Options, patience: Patience = QUICK) -> Check:
+    """The check of the folder by the fake."""
+    engine = EngineSettings(MLX_LM.name, options.recipes.parent, patience=patience)
+    result = verify_variants([MLX], options, VerifySettings(run=False, engine=engine))
+    return result.variants[0].checks[-1]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process is no more, or will be in a moment."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True)
+        if not found.stdout.strip() or found.stdout.strip().startswith(b"Z"):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_an_engine_that_is_not_installed_is_said_with_what_sets_it_up(
+    carnice: Carnice, monkeypatch: Patch
+) -> None:
+    """One line names the Python that lacks it, and the target of the Makefile."""
+    monkeypatch.setenv(VARIABLE, "/no/such/python")
+    finished = carnice("verify", FP8, *OURS, "--engine", "vllm")
+
+    assert (2, "") == (finished.code, finished.out)
+    (line,) = finished.err.splitlines()
+    assert "vllm is not installed for /no/such/python" in line
+    assert TARGET in line
+    assert f"\n{TARGET.split()[1]}:" in (REPOSITORY / "Makefile").read_text()
+
+
+@pytest.mark.parametrize(
+    ("variant", "engine", "told"),
+    [
+        (MLX, "vllm", "expected --engine mlx-lm"),
+        (FP8, "mlx-lm", "expected --engine vllm"),
+        ("mlx-vlm-4bit", "mlx-lm", "its format is for mlx-vlm"),
+        (FP8, "vlm", "did you mean 'vllm'"),
+    ],
+)
+def test_a_folder_of_another_engine_is_refused_before_anything_is_checked(
+    carnice: Carnice, variant: str, engine: str, told: str
+) -> None:
+    """Nothing has to be built for that."""
+    finished = carnice("verify", variant, *OURS, "--engine", engine)
+
+    assert (2, "") == (finished.code, finished.out)
+    (line,) = finished.err.splitlines()
+    assert told in line
+
+
+def test_a_port_in_use_is_refused_before_anything_is_checked(
+    carnice: Carnice, fake: Callable[[str], Path]
+) -> None:
+    """A port that is asked for is not given up for another."""
+    fake("answers")
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        finished = carnice("verify", MLX, *OURS, "--engine", "mlx-lm", "--port", port)
+
+    assert (2, "") == (finished.code, finished.out)
+    (line,) = finished.err.splitlines()
+    assert f"port {port}" in line
+
+
+def test_an_engine_that_dies_while_loading_has_the_last_word(
+    built: Options, carnice: Carnice, fake: Callable[[str], Path]
+) -> None:
+    """Its exception is the error, and not one that points to another."""
+    fake("dies")
+    finished = carnice("verify", MLX, "--no-run", "--engine", "mlx-lm")
+
+    assert 2 == finished.code
+    (line,) = finished.err.splitlines()
+    assert line.endswith("mlx-lm died with code 3: ValueError: no tensor of that name")
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [
+        ("never ready", "is not ready after 2 s: loading"),
+        ("silent", "did not answer within 2 s"),
+        ("prose", "answers what no client can read"),
+        ("no choices", "answers what no client can read"),
+        ("no object", "answers what no client can read"),
+        ("refuses", "no such model"),
+        ("breaks off", "died with code 9: MemoryError: out of memory"),
+    ],
+)
+def test_an_engine_that_does_not_answer_is_one_error(
+    built: Options, fake: Callable[[str], Path], mode: str, told: str
+) -> None:
+    """Whatever it does instead; the command line makes exit code 2 of it."""
+    fake(mode)
+    slow = mode in ("never ready", "silent")
+    with pytest.raises(EngineError) as caught:
+        asked(built, Patience(2 if mode == "never ready" else 20, 2 if slow else 20))
+
+    assert 2 == caught.value.exit_code
+    assert told in str(caught.value)
+    assert 1 == len(str(caught.value).splitlines())
+
+
+def test_a_model_that_calls_no_tool_fails_the_check(
+    built: Options, fake: Callable[[str], Path]
+) -> None:
+    """Counts are figures; what is too few is a sentence, and streams are put together."""
+    fake("answers")
+    check = asked(built)
+
+    assert Outcome.FAILED is check.outcome
+    calls, thoughts = check.problems
+    assert "calls were read in 0 of 16 turns" in calls
+    assert "reasoning was found in 0 of 10 turns" in thoughts
+    counts = check.details["answers"]
+    assert (20, 0) == (counts["streamed"], counts["changed"])
+    assert json.dumps(check.details)
+
+
+def test_nothing_is_left_running(
+    tmp_path: Path, fake: Callable[[str], Path], monkeypatch: Patch
+) -> None:
+    """Neither the server nor what it started."""
+    pids = tmp_path / "pids"
+    monkeypatch.setenv("FAKE_PIDS", str(pids))
+    python = fake("answers")
+    with serve(MLX_LM, Start([], os.environ, "model"), python, None, QUICK):
+        numbers = [int(pid) for pid in pids.read_text().split()]
+
+    assert all(map(gone, numbers))
+
+
+def test_a_server_dies_with_us(
+    tmp_path: Path, fake: Callable[[str], Path], monkeypatch: Patch
+) -> None:
+    """Also where we are killed, and can do nothing about it; its log goes too."""
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    pids = tmp_path / "pids"
+    monkeypatch.setenv("FAKE_PIDS", str(pids))
+    python = fake("answers")
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from carnice_build.engines.engine import MLX_LM, Start\n"
+        "from carnice_build.engines.server import Patience, serve\n"
+        "start = Start([], os.environ, 'model')\n"
+        "with serve(MLX_LM, start, Path(sys.argv[1]), None, Patience(20, 20)):\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", code, str(python)])
+
+    assert -9 == finished.returncode
+    assert all(gone(int(pid)) for pid in pids.read_text().split())
+    end = time.monotonic() + SECONDS
+    while any(place.iterdir()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert [] == list(place.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("", "it said nothing"),
+        ("loading\n\n", "loading"),
+        ("ValueError: one\nwarnings.warn(\n", "ValueError: one"),
+        (
+            "(EngineCore pid=7) ERROR 11-26 10:15:05 [core.py:1] \x1b[1mKeyError: 'a'\x1b[0m\n"
+            "(APIServer pid=6) RuntimeError: Engine core failed. See root cause above.\n",
+            "KeyError: 'a'",
+        ),
+        (
+            "x.ValidationError: 1 validation error for Config\n  Value error, no heads\n  more\n",
+            "x.ValidationError: 1 validation error for Config Value error, no heads",
+        ),
+    ],
+)
+def test_last_words_are_those_that_say_why(tmp_path: Path, log: str, said: str) -> None:
+    """Engines write much after what went wrong."""
+    (tmp_path / "log").write_text(log)
+
+    assert said == last_words(tmp_path / "log")
+
+
+@pytest.mark.parametrize("variant", ["int4-bf16-mtp", "w4a16-rtn", "fp8-dynamic", "nvfp4-text-mtp"])
+def test_a_folder_is_served_by_its_own_launch(variant: str) -> None:
+    """Options are the launch's, but for those in the table; each entry of that has a reason."""
+    options = Options(recipes=REPOSITORY / "recipes")
+    (planned,) = plan_variants([variant], options).variants
+    launch = launch_of(planned)
+    assert launch is not None
+    found = options_on_processor(launch)
+    forced = {item.flag for item in FORCED}
+    own = {name: flag.text for name, flag in launch.flags.items() if name not in forced}
+
+    assert own == {name: value for name, value in found.items() if name not in forced}
+    assert found["tool-call-parser"] == launch.flags["tool-call-parser"].text
+    assert all(item.reason for item in FORCED)
+    assert all(reason for _, reason in ENVIRONMENT.values())
+    start = VLLM.start(Path("/folder"), launch, {})
+    assert (3 if "speculative-config" in own else 0) == start.drafts
+
+
+def test_engines_have_a_python_of_their_own(tmp_path: Path, monkeypatch: Patch) -> None:
+    """The variable's, then that of the environment beside the recipes, then ours."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert Path(sys.executable) == engine_python(tmp_path)
+    own = tmp_path / FOLDER / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert own == engine_python(tmp_path)
+    monkeypatch.setenv(VARIABLE, "/another/python")
+    assert Path("/another/python") == engine_python(tmp_path)
