@@ -51,11 +51,12 @@ def engine_tasks() -> Sequence[Task]:
 def ask_all(asking: Client, asked: Sequence[Task]) -> Turns:
     """Ask everything twice, the second time as a stream."""
     whole = [_ask(asking, task, stream=False) for task in asked]
+    streamed = [_ask(asking, task, stream=True) for task in asked]
     # Of a call that turns out to be none, a stream has sent the beginning already.
     again = [
         (one, other)
-        for task, one in zip(asked, whole, strict=True)
-        if (other := _ask(asking, task, stream=True)).calls is not None
+        for one, other in zip(whole, streamed, strict=True)
+        if other.calls is not None and CALL not in one.content
     ]
     return Turns(
         [_read(task, answer) for task, answer in zip(asked, whole, strict=True)],
