@@ -182,7 +182,7 @@ def test_a_model_that_calls_no_tool_fails_the_check(
     assert "calls were read in 0 of 16 turns" in calls
     assert "reasoning was found in 0 of 10 turns" in thoughts
     counts = check.details["answers"]
-    assert (20, 0) == (counts["streamed"], counts["changed"])
+    assert (10, 0) == (counts["streamed"], counts["changed"])
     assert json.dumps(check.details)
 
 

@@ -12,6 +12,9 @@ from carnice_build.engines.client import Client
 from carnice_build.verification import calls
 from carnice_build.verification.agent import Task, tasks
 
+STREAMED = 10
+"""Tasks that are asked as a stream too: two of each kind, one of them with thinking."""
+
 _THINK = ("<think>", "</think>")
 
 
@@ -49,13 +52,13 @@ def engine_tasks() -> Sequence[Task]:
 
 
 def ask_all(asking: Client, asked: Sequence[Task]) -> Turns:
-    """Ask everything twice, the second time as a stream."""
+    """Ask everything, and the first tasks once more as a stream."""
     whole = [_ask(asking, task, stream=False) for task in asked]
-    streamed = [_ask(asking, task, stream=True) for task in asked]
+    streamed = [_ask(asking, task, stream=True) for task in asked[:STREAMED]]
     # Of a call that turns out to be none, a stream has sent the beginning already.
     again = [
         (one, other)
-        for one, other in zip(whole, streamed, strict=True)
+        for one, other in zip(whole, streamed, strict=False)
         if other.calls is not None and CALL not in one.content
     ]
     return Turns(
