@@ -61,8 +61,9 @@ class Client:
                 temperature=0,
                 extra_body={"prompt_logprobs": 0, "add_special_tokens": False},
             )
-            found = answer.choices[0].prompt_logprobs
-            pairs = zip(tokens[1:], found[1:], strict=True)
+            # What vLLM adds to the protocol, the client's types do not know.
+            choice: Any = answer.choices[0]
+            pairs = zip(tokens[1:], choice.prompt_logprobs[1:], strict=True)
             return [float(item[str(token)]["logprob"]) for token, item in pairs]
 
     def write(self, tokens: Sequence[int], count: int) -> None:
@@ -100,7 +101,7 @@ class Client:
     ) -> Answer:
         """The assistant's next turn at temperature 0, whole or put together from a stream."""
         with self._answering():
-            asked = {
+            asked: dict[str, Any] = {
                 "model": self._server.model,
                 "messages": _as_sent(messages),
                 "tools": list(tools),

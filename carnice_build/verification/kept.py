@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import carnice_build.errors
-from carnice_build.formats.checks import FormatChecks
 from carnice_build.formats.folder import BUILD_NAME, read_build
 from carnice_build.keys import canonical_json, library_version
 from carnice_build.models.base import Part
@@ -32,6 +31,10 @@ from carnice_build.store.records import Records
 from carnice_build.tensors import SourceTensor
 from carnice_build.verification.result import Check, Outcome
 from carnice_build.verification.running import AcceptanceRow, PerplexityRow, Tables
+
+if TYPE_CHECKING:
+    # It brings numpy, and a build that finds everything in the cache needs none.
+    from carnice_build.formats.checks import FormatChecks
 
 T = TypeVar("T")
 
