@@ -21,7 +21,7 @@ from carnice_build.engines.server import Patience, free_port, serve
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.serving.launches import Launch
 from carnice_build.verification import acceptance, calls, perplexity
-from carnice_build.verification.perplexity import Perplexity, cut, format_perplexity
+from carnice_build.verification.perplexity import Perplexity, cut, format_perplexity, tokens_of
 from carnice_build.verification.result import Check, judged
 from carnice_build.verification.running import Drafts
 
@@ -98,7 +98,7 @@ def check_engine(
         "engine": engine.name,
         "arguments": [str(item) for item in start.arguments if item != str(folder.resolve())],
         "perplexity": {str(item.length): asdict(item) for item in scored},
-        "mtp": None if drafts is None else {str(start.drafts): _drafts_json(drafts)},
+        "mtp": None if drafts is None else acceptance.drafts_json({start.drafts: drafts}),
         "answers": turns.as_json(),
     }
     return judged(NAME, problems, _summary(engine, scored, drafts, turns), details)
@@ -106,7 +106,7 @@ def check_engine(
 
 def _score(client: Client, folder: Path, text: Path, samples: int | None) -> Iterator[Perplexity]:
     """Perplexity at each length that the text has, over the sequences of check `perplexity`."""
-    tokens = _tokens(folder, text)
+    tokens = tokens_of(folder, text)
     for length in perplexity.LENGTHS:
         rows = cut(tokens, length, samples or perplexity.SAMPLES_ON_CPU)
         losses = [-score for row in rows for score in client.scores(row)]
@@ -129,16 +129,10 @@ def _draft(client: Client, folder: Path, text: Path, samples: int | None) -> Dra
     if after is None or before is None:
         return after
     steps = after.steps - before.steps
+    if not steps:
+        return None
     pairs = zip(after.rates, before.rates, strict=True)
     return Drafts(steps, [(a * after.steps - b * before.steps) / steps for a, b in pairs])
-
-
-def _tokens(folder: Path, text: Path) -> list[int]:
-    from tokenizers import Tokenizer
-
-    loaded = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    found: list[int] = loaded.encode(text.read_text(encoding="utf-8")).ids
-    return found
 
 
 def _perplexity_problems(theirs: Sequence[Perplexity], ours: Mapping[str, Any]) -> Iterator[str]:
@@ -156,7 +150,7 @@ def _perplexity_problems(theirs: Sequence[Perplexity], ours: Mapping[str, Any]) 
 
 
 def _draft_problems(theirs: Drafts | None, number: int, ours: Mapping[str, Any]) -> Iterator[str]:
-    own = ours.get("head as packaged", {}).get(str(number))
+    own = ours.get(acceptance.PACKAGED, {}).get(str(number))
     if number and theirs is None and own:
         yield "nothing is drafted, where the launch says to"
     if theirs is not None and own:
@@ -170,11 +164,10 @@ def _draft_problems(theirs: Drafts | None, number: int, ours: Mapping[str, Any])
 
 def _turn_problems(turns: Turns, ours: Mapping[str, Any]) -> Iterator[str]:
     found = turns.figures
-    # The folder itself is the last of the rows; the engine's parser may miss half of its calls.
-    own = list(ours.values())[-1]["parsed"]["count"] if ours else found.parsed.of
-    if found.parsed.count < FEWEST * own:
+    own = _parsed(ours)
+    if found.parsed.rate < FEWEST * (own.rate if own else 1):
         text = f"calls were read in {found.parsed} turns that ask for them"
-        yield f"{text}; our parser reads {own} here" if ours else text
+        yield f"{text}; our parser reads those of {own} here" if own else text
     if found.closed.count < FEWEST * found.closed.of:
         yield f"reasoning was found in {found.closed} turns with thinking"
     if turns.unasked:
@@ -183,6 +176,17 @@ def _turn_problems(turns: Turns, ours: Mapping[str, Any]) -> Iterator[str]:
         yield f"{turns.leaked} answers hold tags of reasoning or of calls"
     if turns.changed:
         yield f"{turns.changed} of {turns.streamed} turns differ when they are streamed"
+
+
+def _parsed(ours: Mapping[str, Any]) -> calls.Share | None:
+    """What check `calls` read of the folder, which is the last of its rows.
+
+    It may have asked more tasks than are asked here, or fewer.
+    """
+    if not ours:
+        return None
+    *_, row = ours.values()
+    return calls.Share(row["parsed"]["count"], row["parsed"]["of"])
 
 
 def _summary(
@@ -197,12 +201,3 @@ def _summary(
         f"{found.keyed.count} the right keys, {found.exact.count} are exact"
     )
     return f"{engine.name}: " + "; ".join(parts)
-
-
-def _drafts_json(drafts: Drafts) -> dict[str, Any]:
-    return {
-        "steps": drafts.steps,
-        "rates": list(drafts.rates),
-        "mean_length": drafts.mean_length,
-        "error": drafts.error,
-    }

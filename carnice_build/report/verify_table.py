@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from carnice_build.commands.verify import VariantResult, VerifyResult
-from carnice_build.verification.acceptance import row_json
+from carnice_build.verification.acceptance import drafts_json
 from carnice_build.verification.perplexity import Perplexity, format_perplexity
 from carnice_build.verification.result import Check, Outcome
 from carnice_build.verification.running import AcceptanceRow, PerplexityRow
@@ -35,7 +35,7 @@ def verify_json(result: VerifyResult) -> dict[str, Any]:
         ],
         "perplexity": [asdict(row) for row in result.perplexities],
         "acceptance": [
-            {"variant": row.variant, "head": row.head, "drafts": row_json(row)}
+            {"variant": row.variant, "head": row.head, "drafts": drafts_json(row.drafts)}
             for row in result.acceptances
         ],
     }

@@ -13,6 +13,8 @@ from carnice_build.verification.result import Check, judged
 from carnice_build.verification.running import AcceptanceRow, Drafts
 
 NAME = "mtp"
+PACKAGED = "head as packaged"
+"""What a row is called whose head is as it lies in the folder."""
 
 
 def make_rows(
@@ -21,7 +23,7 @@ def make_rows(
     """What was measured, and beside it what is true without a head: nothing is drafted."""
     nothing = {number: Drafts(item.steps, [0.0] * number) for number, item in packaged.items()}
     return [
-        AcceptanceRow(variant, "head as packaged", packaged),
+        AcceptanceRow(variant, PACKAGED, packaged),
         AcceptanceRow(variant, "head quantized too", quantized),
         AcceptanceRow(variant, "no head", nothing),
     ]
@@ -39,7 +41,7 @@ def compared_rows(
     """
     nothing = {number: Drafts(item.steps, [0.0] * number) for number, item in by_default.items()}
     rows = [
-        AcceptanceRow(variant, "head as packaged", by_default),
+        AcceptanceRow(variant, PACKAGED, by_default),
         AcceptanceRow(variant, "prompt in one piece", whole),
         AcceptanceRow(variant, "our own count", ours),
         AcceptanceRow(variant, "no head", nothing),
@@ -55,12 +57,12 @@ def judge_acceptance(rows: Sequence[AcceptanceRow]) -> Check:
         if not drafts.rates[0] > 0
     ]
     summary = "tokens a step: " + "; ".join(f"{row.head} {_lengths(row)}" for row in rows)
-    details = {row.head: row_json(row) for row in rows}
+    details = {row.head: drafts_json(row.drafts) for row in rows}
     return judged(NAME, problems, summary, details)
 
 
-def row_json(row: AcceptanceRow) -> dict[str, dict[str, object]]:
-    """The figures of a row by the number of drafts, JSON-ready."""
+def drafts_json(found: Mapping[int, Drafts]) -> dict[str, dict[str, object]]:
+    """Figures by the number of drafts, JSON-ready."""
     return {
         str(number): {
             "steps": drafts.steps,
@@ -68,7 +70,7 @@ def row_json(row: AcceptanceRow) -> dict[str, dict[str, object]]:
             "mean_length": drafts.mean_length,
             "error": drafts.error,
         }
-        for number, drafts in row.drafts.items()
+        for number, drafts in found.items()
     }
 
 

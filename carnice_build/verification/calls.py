@@ -165,6 +165,11 @@ class Share:
         """The standard error of `count`, as a count, if tasks are independent."""
         return math.sqrt(self.count * (self.of - self.count) / self.of) if self.of else 0.0
 
+    @property
+    def rate(self) -> float:
+        """The share as a number from 0 to 1; 0 of none."""
+        return self.count / self.of if self.of else 0.0
+
     def __str__(self) -> str:
         return f"{self.count} of {self.of}"
 

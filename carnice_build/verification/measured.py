@@ -12,15 +12,11 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from carnice_build.formats.measured import Line, Measured, plain
-from carnice_build.verification import acceptance, fidelity, perplexity
+from carnice_build.verification import acceptance, calls, fidelity, perplexity
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.result import Check, Outcome
 from carnice_build.verification.running import SOURCE, PerplexityRow
 
-CALLS = "calls"
-"""The check that has the model call tools."""
-
-_HEAD = "head as packaged"
 _MOST = 10**9
 
 T = TypeVar("T")
@@ -75,7 +71,7 @@ def measured(
     found = {
         perplexity.NAME: list(_perplexities(rows, variant)),
         acceptance.NAME: list(_drafts(details.get(acceptance.NAME))),
-        CALLS: list(_called(details.get(CALLS))),
+        calls.NAME: list(_called(details.get(calls.NAME))),
         fidelity.NAME: list(_copied(details.get(fidelity.NAME))),
     }
     told = [name for name, lines in found.items() if lines]
@@ -121,7 +117,9 @@ def _perplexity(item: Perplexity | None) -> str | None:
 
 def _drafts(details: Any) -> Iterator[Line]:
     heads = _valid(_DRAFTS, details) or {}
-    for number, item in sorted(heads.get(_HEAD, {}).items(), key=lambda pair: len(pair[1].rates)):
+    for number, item in sorted(
+        heads.get(acceptance.PACKAGED, {}).items(), key=lambda pair: len(pair[1].rates)
+    ):
         if number != str(len(item.rates)):
             continue
         drafts = f"MTP head, {number} draft{'s' if number != '1' else ''} a step"

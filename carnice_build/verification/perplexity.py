@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from carnice_build.verification.process import tell
@@ -95,6 +96,15 @@ def _figures(length: int, samples: int, losses: Any, divergences: Any) -> Perple
     perplexity = math.exp(mean)
     spread = float(mx.sqrt(mx.var(losses, ddof=1)))
     return Perplexity(length, samples, perplexity, perplexity * spread / losses.size**0.5, kl)
+
+
+def tokens_of(tokenizer: Path, text: Path) -> list[int]:
+    """The text as the tokenizer of a folder splits it."""
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    found: list[int] = loaded.encode(text.read_text(encoding="utf-8")).ids
+    return found
 
 
 def cut(tokens: Sequence[int], length: int, samples: int) -> list[Sequence[int]]:

@@ -28,7 +28,7 @@ from carnice_build.verification.calls import Asked
 from carnice_build.verification.fidelity import Fidelity
 from carnice_build.verification.generate import Generation
 from carnice_build.verification.kept import NOT_KEPT, KeptSource
-from carnice_build.verification.perplexity import SAMPLES_ON_CPU, Perplexity, cut
+from carnice_build.verification.perplexity import SAMPLES_ON_CPU, Perplexity, cut, tokens_of
 from carnice_build.verification.running import Drafts
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "numba", "jinja2")
@@ -122,7 +122,7 @@ def measure_perplexities(
 
     from carnice_build.verification.quality import measure
 
-    tokens = _tokens(tokenizer, text)
+    tokens = tokens_of(tokenizer, text)
     sources = {name: model.source() for name, model in models.items()}
     arithmetic = _arithmetic(next(iter(models.values())).architecture, threads)
     found: dict[str, list[Perplexity]] = {name: [] for name in models}
@@ -189,7 +189,7 @@ def count_drafts(
 
 def prompts_of(tokenizer: Path, text: Path, count: int) -> list[list[int]]:
     """As many prompts, from all over the text."""
-    tokens = _tokens(tokenizer, text)
+    tokens = tokens_of(tokenizer, text)
     stride = max(PROMPT_LENGTH, len(tokens) // count)
     starts = range(0, len(tokens), stride)
     return [tokens[start : start + PROMPT_LENGTH] for start in starts][:count]
@@ -292,14 +292,6 @@ def _rounded_head(model: StoredModel) -> dict[str, Any]:
         weights = [np.ascontiguousarray(model.tensor(name).float().numpy()) for name in names]
         rounded = model.checks.rounded(weights)
         found |= dict(zip(names, map(torch.from_numpy, rounded), strict=True))
-    return found
-
-
-def _tokens(tokenizer: Path, text: Path) -> list[int]:
-    from tokenizers import Tokenizer
-
-    loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    found: list[int] = loaded.encode(text.read_text(encoding="utf-8")).ids
     return found
 
 
