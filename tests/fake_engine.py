@@ -17,12 +17,30 @@ MESSAGE = {"role": "assistant", "content": "Hi."}
 NO_ANSWERS = {"prose": b"hello", "no choices": b'{"choices": []}', "no object": b'{"choices": 7}'}
 
 
+COUNTERS = """\
+vllm:spec_decode_num_drafts_total{engine="0"} {steps}.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"} {first}.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"} {second}.0
+"""
+
+
 class Handler(BaseHTTPRequestHandler):
-    """Healthy always; an answer is "Hi.", or none at all."""
+    """Healthy always; an answer is "Hi.", or none at all.
+
+    A prompt's tokens have a probability of 1/e each.
+    Of 10 steps of a prompt's continuation 8 accept a draft, 4 of these a second one.
+    """
+
+    written = 0
 
     def do_GET(self) -> None:
-        """`/health`."""
-        self.send("text/plain", b"ok")
+        """`/health`, or the counters of `/metrics`."""
+        steps = 10 * Handler.written
+        counts = {"steps": steps, "first": steps * 8 // 10, "second": steps * 4 // 10}
+        text = COUNTERS
+        for name, count in counts.items():
+            text = text.replace(f"{{{name}}}", str(count))
+        self.send("text/plain", text.encode())
 
     def do_POST(self) -> None:
         """A chat request."""
@@ -36,6 +54,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send("application/json", b'{"error": {"message": "no such model"}}', 404)
         elif MODE in NO_ANSWERS:
             self.send("application/json", NO_ANSWERS[MODE])
+        elif self.path == "/v1/completions":
+            Handler.written += "ignore_eos" in asked
+            scores = [None, *({str(token): {"logprob": -1.0}} for token in asked["prompt"][1:])]
+            self.send("application/json", reply({"text": "", "prompt_logprobs": scores}))
         elif asked.get("stream"):
             self.send("text/event-stream", b"".join(map(chunk, ("H", "i."))) + b"data: [DONE]\n\n")
         else:

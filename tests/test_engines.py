@@ -13,8 +13,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY, Finished, Project
@@ -22,7 +24,7 @@ from conftest import REPOSITORY, Finished, Project
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
-from carnice_build.engines.check import EngineSettings
+from carnice_build.engines.check import EngineSettings, ReadyEngine, check_engine
 from carnice_build.engines.engine import MLX_LM, VLLM, Start, launch_of
 from carnice_build.engines.forced import ENVIRONMENT, FORCED, options_on_processor
 from carnice_build.engines.interpreter import FOLDER, TARGET, VARIABLE, engine_python
@@ -68,7 +70,7 @@ def built(project: Project, carnice: Carnice) -> Options:
 
 def asked(options: Options, patience: Patience = QUICK) -> Check:
     """The check of the folder by the fake."""
-    engine = EngineSettings(MLX_LM.name, options.recipes.parent, patience=patience)
+    engine = EngineSettings(MLX_LM.name, patience=patience)
     result = verify_variants([MLX], options, VerifySettings(run=False, engine=engine))
     return result.variants[0].checks[-1]
 
@@ -186,6 +188,52 @@ def test_a_model_that_calls_no_tool_fails_the_check(
     assert json.dumps(check.details)
 
 
+def against(ours: dict[str, dict[str, Any]], python: Path, text: Path, folder: Path) -> Check:
+    """The fake as an engine that scores and drafts two tokens, beside such figures of ours."""
+
+    def start(folder: Path, launch: object, environment: Mapping[str, str]) -> Start:
+        return Start([], environment, "model", 2)
+
+    engine = replace(MLX_LM, start=start, scores=True)
+    ready = ReadyEngine(engine, python, EngineSettings(engine.name, patience=QUICK))
+    found = [Check(name, Outcome.PASSED, "", (), details) for name, details in ours.items()]
+    return check_engine(ready, None, folder, text, 4, found)
+
+
+def figures(mean: float, length: float, parsed: int) -> dict[str, dict[str, Any]]:
+    """Details of our own checks."""
+    row = {"mean_length": length, "error": 0.05}
+    return {
+        "perplexity": {"256": {"samples": 4, "mean": mean}},
+        "mtp": {"head as packaged": {"2": row}},
+        "calls": {"folder": {"parsed": {"count": parsed, "of": 80}}},
+    }
+
+
+def test_an_engine_s_figures_are_held_against_ours(
+    fake: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Near enough is no problem; what is apart is, with both figures.
+
+    Perplexity is e, and 2.2 tokens are made a step; of calls, ours are of more tasks.
+    """
+    folder, text = REPOSITORY / "demo" / "qwen3.6-27b", tmp_path / "text.txt"
+    text.write_text((REPOSITORY / "demo" / "heldout.txt").read_text()[:8000])
+    python = fake("answers")
+    near = against(figures(2.72, 2.3, 0), python, text, folder)
+    apart = against(figures(3, 2.9, 60), python, text, folder)
+
+    assert ["reasoning was found in 0 of 10 turns with thinking"] == list(near.problems)
+    assert "2.718 ± 0.000 at 256" in near.summary
+    assert "2.20 tokens a step at n=2" in near.summary
+    assert [
+        "perplexity 2.718 at sequence length 256, where the same weights have 3.000 here",
+        "2.20 tokens a step at n=2, where the same head gives 2.90 here",
+        "calls were read in 0 of 16 turns that ask for them; our parser reads those of 60 of 80 "
+        "here",
+    ] == list(apart.problems)[:3]
+
+
 def test_nothing_is_left_running(
     tmp_path: Path, fake: Callable[[str], Path], monkeypatch: Patch
 ) -> None:
@@ -271,7 +319,7 @@ def test_a_folder_is_served_by_its_own_launch(variant: str) -> None:
 
 
 def test_engines_have_a_python_of_their_own(tmp_path: Path, monkeypatch: Patch) -> None:
-    """The variable's, then that of the environment beside the recipes, then ours."""
+    """The variable's, then that of the environment beside ours, then ours."""
     monkeypatch.delenv(VARIABLE, raising=False)
     assert Path(sys.executable) == engine_python(tmp_path)
     own = tmp_path / FOLDER / "bin" / "python"

@@ -100,7 +100,7 @@ def verify(
             view.end()
             console.print(check_lines(variant, check))
 
-        served = EngineSettings(engine, options.recipes.parent, port) if engine else None
+        served = EngineSettings(engine, port) if engine else None
         settings = VerifySettings(run, text, samples, again=again, engine=served)
         result = verify_variants(variants, options, settings, listen, view.begin, view.step)
     if as_json:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,11 +38,14 @@ FEWEST = 0.5
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """An engine by its name; `port` is None for any, `beside` the folder with its environment."""
+    """An engine by its name; `port` is None for any, `beside` the folder with its environment.
+
+    That is the folder with our own, for what lies beside recipes may be anybody's.
+    """
 
     name: str
-    beside: Path
     port: int | None = None
+    beside: Path = Path(sys.prefix).parent
     patience: Patience = field(default_factory=Patience)
 
 

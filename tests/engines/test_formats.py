@@ -60,7 +60,7 @@ def told(request: pytest.FixtureRequest) -> Iterator[None]:
 def served(variant: str, engine: str, options: Options) -> Check:
     """What the engine says of the variant, beside our own figures."""
     build_variants([variant], options)
-    settings = VerifySettings(engine=EngineSettings(engine, REPOSITORY))
+    settings = VerifySettings(engine=EngineSettings(engine))
     (result,) = verify_variants([variant], options, settings).variants
     check = result.checks[-1]
     print(f"\n{variant}: {check.summary}\n{json.dumps(check.details['answers'])}")
@@ -89,7 +89,7 @@ def test_vllm_serves_the_source(options: Options, tmp_path: Path) -> None:
     """The same weights in BF16, which is what the others are compared with."""
     plan = plan_variants(["nvfp4-text-mtp"], options)
     (variant,) = plan.variants
-    ready = prepare_engine(EngineSettings("vllm", REPOSITORY), [variant])
+    ready = prepare_engine(EngineSettings("vllm"), [variant])
     folder = write_twin(variant, tmp_path / "bf16")
     check = check_engine(ready, twin_launch(variant), folder, TEXT, None, [])
     print(f"\nBF16: {check.summary}\n{json.dumps(check.details['answers'])}")
