@@ -32,7 +32,8 @@ class Engine:
     """A program that serves folders by OpenAI's protocol, started as `python -m module`.
 
     `package` is what must be importable for that; it serves the folders that `libraries` compute.
-    `scores` says that it tells how likely the tokens of a prompt are.
+    `launched` says that it is started by a launch, without which a folder does not do; `scores`
+    that it tells how likely the tokens of a prompt are.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Engine:
     package: str
     libraries: frozenset[Library]
     start: Callable[[Path, Launch | None, Mapping[str, str]], Start]
+    launched: bool
     scores: bool
 
 
@@ -78,6 +80,7 @@ VLLM = Engine(
     package="vllm",
     libraries=frozenset({Library.TRANSFORMERS}),
     start=_start_vllm,
+    launched=True,
     scores=True,
 )
 MLX_LM = Engine(
@@ -86,6 +89,7 @@ MLX_LM = Engine(
     package="mlx_lm",
     libraries=frozenset({Library.MLX_LM}),
     start=_start_mlx_lm,
+    launched=False,
     scores=False,
 )
 ENGINES = {engine.name: engine for engine in (VLLM, MLX_LM)}
@@ -112,7 +116,7 @@ def check_fits(engine: Engine, variant: VariantPlan) -> None:
             where=variant.name,
             expected=f"--engine {fitting[0]}" if fitting else None,
         )
-    if engine is VLLM and variant.serving is None:
+    if engine.launched and variant.serving is None:
         raise EngineError("it has no launches", where=variant.name, expected="package.serve")
 
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,12 +114,13 @@ def free_port(asked: int | None) -> int:
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[bytes], folder: str) -> Iterator[None]:
     """The process and its group are gone afterwards; if we die within, and the folder as well."""
-    guardian = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _GUARDIAN, str(process.pid), folder],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
+    guardian = None
     try:
+        guardian = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _GUARDIAN, str(process.pid), folder],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -131,8 +131,9 @@ def _ended(process: subprocess.Popen[bytes], folder: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        guardian.kill()
-        guardian.communicate()
+        if guardian is not None:
+            guardian.kill()
+            guardian.communicate()
 
 
 def _wait(server: Server, seconds: float) -> None:
@@ -149,9 +150,7 @@ def _healthy(url: str, seconds: float) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=min(seconds, 5)) as response:
             return bool(response.status == 200)
-    except (OSError, urllib.error.URLError, ValueError):
-        return False
-    except Exception:  # whatever http.client makes of what is no HTTP
+    except Exception:  # nobody there yet, or whatever http.client makes of what is no HTTP
         return False
 
 

@@ -51,20 +51,21 @@ def nothing_measured(content: str) -> Measured | None:
     return None
 
 
+def decides(name: str) -> bool:
+    """Whether a file of a folder can change what its model does: pages and launches cannot."""
+    return not (name.endswith(".md") or name.startswith("serve/"))
+
+
 def content_key(record: Mapping[str, Any]) -> str:
     """A digest of what figures of a folder depend on, by its build.json.
 
-    These are its sources and all files but the card, which may tell the figures, and launches.
+    These are its sources and all files that decide something; the card may tell the figures.
     Empty where build.json does not say it.
     """
     files, sources = record.get("files"), record.get("sources")
     if not isinstance(files, dict):
         return ""
-    held = {
-        name: item
-        for name, item in files.items()
-        if name != CARD_NAME and not name.startswith("serve/")
-    }
+    held = {name: item for name, item in files.items() if decides(name)}
     return digest_bytes(canonical_json({"files": held, "sources": sources}).encode())
 
 

@@ -83,9 +83,9 @@ class OptionTable(BaseModel):
         return found
 
     def default(self, name: str) -> int | float | str | None:
-        """What holds where option `name` is left out, None for a switch that is off.
+        """What holds where option `name` is left out.
 
-        And where the server works it out.
+        None for a switch that is off, and where the server works it out.
         """
         fact = self.options.get(name)
         return fact.default if fact and fact.default is not False else None

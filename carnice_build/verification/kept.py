@@ -22,6 +22,7 @@ import carnice_build.errors
 from carnice_build.formats.folder import BUILD_NAME, read_build
 from carnice_build.keys import canonical_json, library_version
 from carnice_build.models.base import Part
+from carnice_build.package.files import decides
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.processor import gpus, vector_instructions
 from carnice_build.store.digests import digest_bytes, digest_texts
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CODE = ("backends", "calibration", "chat", "checkpoint", "formats", "kernels", "models")
-"""The parts of the package, beside `verification`, whose code decides figures."""
+"""The parts of the package whose code decides figures, beside `verification` and single files."""
 
 _DIGEST_LENGTH = 64
 
@@ -58,20 +59,16 @@ class Kept:
     root: Path | None = None
     since: float = 0.0
 
-    def measured(
-        self, facts: Mapping[str, Any], kind: type[T], measure: Callable[[], T]
-    ) -> tuple[T, float]:
-        """What `measure` gives, a dataclass of `kind`, or gave under the same `facts`, and when.
-
-        `facts`, JSON-ready, are all that can change it.
-        """
-        found = self._found(facts, kind)
+    def measured(self, facts: Key, kind: type[T], measure: Callable[[], T]) -> tuple[T, float]:
+        """What `measure` gives, a dataclass of `kind`, or gave under the same `facts`, and when."""
+        found = self.found(facts, kind)
         if found is None:
             found = measure(), time.time()
             self.keep(facts, *found)
         return found
 
-    def _found(self, facts: Mapping[str, Any], kind: type[T]) -> tuple[T, float] | None:
+    def found(self, facts: Key, kind: type[T]) -> tuple[T, float] | None:
+        """What is known under the `facts`, a dataclass of `kind`, and of when it is."""
         from pydantic import TypeAdapter, ValidationError
 
         value = read_measured(self.root, _key(facts)) if self.root else None
@@ -83,14 +80,14 @@ class Kept:
         except (ValidationError, TypeError, ValueError):
             return None
 
-    def keep(self, facts: Mapping[str, Any], found: Any, at: float) -> None:
+    def keep(self, facts: Key, found: Any, at: float) -> None:
         """Remember what was `found`, a dataclass, under the `facts`."""
         if self.root is not None:
             # A figure is worth as much where the cache cannot be written to.
             with contextlib.suppress(OSError):
                 write_measured(self.root, _key(facts), {"at": at, "found": asdict(found)})
 
-    def states(self, facts: Mapping[str, Any], width: int, make: Callable[[], Any]) -> Any:
+    def states(self, facts: Key, width: int, make: Callable[[], Any]) -> Any:
         """Float32 [rows, width] of numpy that `make` gives, or gave under the same `facts`."""
         import numpy as np
 
@@ -111,7 +108,7 @@ class Kept:
         return found
 
 
-def _key(facts: Mapping[str, Any]) -> str:
+def _key(facts: Key) -> str:
     return digest_texts([canonical_json(facts)])
 
 
@@ -157,8 +154,8 @@ class Memory:
     """
 
     kept: Kept = Kept()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    source: Mapping[str, Any] = field(default_factory=dict)
+    facts: Key = field(default_factory=dict)
+    source: Key = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -205,7 +202,7 @@ class Memory:
     def checks(
         self,
         name: str,
-        facts: Mapping[str, Any],
+        facts: Key,
         tables: Tables,
         make: Callable[[], Check | list[Check]],
     ) -> list[Check]:
@@ -218,7 +215,7 @@ class Memory:
         if self.kept.root is None:
             return _listed(make())
         facts = {**self.facts, "check": name, **facts}
-        known = self.kept._found(facts, _Record)
+        known = self.kept.found(facts, _Record)
         if known is not None:
             record, at = known
             for row in record.perplexities:
@@ -262,21 +259,16 @@ def _folder(folder: Path) -> str:
     """The content of a folder as its build.json names it, without what only people read."""
     record = read_build(folder)
     files = record.get("files")
-    named = {name: item for name, item in files.items() if _decides(name)} if files else {}
+    named = {name: item for name, item in files.items() if decides(name)} if files else {}
     others = [
         f"{path.relative_to(folder)} {path.stat().st_size} {digest_bytes(path.read_bytes())}"
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and path.name != BUILD_NAME
         and path.relative_to(folder).as_posix() not in (files or {})
-        and _decides(path.relative_to(folder).as_posix())
+        and decides(path.relative_to(folder).as_posix())
     ]
     return digest_texts([canonical_json(named), canonical_json(record.get("tensors")), *others])
-
-
-def _decides(name: str) -> bool:
-    """Whether a file of a folder can change what its model does."""
-    return not (name.endswith(".md") or name.startswith("serve/"))
 
 
 def _runs(variant: VariantPlan, name: str) -> bool:
@@ -309,7 +301,8 @@ def _plain(config: Mapping[str, Any]) -> Any:
 def _code() -> str:
     """Our code that decides figures."""
     package = Path(carnice_build.errors.__file__).parent
-    files = [
+    files = sorted(package.glob("*.py"))
+    files += [
         path
         for part in (*_CODE, "verification")
         for path in sorted((package / part).rglob("*"))
