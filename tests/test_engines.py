@@ -312,6 +312,11 @@ def test_a_folder_is_served_by_its_own_launch(variant: str) -> None:
 
     assert own == {name: value for name, value in found.items() if name not in forced}
     assert found["tool-call-parser"] == launch.flags["tool-call-parser"].text
+    assert {"1", "4096", "bfloat16"} == {
+        found[flag] for flag in ("tensor-parallel-size", "max-model-len", "dtype")
+    }
+    assert "gpu-memory-utilization" not in found
+    assert found.get("kv-cache-dtype") in (None, "auto")
     assert all(item.reason for item in FORCED)
     assert all(reason for _, reason in ENVIRONMENT.values())
     start = VLLM.start(Path("/folder"), launch, {})
