@@ -74,6 +74,15 @@ def test_a_damaged_record_is_absent(tmp_path: Path, content: bytes) -> None:
     assert 2.0 == kept.measured(FACTS, Figure, measure)[0].value
 
 
+@pytest.mark.parametrize("at", [1e300, float("nan"), -1.0])
+def test_a_record_of_no_time_is_absent(tmp_path: Path, at: float) -> None:
+    """One of a time to come would outlast every wish to measure anew."""
+    measure, kept = Counter(), Kept(tmp_path)
+    kept.keep(FACTS, Figure(7.0), at)
+
+    assert 1.0 == kept.measured(FACTS, Figure, measure)[0].value
+
+
 def test_a_record_of_another_kind_is_absent(tmp_path: Path) -> None:
     """What does not read as what is asked for was never measured."""
     measure, kept = Counter(), Kept(tmp_path)

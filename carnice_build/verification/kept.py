@@ -73,12 +73,16 @@ class Kept:
 
         value = read_measured(self.root, _key(facts)) if self.root else None
         at = value.get("at") if value else None
-        if value is None or not isinstance(at, float) or at < self.since:
+        if value is None or not isinstance(at, float) or not self._counts(at):
             return None
         try:
             return TypeAdapter(kind).validate_python(value.get("found")), at
         except (ValidationError, TypeError, ValueError):
             return None
+
+    def _counts(self, at: float) -> bool:
+        """Whether what is of this time is new enough; nothing is of a time to come."""
+        return self.since <= at <= time.time()
 
     def keep(self, facts: Key, found: Any, at: float) -> None:
         """Remember what was `found`, a dataclass, under the `facts`."""
@@ -93,7 +97,7 @@ class Kept:
 
         path = measured_path(self.root, _key(facts)) if self.root else None
         try:
-            raw = path.read_bytes() if path and path.stat().st_mtime >= self.since else b""
+            raw = path.read_bytes() if path and self._counts(path.stat().st_mtime) else b""
         except OSError:
             raw = b""
         content = memoryview(raw)[_DIGEST_LENGTH:]
