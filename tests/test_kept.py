@@ -175,6 +175,21 @@ def test_what_did_not_pass_is_made_again(tmp_path: Path, check: Check) -> None:
     assert 2 == len(made)
 
 
+def test_what_was_found_while_the_folder_changed_is_not_kept(project: Project) -> None:
+    """As by a build: nobody knows of which of the two it is."""
+    build_variants(["mlx-4bit"], project.options())
+    more = project.out / "mlx-4bit" / "extra.json"
+
+    def listen(variant: str, check: Check) -> None:
+        if check.name == "chat":
+            more.write_text("{}", encoding="utf-8")
+
+    verify_variants(["mlx-4bit"], project.options(), VerifySettings(run=False), listen)
+    more.unlink()
+
+    assert {"round trip": False} == days(project)
+
+
 def days(project: Project, **changes: bool) -> dict[str, bool]:
     """By the checks of a variant's files, whether they were known."""
     settings = VerifySettings(run=False, **changes)

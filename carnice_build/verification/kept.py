@@ -155,11 +155,13 @@ class Memory:
     """What is known of one variant's folder: `facts` are what decides all of its figures.
 
     `source` names the content of what it was made from, and what computes there.
+    `folders` are those with its files, by what they held when that was looked at.
     """
 
     kept: Kept = Kept()
     facts: Key = field(default_factory=dict)
     source: Key = field(default_factory=dict)
+    folders: Mapping[Path, str] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -183,16 +185,17 @@ class Memory:
             "code": _code(),
         }
         names = [variant.name, *(other.name for other in variant.companions)]
+        folders = {folder.parent / name: _folder(folder.parent / name) for name in names}
         facts = {
             "variant": variant.name,
-            "folders": [_folder(folder.parent / name) for name in names],
+            "folders": list(folders.values()),
             "quantized": {name: str(scheme) for name, scheme in _quantized(variant)},
             "source": source,
             "tensors": _contents(kept.root, tensors),
             # That of another package, maybe.
             "format": digest_bytes(Path(inspect.getfile(type(checks))).read_bytes()),
         }
-        return Memory(kept, facts, source)
+        return Memory(kept, facts, source, folders)
 
     def of_source(self, model: str, **facts: Any) -> KeptSource:
         """For a worker: what is kept of the source, which is called `model` there.
@@ -214,7 +217,8 @@ class Memory:
 
         `facts` are what decides the figures of `name` beside the folder and its source: texts,
         lengths, versions of libraries.
-        Only checks that passed are kept, with the row of the source that they are compared with.
+        Only checks that passed are kept, with the row of the source that they are compared with,
+        and nothing of a folder that was built again meanwhile.
         """
         if self.kept.root is None:
             return _listed(make())
@@ -234,11 +238,16 @@ class Memory:
         libraries = {row.library for row in added}
         sources = [row for row in tables.perplexities if row.source and row.library in libraries]
         missing = any(row.missing for row in sources)
-        if not missing and all(check.outcome is Outcome.PASSED for check in found):
+        passed = all(check.outcome is Outcome.PASSED for check in found)
+        if passed and not missing and self._holds():
             own = [row for row in added if not row.source]
             record = _Record(found, [*sources, *own], tables.acceptances[drafts:])
             self.kept.keep(facts, record, time.time())
         return found
+
+    def _holds(self) -> bool:
+        """Whether the folders hold what they held."""
+        return all(_folder(path) == content for path, content in self.folders.items())
 
 
 def _listed(found: Check | list[Check]) -> list[Check]:
