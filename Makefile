@@ -57,7 +57,8 @@ plan: $(VENV)/core ## Show what building variant=NAME would do
 	$(CARNICE) plan $(variant) $(FLAGS)
 
 verify: $(VENV)/core ## Check what was built as variant=NAME
-	$(EDITABLE) '.[mlx,torch$(if $(findstring mlx-vlm,$(variant)),$(COMMA)mlxvlm)]'
+	$(EDITABLE) '.[mlx,torch$(if $(findstring mlx-vlm,$(variant)),$(COMMA)mlxvlm)$(if \
+	  $(findstring --engine,$(FLAGS)),$(COMMA)engines)]'
 	$(CARNICE) verify $(variant) $(FLAGS)
 
 report: $(VENV)/core ## Put all that was built side by side in build/report

@@ -30,6 +30,7 @@ from carnice_build.engines.forced import ENVIRONMENT, FORCED, options_on_process
 from carnice_build.engines.interpreter import FOLDER, TARGET, VARIABLE, engine_python
 from carnice_build.engines.server import HOST, Patience, last_words, serve
 from carnice_build.errors import EngineError
+from carnice_build.extras import pip_install
 from carnice_build.verification.result import Check, Outcome
 
 Carnice = Callable[..., Finished]
@@ -98,6 +99,18 @@ def test_an_engine_that_is_not_installed_is_said_with_what_sets_it_up(
     assert "vllm is not installed for /no/such/python" in line
     assert TARGET in line
     assert f"\n{TARGET.split()[1]}:" in (REPOSITORY / "Makefile").read_text()
+
+
+def test_a_client_that_is_not_installed_is_said_before_anything_is_checked(
+    fake: Callable[[str], Path], monkeypatch: Patch
+) -> None:
+    """And with it the extra that brings it; nothing has to be built for that."""
+    fake("answers")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(EngineError) as caught:
+        asked(Options(recipes=REPOSITORY / "recipes"))
+
+    assert f"openai is not installed: {pip_install('engines')}" == str(caught.value)
 
 
 @pytest.mark.parametrize(

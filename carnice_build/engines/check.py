@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from carnice_build.engines.client import Client
+from carnice_build.engines.client import Client, load_openai
 from carnice_build.engines.engine import Engine, check_fits, find_engine
 from carnice_build.engines.interpreter import check_installed, engine_python
 from carnice_build.engines.questions import Turns, ask_all, engine_tasks
@@ -64,6 +64,7 @@ def prepare_engine(settings: EngineSettings, variants: Sequence[VariantPlan]) ->
     for variant in variants:
         check_fits(engine, variant)
     free_port(settings.port)
+    load_openai()
     python = engine_python(settings.beside)
     check_installed(python, engine.name, engine.package)
     return ReadyEngine(engine, python, settings)

@@ -35,14 +35,20 @@ class Answer:
     calls: tuple[ToolCall, ...] | None
 
 
+def load_openai() -> Any:
+    """The module `openai`; EngineError where it is not installed."""
+    try:
+        import openai
+    except ImportError:
+        raise EngineError(f"openai is not installed: {pip_install('engines')}") from None
+    return openai
+
+
 class Client:
     """Asks one server; EngineError for what is no answer, and when none comes."""
 
     def __init__(self, server: Server, patience: Patience) -> None:
-        try:
-            import openai
-        except ImportError:
-            raise EngineError(f"openai is not installed: {pip_install('engines')}") from None
+        openai = load_openai()
         self._errors = openai
         self._server = server
         self._patience = patience
