@@ -9,7 +9,7 @@ import pytest
 from serving_cases import NVFP4, launch_of, spec_of
 
 from carnice_build.serving.render import serve_files
-from carnice_build.serving.sampling import launch_sampling, served_sampling
+from carnice_build.serving.sampling import launch_sampling
 
 PACKAGED = {"temperature": 1.0, "top_p": 0.95, "top_k": 20}
 STATED = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
@@ -48,17 +48,6 @@ def test_a_launch_sets_what_the_folder_does_not(
 
     assert option == (found.value if found else None)
     assert served == launch_sampling(launch, facts)
-
-
-def test_every_launch_says_how_it_samples() -> None:
-    """By the names of profile and launch, for whoever writes of them."""
-    facts = replace(NVFP4, packaged_sampling=PACKAGED, stated_sampling=STATED)
-
-    assert {
-        "nvfp4-vllm/production": STATED,
-        "nvfp4-vllm/interactive": STATED,
-        "vllm/vllm": STATED,
-    } == served_sampling([spec_of("nvfp4-vllm"), spec_of("vllm")], facts)
 
 
 def test_the_page_says_what_requests_get() -> None:
