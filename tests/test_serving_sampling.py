@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from serving_cases import NVFP4, launch_of, spec_of
 
+from carnice_build.serving.launches import OVERRIDE
+from carnice_build.serving.profile import Flag
 from carnice_build.serving.render import serve_files
 from carnice_build.serving.sampling import launch_sampling
 
@@ -48,6 +50,19 @@ def test_a_launch_sets_what_the_folder_does_not(
 
     assert option == (found.value if found else None)
     assert served == launch_sampling(launch, facts)
+
+
+def test_a_profile_that_says_how_to_sample_is_taken_at_its_word() -> None:
+    """As a recipe is, whose card may state something else."""
+    profile = NVFP4.profiles["nvfp4-vllm"]
+    data = profile.launches["production"]
+    flag = Flag(value={"temperature": 0.3})
+    launch = data.model_copy(update={"flags": {**data.flags, OVERRIDE: flag}})
+    changed = profile.model_copy(update={"launches": {"production": launch}})
+    facts = replace(NVFP4, profiles={"nvfp4-vllm": changed}, stated_sampling=STATED)
+    found = launch_of(spec_of("nvfp4-vllm"), "production", facts).flags[OVERRIDE]
+
+    assert {"temperature": 0.3} == found.value
 
 
 def test_the_page_says_what_requests_get() -> None:

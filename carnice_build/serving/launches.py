@@ -210,16 +210,26 @@ def _change(flags: dict[str, Option], flag: str, value: FlagValue) -> None:
     flags[flag] = Option(value, reason, load_bearing=False)
 
 
+def sampling_of_folder(
+    flags: Mapping[str, Option], facts: ServingFacts
+) -> Mapping[str, int | float]:
+    """What an engine with these options takes from the folder's generation_config.json."""
+    source = flags.get(SOURCE)
+    return facts.packaged_sampling if source is None or source.value == "auto" else {}
+
+
 def _state_sampling(
     flags: dict[str, Option], changes: Mapping[str, FlagValue], facts: ServingFacts
 ) -> None:
-    """Set what the card states of sampling and the folder's own file does not."""
-    source = flags.get(SOURCE)
-    own = facts.packaged_sampling if source is None or source.value == "auto" else {}
+    """Set what the card states of sampling and the folder's own file does not.
+
+    Unless the profile or the recipe speaks of the option itself.
+    """
+    own = sampling_of_folder(flags, facts)
     missing: dict[str, Scalar | list[Scalar]] = {
         name: item for name, item in facts.stated_sampling.items() if own.get(name) != item
     }
-    if not missing or OVERRIDE in changes:
+    if not missing or OVERRIDE in flags or OVERRIDE in changes:
         return
     reason = "what the recipe says of sampling, and the folder's generation_config.json does not"
     flags[OVERRIDE] = Option(missing, reason, load_bearing=False)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from carnice_build.recipe.serve import FlagValue
 from carnice_build.serving.facts import ServingFacts
-from carnice_build.serving.launches import OVERRIDE, SOURCE, Launch
+from carnice_build.serving.launches import OVERRIDE, Launch, sampling_of_folder
 
 
 def launch_sampling(launch: Launch, facts: ServingFacts) -> dict[str, int | float]:
@@ -15,9 +15,11 @@ def launch_sampling(launch: Launch, facts: ServingFacts) -> dict[str, int | floa
     Names are those of vLLM's requests: temperature, top_p, top_k, min_p and penalties.
     What is in none of them is the engine's own: a temperature of 1, and no limits.
     """
-    source, override = launch.flags.get(SOURCE), launch.flags.get(OVERRIDE)
-    own = facts.packaged_sampling if source is None or source.value == "auto" else {}
-    return {**own, **(_numbers(override.value) if override else {})}
+    override = launch.flags.get(OVERRIDE)
+    return {
+        **sampling_of_folder(launch.flags, facts),
+        **(_numbers(override.value) if override else {}),
+    }
 
 
 def _numbers(value: FlagValue) -> Mapping[str, int | float]:
