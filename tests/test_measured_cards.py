@@ -15,9 +15,10 @@ from tiny import read_json, write_json
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.findings import folder_stamp, keep_findings
 from carnice_build.commands.plan import plan_variants
-from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.commands.verify import VerifyResult, VerifySettings, verify_variants
 from carnice_build.formats.library import Library
 from carnice_build.formats.measured import Line, Measured
+from carnice_build.report.verify_table import verify_json, verify_tables
 from carnice_build.store.history import read_findings
 from carnice_build.verification.measured import measured
 from carnice_build.verification.perplexity import Perplexity
@@ -40,7 +41,7 @@ def pretend(
     rows: tuple[PerplexityRow, ...] = ROWS,
     text: str = "text.txt",
     command: str = COMMAND,
-) -> None:
+) -> VerifyResult:
     """Have the cache say that the folder was run, and verify the rest of it."""
     options, folder = project.options(), project.out / FOUR
     (variant,) = plan_variants([FOUR], options).variants
@@ -55,7 +56,7 @@ def pretend(
         text=Path(text),
         command=command,
     )
-    verify_variants([FOUR], options, FILES)
+    return verify_variants([FOUR], options, FILES)
 
 
 def card(project: Project) -> str:
@@ -103,12 +104,16 @@ def test_nothing_but_the_card_and_its_record_is_written(project: Project) -> Non
     build_variants([FOUR], project.options())
     folder = project.out / FOUR
     before = written(folder)
-    pretend(project)
+    first = pretend(project)
     after = written(folder)
-    checks = verify_variants([FOUR], project.options(), FILES).variants[0].checks
+    second = verify_variants([FOUR], project.options(), FILES)
 
     assert {"README.md", "build.json"} == {name for name, _, _ in before ^ after}
-    assert Outcome.PASSED == checks[0].outcome
+    assert Outcome.PASSED == second.variants[0].checks[0].outcome
+    assert f"{FOUR}: README.md now tells what was measured" == list(verify_tables(first))[-1]
+    assert [True, False] == [
+        verify_json(result)["variants"][0]["card_renewed"] for result in (first, second)
+    ]
 
 
 def test_a_build_leaves_the_figures(told: Project) -> None:

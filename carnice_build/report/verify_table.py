@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from carnice_build.commands.verify import VariantResult, VerifyResult
+from carnice_build.formats.card import CARD_NAME
 from carnice_build.verification.acceptance import drafts_json
 from carnice_build.verification.perplexity import Perplexity, format_perplexity
 from carnice_build.verification.result import Check, Outcome
@@ -29,6 +30,7 @@ def verify_json(result: VerifyResult) -> dict[str, Any]:
                 "variant": variant.variant,
                 "folder": str(variant.folder),
                 "passed": variant.passed,
+                "card_renewed": variant.renewed,
                 "checks": [asdict(check) for check in variant.checks],
             }
             for variant in result.variants
@@ -57,7 +59,7 @@ def _when(check: Check) -> str:
 
 
 def verify_tables(result: VerifyResult) -> Iterator[RenderableType]:
-    """The worst modules of each variant, then figures of the running models."""
+    """The worst modules of each variant, figures of the running models, and cards that are new."""
     for variant in result.variants:
         details = _details(variant, "round trip")
         if details.get("worst"):
@@ -69,6 +71,9 @@ def verify_tables(result: VerifyResult) -> Iterator[RenderableType]:
         rows = [row for row in result.acceptances if row.variant == variant.variant]
         if rows:
             yield _acceptance_table(rows)
+    for variant in result.variants:
+        if variant.renewed:
+            yield f"{escape(variant.variant)}: {CARD_NAME} now tells what was measured"
 
 
 def _details(variant: VariantResult, name: str) -> dict[str, Any]:
