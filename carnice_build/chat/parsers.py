@@ -17,6 +17,7 @@ from typing import Any
 from carnice_build.chat.render import Tool
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"
+THINK = ("<think>", "</think>")
 _HERMES_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _XML_FUNCTION = re.compile(r"<function=([^<>]*)>(.*?)(?:</function>|\Z)", re.DOTALL)
 _XML_PARAMETER = re.compile(

@@ -80,6 +80,11 @@ _THINKING: Message = {"role": "assistant", "content": "A plant.", "reasoning_con
 _EXAMPLE = re.compile(r"<tool_call>\s*(<function=|\{)")
 
 
+def knows_tools(template: str, found: ToolFormat) -> bool:
+    """Whether a template, which asks for calls in the form that was found, speaks of tools."""
+    return found.syntax is not Syntax.NONE or "tool" in template
+
+
 def tool_format(
     template: str,
     where: str = "chat_template.jinja",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from carnice_build.chat.parsers import CALL
+from carnice_build.chat.parsers import CALL, THINK
 from carnice_build.engines import client
 from carnice_build.engines.client import Client
 from carnice_build.verification import calls
@@ -14,8 +14,6 @@ from carnice_build.verification.agent import Task, tasks
 
 STREAMED = 10
 """Tasks that are asked as a stream too: two of each kind, one of them with thinking."""
-
-_THINK = ("<think>", "</think>")
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def _read(task: Task, answer: client.Answer) -> calls.Answer:
 
 def _leaks(answer: client.Answer) -> bool:
     # A call that could not be read stays in the answer, and is counted as not parsed.
-    tags = (*_THINK, CALL) if answer.calls else _THINK
+    tags = (*THINK, CALL) if answer.calls else THINK
     return any(tag in answer.content for tag in tags)
 
 

@@ -24,10 +24,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from carnice_build.chat.files import template_files
-from carnice_build.chat.parsers import ToolCall, parse_hermes, parse_qwen3_xml, split_reasoning
+from carnice_build.chat.parsers import (
+    THINK,
+    ToolCall,
+    parse_hermes,
+    parse_qwen3_xml,
+    split_reasoning,
+)
 from carnice_build.chat.render import SpecialTokens, render
 from carnice_build.chat.special_tokens import special_tokens
-from carnice_build.chat.tool_format import Syntax, ToolFormat, tool_format
+from carnice_build.chat.tool_format import Syntax, ToolFormat, knows_tools, tool_format
 from carnice_build.verification.agent import Kind, Task
 from carnice_build.verification.result import Check, judged
 
@@ -41,8 +47,6 @@ _MORE_TOKENS = 32
 """How far an answer may go beyond the length of the right one."""
 _THOUGHT_TOKENS = 96
 """How much further when it begins with a thought."""
-
-_THINK = re.compile(r"</?think>")
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,7 @@ class Template:
         where, text = next(iter(templates.items()))
         tokens = special_tokens(files)
         found = tool_format(text, where, tokens)
-        return (
-            None
-            if found.syntax is Syntax.NONE and "tool" not in text
-            else cls(text, where, tokens, found)
-        )
+        return cls(text, where, tokens, found) if knows_tools(text, found) else None
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def read(task: Task, prompt: str, text: str, template: ToolFormat) -> Answer:
     """An answer as a server that is launched for the template reads it."""
     thinks = template.reasoning and (task.thinking or prompt.rstrip().endswith("<think>"))
     thought, answer = split_reasoning(text, thinking=thinks)
-    closed = "</think>" in text and bool(thought.strip()) and not _THINK.search(thought + answer)
+    left = any(tag in thought + answer for tag in THINK)
+    closed = "</think>" in text and bool(thought.strip()) and not left
     found = {
         Syntax.HERMES: parse_hermes(answer),
         Syntax.QWEN3_XML: parse_qwen3_xml(answer, task.tools),

@@ -13,7 +13,7 @@ from pathlib import Path
 from carnice_build.chat.files import TEMPLATE_NAME, named_templates, template_files
 from carnice_build.chat.roundtrip import check_round_trips
 from carnice_build.chat.special_tokens import special_tokens
-from carnice_build.chat.tool_format import Syntax, ToolFormat, tool_format
+from carnice_build.chat.tool_format import Syntax, ToolFormat, knows_tools, tool_format
 from carnice_build.checkpoint.checkpoint import TEMPLATE_FOLDER
 from carnice_build.errors import CheckpointError
 from carnice_build.verification.result import Check, judged, skipped
@@ -52,7 +52,7 @@ def check_chat(folder: Path) -> Check:
         }
     except CheckpointError as error:
         return judged(NAME, [str(error)], "the chat template cannot be used")
-    if found.syntax is Syntax.NONE and "tool" not in template:
+    if not knows_tools(template, found):
         return skipped(NAME, "the chat template knows no tools")
     problems = [f"{task.name}: {task.problem}" for task in tasks if not task.ok]
     problems += [
