@@ -26,7 +26,7 @@ from carnice_build.models.base import Part
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.processor import gpus, vector_instructions
 from carnice_build.store.digests import digest_bytes, digest_texts
-from carnice_build.store.files import write_atomically
+from carnice_build.store.files import open_regular, write_atomically
 from carnice_build.store.history import measured_path, read_measured, write_measured
 from carnice_build.store.records import Records
 from carnice_build.tensors import SourceTensor
@@ -73,12 +73,16 @@ class Kept:
 
         value = read_measured(self.root, _key(facts)) if self.root else None
         at = value.get("at") if value else None
-        if value is None or not isinstance(at, float) or at < self.since:
+        if value is None or not isinstance(at, float) or not self._holds(at):
             return None
         try:
             return TypeAdapter(kind).validate_python(value.get("found")), at
         except (ValidationError, TypeError, ValueError):
             return None
+
+    def _holds(self, at: float) -> bool:
+        """Whether something from `at` counts; from a day to come it is no measurement."""
+        return self.since <= at <= time.time()
 
     def keep(self, facts: Mapping[str, Any], found: Any, at: float) -> None:
         """Remember what was `found`, a dataclass, under the `facts`."""
@@ -92,12 +96,10 @@ class Kept:
         import numpy as np
 
         path = measured_path(self.root, _key(facts)) if self.root else None
-        try:
-            raw = path.read_bytes() if path and path.stat().st_mtime >= self.since else b""
-        except OSError:
-            raw = b""
+        raw = self._bytes(path) if path else b""
         content = memoryview(raw)[_DIGEST_LENGTH:]
-        if raw and raw[:_DIGEST_LENGTH] == digest_bytes(content).encode():
+        whole = len(content) and len(content) % (np.float32().itemsize * width) == 0
+        if whole and raw[:_DIGEST_LENGTH] == digest_bytes(content).encode():
             return np.frombuffer(bytearray(content), np.float32).reshape(-1, width)
         found = np.ascontiguousarray(make(), np.float32)
         if path is not None:
@@ -106,6 +108,14 @@ class Kept:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, digest_bytes(content).encode() + content)
         return found
+
+    def _bytes(self, path: Path) -> bytes:
+        """What is in a file that counts, else nothing."""
+        try:
+            with open_regular(path) as file:
+                return file.read() if self._holds(path.stat().st_mtime) else b""
+        except OSError:
+            return b""
 
 
 def _key(facts: Mapping[str, Any]) -> str:
