@@ -368,7 +368,7 @@ def test_samples_of_several_lengths_cannot_share_a_batch(
     project: Project, carnice: Carnice
 ) -> None:
     """Rows that are not joined have lengths of their own; the line names the layer."""
-    changes = (*QUICK, "calibration.joined=false", "calibration.length=400")
+    changes = (*QUICK, "calibration.joined=false", "calibration.length=900")
     settings = [part for item in changes for part in ("--set", item)]
 
     check_refused(
@@ -448,7 +448,7 @@ AT_ONCE: dict[str, tuple[Callable[[Project], None], tuple[str, ...]]] = {
     "a grid that is none": (forget_quantization, (GRID, "is not quantized")),
     "codes of another shape": (
         reshape_codes,
-        (f"module {UP}", "qweight of the grid is I32 [384, 16]", "expected I32 [16, 384]"),
+        (f"module {UP}", "qweight of the grid is I32 [512, 16]", "expected I32 [16, 512]"),
     ),
     "a grid without scales": (lose_scales, (f"source 'grid' has no '{UP}.scales'",)),
     "no template": (lose_template, ("there is no chat template to patch",)),
@@ -510,7 +510,7 @@ WITH_WORK: dict[str, tuple[Callable[[Project], None], tuple[str, ...]]] = {
     ),
     "a base with one weight that is another": (
         nudge_base,
-        (f"tensor '{UP}.weight' is not what the grid was made from: 1 of its 49152 weights",),
+        (f"tensor '{UP}.weight' is not what the grid was made from: 1 of its 65536 weights",),
     ),
     "the fine-tune as the base": (
         take_fine_tune_for_base,

@@ -37,8 +37,8 @@ def packed_modules(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def test_it_is_small() -> None:
-    """It takes 3 MB at most."""
-    assert sum(path.stat().st_size for path in INT4.iterdir()) <= 3e6
+    """It takes 3.1 MB at most."""
+    assert sum(path.stat().st_size for path in INT4.iterdir()) <= 3.1e6
 
 
 def test_the_mtp_head_has_29_tensors(tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from carnice_build.commands import verify
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.formats.library import Library
-from carnice_build.store.digests import is_digest
+from carnice_build.store.digests import digest_bytes, is_digest
 from carnice_build.verification.kept import Kept, KeptSource, Memory
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.result import Check, judged, skipped
@@ -74,21 +76,46 @@ def test_a_damaged_record_is_absent(tmp_path: Path, content: bytes) -> None:
     assert 2.0 == kept.measured(FACTS, Figure, measure)[0].value
 
 
-@pytest.mark.parametrize("at", [1e300, float("nan"), -1.0])
-def test_a_record_of_no_time_is_absent(tmp_path: Path, at: float) -> None:
-    """One of a time to come would outlast every wish to measure anew."""
-    measure, kept = Counter(), Kept(tmp_path)
-    kept.keep(FACTS, Figure(7.0), at)
-
-    assert 1.0 == kept.measured(FACTS, Figure, measure)[0].value
-
-
 def test_a_record_of_another_kind_is_absent(tmp_path: Path) -> None:
     """What does not read as what is asked for was never measured."""
     measure, kept = Counter(), Kept(tmp_path)
     kept.keep(FACTS, judged("a check", [], "fine"), time.time())
 
     assert 1.0 == kept.measured(FACTS, Figure, measure)[0].value
+
+
+@pytest.mark.parametrize("at", [math.inf, math.nan, 1e300, -1.0, 4e9])
+def test_a_record_from_no_day_that_was_is_absent(tmp_path: Path, at: float) -> None:
+    """Clocks go wrong; `--again` would not measure anew what is of tomorrow."""
+    measure, kept = Counter(), Kept(tmp_path)
+    kept.keep(FACTS, Figure(7.0), at)
+
+    assert 1.0 == kept.measured(FACTS, Figure, measure)[0].value
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _link_out(path: Path) -> None:
+    other = path.parents[2] / "outside"
+    path.rename(other)
+    path.symlink_to(other)
+
+
+@pytest.mark.parametrize("put", [_pipe, _link_out, Path.mkdir])
+def test_what_is_no_file_of_the_cache_is_absent(
+    tmp_path: Path, put: Callable[[Path], None]
+) -> None:
+    """Nobody waits at a pipe, and nothing is read through a link."""
+    measure, kept = Counter(), Kept(tmp_path / "cache")
+    kept.measured(FACTS, Figure, measure)
+    path = only_file(tmp_path / "cache")
+    if put is not _link_out:
+        path.unlink()
+    put(path)
+
+    assert 2.0 == kept.measured(FACTS, Figure, measure)[0].value
 
 
 def test_where_nothing_can_be_kept_everything_is_measured(tmp_path: Path) -> None:
@@ -122,6 +149,15 @@ def test_states_come_back_with_their_bits_and_damaged_ones_do_not(tmp_path: Path
 
     assert np.array_equal(states, source.states({"of": "tokens"}, 3, make))
     assert 2 == len(made)
+    part = states.tobytes()[4:]
+    path.write_bytes(digest_bytes(part).encode() + part)
+
+    assert np.array_equal(states, source.states({"of": "tokens"}, 3, make))
+    assert 3 == len(made)
+    os.utime(path, (time.time() + 86400,) * 2)
+
+    assert np.array_equal(states, source.states({"of": "tokens"}, 3, make))
+    assert 4 == len(made)
 
 
 def test_of_models_that_are_compared_the_source_alone_is_kept(tmp_path: Path) -> None:

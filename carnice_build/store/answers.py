@@ -7,12 +7,11 @@ An answer's modification time is when a plan last asked for it.
 from __future__ import annotations
 
 import os
-import stat
 import zlib
 from contextlib import suppress
 from pathlib import Path
 
-from carnice_build.store.files import NO_SURPRISE, write_atomically
+from carnice_build.store.files import open_regular, write_atomically
 
 MAX_BYTES = 200_000_000
 """Of an answer, packed or not: that of the largest models known takes a few."""
@@ -55,10 +54,9 @@ def _text(path: Path, *, asked: bool) -> str:
 
 
 def _content(path: Path, *, asked: bool) -> bytes:
-    """The bytes of a regular file; OSError for anything else, which could be read without end."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | NO_SURPRISE), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
+    """The bytes of a file; OSError for anything else, and for one that is too large."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_BYTES:
             raise OSError(f"{path} is no answer")
         if asked:
             with suppress(OSError):  # it may be somebody else's cache

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from carnice_build.errors import BuildError, StoreError
 from carnice_build.system import (
@@ -34,6 +36,15 @@ def io_errors_named(where: Path) -> Iterator[None]:
         else:
             what = f"{error.strerror or error}; what was finished is kept"
         raise BuildError(what, where=str(error.filename or where)) from None
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """`path`, open to read; OSError for anything but a file, which could be read without end."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | NO_SURPRISE), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path} is no file")
+        yield file
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from carnice_build.store.files import write_atomically
+from carnice_build.store.files import open_regular, write_atomically
 
 Facts = dict[str, str]
 """The fields of an action's key, by name, as `keys.write_key` walks them."""
@@ -118,7 +118,8 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        packed = path.read_bytes()
+        with open_regular(path) as file:
+            packed = file.read(MAX_BYTES)
         value = json.loads(zlib.decompressobj().decompress(packed, MAX_BYTES))
     except (OSError, ValueError, zlib.error, RecursionError):
         return None

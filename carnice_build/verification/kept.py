@@ -26,7 +26,7 @@ from carnice_build.package.files import decides
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.processor import gpus, vector_instructions
 from carnice_build.store.digests import digest_bytes, digest_texts
-from carnice_build.store.files import write_atomically
+from carnice_build.store.files import open_regular, write_atomically
 from carnice_build.store.history import measured_path, read_measured, write_measured
 from carnice_build.store.records import Records
 from carnice_build.tensors import SourceTensor
@@ -96,12 +96,10 @@ class Kept:
         import numpy as np
 
         path = measured_path(self.root, _key(facts)) if self.root else None
-        try:
-            raw = path.read_bytes() if path and self._counts(path.stat().st_mtime) else b""
-        except OSError:
-            raw = b""
+        raw = self._bytes(path) if path else b""
         content = memoryview(raw)[_DIGEST_LENGTH:]
-        if raw and raw[:_DIGEST_LENGTH] == digest_bytes(content).encode():
+        whole = len(content) and len(content) % (np.float32().itemsize * width) == 0
+        if whole and raw[:_DIGEST_LENGTH] == digest_bytes(content).encode():
             return np.frombuffer(bytearray(content), np.float32).reshape(-1, width)
         found = np.ascontiguousarray(make(), np.float32)
         if path is not None:
@@ -110,6 +108,14 @@ class Kept:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, digest_bytes(content).encode() + content)
         return found
+
+    def _bytes(self, path: Path) -> bytes:
+        """What is in a file that counts, else nothing."""
+        try:
+            with open_regular(path) as file:
+                return file.read() if self._counts(path.stat().st_mtime) else b""
+        except OSError:
+            return b""
 
 
 def _key(facts: Key) -> str:
@@ -239,7 +245,7 @@ class Memory:
         sources = [row for row in tables.perplexities if row.source and row.library in libraries]
         missing = any(row.missing for row in sources)
         passed = all(check.outcome is Outcome.PASSED for check in found)
-        if passed and not missing and self._holds():
+        if passed and not missing and self._counts():
             own = [row for row in added if not row.source]
             record = _Record(found, [*sources, *own], tables.acceptances[drafts:])
             self.kept.keep(facts, record, time.time())
