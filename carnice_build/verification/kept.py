@@ -245,7 +245,7 @@ class Memory:
         sources = [row for row in tables.perplexities if row.source and row.library in libraries]
         missing = any(row.missing for row in sources)
         passed = all(check.outcome is Outcome.PASSED for check in found)
-        if passed and not missing and self._counts():
+        if passed and not missing and self._holds():
             own = [row for row in added if not row.source]
             record = _Record(found, [*sources, *own], tables.acceptances[drafts:])
             self.kept.keep(facts, record, time.time())
