@@ -372,7 +372,7 @@ def test_samples_of_several_lengths_cannot_share_a_batch(
     settings = [part for item in changes for part in ("--set", item)]
 
     check_refused(
-        carnice("build", TUNE, *settings), project, "samples of 276 to 400 tokens", "batch_size 1"
+        carnice("build", TUNE, *settings), project, "samples of 474 to 497 tokens", "batch_size 1"
     )
 
 

@@ -212,7 +212,7 @@ def test_the_page_for_v100_holds_the_card_and_what_was_worked_out(deckard: Optio
     page = files["serve/w4a16-v100/README.md"].decode()
 
     for part in (
-        "24 layers of full attention and 1 of the MTP head where it drafts, 4 KV heads of 256",
+        "24 layers of full attention, 4 KV heads of 256",
         "| `ceiling` | 262,144 | fp8_e5m2 | 12.0 GiB (12.9 GB) | 35.6 GiB |",
         "The source model card reports for `ceiling`: about 12.6 GB.",
         "| 200000 | 0.85 | 4 | 9.2 GiB (9.8 GB) | `safe` |",
