@@ -152,13 +152,15 @@ class BuildError(CarniceError):
 
 
 def _shown(text: str) -> str:
-    """`text` on one line of bounded length, whatever a file put into it.
-
-    Control characters, which could drive a terminal, appear as escapes.
-    """
+    """`text` on one line of bounded length, whatever a file put into it."""
     if len(text) > _MOST_SHOWN:
         half = _MOST_SHOWN // 2
         text = f"{text[:half]}...{text[-half:]}"
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """`text` with escapes in the place of characters that could drive a terminal."""
     if text.isprintable():
         return text
     return "".join(

@@ -110,6 +110,20 @@ def test_a_name_that_is_too_long_is_bad_input(
     assert "xxxxx" in line
 
 
+@pytest.mark.parametrize(
+    ("content", "why"), [(b" \n", "has no text"), (b"\xff\xfe", "is not UTF-8 text")]
+)
+def test_a_text_that_no_model_can_read_is_bad_input(
+    project: Project, carnice: Carnice, content: bytes, why: str
+) -> None:
+    """It would fail a folder that is sound."""
+    (project.root / "text.txt").write_bytes(content)
+    finished = carnice("verify", "mlx-4bit", "--text", "text.txt")
+
+    assert [f"carnice: text.txt: {why}"] == said(finished)
+    assert 2 == finished.code
+
+
 @pytest.mark.parametrize("flag", [0, os.ST_RDONLY])
 def test_a_place_that_cannot_be_written_is_found_before_the_work(
     project: Project, carnice: Carnice, monkeypatch: pytest.MonkeyPatch, flag: int

@@ -96,6 +96,7 @@ def test_a_card_tells_what_was_measured(told: Project) -> None:
     assert "| KL to the source, 256 tokens, 8 sequences |  | 0.0125 nats a token |\n" in page
     assert "The held-out text is text.txt.\n" in page
     assert f"```bash\n{COMMAND}\n```\n" in page
+    assert "stands in for the published one.\n\n| | BF16 source | This folder |\n" in page
     assert "MTP head, " not in page
 
 

@@ -451,6 +451,13 @@ def test_the_card_s_concurrency_is_below_our_bound() -> None:
         ({"hardware": {"vram": 24}}, "needs 8.5 GiB for 262144 tokens and 18.3 GiB for weights"),
         ({"flags": {"max-model-len": 262_145}}, "more than the model's 262144"),
         ({"flags": {"max-model-len": "auto"}}, "is no count"),
+        ({"flags": {"max-model-len": "257K"}}, "max-model-len 263168 is more than"),
+        ({"flags": {"max-num-seqs": 0}}, "max-num-seqs 0 is no count"),
+        ({"flags": {"max-num-batched-tokens": 0}}, "max-num-batched-tokens 0 is no count"),
+        (
+            {"flags": {"speculative-config": {"num_speculative_tokens": 0}}},
+            "speculative-config.num_speculative_tokens 0 is no count",
+        ),
         ({"flags": {"gpu-memory-utilization": 90}}, "is no share"),
         ({"flags": {"tensor-parallel-size": 2}}, "more than the 1 cards"),
     ],
@@ -458,6 +465,14 @@ def test_the_card_s_concurrency_is_below_our_bound() -> None:
 def test_a_launch_that_does_not_fit_is_refused(change: dict[str, Any], reason: str) -> None:
     """Weights, one full request, context and cards are held against what is stated."""
     assert reason in refused(spec_of("nvfp4-vllm", production=change), NVFP4).what
+
+
+@pytest.mark.parametrize(("written", "tokens"), [("16k", 16000), ("16K", 16384), ("1.5k", 1500)])
+def test_a_count_may_be_written_short(written: str, tokens: int) -> None:
+    """As vLLM's own parser takes it."""
+    spec = spec_of("nvfp4-vllm", production={"flags": {"max-model-len": written}})
+
+    assert tokens == estimate(launch_of(spec, "production", NVFP4), NVFP4).tokens
 
 
 def test_more_cards_make_room() -> None:

@@ -172,12 +172,18 @@ def test_a_tower_is_split_where_it_is_served() -> None:
             {"cards": 2},
             "tensor-parallel-size 2 x 2 is more than the 2 cards",
         ),
+        ({"data-parallel-size": 2}, {}, "data-parallel-size 2 is more than the 1 cards"),
+        (
+            {"decode-context-parallel-size": 2},
+            {},
+            "decode-context-parallel-size 2 does not divide the tensor-parallel-size 1",
+        ),
     ],
 )
-def test_stages_of_a_pipeline_are_counted(
+def test_stages_and_copies_of_a_model_are_counted(
     flags: dict[str, Any], hardware: dict[str, Any], said: str
 ) -> None:
-    """Each stage has a layer at least, and cards of its own."""
+    """Each stage has a layer at least, each has cards of its own, and so has each copy."""
     change = {"flags": flags, "hardware": hardware}
 
     assert said in refused(spec_of("nvfp4-vllm", production=change), NVFP4).what

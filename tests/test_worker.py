@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +36,53 @@ def test_a_process_that_died_is_followed_by_another() -> None:
             worker.call(os._exit, 1)
 
         assert first != worker.call(os.getpid)
+
+
+def work_long(done: str) -> None:
+    """Say that a call runs, and much later make a file."""
+    tell("calls begun", 1, 1)
+    time.sleep(20)
+    Path(done).touch()
+
+
+def test_nobody_waits_for_a_call_that_is_interrupted(tmp_path: Path) -> None:
+    """It ends with the block, be it an hour from its own end."""
+    done = tmp_path / "done"
+
+    def interrupt(step: Step) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), Worker(interrupt) as worker:
+        worker.call(work_long, str(done))
+
+    assert not done.exists()
+
+
+_KILLED = """
+import os, sys
+from carnice_build.verification.process import Worker
+from test_worker import work_long
+if __name__ == "__main__":
+    with Worker(lambda step: os.kill(os.getpid(), 9)) as worker:
+        worker.call(work_long, sys.argv[1])
+"""
+
+
+def test_a_process_does_not_outlive_the_one_that_was_killed(tmp_path: Path) -> None:
+    """It has gone when standard output, which both have, is closed."""
+    script = tmp_path / "killed.py"
+    script.write_text(_KILLED)
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    finished = subprocess.run(
+        [sys.executable, script, tmp_path / "done"],
+        env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        timeout=100,
+        check=False,
+    )
+
+    assert -signal.SIGKILL == finished.returncode
+    assert not (tmp_path / "done").exists()
 
 
 def test_a_library_keeps_its_process_until_another_is_asked_for() -> None:

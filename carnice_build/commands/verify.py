@@ -182,8 +182,7 @@ def _command(variant: str, options: Options, settings: VerifySettings) -> str:
 
 def _text(plan: Plan, options: Options, settings: VerifySettings) -> Path | None:
     if settings.text is not None:
-        if not settings.text.is_file():
-            raise PlanError("is not a file", where=str(settings.text))
+        _check_text(settings.text)
         return settings.text
     default = options.recipes.parent / HELDOUT
     bodies = [variant.sources[variant.recipe.body] for variant in plan.variants]
@@ -192,6 +191,18 @@ def _text(plan: Plan, options: Options, settings: VerifySettings) -> Path | None
         body.profile in (None, DEMO) and not body.local for body in bodies
     )
     return default if demo and default.is_file() else None
+
+
+def _check_text(path: Path) -> None:
+    """PlanError for a text that no model can be run on."""
+    if not path.is_file():
+        raise PlanError("is not a file", where=str(path))
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise PlanError("is not UTF-8 text", where=str(path)) from None
+    if not text.strip():
+        raise PlanError("has no text", where=str(path))
 
 
 def _count(variant: VariantPlan) -> int:

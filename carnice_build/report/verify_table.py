@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from carnice_build.commands.verify import VariantResult, VerifyResult
+from carnice_build.errors import printable
 from carnice_build.formats.card import CARD_NAME
 from carnice_build.verification.acceptance import drafts_json
 from carnice_build.verification.perplexity import Perplexity, format_perplexity
@@ -47,11 +48,16 @@ def check_lines(variant: str, check: Check) -> str:
     """A check's line, in rich markup, and one more for each of its first problems."""
     style = _STYLES[check.outcome]
     state = f"[{style}]{check.outcome:8}[/]"
-    lines = [f"{variant}  {check.name:10}  {state} {escape(check.summary)}{_when(check)}"]
-    lines += [f"    {escape(problem)}" for problem in check.problems[:_SHOWN_PROBLEMS]]
+    lines = [f"{variant}  {check.name:10}  {state} {_plain(check.summary)}{_when(check)}"]
+    lines += [f"    {_plain(problem)}" for problem in check.problems[:_SHOWN_PROBLEMS]]
     if len(check.problems) > _SHOWN_PROBLEMS:
         lines.append(f"    and {len(check.problems) - _SHOWN_PROBLEMS} more; --json lists all")
     return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """In rich markup, whatever a folder or a cache put into it."""
+    return escape(printable(text))
 
 
 def _when(check: Check) -> str:
@@ -89,7 +95,7 @@ def _kinds_table(variant: VariantResult, kinds: Sequence[dict[str, Any]]) -> Tab
         table.add_column(heading, justify="right")
     for item in kinds:
         errors = (_error(item["error"]), _error(item["largest"]))
-        table.add_row(item["kind"], str(item["modules"]), *errors)
+        table.add_row(_plain(item["kind"]), str(item["modules"]), *errors)
     return table
 
 
@@ -101,7 +107,7 @@ def _worst_table(variant: VariantResult, worst: Sequence[dict[str, Any]]) -> Tab
         table.add_column(heading, justify="right")
     for item in worst:
         figures = (str(item["bits"]), _error(item["error"]), f"{item['bound']:.4f}")
-        table.add_row(item["module"], *figures)
+        table.add_row(_plain(item["module"]), *figures)
     return table
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from carnice_build.errors import PlanError
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import Launch, setting
+from carnice_build.serving.options import size_in_full
 
 GIB = 2**30
 
@@ -67,11 +68,16 @@ def _element_bytes(dtype: object) -> int:
 
 
 def whole_number(launch: Launch, flag: str, facts: ServingFacts) -> int:
-    """The value of a setting that is a count; PlanError where it is none."""
+    """The value of a setting that is a count, maybe as 16k; PlanError where it is none."""
     value = setting(launch, flag, facts)
-    if type(value) is not int or value < 1:
-        raise PlanError(f"{flag} {value!r} is no count", at=launch.path("flags", flag))
-    return value
+    number = size_in_full(value) if isinstance(value, str) else value
+    if type(number) is not int or number < 1:
+        raise PlanError(
+            f"{flag} {value!r} is no count",
+            expected="at least 1",
+            at=launch.path("flags", *flag.split(".")),
+        )
+    return number
 
 
 def _share(launch: Launch, facts: ServingFacts) -> float:

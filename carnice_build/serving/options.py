@@ -30,6 +30,10 @@ _SAID: Mapping[Kind, str] = {
     "section": "keys and values",
 }
 _SIZE = re.compile(r"\d+|\d+(\.\d+)?[kmgt]|\d+[KMGT]")
+_UNITS = {
+    **{unit: 1000**power for power, unit in enumerate("kmgt", 1)},
+    **{unit: 1024**power for power, unit in enumerate("KMGT", 1)},
+}
 _MOST_CHOICES = 12
 """Choices that an error lists."""
 
@@ -178,6 +182,14 @@ def _reads(kind: Kind, text: str) -> bool:
     except (KeyError, ValueError):
         return False
     return True
+
+
+def size_in_full(text: str) -> int | None:
+    """16000 for 16k and 16384 for 16K, as vLLM reads them; None for what is no size."""
+    if not _SIZE.fullmatch(text):
+        return None
+    unit = _UNITS.get(text[-1])
+    return int(text) if unit is None else int(float(text[:-1]) * unit)
 
 
 def _expected(fact: _Fact) -> str:

@@ -34,7 +34,20 @@ def check_launch(launch: Launch, facts: ServingFacts) -> None:
     _check_size(launch, facts)
 
 
+_COUNTS = (
+    "max-num-seqs",
+    "max-num-batched-tokens",
+    "decode-context-parallel-size",
+    "data-parallel-size",
+    "speculative-config.num_speculative_tokens",
+)
+"""Options that the engine refuses below 1, beside those that are counted with."""
+
+
 def _check_size(launch: Launch, facts: ServingFacts) -> None:
+    for flag in _COUNTS:
+        if flag.partition(".")[0] in launch.flags and setting(launch, flag, facts) is not None:
+            whole_number(launch, flag, facts)
     memory = estimate(launch, facts)
     if memory.tokens > facts.max_positions:
         raise PlanError(
@@ -56,13 +69,26 @@ def _check_cards(launch: Launch, facts: ServingFacts) -> None:
     """PlanError where the model cannot be split as the launch says, or over the cards it has."""
     parallel = whole_number(launch, "tensor-parallel-size", facts)
     stages = whole_number(launch, "pipeline-parallel-size", facts)
-    if launch.hardware and parallel * stages > launch.hardware.cards:
-        flag = "tensor-parallel-size" if parallel > 1 else "pipeline-parallel-size"
-        product = " x ".join(str(number) for number in (parallel, stages) if number > 1)
+    replicas = whole_number(launch, "data-parallel-size", facts)
+    if launch.hardware and parallel * stages * replicas > launch.hardware.cards:
+        factors = {
+            "tensor-parallel-size": parallel,
+            "pipeline-parallel-size": stages,
+            "data-parallel-size": replicas,
+        }
+        flag = next(name for name, number in factors.items() if number > 1)
+        product = " x ".join(str(number) for number in factors.values() if number > 1)
         raise PlanError(
             f"{flag} {product} is more than the {launch.hardware.cards} cards",
             expected="that many cards in `hardware`",
             at=launch.path("flags", flag),
+        )
+    shared = whole_number(launch, "decode-context-parallel-size", facts)
+    if parallel % shared:
+        raise PlanError(
+            f"the launch {launch.name!r} cannot work: decode-context-parallel-size {shared} does "
+            f"not divide the tensor-parallel-size {parallel}",
+            at=launch.path("flags", "decode-context-parallel-size"),
         )
     if stages > facts.sharding.layers:
         raise PlanError(

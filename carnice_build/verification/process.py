@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -44,6 +45,7 @@ class Worker:
         self._told = told
         self._pool: ProcessPoolExecutor | None = None
         self._listener: Thread | None = None
+        self._line: Connection | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -54,6 +56,10 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None and self._line is not None:
+            # Nobody waits for the rest of a call that may take an hour.
+            with suppress(OSError):
+                self._line.send(None)
         self._end()
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -78,15 +84,15 @@ class Worker:
 
     def _started(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         context = get_context("spawn")
-        reader, writer = context.Pipe(duplex=False)
-        # The process begins with the first call, which hands it the end that it writes to.
-        with writer:
+        self._line, other = context.Pipe()
+        # The process begins with the first call, which hands it the other end.
+        with other:
             pool = ProcessPoolExecutor(
-                1, mp_context=context, initializer=_prepare, initargs=(writer,)
+                1, mp_context=context, initializer=_prepare, initargs=(other,)
             )
             self._pool = pool
             found = pool.submit(_work, function, arguments)
-        self._listener = Thread(target=_listen, args=(reader, self._told), daemon=True)
+        self._listener = Thread(target=_listen, args=(self._line, self._told), daemon=True)
         self._listener.start()
         return found.result()
 
@@ -95,7 +101,7 @@ class Worker:
             self._pool.shutdown(cancel_futures=True)
         if self._listener is not None:
             self._listener.join()
-        self._pool = self._listener = None
+        self._pool = self._listener = self._line = None
 
 
 class Workers:
@@ -114,8 +120,13 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._worker.__exit__(None, None, None)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._worker.__exit__(kind, error, trace)
 
     def of(self, library: str) -> Worker:
         """The process in which `library` is imported."""
@@ -135,24 +146,32 @@ def tell(what: str, done: int, total: int) -> None:
         _told.send(Step(what, done, total))
 
 
-def _listen(reader: Connection, told: Told) -> None:
+def _listen(line: Connection, told: Told) -> None:
     """Until the process has ended, with which its end is closed."""
-    with reader:
+    with line:
         while True:
             try:
-                step = reader.recv()
+                step = line.recv()
             except (EOFError, OSError):
                 return
             told(step)
 
 
-def _prepare(writer: Connection) -> None:
+def _prepare(line: Connection) -> None:
     global _told
-    _told = writer
+    _told = line
+    Thread(target=_end_when_told, args=(line,), daemon=True).start()
     # A folder must be complete in itself; nothing may be looked up on the hub.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     # Threads that spin while they wait for each other take ten times as long on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def _end_when_told(line: Connection) -> None:
+    """At once, and also when the process that waits for us was killed: its end is closed then."""
+    with suppress(EOFError, OSError):
+        line.recv()
+    os._exit(1)
 
 
 def _work(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
