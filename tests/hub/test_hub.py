@@ -145,7 +145,7 @@ def test_build_is_the_same_as_from_disk(
     assert without_source(contents(online.root / "local" / VARIANT)) == without_source(remote)
     record = json.loads(remote["build.json"])["sources"]["body"]
     assert record == {"model": CARNICE, "revision": "main", "profile": "online", "commit": "c" * 40}
-    assert f"revision `{'c' * 40}`" in remote["README.md"].decode()
+    assert f"| `{'c' * 40}` |" in remote["README.md"].decode()
 
 
 def test_local_build_names_no_commit(online: Project, carnice: Carnice) -> None:
