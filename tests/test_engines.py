@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, Finished, Project
 
+from carnice_build.commands.findings import folder_stamp, load_findings
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
@@ -150,13 +151,16 @@ def test_a_port_in_use_is_refused_before_anything_is_checked(
 def test_an_engine_that_dies_while_loading_has_the_last_word(
     built: Options, carnice: Carnice, fake: Callable[[str], Path]
 ) -> None:
-    """Its exception is the error, and not one that points to another."""
+    """Its exception is the error, and not one that points to another; the rest is kept."""
     fake("dies")
     finished = carnice("verify", MLX, "--no-run", "--engine", "mlx-lm")
 
     assert 2 == finished.code
     (line,) = finished.err.splitlines()
     assert line.endswith("mlx-lm died with code 3: ValueError: no tensor of that name")
+    kept = load_findings(built.cache, MLX, folder_stamp(built.out / MLX))
+    assert kept is not None
+    assert "round trip" in [check.name for check in kept.checks]
 
 
 @pytest.mark.parametrize(

@@ -117,13 +117,12 @@ def verify_variants(
     plan = plan_variants(names, options)
     engine = prepare_engine(settings.engine, plan.variants) if settings.engine else None
     text = _text(plan, options, settings) if settings.run or engine else None
+    finding = _Finding(options, settings, text, Tables())
     results: list[VariantResult] = []
-    tables = Tables()
     total = sum(_count(variant) + (engine is not None) for variant in plan.variants)
 
     def starts(variant: str, made: Sequence[Check], check: str) -> None:
-        done = sum(len(result.checks) for result in results) + len(made)
-        begins(variant, check, done, total)
+        begins(variant, check, sum(len(result.checks) for result in results) + len(made), total)
 
     with Workers(told) as workers:
         # All that is older counts for nothing where everything is to be measured again.
@@ -131,34 +130,74 @@ def verify_variants(
         samples = settings.samples
         how = RunSettings(text, settings.lengths, samples, options.jobs, workers, Memory(kept))
         for variant in plan.variants:
-            folder = options.out / variant.name
             checks: list[Check] = []
-            stamp, content = folder_stamp(folder), content_key(read_build(folder))
             begin = partial(starts, variant.name, checks)
-            for check in _check(variant, folder, how, tables, begin, run=settings.run):
+            folder = finding.folder(variant)
+            stamps = _Stamps.of(folder)
+            for check in _check(variant, folder, how, finding.tables, begin, run=settings.run):
                 checks.append(check)
                 listen(variant.name, check)
-            if engine is not None:
-                begin(engine_check.NAME)
-                check = engine_check.check_engine(
-                    engine, launch_of(variant), folder, text, settings.samples, checks
-                )
-                checks.append(check)
-                listen(variant.name, check)
-            keep_findings(
-                options.cache,
-                variant,
-                stamp,
-                checks,
-                tables.perplexities,
-                ran=settings.run,
-                text=text,
-                content=content if _is_whole(checks) and stamp == folder_stamp(folder) else "",
-                command=_command(variant.name, options, settings),
+            results.append(finding.keep(variant, stamps, checks))
+    if engine is not None:
+        # What ran the models is gone, and what it found is kept, should the engine fail.
+        for index, variant in enumerate(plan.variants):
+            folder = finding.folder(variant)
+            stamps, checks = _Stamps.of(folder), list(results[index].checks)
+            starts(variant.name, (), engine_check.NAME)
+            check = engine_check.check_engine(
+                engine, launch_of(variant), folder, text, settings.samples, checks
             )
-            renewed = renew_card(variant, folder, options.cache)
-            results.append(VariantResult(variant.name, folder, checks, renewed))
+            listen(variant.name, check)
+            found = finding.keep(variant, stamps, [*checks, check])
+            renewed = found.renewed or results[index].renewed
+            results[index] = replace(found, renewed=renewed)
+    tables = finding.tables
     return VerifyResult(results, tables.ordered(), tables.acceptances)
+
+
+@dataclass(frozen=True)
+class _Stamps:
+    """How a folder was before it was looked at; see `findings`."""
+
+    stamp: str
+    content: str
+
+    @staticmethod
+    def of(folder: Path) -> _Stamps:
+        """That of `folder` as it is now."""
+        return _Stamps(folder_stamp(folder), content_key(read_build(folder)))
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What is found of all variants, and where it is kept."""
+
+    options: Options
+    settings: VerifySettings
+    text: Path | None
+    tables: Tables
+
+    def folder(self, variant: VariantPlan) -> Path:
+        """Where the variant was built."""
+        return self.options.out / variant.name
+
+    def keep(self, variant: VariantPlan, before: _Stamps, checks: Sequence[Check]) -> VariantResult:
+        """Keep the checks of a variant in the cache, and tell of them on its card."""
+        folder = self.folder(variant)
+        unchanged = before.stamp == folder_stamp(folder)
+        keep_findings(
+            self.options.cache,
+            variant,
+            before.stamp,
+            checks,
+            self.tables.perplexities,
+            ran=self.settings.run,
+            text=self.text,
+            content=before.content if _is_whole(checks) and unchanged else "",
+            command=_command(variant.name, self.options, self.settings),
+        )
+        renewed = renew_card(variant, folder, self.options.cache)
+        return VariantResult(variant.name, folder, checks, renewed)
 
 
 def _is_whole(checks: Sequence[Check]) -> bool:
