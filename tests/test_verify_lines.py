@@ -20,7 +20,7 @@ SHOWN = "[/x]\\x1b[31m\\n"
 def test_nothing_in_a_check_drives_a_terminal() -> None:
     """Names of tensors come from checkpoints, and what was measured from caches."""
     kinds = [{"kind": BAD, "modules": 1, "error": 0.1, "largest": 0.1}]
-    worst = [{"module": BAD, "bits": 4, "error": 0.1, "bound": 0.2}]
+    worst = [{"module": BAD, "bits": 4, "error": 0.1, "bound": 0.2, "outside": 0}]
     check = judged("round trip", [BAD], BAD, {"kinds": kinds, "worst": worst})
     result = VerifyResult([VariantResult("four", Path("four"), [check])], [], [])
     output = io.StringIO()
@@ -31,3 +31,11 @@ def test_nothing_in_a_check_drives_a_terminal() -> None:
 
     assert "\x1b" not in output.getvalue()
     assert 4 == output.getvalue().count(SHOWN)
+
+
+def test_what_a_cache_has_in_the_place_of_modules_is_not_told() -> None:
+    """Its records may be anybody's."""
+    check = judged("round trip", [], "fine", {"kinds": [{}], "worst": [{"module": 3}]})
+    result = VerifyResult([VariantResult("four", Path("four"), [check])], [], [])
+
+    assert [] == list(verify_tables(result))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -16,10 +17,14 @@ from carnice_build.formats.card import CARD_NAME
 from carnice_build.verification.acceptance import drafts_json
 from carnice_build.verification.perplexity import Perplexity, format_perplexity
 from carnice_build.verification.result import Check, Outcome
+from carnice_build.verification.roundtrip import KindErrors, ModuleError
 from carnice_build.verification.running import AcceptanceRow, PerplexityRow
 
 _SHOWN_PROBLEMS = 10
 _STYLES = {Outcome.PASSED: "green", Outcome.FAILED: "bold red", Outcome.SKIPPED: "yellow"}
+
+
+T = TypeVar("T")
 
 
 def verify_json(result: VerifyResult) -> dict[str, Any]:
@@ -68,9 +73,9 @@ def verify_tables(result: VerifyResult) -> Iterator[RenderableType]:
     """The worst modules of each variant, figures of the running models, and cards that are new."""
     for variant in result.variants:
         details = _details(variant, "round trip")
-        if details.get("worst"):
-            yield _kinds_table(variant, details["kinds"])
-            yield _worst_table(variant, details["worst"])
+        if worst := _valid(list[ModuleError], details.get("worst")):
+            yield _kinds_table(variant, _valid(list[KindErrors], details.get("kinds")))
+            yield _worst_table(variant, worst)
     for library in dict.fromkeys(row.library for row in result.perplexities):
         yield _perplexity_table([row for row in result.perplexities if row.library is library])
     for variant in result.variants:
@@ -82,32 +87,40 @@ def verify_tables(result: VerifyResult) -> Iterator[RenderableType]:
             yield f"{escape(variant.variant)}: {CARD_NAME} now tells what was measured"
 
 
+def _valid(kind: type[list[T]], value: Any) -> list[T]:
+    """What is told of modules; nothing where a cache has something else in its place."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError:
+        return []
+
+
 def _details(variant: VariantResult, name: str) -> dict[str, Any]:
     found = [check.details for check in variant.checks if check.name == name]
     return dict(found[0]) if found else {}
 
 
-def _kinds_table(variant: VariantResult, kinds: Sequence[dict[str, Any]]) -> Table:
+def _kinds_table(variant: VariantResult, kinds: Sequence[KindErrors]) -> Table:
     title = f"{variant.variant}: relative errors by kind of module"
     table = Table(title=title, title_justify="left")
     table.add_column("kind")
     for heading in ("modules", "error", "largest"):
         table.add_column(heading, justify="right")
     for item in kinds:
-        errors = (_error(item["error"]), _error(item["largest"]))
-        table.add_row(_plain(item["kind"]), str(item["modules"]), *errors)
+        errors = (_error(item.error), _error(item.largest))
+        table.add_row(_plain(item.kind), str(item.modules), *errors)
     return table
 
 
-def _worst_table(variant: VariantResult, worst: Sequence[dict[str, Any]]) -> Table:
+def _worst_table(variant: VariantResult, worst: Sequence[ModuleError]) -> Table:
     title = f"{variant.variant}: largest relative errors"
     table = Table(title=title, title_justify="left")
     table.add_column("module")
     for heading in ("bits", "error", "bound"):
         table.add_column(heading, justify="right")
     for item in worst:
-        figures = (str(item["bits"]), _error(item["error"]), f"{item['bound']:.4f}")
-        table.add_row(_plain(item["module"]), *figures)
+        figures = (str(item.bits), _error(item.error), f"{item.bound:.4f}")
+        table.add_row(_plain(item.module), *figures)
     return table
 
 
