@@ -20,7 +20,7 @@ from carnice_build.verification.calls import (
     read,
     summarize,
 )
-from carnice_build.verification.result import Outcome
+from carnice_build.verification.result import Outcome, count_error
 
 XML = ToolFormat(Syntax.QWEN3_XML, reasoning=True)
 HERMES = ToolFormat(Syntax.HERMES, reasoning=True)
@@ -192,7 +192,9 @@ def test_worse_than_the_source_is_no_finding_while_half_is_left() -> None:
     """A quantized model may do worse, which the figures tell."""
     check = judge_calls(row("int4", silent(right(), 16)), "hermes", row("BF16", right()))
     assert Outcome.PASSED is check.outcome
-    assert {"count": 16, "of": 32, "error": 8**0.5} == check.details["int4"]["parsed"]
+    assert {"count": 16, "of": 32, "error": count_error(16, 32)} == check.details["int4"]["parsed"]
+    assert 2.5 < count_error(16, 32) < 8**0.5
+    assert count_error(0, 16) == count_error(16, 16) > 0
 
 
 def test_tasks_are_rendered_with_their_right_turns() -> None:

@@ -35,7 +35,7 @@ from carnice_build.chat.render import SpecialTokens, render
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import Syntax, ToolFormat, knows_tools, tool_format
 from carnice_build.verification.agent import Kind, Task
-from carnice_build.verification.result import Check, judged
+from carnice_build.verification.result import Check, count_error, judged
 
 NAME = "calls"
 TASKS = 20
@@ -164,7 +164,7 @@ class Share:
     @property
     def error(self) -> float:
         """The standard error of `count`, as a count, if tasks are independent."""
-        return math.sqrt(self.count * (self.of - self.count) / self.of) if self.of else 0.0
+        return count_error(self.count, self.of)
 
     @property
     def rate(self) -> float:

@@ -27,7 +27,7 @@ from carnice_build.verification.copying import (
 )
 from carnice_build.verification.kept import NOT_KEPT, KeptSource
 from carnice_build.verification.process import tell
-from carnice_build.verification.result import Check, Outcome, judged
+from carnice_build.verification.result import Check, Outcome, count_error, judged
 from carnice_build.verification.running import SOURCE
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Fidelity:
     @property
     def exact_error(self) -> float:
         """The standard error of `exact`, as a count."""
-        return math.sqrt(self.exact * (self.answered - self.exact) / self.answered)
+        return count_error(self.exact, self.answered)
 
 
 @dataclass(frozen=True)

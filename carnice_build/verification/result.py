@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -35,6 +36,18 @@ def judged(
     """A check that passed when there are no problems; `summary` says what was looked at."""
     outcome = Outcome.FAILED if problems else Outcome.PASSED
     return Check(name, outcome, summary, tuple(problems), details or {})
+
+
+def count_error(count: int, of: int) -> float:
+    """The standard error of `count` things of `of`, as a count, if they are independent.
+
+    Half the score interval at one standard deviation (Wilson, JASA 22, 1927), which unlike that of
+    the binomial's variance is not zero where all or none are counted; 0 of none.
+    """
+    if not of:
+        return 0.0
+    share = count / of
+    return math.sqrt(share * (1 - share) / of + 0.25 / of**2) / (1 + 1 / of) * of
 
 
 def skipped(name: str, why: str) -> Check:
