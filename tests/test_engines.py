@@ -148,6 +148,14 @@ def test_a_port_in_use_is_refused_before_anything_is_checked(
     assert f"port {port}" in line
 
 
+def test_a_port_is_that_of_an_engine(carnice: Carnice) -> None:
+    """Without one it would do nothing, and say nothing of it."""
+    finished = carnice("verify", MLX, *OURS, "--port", 8000)
+
+    assert 2 == finished.code
+    assert "there is no --engine" in finished.err
+
+
 def test_an_engine_that_dies_while_loading_has_the_last_word(
     built: Options, carnice: Carnice, fake: Callable[[str], Path]
 ) -> None:

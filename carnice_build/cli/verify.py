@@ -75,6 +75,11 @@ def verify(
 
     Files, structure, numbers against the source, and the running model.
     """
+    if port is not None and engine is None:
+        raise typer.BadParameter(
+            "is that of an engine, and there is no --engine", param_hint="--port"
+        )
+
     from rich.console import Console
 
     from carnice_build.commands.verify import VerifySettings, verify_variants
