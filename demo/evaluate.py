@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import data
 import dialogues
-import toolcalls
 import torch
 from bpe import render_chat, token_id
 from export import load_tensors
@@ -19,7 +15,9 @@ from model import DraftingModel, next_token_loss
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from carnice_build.chat.parsers import ToolCall, parse_hermes, parse_qwen3_xml
+from carnice_build.chat.tool_format import tool_format
+from carnice_build.verification.agent import tasks
+from carnice_build.verification.calls import Share, Template, asked, read, summarize
 
 BITS = (6, 4, 3, 2)
 GROUP = 64
@@ -43,7 +41,6 @@ def measure(
     spoken = data.in_both_formats(tokenizer, data.calibration_dialogues()[: 4 * SAMPLES])
     tokens, said = (torch.from_numpy(part.astype(int)) for part in data.packed(tokenizer, spoken))
     chats = _chat_prompts(tokenizer, summaries)
-    calls = call_prompts(tokenizer)
     figures = {}
     for name, folder in folders.items():
         load_tensors(model, folder)
@@ -56,62 +53,26 @@ def measure(
             answer.strip() == wanted for answer, (_, wanted) in zip(answers, chats, strict=True)
         ]
         found["plain answers, exact"] = sum(right) / len(right)
-        for syntax, asked in calls.items():
-            found |= judged(
-                syntax, asked, _answers(model, tokenizer, [item.prompt for item in asked])
-            )
+        for syntax, shares in call_shares(model, tokenizer).items():
+            found |= {f"{syntax} calls, {what}": share for what, share in shares.items()}
         figures[name] = found
     return figures
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A dialogue up to its first call: the prompt, the functions, and the calls that are right."""
-
-    prompt: str
-    tools: list[dict[str, Any]]
-    calls: list[ToolCall]
-
-
-def call_prompts(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[Asked]]:
-    """Prompts of dialogues that no model has seen, by the format that their template asks for."""
-    rng = random.Random(8)
-    found: dict[str, list[Asked]] = {"XML": [], "Hermes": []}
-    templates = data.both_templates(tokenizer)
-    while len(found["XML"]) < PROMPTS:
-        dialogue = toolcalls.tool_dialogue(rng, made_up=0.3)
-        messages = toolcalls.to_messages(dialogue)
-        first = next((i for i, message in enumerate(messages) if "tool_calls" in message), None)
-        if first is None:
-            continue
-        calls = [
-            ToolCall(call["function"]["name"], call["function"]["arguments"])
-            for call in messages[first]["tool_calls"]
-        ]
-        for syntax, template in zip(found, templates, strict=True):
-            prompt = _prompt(tokenizer, messages[:first], dialogue["tools"], chat_template=template)
-            found[syntax].append(Asked(prompt, dialogue["tools"], calls))
+def call_shares(
+    model: DraftingModel, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, dict[str, float]]:
+    """By the format that a template asks for, the shares of `carnice verify`'s check `calls`."""
+    drawn = tasks(PROMPTS, seed=8)
+    found = {}
+    for text in data.both_templates(tokenizer):
+        template = Template(text, "the template", {}, tool_format(text))
+        prompts = [item.prompt for item in asked(drawn, template)]
+        said = zip(drawn, prompts, _answers(model, tokenizer, prompts), strict=True)
+        counts = summarize([read(*item, template.format) for item in said])
+        shares = {name: value for name, value in vars(counts).items() if isinstance(value, Share)}
+        found[template.format.syntax.value] = {n: share.rate for n, share in shares.items()}
     return found
-
-
-def judged(syntax: str, asked: list[Asked], answers: list[str]) -> dict[str, float]:
-    """Shares of first calls that can be read, have the right name, the right keys, are right."""
-    counts = dict.fromkeys(("parsed", "right name", "right keys", "exact", "all calls exact"), 0)
-    for item, answer in zip(asked, answers, strict=True):
-        calls = (
-            parse_hermes(answer)[1]
-            if syntax == "Hermes"
-            else parse_qwen3_xml(answer, item.tools)[1]
-        )
-        if calls:
-            first, wanted = calls[0], item.calls[0]
-            named = first.name == wanted.name
-            counts["parsed"] += 1
-            counts["right name"] += named
-            counts["right keys"] += named and first.arguments.keys() == wanted.arguments.keys()
-            counts["exact"] += first == wanted
-            counts["all calls exact"] += calls == item.calls
-    return {f"{syntax} calls, {name}": count / len(asked) for name, count in counts.items()}
 
 
 def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
@@ -202,24 +163,11 @@ def _chat_prompts(
     while len(prompts) < PROMPTS:
         *before, answer = dialogues.plain_chat(rng, summaries)
         if before[-1]["role"] == "user" and len(before) < 3:
-            prompts.append((_prompt(tokenizer, before), answer["content"].strip()))
+            prompt = render_chat(
+                tokenizer, before, add_generation_prompt=True, enable_thinking=False
+            )
+            prompts.append((prompt, answer["content"].strip()))
     return prompts
-
-
-def _prompt(
-    tokenizer: PreTrainedTokenizerFast,
-    messages: Sequence[Any],
-    tools: Sequence[Any] | None = None,
-    **options: Any,
-) -> str:
-    return render_chat(
-        tokenizer,
-        messages,
-        tools=tools,
-        add_generation_prompt=True,
-        enable_thinking=False,
-        **options,
-    )
 
 
 @torch.no_grad()
