@@ -119,6 +119,7 @@ def verify_variants(
     text = _text(plan, options, settings) if settings.run or engine else None
     finding = _Finding(options, settings, text, Tables())
     results: list[VariantResult] = []
+    stamps: list[_Stamps] = []
     total = sum(_count(variant) + (engine is not None) for variant in plan.variants)
 
     def starts(variant: str, made: Sequence[Check], check: str) -> None:
@@ -133,24 +134,21 @@ def verify_variants(
             checks: list[Check] = []
             begin = partial(starts, variant.name, checks)
             folder = finding.folder(variant)
-            stamps = _Stamps.of(folder)
+            stamps.append(_Stamps.of(folder))
             for check in _check(variant, folder, how, finding.tables, begin, run=settings.run):
                 checks.append(check)
                 listen(variant.name, check)
-            results.append(finding.keep(variant, stamps, checks))
+            results.append(finding.keep(variant, stamps[-1], checks))
     if engine is not None:
         # What ran the models is gone, and what it found is kept, should the engine fail.
-        for index, variant in enumerate(plan.variants):
-            folder = finding.folder(variant)
-            stamps, checks = _Stamps.of(folder), list(results[index].checks)
+        for index, (variant, result) in enumerate(zip(plan.variants, tuple(results), strict=True)):
             starts(variant.name, (), engine_check.NAME)
             check = engine_check.check_engine(
-                engine, launch_of(variant), folder, text, settings.samples, checks
+                engine, launch_of(variant), result.folder, text, settings.samples, result.checks
             )
             listen(variant.name, check)
-            found = finding.keep(variant, stamps, [*checks, check])
-            renewed = found.renewed or results[index].renewed
-            results[index] = replace(found, renewed=renewed)
+            found = finding.keep(variant, stamps[index], [*result.checks, check])
+            results[index] = replace(found, renewed=found.renewed or result.renewed)
     tables = finding.tables
     return VerifyResult(results, tables.ordered(), tables.acceptances)
 

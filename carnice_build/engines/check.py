@@ -200,9 +200,5 @@ def _summary(
     parts = [f"{format_perplexity(item)} at {item.length}" for item in scored]
     if drafts is not None:
         parts.append(f"{drafts.mean_length:.2f} tokens a step at n={len(drafts.rates)}")
-    found = turns.figures
-    parts.append(
-        f"{found.parsed} calls are read, {found.named.count} have the right name, "
-        f"{found.keyed.count} the right keys, {found.exact.count} are exact"
-    )
+    parts.append(str(turns.figures))
     return f"{engine.name}: " + "; ".join(parts)

@@ -39,7 +39,7 @@ def sharding_of(architecture: Architecture, conversion: Conversion) -> Sharding:
             # `model_executor/models/qwen3_next.py`, and so in others: a head is copied, not cut.
             Split("KV heads", architecture.kv_geometry.kv_heads, repeated=True),
             *_vocabulary(config),
-            *dict.fromkeys(_linears(architecture, conversion.quantized)),
+            *_linears(architecture, conversion.quantized),
             *_tower(architecture),
         ),
     )

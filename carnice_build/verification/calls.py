@@ -199,6 +199,12 @@ class Calls:
     continued: Share
     foreign: Mapping[str, int]
 
+    def __str__(self) -> str:
+        return (
+            f"{self.parsed} calls are read, {self.named.count} have the right name, "
+            f"{self.keyed.count} the right keys, {self.exact.count} are exact"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """Figures for details, by their names."""
         return {
@@ -260,18 +266,11 @@ def judge_calls(
             fault = "the packaged template" if _lost(same, reference) else "its weights"
             text += f"; what lost them is {fault}"
         problems.append(text)
-    summary = "; ".join(f"{name}: {_line(item)}" for name, item in figures.items())
+    summary = "; ".join(f"{name}: {item}" for name, item in figures.items())
     if reference is not None and not _enough(figures[reference.name].parsed.count):
         summary = f"{reference.name} itself makes next to no calls, so none can be lost; {summary}"
     details = {name: item.as_json() for name, item in figures.items()}
     return judged(NAME, problems, summary, details)
-
-
-def _line(item: Calls) -> str:
-    return (
-        f"{item.parsed} calls are read, {item.named.count} have the right name, "
-        f"{item.keyed.count} the right keys, {item.exact.count} are exact"
-    )
 
 
 def _foreign(name: str, found: Calls, parser: str | None) -> list[str]:

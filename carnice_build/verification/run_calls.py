@@ -24,7 +24,7 @@ from carnice_build.verification.calls import (
     read,
 )
 from carnice_build.verification.chat import chat_files
-from carnice_build.verification.kept import versions
+from carnice_build.verification.kept import KeptSource, versions
 from carnice_build.verification.perplexity import SAMPLES_ON_CPU
 from carnice_build.verification.process import Worker
 from carnice_build.verification.result import Check, judged, skipped
@@ -63,7 +63,7 @@ def check_calls(
         wanted.append((SOURCE, source, packaged, prompts))
         if own is not None:
             wanted.append((OWN, source, own, asked(drawn, own)))
-    kept = settings.memory.of_source(SOURCE, **versions(*torch_worker.LIBRARIES))
+    kept = kept_source(settings)
     rows = {}
     for row, asking, template, texts in wanted:
         called = SOURCE if asking is source else row
@@ -73,6 +73,11 @@ def check_calls(
         rows[row] = Row(row, _read(drawn, texts, said.texts, template))
     parser = packaged.format.tool_call_parser
     return judge_calls(rows[name], parser, rows.get(SOURCE), rows.get(OWN))
+
+
+def kept_source(settings: RunSettings) -> KeptSource:
+    """What is kept of a source that torch runs."""
+    return settings.memory.of_source(SOURCE, **versions(*torch_worker.LIBRARIES))
 
 
 def own_template(variant: VariantPlan) -> list[str]:

@@ -27,11 +27,11 @@ from carnice_build.verification import (
     perplexity,
     torch_worker,
 )
-from carnice_build.verification.kept import KeptSource, versions
+from carnice_build.verification.kept import versions
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.process import Worker, installed
 from carnice_build.verification.result import Check, judged, skipped
-from carnice_build.verification.run_calls import check_calls, own_template
+from carnice_build.verification.run_calls import check_calls, kept_source, own_template
 from carnice_build.verification.running import (
     NO_TEXT,
     SOURCE,
@@ -116,7 +116,7 @@ class _Run:
             self.settings.lengths,
             self.settings.samples,
             self.settings.threads,
-            self._kept(),
+            kept_source(self.settings),
         )
         self._add_rows(found)
         *_, served = found.values()
@@ -158,12 +158,9 @@ class _Run:
             self.folder,
             self.settings.samples,
             self.settings.threads,
-            self._kept(),
+            kept_source(self.settings),
         )
         return fidelity.judge_fidelity(found)
-
-    def _kept(self) -> KeptSource:
-        return self.settings.memory.of_source(SOURCE, **versions(*torch_worker.LIBRARIES))
 
     def calls(self) -> Check:
         """What an agent must do, as the model is served, and as the source does it."""
