@@ -78,3 +78,14 @@ def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
 def peak_bytes(usage: resource.struct_rusage) -> int:
     """The peak of memory in what the system tells of a process: macOS counts it in bytes."""
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def wait_briefly() -> None:
+    """Let threads of OpenMP wait awake for some microseconds and then asleep; before it is loaded.
+
+    Small models wait for a thread ten thousand times a second.  On a quiet machine they take twice
+    as long if each time it must be woken, and on a busy one ten times as long if it does not sleep.
+    Whoever set either of libgomp's variables knows better.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -33,7 +33,7 @@ from carnice_build.store.locks import Taken, locked
 from carnice_build.store.packs import PartialPack
 from carnice_build.store.store import Store
 from carnice_build.store.upkeep import collect
-from carnice_build.system import peak_memory, read_at, write_at
+from carnice_build.system import peak_memory, read_at, wait_briefly, write_at
 
 Take = Callable[[pytest.MonkeyPatch], None]
 VARIANTS = ("mlx-4bit", "mlx-6bit")
@@ -398,6 +398,22 @@ class Usage:
     """What `getrusage` gives on every system, in units of its own."""
 
     ru_maxrss = 5000
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_wait_as_whoever_runs_us_says(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], count: str | None
+) -> None:
+    """Ours is for those who say nothing."""
+    environ = dict(given)
+    monkeypatch.setattr(os, "environ", environ)
+
+    wait_briefly()
+
+    assert count == environ.get("GOMP_SPINCOUNT")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 
 from carnice_build.errors import BackendError, CarniceError
 from carnice_build.graph import Action, BadInput, NonFiniteValue, ProcessOp
-from carnice_build.system import peak_memory
+from carnice_build.system import peak_memory, wait_briefly
 from carnice_build.tensor_file import TensorFile
 
 _PAUSE = 1.0
@@ -90,8 +90,7 @@ def _connect(steps: SimpleQueue[int | None]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # On import it prints to standard output, which is the build's.
     os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
-    # Threads that spin while they wait for each other take ten times as long on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly()
     # Ctrl-C reaches workers, too: they go without a word, which is for the main process to say.
     # A build in the background, which ignores it, has workers that do.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from carnice_build.errors import BackendError, CarniceError
+from carnice_build.system import wait_briefly
 
 T = TypeVar("T")
 
@@ -163,8 +164,7 @@ def _prepare(line: Connection) -> None:
     Thread(target=_end_when_told, args=(line,), daemon=True).start()
     # A folder must be complete in itself; nothing may be looked up on the hub.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
-    # Threads that spin while they wait for each other take ten times as long on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly()
 
 
 def _end_when_told(line: Connection) -> None:
