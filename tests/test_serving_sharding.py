@@ -12,6 +12,7 @@ from serving_cases import AWQ40B, CARNICE, INT4, NVFP4, launch_of, refused, spec
 
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
+from carnice_build.planning.sharding import sharding_of
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.sharding import Sharding, Split
 
@@ -194,3 +195,16 @@ def test_the_27b_is_as_the_other_tests_have_it() -> None:
     facts = units(planned("nvfp4-text-mtp", "shapes").sharding)
 
     assert units(CARNICE).items() <= facts.items()
+
+
+def test_a_shared_expert_is_cut_where_the_others_are_dealt_out() -> None:
+    """It is as wide as they are, and has a split of its own all the same."""
+    options = Options(recipes=REPOSITORY / "recipes", profile="shapes")
+    plan = plan_variants(["qwen3.6-35b-a3b-mlx-4bit"], options).variants[0]
+    sharding = sharding_of(plan.architecture, plan.conversion)
+
+    assert {"shared_expert": False, "experts.*": True} == {
+        split.name.split(".mlp.")[1].removesuffix(".down_proj"): split.experts
+        for split in sharding.splits
+        if ".mlp." in split.name
+    }

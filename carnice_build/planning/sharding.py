@@ -61,7 +61,7 @@ def _linears(architecture: Architecture, quantized: Mapping[str, Scheme]) -> Ite
     """
     hidden = _count(architecture.text_config, "hidden_size")
     facts = {fact.module: fact for fact in architecture.tensors.values()}
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int, bool]] = set()
     for layer in range(architecture.num_layers):
         for group in architecture.shared_inputs(layer):
             fact = facts[group[0]]
@@ -71,8 +71,8 @@ def _linears(architecture: Architecture, quantized: Mapping[str, Scheme]) -> Ite
             scheme = quantized.get(fact.module)
             unit = (scheme.group_size if scheme else None) or 1
             columns = fact.shape[-1]
-            if (columns, unit) not in seen:
-                seen.add((columns, unit))
+            if (columns, unit, fact.stacked) not in seen:
+                seen.add((columns, unit, fact.stacked))
                 # A group as wide as the input is none: `group_size < input_size` there.
                 whole = unit if unit < columns else 1
                 yield Split(f"inputs of {fact.module}", columns, whole, experts=fact.stacked)
