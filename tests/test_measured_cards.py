@@ -243,7 +243,7 @@ LINES = (
     Line("MTP head, 3 drafts a step: accepted, by position", "", "90% / 50% / 25%"),
     Line("Tool calls: answers that the parser finds a call in", "40 of 40 ± 0.0", "30 of 40 ± 2.7"),
     Line("Rare names copied exactly", "18 of 24 ± 2.1", "12 of 24 ± 2.4"),
-    Line("Rare names with typos", "2 of 24 ± 1.4", "0 of 24 ± 0.0"),
+    Line("Rare names with typos", "2 of 24 ± 1.4", "0 of 24 ± 0.5"),
 )
 
 

@@ -5,7 +5,6 @@ Figures come from the cache, where anybody may have written: one of another form
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from carnice_build.formats.measured import Line, Measured, plain
 from carnice_build.verification import acceptance, calls, fidelity, perplexity
 from carnice_build.verification.perplexity import Perplexity
-from carnice_build.verification.result import Check, Outcome
+from carnice_build.verification.result import Check, Outcome, count_error
 from carnice_build.verification.running import SOURCE, PerplexityRow
 
 _MOST = 10**9
@@ -165,9 +164,8 @@ def _copied(details: Any) -> Iterator[Line]:
 
 def _copies(model: _Copies, name: str) -> str:
     count, of = getattr(model, name), model.answered
-    # Of names that are independent; a count that is none has no error.
-    error = math.sqrt(count * (of - count) / of) if count <= of else 0.0
-    return _share(_Share(count=count, of=of, error=error))
+    # A count that is none has no error.
+    return _share(_Share(count=count, of=of, error=count_error(count, of) if count <= of else 0.0))
 
 
 def _pair(models: Mapping[str, T]) -> tuple[T | None, T | None]:
