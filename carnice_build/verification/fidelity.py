@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 NAME = "fidelity"
 ANSWERED = 24
-READ = 240
+READ = 160
 READ_TOKENS = 1024
 """So many tokens are read at once, with those that fill up the rows of a batch."""
 

@@ -202,12 +202,15 @@ def measure_fidelity(
     threads: int,
     kept: KeptSource,
 ) -> dict[str, Fidelity]:
-    """How each model copies rare names, against the first; fewer names with fewer `samples`."""
+    """How each model copies rare names, against the first.
+
+    There are as many names, in proportion to the usual, as there are `samples`.
+    """
     from transformers import AutoTokenizer
 
     loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
     sources = {name: model.source() for name, model in models.items()}
-    share = min(1.0, (samples or SAMPLES_ON_CPU) / SAMPLES_ON_CPU)
+    share = (samples or SAMPLES_ON_CPU) / SAMPLES_ON_CPU
     return fidelity.measure(
         sources,
         loaded,
