@@ -17,6 +17,7 @@ from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import StoreError
 from carnice_build.store.answers import read_answer, write_answer
 from carnice_build.store.digests import digest_bytes, digest_texts
+from carnice_build.store.history import write_measured
 from carnice_build.store.packs import PartialPack, digest_range
 from carnice_build.store.store import Store
 from carnice_build.store.upkeep import Collected, Damage, collect, find_damage, stats
@@ -188,6 +189,25 @@ def test_answers_are_counted_and_go_when_nobody_asks_for_them(tmp_path: Path) ->
     assert (Collected(0, 0), Collected(0, 0)) == kept
     assert Collected(1, size // 2) == removed
     assert [None, "an answer"] == [read_answer(store.root, key) for key in keys]
+
+
+def test_figures_stay_and_states_behind_them_go(tmp_path: Path) -> None:
+    """A figure is small and cost minutes; what a source's model computed takes megabytes."""
+    store = Store(tmp_path / "cache")
+    figure, states = (store.root / "measured" / digest_texts([name]) for name in ("one", "two"))
+    write_measured(store.root, figure.name, {"figure": 1})
+    states.write_bytes(bytes(2 << 20))
+    counted = stats(store)
+    removed = collect(store)
+    kept = figure.exists()
+    os.utime(figure, (0, 0))
+    aged = collect(store, max_age=DAY)
+
+    assert (2, (2 << 20) + aged.bytes) == (counted.figures, counted.figure_bytes)
+    assert Collected(1, 2 << 20) == removed
+    assert kept
+    assert 1 == aged.files
+    assert not figure.exists()
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,9 @@ def stats(cache: Cache = CACHE, as_json: Json = False) -> None:
         f"{format_size(found.record_bytes)} of records"
     )
     typer.echo(f"{plural(found.answers, 'answer')} of libraries, {format_size(found.answer_bytes)}")
+    typer.echo(
+        f"{plural(found.figures, 'figure')} of verifications, {format_size(found.figure_bytes)}"
+    )
 
 
 @app.command()

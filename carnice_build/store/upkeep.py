@@ -18,7 +18,7 @@ from carnice_build.store.digests import is_digest
 from carnice_build.store.packs import digest_range, extents
 from carnice_build.store.store import Store
 
-_STATISTIC_BYTES = 1 << 20
+_SMALL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Stats:
     actions: int
     answers: int
     answer_bytes: int
+    figures: int
+    figure_bytes: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def stats(store: Store) -> Stats:
     linked = [path for path in packs if path.stat().st_nlink > 1]
     partial = _files(store.root / "partial")
     blobs = _files(store.root / "blobs")
-    answers = _answers(store)
+    answers, figures = _answers(store), _files(store.root / "measured")
     return Stats(
         packs=len(packs),
         pack_bytes=_bytes(packs),
@@ -78,6 +80,8 @@ def stats(store: Store) -> Stats:
         actions=len(store.records.names("action")),
         answers=len(answers),
         answer_bytes=_bytes(answers),
+        figures=len(figures),
+        figure_bytes=_bytes(figures),
     )
 
 
@@ -86,6 +90,7 @@ def collect(
 ) -> Collected:
     """Remove what no build folder needs, oldest first; statistics of calibrations stay.
 
+    So do figures of verifications, but not what a source's model computed on the way to them.
     With `max_age` (seconds since it was written) only what is older goes, figures of verifications
     too, and answers that no plan has asked for since; with `max_bytes` only as much as brings the
     cache down to that size; with neither, all of it but figures and answers, for plans of the
@@ -95,13 +100,13 @@ def collect(
     with store.alone():
         candidates = [
             path
-            for folder in ("packs", "partial", "blobs")
+            for folder in ("packs", "partial", "blobs", "measured")
             for path in _files(store.root / folder)
-            if path.stat().st_nlink == 1 and not _is_statistic(path, folder)
+            if path.stat().st_nlink == 1 and not _stays(path, folder, aged=max_age is not None)
         ]
         if max_age is not None:
             oldest = time.time() - max_age
-            candidates += _answers(store) + _files(store.root / "measured")
+            candidates += _answers(store)
             candidates = [path for path in candidates if path.stat().st_mtime < oldest]
         candidates.sort(key=lambda path: path.stat().st_mtime)
         excess = None if max_bytes is None else _total(store) - max_bytes
@@ -110,9 +115,13 @@ def collect(
         return removed
 
 
-def _is_statistic(path: Path, folder: str) -> bool:
-    """What a calibration leaves is kept: it takes kilobytes and cost hours."""
-    return folder == "blobs" and path.stat().st_size <= _STATISTIC_BYTES
+def _stays(path: Path, folder: str, *, aged: bool) -> bool:
+    """What a calibration leaves is kept: it takes kilobytes and cost hours.
+
+    Figures, which take no more and cost minutes, are kept until they have `aged`.
+    """
+    kept = folder == "blobs" or (folder == "measured" and not aged)
+    return kept and path.stat().st_size <= _SMALL_BYTES
 
 
 def _remove(candidates: list[Path], excess: int | None) -> Collected:
