@@ -18,7 +18,7 @@ FLAGS   ?=
 COMMA   := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help build all plan verify report list test lint suite test-wide test-newest engines \
+.PHONY: help build all plan verify report list test lint suite test-wide test-gpu test-newest engines \
   test-engines update bench clean
 
 ifdef variant
@@ -76,10 +76,13 @@ lint: $(VENV)/dev ## Check style and types
 	$(VENV)/bin/mypy
 
 suite: $(VENV)/dev $(BROWSER) ## Run all tests
-	$(VENV)/bin/pytest -n auto --dist loadfile -m 'not wide and not engine'
+	$(VENV)/bin/pytest -n auto --dist loadfile -m 'not wide and not engine and not gpu'
 
 test-wide: $(VENV)/dev ## Run the widest comparisons with libraries
 	$(VENV)/bin/pytest -n auto --dist loadfile -m wide
+
+test-gpu: $(VENV)/dev ## Compare with libraries on a GPU of this machine
+	$(VENV)/bin/pytest -n 0 -m gpu
 
 # A Chromium for the tests of the report's page; without one they are skipped.
 $(BROWSER): tests/browser/package-lock.json

@@ -41,17 +41,22 @@ def tune(
     quantized_inputs: Sequence[Tensor] | None = None,
     settings: AutoRoundSettings = SETTINGS,
     threads: int = 1,
+    device: str = "cpu",
 ) -> TunedLayer:
     """`tune_layer` of one of the two layers."""
-    runner = LayerDriver(CONFIG, LAYERS[kind], Arithmetic(settings.dtype, "sdpa", threads))
+    arithmetic = Arithmetic(settings.dtype, "sdpa", threads, device)
+    runner = LayerDriver(CONFIG, LAYERS[kind], arithmetic)
     return tune_layer(runner, layer_tensors(LAYERS[kind]), inputs, quantized_inputs, settings)
 
 
-def tune_both(embedded: Sequence[Tensor], settings: AutoRoundSettings) -> list[TunedLayer]:
+def tune_both(
+    embedded: Sequence[Tensor], settings: AutoRoundSettings, device: str = "cpu"
+) -> list[TunedLayer]:
     """Both layers, the second on what the first makes."""
     narrow = replace(settings, layer_bits=dict.fromkeys(NARROW, 16))
-    first = tune("linear", embedded, None, narrow)
-    return [first, tune("full", first.outputs, first.quantized_outputs, settings)]
+    placed = [sample.to(device) for sample in embedded]
+    first = tune("linear", placed, None, narrow, device=device)
+    return [first, tune("full", first.outputs, first.quantized_outputs, settings, device=device)]
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +158,9 @@ def tune_saved(folder: Path) -> None:
     save_file(contents(again), folder / "tuned.safetensors")
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_equals_the_library_on_a_whole_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switches: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switches: None, device: str
 ) -> None:
     """`AutoRound(...).quantize()` makes the same weights and scales of both layers.
 
@@ -188,15 +194,17 @@ def test_equals_the_library_on_a_whole_model(
         layer_config={f"model.layers.0.{name}": {"bits": 16} for name in NARROW},
         enable_torch_compile=False,
         low_cpu_mem_usage=False,
+        device_map=device,
     )
     quantized, _ = library.quantize()
+    ours = tune_both(embedded, settings, device)
 
     assert SAMPLES == len(embedded)
-    for layer, tuned in zip(quantized.model.layers, tune_both(embedded, settings), strict=True):
+    for layer, tuned in zip(quantized.model.layers, ours, strict=True):
         for name, linear in tuned.linears.items():
             theirs = layer.get_submodule(name)
-            assert torch.equal(theirs.weight, linear.weight), name
-            assert torch.equal(theirs.scale, linear.scale), name
+            assert torch.equal(theirs.weight.cpu(), linear.weight.cpu()), name
+            assert torch.equal(theirs.scale.cpu(), linear.scale.cpu()), name
 
 
 def two_layer_model(folder: Path) -> Any:

@@ -16,6 +16,8 @@ from conftest import REPOSITORY, Project
 from oneshot import IGNORE, run_oneshot, tokenizer
 from tiny import Tensor, read_all_tensors, read_json
 
+from carnice_build.backends.compressed import WeightScheme, quantize_module
+from carnice_build.backends.tensors import as_data
 from carnice_build.calibration.tokenizing import longest_first
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.options import Options
@@ -59,6 +61,19 @@ def parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
     Neither is told in which order to take the samples.
     """
     root = tmp_path_factory.mktemp("awq")
+    options, tokens = _project(root)
+    reports = {name: build_variants([name], options) for name in OBSERVERS}
+    for name, observer in OBSERVERS.items():
+        run_oneshot(observer, root / name, tokens)
+    return Parity(
+        {name: root / "ours" / name for name in OBSERVERS},
+        {name: root / name for name in OBSERVERS},
+        reports,
+    )
+
+
+def _project(root: Path, *overrides: str) -> tuple[Options, list[torch.Tensor]]:
+    """Recipes for both observers in a folder of their own, and the tokens of their samples."""
     recipes = root / "recipes"
     recipes.mkdir()
     (recipes / "_base").symlink_to(REPOSITORY / "recipes" / "_base")
@@ -71,15 +86,8 @@ def parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
         (recipes / f"{name}.yaml").write_text(text)
     (root / "demo").symlink_to(REPOSITORY / "demo" / "qwen3.6-27b")
     tokens = _write_rows(root / "rows.jsonl")
-    options = Options(recipes=recipes, out=root / "ours", cache=root / "cache")
-    reports = {name: build_variants([name], options) for name in OBSERVERS}
-    for name, observer in OBSERVERS.items():
-        run_oneshot(observer, root / name, tokens)
-    return Parity(
-        {name: root / "ours" / name for name in OBSERVERS},
-        {name: root / name for name in OBSERVERS},
-        reports,
-    )
+    options = Options(recipes=recipes, out=root / "ours", cache=root / "cache", overrides=overrides)
+    return options, tokens
 
 
 def _write_rows(path: Path) -> list[torch.Tensor]:
@@ -119,6 +127,31 @@ def test_every_tensor_that_oneshot_writes_is_ours_bit_for_bit(parity: Parity, na
     assert [] == different
     assert {key for key in ours if not key.startswith(("mtp.", "model.visual."))} <= set(theirs)
     assert len(theirs) >= 205
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_a_gpu_finds_what_oneshot_finds_there(tmp_path: Path, name: str) -> None:
+    """The norms are those of `oneshot` on the same GPU, and so are the smoothed weights.
+
+    These are rounded on the processor, with the bits that the library has there; on a GPU it has
+    others, for torch multiplies by the reciprocal of a number there where it is to divide by it.
+    """
+    options, tokens = _project(tmp_path, "calibration.device=cuda")
+    build_variants([name], options)
+    library = run_oneshot(OBSERVERS[name], tmp_path / name, tokens)
+    ours, theirs = read_all_tensors(tmp_path / "ours" / name), _written(tmp_path / name)
+    packed = [
+        key.removesuffix(".weight_packed") for key in theirs if key.endswith(".weight_packed")
+    ]
+    plain = [key for key in theirs if key.rpartition(".")[0] not in packed]
+
+    assert 32 == len(packed)
+    assert [] == [key for key in plain if ours[key] != theirs[key]]
+    for module in packed:
+        weight = library.smoothed[f"{module}.weight"].cpu()
+        for end, tensor in quantize_module(weight, OBSERVERS[name], WeightScheme()).items():
+            assert as_data(tensor).array.tobytes() == ours[f"{module}.{end}"].data, module
 
 
 @pytest.mark.parametrize("count", [2, 3, 16, 17, 256, 1000])

@@ -347,11 +347,6 @@ OVERRIDES = {
         "calibration.attention=eager",
         ("method tune cannot use calibration.attention eager; expected sdpa",),
     ),
-    "a device that tuning does not have": (
-        TUNE,
-        "calibration.device=cuda",
-        ("method tune cannot use calibration.device cuda; expected cpu",),
-    ),
     "no iteration": (TUNE, "quantize.tune.iters=0", ("quantize.tune.iters", "got 0")),
 }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from calibrating import QUICK, tie
 from conftest import REPOSITORY, Project
+from modelopt_export import LENGTH, SAMPLES, export
 from tiny import read_all_tensors, read_json
 
 from carnice_build.commands.build import build_variants
@@ -18,8 +18,6 @@ from carnice_build.commands.plan import plan_variants
 pytest_plugins = ["calibrating"]
 
 VARIANT = "qwen-nvfp4-text-mtp"
-SAMPLES, LENGTH = 3, 96
-BASE = REPOSITORY / "demo" / "qwen3.6-27b"
 
 KEEP_043 = [
     "*block_sparse_moe.gate*",
@@ -50,51 +48,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "modelopt-0.43":
         options = Options(**{**vars(options), "overrides": (*overrides, "quantize.keep=mtp.*")})
     build_variants(["qwen-nvfp4-text-mtp"], options)
-    _export(root / "theirs", None if request.param == "modelopt-0.47" else KEEP_043)
+    export(root / "theirs", None if request.param == "modelopt-0.47" else KEEP_043)
     return root / "ours" / "qwen-nvfp4-text-mtp", root / "theirs"
-
-
-def _export(folder: Path, keep: list[str] | None, base: Path = BASE) -> None:
-    import modelopt.torch.quantization as mtq
-    import torch
-    from modelopt.torch.export import export_hf_checkpoint
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
-
-    config = AutoConfig.from_pretrained(base).text_config
-    config.architectures = ["Qwen3_5ForCausalLM"]
-    model = Qwen3_5ForCausalLM.from_pretrained(
-        base,
-        config=config,
-        key_mapping={r"^model\.language_model\.": "model."},
-        dtype=torch.bfloat16,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    lines = (REPOSITORY / "demo" / "calibration.jsonl").read_text().splitlines()[:SAMPLES]
-
-    def loop(model: Any) -> None:
-        for line in lines:
-            row = json.loads(line)
-            roles = {"human": "user", "gpt": "assistant"}
-            turns = [
-                {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-                for turn in row["conversations"]
-            ]
-            ids = tokenizer.apply_chat_template(turns, tools=row["tools"], return_dict=False)
-            model(torch.tensor([ids[:LENGTH]]))
-
-    settings = mtq.NVFP4_DEFAULT_CFG
-    if keep is not None:
-        enabled = [
-            entry
-            for entry in settings["quant_cfg"]
-            if entry.get("enable", True) or entry["quantizer_name"] == "*"
-        ]
-        disabled = [{"quantizer_name": name, "enable": False} for name in keep]
-        embedding = {"parent_class": "nn.Embedding", "quantizer_name": "*", "enable": False}
-        settings = {**settings, "quant_cfg": [*enabled, *disabled, embedding]}
-    mtq.quantize(model, settings, loop)
-    export_hf_checkpoint(model, export_dir=folder)
 
 
 def test_every_tensor_of_modelopts_export_is_ours_bit_for_bit(pair: tuple[Path, Path]) -> None:
@@ -104,6 +59,41 @@ def test_every_tensor_of_modelopts_export_is_ours_bit_for_bit(pair: tuple[Path, 
 
     assert [] == different
     assert len(theirs) >= 259
+
+
+@pytest.mark.gpu
+def test_a_gpu_sees_the_maxima_that_modelopt_sees_there(tmp_path: Path) -> None:
+    """Every maximum, of weights and of activations, is that of modelopt on the same GPU.
+
+    The scales made of them may be a unit in the last place apart: where modelopt divides a tensor
+    on a GPU by a number, torch multiplies by the number's reciprocal.
+    Maxima are BF16, which tells them from each other in spite of that.
+    """
+    import torch
+
+    overrides = (
+        f"calibration.samples={SAMPLES}",
+        f"calibration.length={LENGTH}",
+        "calibration.device=cuda",
+    )
+    options = Options(
+        recipes=REPOSITORY / "recipes",
+        out=tmp_path / "ours",
+        cache=tmp_path / "cache",
+        overrides=overrides,
+    )
+    build_variants([VARIANT], options)
+    export(tmp_path / "theirs", None, device="cuda")
+    ours, theirs = map(read_all_tensors, (tmp_path / "ours" / VARIANT, tmp_path / "theirs"))
+    scales = [name for name in theirs if name.endswith(("input_scale", "weight_scale_2"))]
+
+    assert 100 == len(scales)
+    for name in scales:
+        one, other = (
+            torch.frombuffer(bytearray(tensors[name].data), dtype=torch.float32) * 6 * 448
+            for tensors in (ours, theirs)
+        )
+        assert torch.equal(one.bfloat16(), other.bfloat16()), name
 
 
 def test_only_the_mtp_head_is_ours_alone(pair: tuple[Path, Path]) -> None:
@@ -144,7 +134,7 @@ def test_hf_quant_config_excludes_what_config_json_ignores(pair: tuple[Path, Pat
 def test_a_tied_head_is_excluded_as_modelopt_does(small: Project) -> None:
     """modelopt lists the head though its export has no tensor of it, and so do we."""
     tie(small.base)
-    _export(small.root / "theirs", None, small.base)
+    export(small.root / "theirs", None, small.base)
     theirs = read_json(small.root / "theirs" / "hf_quant_config.json")["quantization"]
     (plan,) = plan_variants([VARIANT], small.options(overrides=QUICK)).variants
 

@@ -181,6 +181,18 @@ def test_a_knob_of_the_calibration_changes_what_it_is_about(
     assert BlockQuantize not in first
 
 
+@pytest.mark.parametrize(("kinds", "device"), [((), "cpu"), (("NVIDIA H100",), "cuda")])
+def test_auto_is_a_gpu_where_there_is_one(
+    small: Project, monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...], device: str
+) -> None:
+    """With the keys that it has when it is named."""
+    monkeypatch.setattr(plan, "gpus", lambda: kinds)
+
+    assert forwards(planned(small, f"calibration.device={device}")) == forwards(
+        planned(small, "calibration.device=auto")
+    )
+
+
 def test_the_kinds_of_gpus_are_in_the_keys_of_what_they_compute(
     small: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,9 +465,16 @@ def test_a_checkpoint_that_cannot_be_calibrated_is_refused(
 
 def test_a_device_that_is_not_there_is_refused(small: Project, carnice: Carnice) -> None:
     """torch's own complaint is the line, with the exit code of a library that failed."""
-    finished = build(carnice, "calibration.device=nonsense")
+    finished = build(carnice, "calibration.device=cuda:99")
 
-    check_refused(finished, small, "torch cannot use calibration.device nonsense", code=1)
+    check_refused(finished, small, "torch cannot use calibration.device cuda:99", code=1)
+
+
+def test_a_device_of_no_known_kind_is_refused(small: Project, carnice: Carnice) -> None:
+    """Before anything is read."""
+    finished = build(carnice, "calibration.device=gpu")
+
+    check_refused(finished, small, "'gpu' is none of auto, cpu, cuda, and cuda:N")
 
 
 def test_weights_that_are_not_finite_are_named(small: Project, carnice: Carnice) -> None:

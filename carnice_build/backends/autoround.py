@@ -228,6 +228,8 @@ def _round_to_nearest(
     config = RTNConfig(disable_opt_rtn=True)
     with _library(layer, runner, names, config, settings, samples=1) as library:
         library.quantize_block(layer, inputs=None)
+    # The library leaves on the processor what it is done with.
+    layer.to(runner.device)
 
 
 def _tune(
@@ -262,8 +264,8 @@ def _tune(
             device=runner.device,
             reference_output=list(references),
         )
-    result: list[Tensor] = outputs
-    return result
+    layer.to(runner.device)
+    return [output.to(runner.device) for output in outputs]
 
 
 @contextmanager

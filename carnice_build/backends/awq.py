@@ -107,7 +107,8 @@ def smooth_layer(
     if settings.norms == "exact":
         for name in norms:
             layer.get_submodule(name).float()
-    search = _Search.of(mappings, paths, settings, _kept_in(scratch) if scratch else _kept_as_is)
+    keep = _kept_in(scratch) if scratch else _kept_as_is
+    search = _Search.of(mappings, paths, settings, keep, runner.device)
     quantizer = _quantizer(settings.scheme, [paths[name] for name in chosen])
     with quiet(), _calibrating(layer, [search, quantizer]):
         for index, hidden in enumerate(inputs):
@@ -218,6 +219,7 @@ class _Search(AWQModifier):
 
     _scales: dict[str, Tensor] = PrivateAttr(default_factory=dict)
     _keep: Keep = PrivateAttr()
+    _device: str = PrivateAttr()
     _searching: bool = PrivateAttr(default=False)
 
     @classmethod
@@ -227,6 +229,7 @@ class _Search(AWQModifier):
         paths: Mapping[str, str],
         settings: AwqSettings,
         keep: Keep,
+        device: str,
     ) -> _Search:
         search = cls(
             mappings=[
@@ -238,6 +241,7 @@ class _Search(AWQModifier):
             n_grid=settings.n_grid,
         )
         search._keep = keep
+        search._device = device
         return search
 
     @property
@@ -247,44 +251,85 @@ class _Search(AWQModifier):
     def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
         super().on_calibration_start(state, event, **kwargs)
         for module in self._parent_args_cache:
-            self._parent_args_cache[module] = _Arguments(self._keep)
+            self._parent_args_cache[module] = _Arguments(self._keep, self._device)
 
     def _compute_best_scale(self, mapping: Any, outputs: Any, weights: Any) -> Tensor:
         self._searching = True
         scales: Tensor = super()._compute_best_scale(mapping, outputs, weights)
         self._searching = False
-        self._scales[mapping.smooth_name] = scales.double()
+        self._scales[mapping.smooth_name] = scales.double().cpu()
         return scales
 
     def _run_samples(self, module: nn.Module) -> Any:
         """In a search each output is compared once, and need not outlive that."""
         results = (module(**arguments) for arguments in self._parent_args_cache[module])
         outputs = (result[0] if isinstance(result, tuple) else result for result in results)
-        return outputs if self._searching else [self._keep(output) for output in outputs]
+        if self._searching:
+            return outputs
+        return _Placed([self._keep(output) for output in outputs], self._device)
 
 
 class _Arguments(IntermediatesCache):
     """What a module was called with, once per sample, its tensors kept where we say."""
 
-    def __init__(self, keep: Keep) -> None:
+    def __init__(self, keep: Keep, device: str) -> None:
         super().__init__(offload_device=None)
         self._keep = keep
+        self._device = device
 
     def append(self, values: dict[str, Any]) -> None:
         super().append(tree_map_only(Tensor, self._keep, dict(values)))
 
+    def fetch(self, batch_index: int, input_names: list[str] | None = None) -> dict[str, Any]:
+        """What was appended, on the device that computes."""
+        found = super().fetch(batch_index, input_names)
+        placed: dict[str, Any] = tree_map_only(Tensor, lambda item: item.to(self._device), found)
+        return placed
+
     def pin_memory(self, batch_index: int, input_names: list[str] | None = None) -> None:
         """Do nothing: the library would pin without asking whether there is an accelerator."""
+
+
+class _Placed(Sequence[Tensor]):
+    """Tensors wherever they are kept, each on `device` while it is looked at."""
+
+    def __init__(self, kept: Sequence[Tensor], device: str) -> None:
+        self._kept = kept
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._kept[index].to(self._device)
 
 
 def _kept_as_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
+_LEFT_FREE = 0.25
+"""The share of a GPU's memory that is not filled with what is kept."""
+
+
+def _has_room(device: torch.device) -> bool:
+    """Whether more may stay on a GPU."""
+    free, total = torch.cuda.mem_get_info(device)
+    # What torch holds and does not use is free, too.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return bool(free > _LEFT_FREE * total)
+
+
 def _kept_in(folder: Path) -> Keep:
-    """Move tensors to files without a name, which the system frees with the last reference."""
+    """Move tensors to files without a name, which the system frees with the last reference.
+
+    On a GPU they stay as long as they leave a part of its memory free: where they are changes the
+    time that the search takes and none of its bits.
+    """
 
     def keep(tensor: Tensor) -> Tensor:
+        if tensor.is_cuda and _has_room(tensor.device):
+            return tensor
         data = as_data(tensor)
         with TemporaryFile(dir=folder) as file:
             data.array.tofile(file)

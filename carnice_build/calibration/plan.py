@@ -27,7 +27,8 @@ from carnice_build.processor import gpus, vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
 from carnice_build.tensors import SourceTensor
 
-CPU = "cpu"
+AUTO, CPU, GPU = "auto", "cpu", "cuda"
+"""Devices that a recipe may name, beside one GPU of several."""
 
 EAGER = "eager"
 """The attention that transformers has for every family, and that writes its scores down."""
@@ -163,14 +164,17 @@ class Calibration:
     def _arithmetic(self) -> dict[str, Any]:
         """What every forward pass depends on, whichever layer it is through."""
         spec = self._spec
+        device = spec.device
+        if device == AUTO:
+            device = GPU if gpus() else CPU
         return {
             "config": dict(self._architecture.layer_config),
             "dtype": spec.dtype,
             "attention": spec.attention,
             "threads": spec.threads,
-            "device": spec.device,
+            "device": device,
             "processor": vector_instructions(),
-            **({"gpus": list(gpus())} if spec.device != CPU else {}),
+            **({"gpus": list(gpus())} if device != CPU else {}),
         }
 
     def _workspace(self, kind: str) -> int:

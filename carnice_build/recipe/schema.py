@@ -126,6 +126,15 @@ def _check_dataset(name: str) -> str:
     return name
 
 
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def _check_device(name: str) -> str:
+    if not _DEVICE.fullmatch(name):
+        raise ValueError(f"{name!r} is none of auto, cpu, cuda, and cuda:N")
+    return name
+
+
 class CalibrationSpec(Strict):
     """The forward passes behind a calibrated format: over which text, and how they compute."""
 
@@ -157,7 +166,11 @@ class CalibrationSpec(Strict):
     threads: Annotated[int, Field(ge=1)] = Field(
         2, description="Threads of torch; sums may round differently with another number."
     )
-    device: str = Field("cpu", description="Device of torch, such as cpu or cuda.")
+    device: Annotated[str, AfterValidator(_check_device)] = Field(
+        "cpu",
+        description="Where to compute: `cpu`, `cuda`, one GPU of several as `cuda:1`, or `auto` "
+        "for a GPU where there is one.",
+    )
 
 
 class PackageSpec(Strict):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from carnice_build.calibration.libraries import LAYER_LIBRARIES
-from carnice_build.calibration.plan import Calibration
+from carnice_build.calibration.plan import CPU, Calibration
 from carnice_build.calibration.samples import samples
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
@@ -37,7 +37,7 @@ class Tune(ProcessOp):
     experts in front.
     Parameters: `linears` to quantize, by their names in the layer; `settings`, those of
     `backends.autoround.AutoRoundSettings` but `layer_bits`; `names`, `layer`, `config`, `threads`
-    and `processor`.
+    and `processor`, and where it is not the processor that computes, `device` and `gpus`.
     """
 
     name = "autoround.tune"
@@ -89,7 +89,7 @@ class Advance(ProcessOp):
     Inputs: those of `Tune`, then qweight, qzeros and scales of each linear.
     Outputs: hidden states of the model as it was, and of the quantized one.
     Parameters: `linears`; `batch_size` and `amp` of the settings; `names`, `layer`, `config`,
-    `threads` and `processor`.
+    `threads` and `processor`, and where it is not the processor that computes, `device` and `gpus`.
     """
 
     name = "autoround.advance"
@@ -186,7 +186,9 @@ class Tuning:
                 expected="`method: nearest`",
             )
         chosen = [name for name in layer.linears if layer.prefix + name in linears]
-        used = ("names", "layer", "config", "threads", "processor")
+        used = ["names", "layer", "config", "threads", "processor"]
+        if layer.params["device"] != CPU:
+            used += ["device", "gpus"]
         params = {**{name: layer.params[name] for name in used}, "linears": chosen}
         settings = self._settings
         inputs = calibration.tokens, *self._hidden(), *layer.weights

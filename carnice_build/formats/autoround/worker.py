@@ -83,7 +83,8 @@ def advance(
 
 
 def _driver(params: Mapping[str, Any], settings: AutoRoundSettings) -> LayerDriver:
-    arithmetic = Arithmetic(settings.dtype, "sdpa", params["threads"])
+    device = params.get("device", "cpu")
+    arithmetic = Arithmetic(settings.dtype, "sdpa", params["threads"], device)
     return LayerDriver(params["config"], params["layer"], arithmetic)
 
 

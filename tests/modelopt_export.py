@@ -1,0 +1,61 @@
+"""The demo's text model quantized to NVFP4 and exported by modelopt itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from conftest import REPOSITORY
+
+SAMPLES, LENGTH = 3, 96
+"""The first dialogues of the demo's, and how many tokens of each."""
+
+BASE = REPOSITORY / "demo" / "qwen3.6-27b"
+
+
+def export(folder: Path, keep: list[str] | None, base: Path = BASE, device: str = "cpu") -> None:
+    """Quantize the text model of `base` on `device` and write it to `folder`.
+
+    `keep` are patterns of what stays as it is, the library's own if None.
+    """
+    import modelopt.torch.quantization as mtq
+    import torch
+    from modelopt.torch.export import export_hf_checkpoint
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.qwen3_5 import Qwen3_5ForCausalLM
+
+    config = AutoConfig.from_pretrained(base).text_config
+    config.architectures = ["Qwen3_5ForCausalLM"]
+    model = Qwen3_5ForCausalLM.from_pretrained(
+        base,
+        config=config,
+        key_mapping={r"^model\.language_model\.": "model."},
+        dtype=torch.bfloat16,
+    ).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    lines = (REPOSITORY / "demo" / "calibration.jsonl").read_text().splitlines()[:SAMPLES]
+
+    def loop(model: Any) -> None:
+        for line in lines:
+            row = json.loads(line)
+            roles = {"human": "user", "gpt": "assistant"}
+            turns = [
+                {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+                for turn in row["conversations"]
+            ]
+            ids = tokenizer.apply_chat_template(turns, tools=row["tools"], return_dict=False)
+            model(torch.tensor([ids[:LENGTH]], device=device))
+
+    settings = mtq.NVFP4_DEFAULT_CFG
+    if keep is not None:
+        enabled = [
+            entry
+            for entry in settings["quant_cfg"]
+            if entry.get("enable", True) or entry["quantizer_name"] == "*"
+        ]
+        disabled = [{"quantizer_name": name, "enable": False} for name in keep]
+        embedding = {"parent_class": "nn.Embedding", "quantizer_name": "*", "enable": False}
+        settings = {**settings, "quant_cfg": [*enabled, *disabled, embedding]}
+    mtq.quantize(model, settings, loop)
+    export_hf_checkpoint(model, export_dir=folder)
