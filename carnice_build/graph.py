@@ -259,6 +259,10 @@ class ProcessOp(Op):
         """
 
 
+ANY_GPU = "cuda"
+"""What the parameter `device` of an action is that may run on any GPU of one kind."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Action:
     """One unit of work that makes new bytes: an op, its parameters and its inputs.
@@ -278,6 +282,11 @@ class Action:
         sink = DigestSink()
         self.describe(sink, digests)
         return sink.digest()
+
+    @property
+    def wants_gpu(self) -> bool:
+        """True when it is to have a GPU to itself, whichever is free."""
+        return self.params.get("device") == ANY_GPU
 
     def describe(self, sink: KeySink, digests: Iterable[str]) -> None:
         """Tell `sink` everything that the action key covers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -48,6 +49,16 @@ def gpus() -> tuple[str, ...]:
         stated = (line.partition(":") for line in lines)
         found |= {value.strip() for key, _, value in stated if key.strip() == "Model"}
     return tuple(sorted(found))
+
+
+def all_gpus() -> tuple[int, ...]:
+    """The numbers of the NVIDIA GPUs that may be used, by CUDA's variable or else by the driver.
+
+    The first one where neither tells of any.
+    """
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    count = len(seen) or len(list(_DRIVER.glob("*")))
+    return tuple(range(max(1, count)))
 
 
 def _widest() -> str:

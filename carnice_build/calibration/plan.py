@@ -21,13 +21,13 @@ from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.datasets import whole_file
 from carnice_build.dtypes import FLOAT_NAMES, ITEM_SIZE, TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.graph import TensorRef, View
+from carnice_build.graph import ANY_GPU, TensorRef, View
 from carnice_build.models.base import Part, Passed, Role, TensorFact
 from carnice_build.processor import gpus, vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
 from carnice_build.tensors import SourceTensor
 
-AUTO, CPU, GPU = "auto", "cpu", "cuda"
+AUTO, CPU = "auto", "cpu"
 """Devices that a recipe may name, beside one GPU of several."""
 
 EAGER = "eager"
@@ -166,7 +166,7 @@ class Calibration:
         spec = self._spec
         device = spec.device
         if device == AUTO:
-            device = GPU if gpus() else CPU
+            device = ANY_GPU if gpus() else CPU
         return {
             "config": dict(self._architecture.layer_config),
             "dtype": spec.dtype,

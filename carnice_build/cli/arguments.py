@@ -70,6 +70,14 @@ Memory = Annotated[
         help="Most memory that weights take while they are worked on, e.g. 4GB.", metavar="SIZE"
     ),
 ]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        help="GPUs that compute where a recipe says `calibration: {device: cuda}`, e.g. 0,1; all "
+        "that there are if not given.",
+        metavar="N,N",
+    ),
+]
 Stream = Annotated[
     bool,
     typer.Option("--stream", help="Read weights on the hub without putting them on disk."),
@@ -88,6 +96,7 @@ def make_options(
     cache: Path = CACHE,
     jobs: int | None = None,
     memory: str = str(DEFAULT_MEMORY),
+    devices: str | None = None,
 ) -> Options:
     """The options that the arguments mean; RecipeError for an argument that cannot be read."""
     fallback = Options()
@@ -105,6 +114,7 @@ def make_options(
         cache=cache,
         jobs=jobs or fallback.jobs,
         memory=budget,
+        devices=fallback.devices if devices is None else _numbers(devices),
     )
 
 
@@ -113,6 +123,13 @@ def _source(text: str) -> tuple[str, Path]:
     if not (name and separator and folder):
         raise RecipeError(f"{text!r} is not NAME=DIR", where="--source")
     return name, Path(folder)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len({*parts}) < len(parts) or not all(part.isascii() and part.isdigit() for part in parts):
+        raise RecipeError(f"{text!r} are no GPUs", where="--devices", expected="such as 0 or 0,1")
+    return tuple(map(int, parts))
 
 
 def print_json(value: Any) -> None:

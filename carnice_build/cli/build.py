@@ -13,6 +13,7 @@ from carnice_build.cli.arguments import (
     OUT,
     RECIPES,
     Cache,
+    Devices,
     Jobs,
     Json,
     Memory,
@@ -42,6 +43,7 @@ def build(
     cache: Cache = CACHE,
     jobs: Jobs = None,
     memory: Memory = "2GB",
+    devices: Devices = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -68,6 +70,7 @@ def build(
         cache=cache,
         jobs=jobs,
         memory=memory,
+        devices=devices,
     )
     if trace is not None:
         _check_writable(trace)

@@ -146,8 +146,9 @@ def _build(
         from carnice_build.execute.processes import LocalRunner
         from carnice_build.execute.session import execute
 
-        executor = LocalExecutor(options.jobs, options.memory)
-        with LocalRunner(options.jobs, lambda memory: listen(Stepped(memory))) as runner:
+        gpus = options.devices
+        executor = LocalExecutor(options.jobs, options.memory, len(gpus))
+        with LocalRunner(options.jobs, lambda memory: listen(Stepped(memory)), gpus) as runner:
             outcome = execute(plan.variants, status, plan.graph, store, executor, runner, listen)
         packs = outcome.packs
         made = outcome.seconds

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from carnice_build.processor import all_gpus
+
 FAMILIES = "_families"
 """The folder, beside a project's recipes, of its tables of model families."""
 
@@ -29,6 +31,8 @@ class Options:
     cache: Path = Path("cache")
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
     memory: int = DEFAULT_MEMORY
+    devices: tuple[int, ...] = field(default_factory=all_gpus)
+    """Which GPUs compute, by their numbers, where a recipe has GPUs compute."""
 
     def __post_init__(self) -> None:
         """From here on, the tables of model families in the project count."""

@@ -30,13 +30,15 @@ class Executor(Protocol):
 class LocalExecutor:
     """Threads of this process under a byte budget."""
 
-    def __init__(self, threads: int, memory: int) -> None:
+    def __init__(self, threads: int, memory: int, gpus: int = 1) -> None:
         """At most `threads` jobs at once, whose peak bytes add up to at most `memory`.
 
         A job that alone exceeds the budget runs by itself.
+        Of those that want a GPU at most `gpus` run, so that none holds a thread while it waits.
         """
         self.width = threads
         self._memory = memory
+        self._gpus = gpus
 
     def run(
         self,
@@ -71,13 +73,15 @@ class LocalExecutor:
     ) -> list[int]:
         chosen: list[int] = []
         used = sum(jobs[index].peak_bytes for index in running.values())
+        free = self._gpus - sum(jobs[index].wants_gpu for index in running.values())
         for index, job in waiting.items():
             if len(running) + len(chosen) >= self.width:
                 break
-            if not job.needs <= finished:
+            if not job.needs <= finished or (job.wants_gpu and not free):
                 continue
             if used + job.peak_bytes > self._memory and (running or chosen):
                 break
             chosen.append(index)
             used += job.peak_bytes
+            free -= job.wants_gpu
         return chosen

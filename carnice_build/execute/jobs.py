@@ -98,6 +98,11 @@ class Job:
         return op if isinstance(op, ProcessOp) else None
 
     @property
+    def wants_gpu(self) -> bool:
+        """True when it is to have a GPU to itself."""
+        return self.process is not None and self.actions[0].wants_gpu
+
+    @property
     def steps(self) -> int:
         """Steps of long work, of which a process tells one by one."""
         return sum(_steps(action) for action in self.actions)

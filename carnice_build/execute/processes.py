@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.queues import SimpleQueue
+from queue import Queue
 from typing import Any, Self, cast
 
 from carnice_build.errors import BackendError, CarniceError
@@ -22,16 +24,24 @@ _PAUSE = 1.0
 
 
 class LocalRunner:
-    """A pool of processes on this machine, started when the first action needs one."""
+    """Processes on this machine, started when the first action needs one.
 
-    def __init__(self, count: int, stepped: Callable[[int], None]) -> None:
-        """At most `count` at once.
+    What computes on a GPU has a process for each, which sees no other.
+    """
+
+    def __init__(
+        self, count: int, stepped: Callable[[int], None], devices: Sequence[int] = (0,)
+    ) -> None:
+        """At most `count` at once on the processor, and one on each GPU of `devices`, by number.
 
         `stepped` is called, from another thread, with a worker's peak RSS after every step.
         """
         self._count = count
         self._stepped = stepped
-        self._pool: ProcessPoolExecutor | None = None
+        self._free: Queue[int] = Queue()
+        for device in devices:
+            self._free.put(device)
+        self._pools: dict[int | None, ProcessPoolExecutor] = {}
         self._steps: SimpleQueue[int | None] | None = None
         self._listener: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -40,10 +50,10 @@ class LocalRunner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is None:
+        if self._steps is None:
             return
-        self._pool.shutdown(cancel_futures=True)
-        assert self._steps is not None
+        for pool in self._pools.values():
+            pool.shutdown(cancel_futures=True)
         assert self._listener is not None
         self._steps.put(None)
         self._listener.join()
@@ -53,7 +63,9 @@ class LocalRunner:
     ) -> None:
         """See `Runner.run`."""
         try:
-            self._started().submit(_work, action.op, action.params, inputs, outputs).result()
+            with self._device(action) as device:
+                pool = self._started(device)
+                pool.submit(_work, action.op, action.params, inputs, outputs).result()
         except BrokenProcessPool:
             # After Ctrl-C, which reaches workers too, the main thread shall be the first to speak.
             time.sleep(_PAUSE)
@@ -61,17 +73,31 @@ class LocalRunner:
                 f"the worker process for {action.op.name} died; out of memory?"
             ) from None
 
-    def _started(self) -> ProcessPoolExecutor:
+    @contextmanager
+    def _device(self, action: Action) -> Iterator[int | None]:
+        """The GPU that the action has to itself meanwhile, None for one that names its own."""
+        if not action.wants_gpu:
+            yield None
+            return
+        device = self._free.get()
+        try:
+            yield device
+        finally:
+            self._free.put(device)
+
+    def _started(self, device: int | None) -> ProcessPoolExecutor:
         with self._lock:
-            if self._pool is None:
-                context = get_context("spawn")
+            context = get_context("spawn")
+            if self._steps is None:
                 self._steps = context.SimpleQueue()
                 self._listener = threading.Thread(target=self._listen, daemon=True)
                 self._listener.start()
-                self._pool = ProcessPoolExecutor(
-                    self._count, context, initializer=_connect, initargs=(self._steps,)
+            if device not in self._pools:
+                count = self._count if device is None else 1
+                self._pools[device] = ProcessPoolExecutor(
+                    count, context, initializer=_connect, initargs=(self._steps, device)
                 )
-            return self._pool
+            return self._pools[device]
 
     def _listen(self) -> None:
         assert self._steps is not None
@@ -83,9 +109,11 @@ _steps: SimpleQueue[int | None] | None = None
 """In a worker: where it tells of its steps."""
 
 
-def _connect(steps: SimpleQueue[int | None]) -> None:
+def _connect(steps: SimpleQueue[int | None], device: int | None) -> None:
     global _steps
     _steps = steps
+    if device is not None:
+        _see_only(device)
     # That an optional library is missing is no news to whoever runs a build.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # On import it prints to standard output, which is the build's.
@@ -96,6 +124,14 @@ def _connect(steps: SimpleQueue[int | None]) -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _see_only(device: int) -> None:
+    """Hide all GPUs but one from CUDA, which counts those that it sees; before it is loaded."""
+    # In the order in which the driver lists them, not the fastest first.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen[device] if device < len(seen) else str(device)
 
 
 def _end_with_parent() -> None:
@@ -112,6 +148,11 @@ def _work(op: Any, params: Any, inputs: Any, outputs: Any) -> None:
     except (CarniceError, NonFiniteValue, BadInput, OSError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
+        if type(error).__name__ == "OutOfMemoryError":
+            raise BackendError(
+                f"{op.name} ran out of the GPU's memory: {str(error).partition('. ')[0]}",
+                expected="shorter samples (calibration.length), or a larger GPU",
+            ) from error
         raise BackendError(f"{op.name} failed: {type(error).__name__}: {error}") from error
 
 
