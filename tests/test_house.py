@@ -26,6 +26,7 @@ LAYERS = (
     "backends",
     "serving",
     "chat",
+    "remote",
     "store",
     "checkpoint",
     "recipe",

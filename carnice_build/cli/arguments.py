@@ -82,6 +82,15 @@ Stream = Annotated[
     bool,
     typer.Option("--stream", help="Read weights on the hub without putting them on disk."),
 ]
+Remote = Annotated[
+    str | None,
+    typer.Option(
+        "--remote",
+        help="Take results from, e.g., s3://BUCKET/PATH; carnice.toml or CARNICE_REMOTE if not "
+        "given, and none if empty.",
+        metavar="URL",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -97,6 +106,8 @@ def make_options(
     jobs: int | None = None,
     memory: str = str(DEFAULT_MEMORY),
     devices: str | None = None,
+    remote: str | None = None,
+    push: bool = False,
 ) -> Options:
     """The options that the arguments mean; RecipeError for an argument that cannot be read."""
     fallback = Options()
@@ -115,6 +126,8 @@ def make_options(
         jobs=jobs or fallback.jobs,
         memory=budget,
         devices=fallback.devices if devices is None else _numbers(devices),
+        remote=remote,
+        push=push,
     )
 
 

@@ -20,6 +20,7 @@ from carnice_build.cli.arguments import (
     Out,
     Profile,
     Recipes,
+    Remote,
     Set,
     Source,
     Stream,
@@ -44,6 +45,10 @@ def build(
     jobs: Jobs = None,
     memory: Memory = "2GB",
     devices: Devices = None,
+    remote: Remote = None,
+    push: Annotated[
+        bool, typer.Option("--push", help="Put into the remote what it lacks of these variants.")
+    ] = False,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -71,6 +76,8 @@ def build(
         jobs=jobs,
         memory=memory,
         devices=devices,
+        remote=remote,
+        push=push,
     )
     if trace is not None:
         _check_writable(trace)
@@ -99,6 +106,11 @@ def build(
         f"read {format_size(result.read_bytes)}, wrote {format_size(result.written_bytes)} in "
         f"{result.seconds:.1f} s, peak memory {format_size(result.peak_memory)}"
     )
+    if result.fetched_bytes or result.pushed_bytes:
+        typer.echo(
+            f"fetched {format_size(result.fetched_bytes)} from the remote, "
+            f"pushed {format_size(result.pushed_bytes)}"
+        )
 
 
 def _check_writable(trace: Path) -> None:

@@ -16,6 +16,7 @@ from carnice_build.commands.collector import no_collections
 from carnice_build.commands.findings import figures_for_card
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_variants
+from carnice_build.commands.remote import RemoteAccess, remote_access
 from carnice_build.commands.rows import check_rows
 from carnice_build.errors import CheckpointError, PlanError, together
 from carnice_build.execute.events import Listener, Notice, Packaged, Stepped
@@ -63,7 +64,10 @@ class BuiltVariant:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build did in all; `seconds` is wall clock, `peak_memory` in bytes of RSS."""
+    """What a build did in all; `seconds` is wall clock, `peak_memory` in bytes of RSS.
+
+    `fetched_bytes` and `pushed_bytes` are those of tensors that came from a remote and went there.
+    """
 
     variants: tuple[BuiltVariant, ...]
     actions_run: int
@@ -72,6 +76,8 @@ class BuildResult:
     written_bytes: int
     seconds: float
     peak_memory: int
+    fetched_bytes: int = 0
+    pushed_bytes: int = 0
 
 
 def build_variants(
@@ -85,6 +91,7 @@ def build_variants(
     """
     start = time.perf_counter()
     options = options or Options()
+    access = remote_access(options)
     plan = plan_variants(names, options)
     check_rows(plan.variants)
     for variant in plan.variants:
@@ -105,7 +112,7 @@ def build_variants(
                     "builds on other machines must not use it meanwhile"
                 )
             )
-        return _build(plan, options, store, listen, start)
+        return _build(plan, options, access, store, listen, start)
 
 
 def _check_buildable(variant: VariantPlan) -> None:
@@ -130,13 +137,23 @@ def _check_files(variant: VariantPlan) -> None:
 
 
 def _build(
-    plan: Plan, options: Options, store: Store, listen: Listener, start: float
+    plan: Plan,
+    options: Options,
+    access: RemoteAccess | None,
+    store: Store,
+    listen: Listener,
+    start: float,
 ) -> BuildResult:
     with no_collections():
         status = survey(plan.variants, store)
-    packs = dict(status.finished)
     made: dict[str, float] = {}
-    read_bytes = written_bytes = 0
+    read_bytes = written_bytes = fetched_bytes = pushed_bytes = 0
+    if status.pending and access is not None:
+        fetched = access.fetch(plan.variants, store, options.jobs, listen)
+        if fetched is not None:
+            status = fetched.status
+            read_bytes, fetched_bytes = fetched.read_bytes, fetched.bytes
+    packs = dict(status.finished)
     if status.pending:
         for variant in plan.variants:
             check_writable(options.out / variant.name)
@@ -152,12 +169,14 @@ def _build(
             outcome = execute(plan.variants, status, plan.graph, store, executor, runner, listen)
         packs = outcome.packs
         made = outcome.seconds
-        read_bytes, written_bytes = outcome.read_bytes, outcome.written_bytes
+        read_bytes, written_bytes = read_bytes + outcome.read_bytes, outcome.written_bytes
     built = tuple(
         _package(variant, packs, made, options, store, listen) for variant in plan.variants
     )
     seconds = time.perf_counter() - start
     _remember(plan, built, made, store, seconds)
+    if access is not None and access.pushes:
+        pushed_bytes = access.push(plan.variants, store, listen).bytes
     return BuildResult(
         variants=built,
         actions_run=len(made),
@@ -166,6 +185,8 @@ def _build(
         written_bytes=written_bytes,
         seconds=seconds,
         peak_memory=max(map(peak_memory, (RUSAGE_SELF, RUSAGE_CHILDREN))),
+        fetched_bytes=fetched_bytes,
+        pushed_bytes=pushed_bytes,
     )
 
 

@@ -20,6 +20,8 @@ class Options:
     """Where things are and how much of the machine to use; none of it is in any key.
 
     Without a `profile`, each recipe gets the first one that has all of its sources.
+    Without a `remote`, it is the one that `carnice.toml` or the environment names, if any does; ""
+    is none.  `push` goes over what the file says.
     """
 
     recipes: Path = Path("recipes")
@@ -33,6 +35,8 @@ class Options:
     memory: int = DEFAULT_MEMORY
     devices: tuple[int, ...] = field(default_factory=all_gpus)
     """Which GPUs compute, by their numbers, where a recipe has GPUs compute."""
+    remote: str | None = None
+    push: bool = False
 
     def __post_init__(self) -> None:
         """From here on, the tables of model families in the project count."""

@@ -58,5 +58,20 @@ class Packaged:
     folder: str
 
 
-Event = Started | Advanced | Stepped | Span | Notice | Packaged
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """Bytes begin to be moved: what happens to them, and how many."""
+
+    what: str
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """More of these bytes are through."""
+
+    count: int
+
+
+Event = Started | Advanced | Stepped | Span | Notice | Packaged | Moving | Moved
 Listener = Callable[[Event], None]

@@ -2,6 +2,7 @@
 
 Three answers for an action: *cached* (its outputs are in the store), *run* (its key is known and
 nothing has it) and *read* (an input was never read, so its key is not known yet).
+Where a remote is asked too, there is a fourth: *remote* (its outputs are there, to be fetched).
 """
 
 from __future__ import annotations
@@ -14,9 +15,18 @@ from carnice_build.graph import Action, ActionOutput, TensorRef
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.scratch import scratch_bytes
+from carnice_build.remote.index import Index, RemotePlace
 from carnice_build.store.packs import Location
 from carnice_build.store.store import Store
 from carnice_build.tensors import SourceTensor
+
+
+@dataclass
+class Learnt:
+    """What a remote's records said: `outputs` by action key, `sources` by identity."""
+
+    outputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 class Status(StrEnum):
@@ -25,6 +35,7 @@ class Status(StrEnum):
     CACHED = "cached"
     RUN = "run"
     READ = "read"
+    REMOTE = "remote"
 
 
 @dataclass
@@ -33,6 +44,8 @@ class BuildStatus:
 
     `digests` holds the content digest of each tensor that is known, by the ref's identity;
     `finished` the packs that exist, by layout; `pending` the layouts still to write.
+    `remote` says where a remote has what the store lacks, by the ref's identity; `learnt` is what
+    was believed of it on the way.
     """
 
     digests: dict[str, str] = field(default_factory=dict)
@@ -41,6 +54,8 @@ class BuildStatus:
     actions: dict[str, Status] = field(default_factory=dict)
     sources: dict[str, SourceTensor] = field(default_factory=dict)
     locations: dict[str, Location] = field(default_factory=dict)
+    remote: dict[str, RemotePlace] = field(default_factory=dict)
+    learnt: Learnt = field(default_factory=Learnt)
 
     def count(self, status: Status) -> int:
         """How many actions are in this state."""
@@ -50,6 +65,12 @@ class BuildStatus:
     def bytes_to_read(self) -> int:
         """Bytes of checkpoints that must be read, as they are stored there."""
         return sum(tensor.stored_bytes for tensor in self.sources.values())
+
+    @property
+    def bytes_to_fetch(self) -> int:
+        """Bytes that a remote has of what the store lacks."""
+        wanted = {self.digests[identity]: place for identity, place in self.remote.items()}
+        return sum(place.count for place in wanted.values())
 
     def scratch_bytes(self, actions: Iterable[Action], width: int) -> int:
         """Most disk in use for a while, when those of `actions` run that must, `width` at once."""
@@ -63,10 +84,14 @@ class BuildStatus:
         return sum(layout.size for layout in self.pending.values())
 
 
-def survey(variants: Sequence[VariantPlan], store: Store) -> BuildStatus:
-    """Ask the store about everything that `variants` need; reads no weight."""
+def survey(
+    variants: Sequence[VariantPlan], store: Store, index: Index | None = None
+) -> BuildStatus:
+    """Ask the store about everything that `variants` need, and where it knows nothing the index of
+    a remote; reads no weight.
+    """
     status = BuildStatus()
-    surveyor = _Surveyor(store, status)
+    surveyor = _Surveyor(store, status, index)
     layouts = {pack.identity: pack for variant in variants for pack in variant.packs}
     for identity, layout in layouts.items():
         pack = store.finished_pack(identity, layout.header)
@@ -84,10 +109,17 @@ def survey(variants: Sequence[VariantPlan], store: Store) -> BuildStatus:
 class Contents:
     """The content digests of tensors, as far as the cache's records know them."""
 
-    def __init__(self, store: Store, digests: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        digests: dict[str, str] | None = None,
+        index: Index | None = None,
+    ) -> None:
         """What is found out is kept in `digests`, by the identity of the ref."""
         self._store = store
+        self._index = index
         self._digests = {} if digests is None else digests
+        self.learnt = Learnt()
         self._asked: set[str] = set()
 
     def digest(self, ref: TensorRef) -> str | None:
@@ -106,7 +138,7 @@ class Contents:
                     self._learn_outputs(origin.action)
             else:
                 self._asked.add(identity)
-                self._learn(identity, self._store.records.source_digest(identity))
+                self._learn(identity, self._source_digest(identity))
         return self._digests.get(ref.identity)
 
     def _is_settled(self, ref: TensorRef) -> bool:
@@ -117,9 +149,25 @@ class Contents:
         known = [digest for digest in digests if digest]
         if len(known) < len(digests):
             return
-        outputs = self._store.lookup(action.key(known), action.outputs)
-        for index, digest in enumerate(outputs.digests if outputs else ()):
+        for index, digest in enumerate(self._outputs(action, action.key(known))):
             self._learn(f"{action.identity}|{index}", digest)
+
+    def _source_digest(self, identity: str) -> str | None:
+        digest = self._store.records.source_digest(identity)
+        if digest is None and self._index is not None:
+            digest = self._index.source_digest(identity)
+            if digest is not None:
+                self.learnt.sources[identity] = digest
+        return digest
+
+    def _outputs(self, action: Action, key: str) -> Sequence[str]:
+        outputs = self._store.lookup(key, action.outputs)
+        if outputs is not None:
+            return outputs.digests
+        found = self._index.outputs(key, len(action.outputs)) if self._index else None
+        if found is not None:
+            self.learnt.outputs[key] = found
+        return found or ()
 
     def _learn(self, identity: str, digest: str | None) -> None:
         if digest is not None:
@@ -129,9 +177,11 @@ class Contents:
 class _Surveyor:
     """Walks from the tensors that must be written back to what must be read."""
 
-    def __init__(self, store: Store, status: BuildStatus) -> None:
-        self._contents = Contents(store, status.digests)
+    def __init__(self, store: Store, status: BuildStatus, index: Index | None) -> None:
+        self._contents = Contents(store, status.digests, index)
+        status.learnt = self._contents.learnt
         self._store = store
+        self._index = index
         self._status = status
 
     def note_finished(self, layout: PackLayout) -> None:
@@ -149,6 +199,14 @@ class _Surveyor:
                     self._status.actions[identity] = Status.CACHED
                     waiting += origin.action.inputs
 
+    def _mark_remote(self, ref: TensorRef) -> None:
+        self._mark_cached(ref)
+        actions = self._status.actions
+        if isinstance(ref.origin, ActionOutput):
+            identity = ref.origin.action.identity
+            if actions[identity] is Status.CACHED:
+                actions[identity] = Status.REMOTE
+
     def need(self, ref: TensorRef) -> None:
         """Note what must happen so that the bytes of `ref` can be written."""
         waiting = [ref]
@@ -157,6 +215,8 @@ class _Surveyor:
             digest = self._contents.digest(wanted)
             if digest is not None and self._available(wanted, digest):
                 self._mark_cached(wanted)
+            elif digest is not None and self._fetchable(wanted, digest):
+                self._mark_remote(wanted)
             elif isinstance(wanted.origin, ActionOutput):
                 waiting += self._need_action(wanted.origin.action)
             else:
@@ -177,3 +237,9 @@ class _Surveyor:
         if location is not None:
             self._status.locations[ref.identity] = location
         return location is not None
+
+    def _fetchable(self, ref: TensorRef, digest: str) -> bool:
+        place = self._index.place(digest, ref.spec.nbytes) if self._index else None
+        if place is not None:
+            self._status.remote[ref.identity] = place
+        return place is not None

@@ -289,6 +289,11 @@ class Store:
         self.records.set_place(digest, "", 0)
         return digest
 
+    def blob(self, digest: str) -> Path | None:
+        """The file of a tensor that is stored by itself."""
+        path = self._blob_path(digest)
+        return path if is_plain_file(path) else None
+
     def adopt_blob(self, path: Path, digest: str, *, durable: bool) -> None:
         """Move the file of a tensor with this digest into the store.
 
