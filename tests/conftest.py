@@ -25,7 +25,7 @@ from tiny import contents, write_tiny
 from carnice_build.cli.main import run
 from carnice_build.commands.options import Options
 
-pytest.register_assert_rewrite("attacking", "calibrating")
+pytest.register_assert_rewrite("attacking", "calibrating", "remotes")
 
 REPOSITORY = Path(__file__).parent.parent
 

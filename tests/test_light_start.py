@@ -11,7 +11,17 @@ from conftest import Project
 
 from carnice_build.commands.build import build_variants
 
-HEAVY = ("torch", "transformers", "mlx", "numba", "numpy", "networkx", "huggingface_hub")
+HEAVY = (
+    "torch",
+    "transformers",
+    "mlx",
+    "numba",
+    "numpy",
+    "networkx",
+    "huggingface_hub",
+    "fsspec",
+    "cryptography",
+)
 
 
 UNUSED = ("carnice_build.formats.nvfp4", "carnice_build.formats.autoround", "carnice_build.serving")

@@ -11,6 +11,7 @@ from carnice_build.cli.arguments import (
     Memory,
     Profile,
     Recipes,
+    Remote,
     Set,
     Source,
     Variants,
@@ -28,6 +29,7 @@ def plan(
     cache: Cache = CACHE,
     jobs: Jobs = None,
     memory: Memory = "2GB",
+    remote: Remote = None,
     as_json: Json = False,
 ) -> None:
     """Show what a build would do, and sizes; reads no weight."""
@@ -42,11 +44,12 @@ def plan(
         cache=cache,
         jobs=jobs,
         memory=memory,
+        remote=remote,
     )
     result = plan_and_survey(variants, options)
     if as_json:
-        print_json(plan_json(result.plan, result.status, options.memory, options.jobs))
+        print_json(plan_json(result, options.memory, options.jobs))
         return
     from rich.console import Console
 
-    Console().print(plan_view(result.plan, result.status, options.memory, options.jobs))
+    Console().print(plan_view(result, options.memory, options.jobs))

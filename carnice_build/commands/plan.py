@@ -9,6 +9,7 @@ from carnice_build.checkpoint.profiles import Profiles, SourceFinder
 from carnice_build.commands.asking import Asking
 from carnice_build.commands.collector import no_collections
 from carnice_build.commands.options import Options
+from carnice_build.commands.remote import RemoteView, remote_access
 from carnice_build.commands.rows import check_rows
 from carnice_build.errors import PlanError, PluginError, nearest
 from carnice_build.graph import ActionGraph
@@ -89,10 +90,11 @@ def _load(name: str, options: Options) -> Recipe:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """A plan and what of it the cache has already."""
+    """A plan and what of it the cache has already; `remote` is None where none is configured."""
 
     plan: Plan
     status: BuildStatus
+    remote: RemoteView | None = None
 
     @property
     def variants(self) -> tuple[VariantPlan, ...]:
@@ -104,14 +106,18 @@ class PlanResult:
 def plan_and_survey(names: Sequence[str], options: Options | None = None) -> PlanResult:
     """Plan the named variants and ask the cache; an empty cache is made where there is none.
 
-    Reads headers only, and counts a calibration's rows.
+    Reads headers only, and counts a calibration's rows; asks a remote that is configured.
     Raises a CarniceError for the first thing that is wrong.
     """
     options = options or Options()
+    access = remote_access(options)
     plan = plan_variants(names, options)
     check_rows(plan.variants)
     with Store(options.cache) as store:
-        return PlanResult(plan, survey(plan.variants, store))
+        remote = access.look() if access else None
+        return PlanResult(
+            plan, survey(plan.variants, store, remote.index if remote else None), remote
+        )
 
 
 def names_of(options: Options) -> list[str]:

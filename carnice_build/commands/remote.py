@@ -19,6 +19,7 @@ from carnice_build.store.store import Store
 if TYPE_CHECKING:
     from carnice_build.execute.fetching import Fetched
     from carnice_build.remote.config import RemoteConfig
+    from carnice_build.remote.index import Index
     from carnice_build.remote.remote import Remote
     from carnice_build.remote.signing import Signer
     from carnice_build.remote.upload import Pushed
@@ -42,12 +43,22 @@ def remote_access(options: Options) -> RemoteAccess | None:
             raise _nowhere()
         return None
     access = RemoteAccess(config, config.url, options.push or config.push, options.cache)
-    access.check()
+    if access.pushes:
+        access.check_push()
     return access
 
 
 def _nowhere() -> StoreError:
     return StoreError("there is no remote", where="--push", expected="--remote URL")
+
+
+@dataclass(frozen=True)
+class RemoteView:
+    """A remote in a plan: its URL, what it has if it answered, and what there is to say of it."""
+
+    name: str
+    index: Index | None
+    notices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -59,13 +70,12 @@ class RemoteAccess:
     pushes: bool
     cache: Path
 
-    def check(self) -> None:
-        """StoreError for a URL that cannot be opened, or to push without a key."""
+    def check_push(self) -> None:
+        """StoreError for a URL that cannot be opened, or without a key: before hours of work."""
         from carnice_build.remote.objects import Objects
 
         Objects(self.url).close()
-        if self.pushes:
-            self.signer()
+        self.signer()
 
     def signer(self) -> Signer:
         """Who signs what is pushed."""
@@ -98,6 +108,16 @@ class RemoteAccess:
 
         own = read_key(self.config.key)
         return ({own.public: "this machine"} if own else {}) | self.config.trusted
+
+    def look(self) -> RemoteView:
+        """What the remote has, for a plan."""
+        from carnice_build.remote.objects import RemoteFailure, shown
+
+        try:
+            with self.opened() as remote:
+                return RemoteView(remote.name, remote.index, tuple(remote.complaints))
+        except RemoteFailure as failure:
+            return RemoteView(shown(self.url), None, (f"it {failure}",))
 
     def fetch(
         self, variants: Sequence[VariantPlan], store: Store, jobs: int, listen: Listener

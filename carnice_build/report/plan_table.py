@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from carnice_build.commands.plan import Plan
+from carnice_build.commands.plan import Plan, PlanResult
 from carnice_build.execute.jobs import STREAM_BYTES
 from carnice_build.graph import ActionOutput
 from carnice_build.planning.planner import VariantPlan
@@ -27,6 +27,7 @@ class KindRow:
     parameters: int = 0
     bytes: int = 0
     run: int = 0
+    remote: int = 0
     cached: int = 0
 
     @property
@@ -50,9 +51,10 @@ def kind_rows(variant: VariantPlan, status: BuildStatus) -> list[KindRow]:
         origin = tensor.ref.origin
         if isinstance(origin, ActionOutput) and origin.action.identity not in seen:
             seen.add(origin.action.identity)
-            cached = status.actions.get(origin.action.identity) is Status.CACHED
-            row.cached += cached
-            row.run += not cached
+            state = status.actions.get(origin.action.identity)
+            row.cached += state is Status.CACHED
+            row.remote += state is Status.REMOTE
+            row.run += state not in (Status.CACHED, Status.REMOTE)
     return list(rows.values())
 
 
@@ -63,12 +65,16 @@ def _elements(shape: Iterable[int]) -> int:
     return count
 
 
-def plan_json(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> dict[str, Any]:
+def plan_json(result: PlanResult, memory: int, jobs: int) -> dict[str, Any]:
     """The whole plan as JSON-ready values; sizes in bytes."""
+    plan, status = result.plan, result.status
     return {
         "actions": {str(state): status.count(state) for state in Status},
         "bytes_to_read": status.bytes_to_read,
+        "bytes_to_fetch": status.bytes_to_fetch,
         "bytes_to_write": status.bytes_to_write,
+        "remote": result.remote
+        and {"url": result.remote.name, "notices": list(result.remote.notices)},
         "peak_memory_estimate": peak_memory_estimate(plan, status, memory, jobs),
         "scratch_bytes": status.scratch_bytes(plan.graph, jobs),
         "variants": [_variant_json(variant, status) for variant in plan.variants],
@@ -129,22 +135,24 @@ def _tensors_json(variant: VariantPlan) -> dict[str, Any]:
     return found
 
 
-def plan_view(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> RenderableType:
+def plan_view(result: PlanResult, memory: int, jobs: int) -> RenderableType:
     """Tables for a terminal: one a variant, and the totals."""
     parts: list[RenderableType] = []
-    for variant in plan.variants:
-        parts += [_variant_table(variant, status), Text()]
-    parts.append(_totals(plan, status, memory, jobs))
+    for variant in result.variants:
+        parts += [_variant_table(variant, result.status, remote=bool(result.remote)), Text()]
+    parts.append(_totals(result, memory, jobs))
     return Group(*parts)
 
 
-def _variant_table(variant: VariantPlan, status: BuildStatus) -> Table:
+def _variant_table(variant: VariantPlan, status: BuildStatus, *, remote: bool) -> Table:
     title = f"{variant.name}: {variant.recipe.description}"
     table = Table(title=title, title_justify="left", show_footer=True)
     rows = kind_rows(variant, status)
     table.add_column("module kind", footer="all")
     _number(table, "tensors", sum(row.tensors for row in rows))
     _number(table, "to run", sum(row.run for row in rows))
+    if remote:
+        _number(table, "in the remote", sum(row.remote for row in rows))
     _number(table, "cached", sum(row.cached for row in rows))
     _number(table, "size", format_size(variant.tensor_bytes))
     _number(table, "bits/weight", f"{variant.bits_per_weight:.3f}")
@@ -153,6 +161,7 @@ def _variant_table(variant: VariantPlan, status: BuildStatus) -> Table:
             row.kind,
             str(row.tensors),
             str(row.run or ""),
+            *([str(row.remote or "")] if remote else ()),
             str(row.cached or ""),
             format_size(row.bytes),
             f"{row.bits:.3f}",
@@ -177,7 +186,8 @@ def _number(table: Table, heading: str, total: object) -> None:
     table.add_column(heading, justify="right", footer=str(total))
 
 
-def _totals(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> Table:
+def _totals(result: PlanResult, memory: int, jobs: int) -> Table:
+    plan, status, remote = result.plan, result.status, result.remote
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
@@ -186,13 +196,18 @@ def _totals(plan: Plan, status: BuildStatus, memory: int, jobs: int) -> Table:
     table.add_row("source", f"{len(body.tensors)} tensors, {format_size(source_bytes)}")
     read = status.count(Status.READ)
     # Their inputs have not been read yet, so nobody knows what they are.
-    perhaps = " (then run, or cached)" if read else ""
+    perhaps = f" (then run, {'fetched ' if remote else ''}or cached)" if read else ""
+    fetched = f"{status.count(Status.REMOTE)} in the remote, " if remote else ""
     table.add_row(
         "actions",
         f"{status.count(Status.RUN)} to run, {read} to read first{perhaps}, "
-        f"{status.count(Status.CACHED)} cached",
+        f"{fetched}{status.count(Status.CACHED)} cached",
     )
     table.add_row("to read", format_size(status.bytes_to_read))
+    if remote:
+        table.add_row("to fetch", f"{format_size(status.bytes_to_fetch)} from {remote.name}")
+        for text in remote.notices:
+            table.add_row("remote", text)
     table.add_row(
         "to write", f"{format_size(status.bytes_to_write)} in {len(status.pending)} shards"
     )

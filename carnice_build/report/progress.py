@@ -15,13 +15,23 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
-from carnice_build.execute.events import Advanced, Event, Notice, Packaged, Started, Stepped
+from carnice_build.execute.events import (
+    Advanced,
+    Event,
+    Moved,
+    Moving,
+    Notice,
+    Packaged,
+    Started,
+    Stepped,
+)
 from carnice_build.units import format_size, plural
 from carnice_build.verification.process import Step
 
@@ -66,6 +76,7 @@ class _Bar:
             console=console,
         )
         self._task = self._progress.add_task("building", visible=False)
+        self._moving: TaskID | None = None
         self._steps = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -95,6 +106,15 @@ class _Bar:
             case Stepped():
                 memory = format_size(event.memory)
                 self._steps.update(self._calibrating, advance=1, memory=memory)
+            case Moving():
+                if self._moving is not None:
+                    self._progress.remove_task(self._moving)
+                self._moving = self._progress.add_task(
+                    event.what, total=event.total, visible=event.total > 0
+                )
+            case Moved():
+                if self._moving is not None:
+                    self._progress.advance(self._moving, event.count)
             case Notice() | Packaged():
                 self._live.console.print(describe(event), highlight=False, soft_wrap=True)
             case _:
@@ -105,6 +125,7 @@ class _Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._lock = threading.Lock()
+        self._what = ""
         self._total = self._done = 0
         self._steps = self._stepped = 0
         self._start = self._last = self._last_step = self._first_step = time.monotonic()
@@ -118,11 +139,18 @@ class _Lines:
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
-                self._total, self._steps = event.read_bytes, event.steps
-                self._start = self._last = self._last_step = time.monotonic()
+                self._steps = event.steps
+                self._begin("", event.read_bytes)
+                self._last_step = self._start
                 self._say(describe(event))
             case Advanced():
                 self._advance(event.read_bytes)
+            case Moving():
+                self._begin(f"{event.what}: ", event.total)
+                if event.total:
+                    self._say(f"{event.what}: {format_size(event.total)}")
+            case Moved():
+                self._advance(event.count)
             case Stepped():
                 self._step(event.memory)
             case Notice() | Packaged():
@@ -132,6 +160,11 @@ class _Lines:
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _begin(self, what: str, total: int) -> None:
+        with self._lock:
+            self._what, self._total, self._done = what, total, 0
+            self._start = self._last = time.monotonic()
 
     def _advance(self, count: int) -> None:
         with self._lock:
@@ -143,8 +176,9 @@ class _Lines:
             rate = self._done / max(now - self._start, 1e-9)
             left = max(0, self._total - self._done) / max(rate, 1e-9)
             text = (
-                f"{self._done / max(1, self._total):4.0%}  {format_size(self._done)} of "
-                f"{format_size(self._total)}, {format_size(rate)}/s, {left:.0f} s left"
+                f"{self._what}{self._done / max(1, self._total):4.0%}  "
+                f"{format_size(self._done)} of {format_size(self._total)}, "
+                f"{format_size(rate)}/s, {left:.0f} s left"
             )
         self._say(text)
 
