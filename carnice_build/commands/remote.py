@@ -5,23 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from carnice_build.commands.options import Options
-from carnice_build.errors import StoreError
+from carnice_build.errors import BuildError, StoreError
 from carnice_build.execute.events import Listener, Moved, Moving, Notice
 from carnice_build.planning.planner import VariantPlan
+from carnice_build.planning.status import BuildStatus, Status
 from carnice_build.store.store import Store
 
 # A build without a remote loads nothing of what follows.
 if TYPE_CHECKING:
+    from carnice_build.commands.plan import Plan
     from carnice_build.execute.fetching import Fetched
     from carnice_build.remote.config import RemoteConfig
     from carnice_build.remote.index import Index
     from carnice_build.remote.remote import Remote
     from carnice_build.remote.signing import Signer
+    from carnice_build.remote.upkeep import RemoteStats, Removed
     from carnice_build.remote.upload import Pushed
 
 
@@ -70,6 +73,13 @@ class RemoteAccess:
     pushes: bool
     cache: Path
 
+    @property
+    def name(self) -> str:
+        """Its URL, without what may be secret in it."""
+        from carnice_build.remote.objects import shown
+
+        return shown(self.url)
+
     def check_push(self) -> None:
         """StoreError for a URL that cannot be opened, or without a key: before hours of work."""
         from carnice_build.remote.objects import Objects
@@ -111,20 +121,20 @@ class RemoteAccess:
 
     def look(self) -> RemoteView:
         """What the remote has, for a plan."""
-        from carnice_build.remote.objects import RemoteFailure, shown
+        from carnice_build.remote.objects import RemoteFailure
 
         try:
             with self.opened() as remote:
                 return RemoteView(remote.name, remote.index, tuple(remote.complaints))
         except RemoteFailure as failure:
-            return RemoteView(shown(self.url), None, (f"it {failure}",))
+            return RemoteView(self.name, None, (f"it {failure}",))
 
     def fetch(
         self, variants: Sequence[VariantPlan], store: Store, jobs: int, listen: Listener
     ) -> Fetched | None:
         """Take over what the remote has; None when it does not answer, which is told."""
         from carnice_build.execute.fetching import fetch
-        from carnice_build.remote.objects import RemoteFailure, shown
+        from carnice_build.remote.objects import RemoteFailure
 
         try:
             with self.opened() as remote:
@@ -132,7 +142,7 @@ class RemoteAccess:
                     listen(Notice(f"{remote.name}: {complaint}"))
                 return fetch(variants, store, remote, jobs, listen)
         except RemoteFailure as failure:
-            listen(Notice(f"{shown(self.url)}: the remote {failure}: going on without it"))
+            listen(Notice(f"{self.name}: the remote {failure}: going on without it"))
             return None
 
     def push(self, variants: Sequence[VariantPlan], store: Store, listen: Listener) -> Pushed:
@@ -154,3 +164,85 @@ class RemoteAccess:
             )
         finally:
             objects.close()
+
+
+@dataclass(frozen=True)
+class PulledVariant:
+    """What a variant has after a pull: whether all of it, and actions that a build would run."""
+
+    variant: str
+    complete: bool
+    missing_actions: int
+
+
+@dataclass(frozen=True)
+class PullResult:
+    """What came: tensors and their bytes, and how far that gets each variant."""
+
+    tensors: int
+    bytes: int
+    variants: tuple[PulledVariant, ...]
+
+
+def required_access(options: Options) -> RemoteAccess:
+    """The remote; StoreError when there is none."""
+    access = remote_access(options)
+    if access is None:
+        raise StoreError("there is no remote", expected="--remote URL, or one in carnice.toml")
+    return access
+
+
+def push_variants(plan: Plan, options: Options, listen: Listener) -> Pushed:
+    """Put into the remote what it lacks of variants that are built.
+
+    Raises StoreError for one that is not, BuildError when the remote does not take it.
+    """
+    access = required_access(replace(options, push=True))
+    with Store(options.cache) as store, store.in_use():
+        return access.push(plan.variants, store, listen)
+
+
+def pull_variants(plan: Plan, options: Options, listen: Listener) -> PullResult:
+    """Take over what the remote has of these variants, and build nothing.
+
+    Raises BuildError when the remote does not answer.
+    """
+    access = required_access(options)
+    with Store(options.cache) as store, store.in_use():
+        fetched = access.fetch(plan.variants, store, options.jobs, listen)
+        if fetched is None:
+            raise BuildError("nothing was fetched", where=access.name)
+        variants = tuple(_pulled(variant, fetched.status) for variant in plan.variants)
+        return PullResult(fetched.tensors, fetched.bytes, variants)
+
+
+def _pulled(variant: VariantPlan, status: BuildStatus) -> PulledVariant:
+    actions = {action.identity for action in variant.actions.values()}
+    missing = sum(status.actions.get(item, Status.CACHED) is not Status.CACHED for item in actions)
+    complete = all(layout.identity in status.finished for layout in variant.packs)
+    return PulledVariant(variant.name, complete, missing)
+
+
+def remote_stats(options: Options) -> RemoteStats:
+    """Count what the remote holds; BuildError when it does not answer."""
+    from carnice_build.remote.objects import RemoteFailure
+    from carnice_build.remote.upkeep import stats
+
+    access = required_access(options)
+    try:
+        with access.opened() as remote:
+            return stats(remote)
+    except RemoteFailure as failure:
+        raise BuildError(f"the remote {failure}", where=access.name) from None
+
+
+def collect_remote(options: Options, max_age: float) -> Removed:
+    """Remove from the remote what nobody pushed for so many seconds."""
+    from carnice_build.remote.objects import Objects
+    from carnice_build.remote.upkeep import collect
+
+    objects = Objects(required_access(options).url)
+    try:
+        return collect(objects, max_age)
+    finally:
+        objects.close()
