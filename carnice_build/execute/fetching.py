@@ -21,7 +21,7 @@ from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, survey
 from carnice_build.remote.download import Ended, download
 from carnice_build.remote.index import Index, RemotePlace
-from carnice_build.remote.objects import TooSlow
+from carnice_build.remote.objects import GivenUp
 from carnice_build.remote.remote import Remote
 from carnice_build.store.files import io_errors_named
 from carnice_build.store.packs import PartialPack
@@ -216,7 +216,7 @@ class _Fetching:
         with self._store.workspace() as scratch:
             try:
                 self._receive(remote, scratch, result)
-            except TooSlow as failure:
+            except GivenUp as failure:
                 missing = len(self._places) - result.tensors - sum(result.failures.values())
                 result.failures[f"it {failure}"] = missing
         self._write_down()

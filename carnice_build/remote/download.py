@@ -48,7 +48,7 @@ class _Run:
 def download(objects: Objects, places: Mapping[str, RemotePlace]) -> Iterator[Chunk | Ended]:
     """The bytes of each digest, in any order of tensors, those of each one in order.
 
-    Raises TooSlow when the remote is of no use any more.
+    Raises GivenUp when the remote is of no use any more.
     """
     runs = iter(_runs(places))
     pending: list[_Run] = []

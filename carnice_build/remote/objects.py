@@ -16,6 +16,7 @@ import posixpath
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Late
@@ -25,7 +26,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 from carnice_build.errors import StoreError, nearest
@@ -43,6 +43,9 @@ FIRST_WAIT = 0.5
 
 WIDTH = 16
 """Requests at once."""
+
+MOST_FAILURES = 8
+"""Requests in a row that may fail, each after all its attempts, before a remote is given up."""
 
 _IN_MEMORY = 16 << 20
 """Bytes of an object that is put in one piece."""
@@ -72,8 +75,8 @@ class Refused(RemoteFailure):
     """The remote forbids it, or wants to know who asks."""
 
 
-class TooSlow(RemoteFailure):
-    """There was no answer in the time that there is for one."""
+class GivenUp(RemoteFailure):
+    """The remote is of no use any more: too slow, or failing one request after another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,7 @@ class Objects:
     def read_ranges(self, ranges: Iterable[Range]) -> Iterator[tuple[Range, bytes | RemoteFailure]]:
         """The bytes of each range, in order, while those of the next ones are on their way.
 
-        Raises TooSlow when the remote is of no use any more.
+        Raises GivenUp when the remote is of no use any more.
         """
         yield from self._ordered(ranges, lambda item: item.count, self._read_range)
 
@@ -160,7 +163,7 @@ class Objects:
         `work` calls what this class has for one call.
         Raises the first RemoteFailure.
         """
-        for item, failure in self._ordered(items, size, work, times=ATTEMPTS):
+        for item, failure in self._ordered(items, size, work):
             if failure is not None:
                 raise failure
             yield item
@@ -173,20 +176,25 @@ class Objects:
         items: Iterable[T],
         size: Callable[[T], int],
         work: Callable[[T], Any],
-        times: int = 1,
     ) -> Iterator[tuple[T, Any]]:
-        waiting: list[tuple[T, Future[Any]]] = []
+        waiting: deque[tuple[T, Future[Any]]] = deque()
+        failures = 0
 
         def settled() -> tuple[T, Any]:
-            item, future = waiting.pop(0)
+            nonlocal failures
+            item, future = waiting.popleft()
             try:
-                return item, future.result(_limit(size(item)) * times)
+                result = future.result(_limit(size(item)))
             except Late:
-                raise TooSlow("answers too slowly") from None
-            except TooSlow:
-                raise
+                raise GivenUp("answers too slowly") from None
             except RemoteFailure as failure:
+                # That an object is not there is an answer like others.
+                failures += not isinstance(failure, Missing)
+                if failures == MOST_FAILURES:
+                    raise GivenUp(f"{failure}, again and again") from None
                 return item, failure
+            failures = 0
+            return item, result
 
         for item in items:
             waiting.append((item, self._crew.submit(lambda item=item: work(item))))  # type: ignore[misc]
@@ -198,7 +206,7 @@ class Objects:
     # --- what may never come back -----------------------------------------------------------------
 
     def _in_time(self, call: Callable[[], T], count: int) -> T:
-        """What `call` returns; TooSlow unless it does in the time for `count` bytes.
+        """What `call` returns; GivenUp unless it does in the time for `count` bytes.
 
         A thread that waits for an answer cannot be stopped: it is left behind.
         """
@@ -207,7 +215,7 @@ class Objects:
         try:
             return self._crew.submit(lambda: _patiently(call)).result(_limit(count))
         except Late:
-            raise TooSlow("does not answer") from None
+            raise GivenUp("does not answer") from None
 
     def _path(self, name: str) -> str:
         return posixpath.join(self._root, name)
@@ -359,10 +367,11 @@ def _time(info: dict[str, Any]) -> float | None:
 
 
 def shown(url: str) -> str:
-    """A URL without what may be secret in it: user, password, query."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+    """A URL without what may be secret in it: user, password, query; "" for what is no URL."""
+    scheme, separator, rest = url.partition("://")
+    place = re.split(r"[?#]", rest, maxsplit=1)[0]
+    host, slash, path = place.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" if separator else ""
 
 
 def _open(url: str, name: str) -> tuple[str, Any, str]:
