@@ -32,6 +32,8 @@ def explain_variants(names: Sequence[str], options: Options) -> list[Explanation
             status = survey([variant], store)
             history = read_history(store.root, variant.name)
             reasons = explain(variant, status, contents.digest, history)
-            counts = {state: status.count(state) for state in Status}
+            # No remote is asked here, so that nothing is said of one.
+            states: list[Status] = [state for state in Status if state is not Status.REMOTE]
+            counts = {state: status.count(state) for state in states}
             explanations.append(Explanation(variant.name, counts, tuple(reasons)))
         return explanations

@@ -26,7 +26,8 @@ def holdings(
 ) -> tuple[dict[str, Body], dict[str, LocalBytes]]:
     """A batch's body for each variant, and the files that they speak of, by their objects' names.
 
-    StoreError for a variant whose packs are not all finished.
+    Of a pack that is not finished, the tensors that are there go one by one.
+    StoreError for a variant of which there is nothing.
     """
     contents = Contents(store)
     bodies: dict[str, Body] = {}
@@ -52,6 +53,13 @@ class _Holding:
     def body(self) -> Body:
         packs = dict(self._packs())
         packed = {digest for pack in packs.values() for digest in pack.digests}
+        loose = dict(self._loose(packed))
+        if not packs and not loose:
+            raise StoreError(
+                f"nothing of {self._variant.name} is built",
+                where=str(self._store.root),
+                expected=f"`carnice build {self._variant.name}` before it is pushed",
+            )
         outputs = {action.identity: self._outputs(action) for action in self._actions}
         known = {digest for _, digests in outputs.values() for digest in digests}
         sources = list(self._sources())
@@ -60,7 +68,7 @@ class _Holding:
             actions={key: list(digests) for key, digests in outputs.values() if digests},
             figures=dict(self._figures(known)),
             packs=packs,
-            blobs=dict(self._blobs(outputs, packed)),
+            blobs=loose | dict(self._blobs(outputs, packed)),
             sources=dict(self._travelling(sources)),
             samples={
                 sample_digest(source): digest
@@ -78,11 +86,7 @@ class _Holding:
             pack = self._store.finished_pack(layout.identity, layout.header)
             record = self._store.pack_record(pack) if pack else None
             if pack is None or record is None:
-                raise StoreError(
-                    f"{self._variant.name} is not built",
-                    where=str(self._store.root),
-                    expected=f"`carnice build {self._variant.name}` before it is pushed",
-                )
+                continue
             path = self._store.pack_path(pack)
             self._files[pack_name(pack)] = LocalBytes(path, 0, record.size)
             sizes = [slot.tensor.ref.spec.nbytes for slot in layout.slots]
@@ -95,6 +99,20 @@ class _Holding:
                     sizes=sizes,
                 ),
             )
+
+    def _loose(self, packed: set[str]) -> Iterator[tuple[str, int]]:
+        """Tensors in packs that are still being written."""
+        for layout in self._variant.packs:
+            if self._store.finished_pack(layout.identity, layout.header):
+                continue
+            for slot in layout.slots:
+                digest, count = self._contents.digest(slot.tensor.ref), slot.tensor.ref.spec.nbytes
+                if digest is None or digest in packed or count == 0:
+                    continue
+                place = self._store.locate(digest, count)
+                if place is not None:
+                    self._files[blob_name(digest)] = LocalBytes(place.path, place.offset, count)
+                    yield digest, count
 
     def _outputs(self, action: Action) -> tuple[str, Sequence[str]]:
         """The action's key and the digests of its outputs, "" and none when they are not known."""

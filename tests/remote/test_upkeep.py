@@ -14,6 +14,7 @@ from remotes import Behaviour, Team, refusing
 
 from carnice_build.errors import CarniceError
 from carnice_build.remote import upload
+from carnice_build.store.store import Store
 
 pytest_plugins = ["remotes"]
 
@@ -49,13 +50,26 @@ def test_push_and_pull_do_without_a_build(team: Team, carnice: Carnice) -> None:
     assert team.output("one") == team.output("two")
 
 
+def test_unfinished_packs_are_pushed_tensor_by_tensor(team: Team, carnice: Carnice) -> None:
+    """What a build had made before it was stopped need not be made again elsewhere."""
+    team.build("one")
+    with Store(team.project.root / "one" / "cache") as store:
+        store.demote(store.records.names("pack")[0])
+    carnice("cache", "push", "mlx-4bit", *machine(team, "one"))
+
+    assert 3 == len(team.objects("packs"))
+    assert team.objects("blobs")
+    assert (0, True) == team.build("two").counts
+    assert team.output("one") == team.output("two")
+
+
 def test_pushing_what_is_not_built_is_refused(team: Team, carnice: Carnice) -> None:
     """The sentence says which variant, and nothing is put."""
-    team.build("one")
-    finished = carnice("cache", "push", "mlx-4bit", "mlx-6bit", *machine(team, "one"))
+    (team.project.root / "one" / "cache").mkdir(parents=True)
+    finished = carnice("cache", "push", "mlx-4bit", *machine(team, "one"))
 
     assert 2 == finished.code
-    assert "mlx-6bit is not built" in finished.err
+    assert "nothing of mlx-4bit is built" in finished.err
     assert not team.folder.exists()
 
 
