@@ -127,4 +127,4 @@ bench: $(VENV)/dev ## Measure against mlx-lm; needs 20 GB of disk
 clean: ## Remove outputs, cache and environments
 	rm -rf build $(VENV) $(NEWEST) $(ENGINES) tests/browser/node_modules
 	rm -rf $(addprefix cache/,FORMAT records packs partial blobs answers history builds verified measured \
-	  leases lock)
+	  leases lock remotes)

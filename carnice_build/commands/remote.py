@@ -13,7 +13,7 @@ from carnice_build.commands.options import Options
 from carnice_build.errors import BuildError, StoreError
 from carnice_build.execute.events import Listener, Moved, Moving, Notice
 from carnice_build.planning.planner import VariantPlan
-from carnice_build.planning.status import BuildStatus, Status
+from carnice_build.planning.status import BuildStatus, Status, survey
 from carnice_build.store.store import Store
 
 # A build without a remote loads nothing of what follows.
@@ -132,7 +132,7 @@ class RemoteAccess:
     def fetch(
         self, variants: Sequence[VariantPlan], store: Store, jobs: int, listen: Listener
     ) -> Fetched | None:
-        """Take over what the remote has; None when it does not answer, which is told."""
+        """Take over what the remote has; None when it has nothing, or gives none, which is told."""
         from carnice_build.execute.fetching import fetch
         from carnice_build.remote.objects import RemoteFailure
 
@@ -140,7 +140,7 @@ class RemoteAccess:
             with self.opened() as remote:
                 for complaint in remote.complaints:
                     listen(Notice(f"{remote.name}: {complaint}"))
-                return fetch(variants, store, remote, jobs, listen)
+                return fetch(variants, store, remote, jobs, listen) if remote.bodies else None
         except RemoteFailure as failure:
             listen(Notice(f"{self.name}: the remote {failure}: going on without it"))
             return None
@@ -203,17 +203,14 @@ def push_variants(plan: Plan, options: Options, listen: Listener) -> Pushed:
 
 
 def pull_variants(plan: Plan, options: Options, listen: Listener) -> PullResult:
-    """Take over what the remote has of these variants, and build nothing.
-
-    Raises BuildError when the remote does not answer.
-    """
+    """Take over what the remote has of these variants, and build nothing."""
     access = required_access(options)
     with Store(options.cache) as store, store.in_use():
         fetched = access.fetch(plan.variants, store, options.jobs, listen)
-        if fetched is None:
-            raise BuildError("nothing was fetched", where=access.name)
-        variants = tuple(_pulled(variant, fetched.status) for variant in plan.variants)
-        return PullResult(fetched.tensors, fetched.bytes, variants)
+        status = fetched.status if fetched else survey(plan.variants, store)
+        variants = tuple(_pulled(variant, status) for variant in plan.variants)
+        tensors, count = (fetched.tensors, fetched.bytes) if fetched else (0, 0)
+        return PullResult(tensors, count, variants)
 
 
 def _pulled(variant: VariantPlan, status: BuildStatus) -> PulledVariant:

@@ -62,7 +62,7 @@ def fetch(
         result = Fetched(status, read_bytes=read_bytes)
         if status.remote:
             _check_disk(status, store)
-            with closing(_Fetching(status, store, listen)) as fetching:
+            with closing(_Fetching(store, listen)) as fetching:
                 fetching.run(remote, result)
         _believe(status, store, remote.index)
         for reason, count in result.failures.items():
@@ -159,7 +159,7 @@ class _Target:
 class _Fetching:
     """The packs that are being filled, locked by this build as in `session`."""
 
-    def __init__(self, status: BuildStatus, store: Store, listen: Listener) -> None:
+    def __init__(self, store: Store, listen: Listener) -> None:
         self._store = store
         self._listen = listen
         self._packs: dict[str, PartialPack] = {}
@@ -168,7 +168,6 @@ class _Fetching:
         self._targets: dict[str, list[_Target]] = {}
         self._filled: dict[str, dict[int, str]] = {}
         self._unwritten: list[tuple[str, _Target]] = []
-        self._plan(status)
 
     def _plan(self, status: BuildStatus) -> None:
         wanted = {
@@ -210,7 +209,8 @@ class _Fetching:
             pack.close()
 
     def run(self, remote: Remote, result: Fetched) -> None:
-        """Fetch; what fails is counted, and a remote that is too slow is left."""
+        """Fetch what `result.status` wants; what fails is counted, and a slow remote is left."""
+        self._plan(result.status)
         total = sum(place.count for place in self._places.values())
         self._listen(Moving(f"fetching from {remote.name}", total))
         with self._store.workspace() as scratch:
