@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem  # noqa: E402
 from carnice_build.commands.build import BuildResult, build_variants  # noqa: E402
 from carnice_build.commands.options import Options  # noqa: E402
 from carnice_build.execute.events import Event, Notice  # noqa: E402
-from carnice_build.remote import objects  # noqa: E402
+from carnice_build.remote import calls  # noqa: E402
 from carnice_build.remote.signing import Signer, new_key, read_key  # noqa: E402
 
 
@@ -85,7 +85,7 @@ fsspec.register_implementation("odd", OddFiles, clobber=True)
 @pytest.fixture
 def behaviour(monkeypatch: pytest.MonkeyPatch) -> Iterator[Behaviour]:
     """What `odd://` does, at first what it should; waits between attempts are short."""
-    monkeypatch.setattr(objects, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(calls, "FIRST_WAIT", 0.001)
     BEHAVIOUR.__dict__.update(Behaviour().__dict__)
     yield BEHAVIOUR
     BEHAVIOUR.__dict__.update(Behaviour().__dict__)

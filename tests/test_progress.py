@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from carnice_build.execute.events import Started, Stepped
+from carnice_build.execute.events import Moved, Moving, Started, Stepped
 from carnice_build.report import progress
 from carnice_build.verification.process import Step
 
@@ -58,3 +58,25 @@ def test_a_check_that_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "int4[a]  fidelity ... (7 of 24 checks done)\n" == plain.getvalue()
     assert "int4[a]  fidelity ... (7 of 24 checks done)" in terminal.getvalue()
     assert "12 of 240 names read" in terminal.getvalue()
+
+
+def test_bytes_that_are_moved_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens to them, how many, and now and then how far that is; of none, nothing."""
+    clock, file, terminal = Clock(), io.StringIO(), io.StringIO()
+    monkeypatch.setattr(progress, "time", clock)
+    for console in (
+        Console(file=file, width=200),
+        Console(file=terminal, width=200, force_terminal=True),
+    ):
+        with progress.progress_view(console) as view:
+            view(Moving("pushing to x", 0))
+            view(Moving("fetching from x", 4_000_000))
+            clock.now += 10
+            view(Moved(1_000_000))
+
+    assert [
+        "fetching from x: 4 MB",
+        "fetching from x:  25%  1 MB of 4 MB, 100 kB/s, 30 s left",
+    ] == file.getvalue().splitlines()
+    assert "fetching from x" in terminal.getvalue()
+    assert "pushing" not in terminal.getvalue()

@@ -76,7 +76,7 @@ class RemoteAccess:
     @property
     def name(self) -> str:
         """Its URL, without what may be secret in it."""
-        from carnice_build.remote.objects import shown
+        from carnice_build.remote.drivers import shown
 
         return shown(self.url)
 
@@ -121,7 +121,7 @@ class RemoteAccess:
 
     def look(self) -> RemoteView:
         """What the remote has, for a plan."""
-        from carnice_build.remote.objects import RemoteFailure
+        from carnice_build.remote.calls import RemoteFailure
 
         try:
             with self.opened() as remote:
@@ -134,7 +134,7 @@ class RemoteAccess:
     ) -> Fetched | None:
         """Take over what the remote has; None when it has nothing, or gives none, which is told."""
         from carnice_build.execute.fetching import fetch
-        from carnice_build.remote.objects import RemoteFailure
+        from carnice_build.remote.calls import RemoteFailure
 
         try:
             with self.opened() as remote:
@@ -222,7 +222,7 @@ def _pulled(variant: VariantPlan, status: BuildStatus) -> PulledVariant:
 
 def remote_stats(options: Options) -> RemoteStats:
     """Count what the remote holds; BuildError when it does not answer."""
-    from carnice_build.remote.objects import RemoteFailure
+    from carnice_build.remote.calls import RemoteFailure
     from carnice_build.remote.upkeep import stats
 
     access = required_access(options)

@@ -19,9 +19,9 @@ from carnice_build.execute.streaming import read_digest, sample_digest
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, survey
+from carnice_build.remote.calls import GivenUp
 from carnice_build.remote.download import Ended, download
 from carnice_build.remote.index import Index, RemotePlace
-from carnice_build.remote.objects import GivenUp
 from carnice_build.remote.remote import Remote
 from carnice_build.store.files import io_errors_named
 from carnice_build.store.packs import PartialPack

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
+from carnice_build.remote.calls import RemoteFailure
 from carnice_build.remote.index import RemotePlace
-from carnice_build.remote.objects import Objects, Range, RemoteFailure
+from carnice_build.remote.objects import Objects, Range
 
 REQUEST_BYTES = 8 << 20
 """Of one request at most, so that all those on their way take little memory."""

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -24,25 +21,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from carnice_build.errors import StoreError, nearest
-from carnice_build.extras import pip_install
-
-PATIENCE = 30.0
-"""Seconds in which a request has to be answered, beside the time that its bytes take."""
-
-LEAST_RATE = 100_000
-"""Bytes a second that each request has to bring, or the remote is too slow to be of use."""
-
-ATTEMPTS = 4
-FIRST_WAIT = 0.5
-"""Seconds before the second attempt, twice as many before each further one."""
+from carnice_build.remote.calls import (
+    Crew,
+    GivenUp,
+    Missing,
+    RemoteFailure,
+    patiently,
+    time_for,
+)
+from carnice_build.remote.drivers import open_url, shown
 
 WIDTH = 16
 """Requests at once."""
+
+PUTS = 4
+"""Of objects at once that are put: drivers hold some 50 MB of each."""
 
 MOST_FAILURES = 8
 """Requests in a row that may fail, each after all its attempts, before a remote is given up."""
@@ -53,30 +49,7 @@ _IN_MEMORY = 16 << 20
 _ATOMIC = frozenset({"s3", "s3a", "gs", "gcs", "hf", "abfs", "az"})
 """Where a put shows the whole object or none of it; elsewhere it is renamed into its place."""
 
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "ssh": "ssh", "sftp": "ssh"}
-_SCHEMES = ("file", "s3", "gs", "hf", "ssh")
-
-_FINAL = (401, 403, 407)
-
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(?!.*::)\S+")
-
 T = TypeVar("T")
-
-
-class RemoteFailure(Exception):
-    """Something that a remote did not do; its text is a clause for people."""
-
-
-class Missing(RemoteFailure):
-    """There is no such object."""
-
-
-class Refused(RemoteFailure):
-    """The remote forbids it, or wants to know who asks."""
-
-
-class GivenUp(RemoteFailure):
-    """The remote is of no use any more: too slow, or failing one request after another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +76,8 @@ class Objects:
         """StoreError for what is no URL, or one that nothing here can open."""
         self.url = url
         self.name = shown(url)
-        self._scheme, self._files, self._root = _open(url, self.name)
-        self._crew = _Crew(WIDTH)
+        self._scheme, self._files, self._root = open_url(url)
+        self._crew = Crew(WIDTH)
 
     def close(self) -> None:
         """Let the threads go that wait for nothing."""
@@ -153,29 +126,29 @@ class Objects:
 
         Raises GivenUp when the remote is of no use any more.
         """
-        yield from self._ordered(ranges, lambda item: item.count, self._read_range)
+        yield from self._ordered(ranges, lambda item: item.count, self._read_range, WIDTH)
 
     def do_all(
         self, items: Iterable[T], size: Callable[[T], int], work: Callable[[T], None]
     ) -> Iterator[T]:
-        """Do `work` for each item, many at once; gives each one that is done, in order.
+        """Do `work` for each item, which puts an object; gives each one that is done, in order.
 
-        `work` calls what this class has for one call.
         Raises the first RemoteFailure.
         """
-        for item, failure in self._ordered(items, size, work):
+        for item, failure in self._ordered(items, size, work, PUTS):
             if failure is not None:
                 raise failure
             yield item
 
     def _read_range(self, item: Range) -> bytes:
-        return _patiently(lambda: self._read_exactly(item))
+        return patiently(lambda: self._read_exactly(item))
 
     def _ordered(
         self,
         items: Iterable[T],
         size: Callable[[T], int],
         work: Callable[[T], Any],
+        width: int,
     ) -> Iterator[tuple[T, Any]]:
         waiting: deque[tuple[T, Future[Any]]] = deque()
         failures = 0
@@ -184,7 +157,7 @@ class Objects:
             nonlocal failures
             item, future = waiting.popleft()
             try:
-                result = future.result(_limit(size(item)))
+                result = future.result(time_for(size(item)))
             except Late:
                 raise GivenUp("answers too slowly") from None
             except RemoteFailure as failure:
@@ -198,7 +171,7 @@ class Objects:
 
         for item in items:
             waiting.append((item, self._crew.submit(lambda item=item: work(item))))  # type: ignore[misc]
-            if len(waiting) >= WIDTH:
+            if len(waiting) >= width:
                 yield settled()
         while waiting:
             yield settled()
@@ -210,10 +183,10 @@ class Objects:
 
         A thread that waits for an answer cannot be stopped: it is left behind.
         """
-        if _Crew.is_member():
-            return _patiently(call)
+        if Crew.is_member():
+            return patiently(call)
         try:
-            return self._crew.submit(lambda: _patiently(call)).result(_limit(count))
+            return self._crew.submit(lambda: patiently(call)).result(time_for(count))
         except Late:
             raise GivenUp("does not answer") from None
 
@@ -262,91 +235,6 @@ class Objects:
         self._files.pipe_file(path, content)
 
 
-class _Crew:
-    """Threads for calls that may never return; the process does not wait for them at its end."""
-
-    _member = threading.local()
-
-    def __init__(self, width: int) -> None:
-        self._width = width
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self._threads = 0
-
-    @classmethod
-    def is_member(cls) -> bool:
-        """Whether the current thread is one of them, whose calls are waited for already."""
-        return getattr(cls._member, "here", False)
-
-    def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Have a thread make a call."""
-        if self._threads < self._width:
-            self._threads += 1
-            threading.Thread(target=self._work, name="carnice-remote", daemon=True).start()
-        future: Future[T] = Future()
-        self._calls.put((future, call))
-        return future
-
-    def close(self) -> None:
-        """Let go of those that wait for calls."""
-        for _ in range(self._threads):
-            self._calls.put(None)
-
-    def _work(self) -> None:
-        self._member.here = True
-        while (item := self._calls.get()) is not None:
-            future, call = item
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-
-
-def _limit(count: int) -> float:
-    return PATIENCE + count / LEAST_RATE
-
-
-def _patiently(call: Callable[[], T]) -> T:
-    """What `call` returns, called again after failures that may pass."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return call()
-        except RemoteFailure:
-            raise
-        except FileNotFoundError:
-            raise Missing("lacks an object") from None
-        except Exception as error:
-            failure = _failure(error)
-            if isinstance(failure, Refused) or attempt == ATTEMPTS - 1:
-                raise failure from None
-            time.sleep(FIRST_WAIT * 2**attempt)
-    raise AssertionError("an attempt returns or raises")
-
-
-def _failure(error: Exception) -> RemoteFailure:
-    """The error of a driver in our words: its own may hold addresses with keys in them."""
-    kind = type(error).__name__
-    if "Credential" in kind or "TokenNotFound" in kind:
-        return Refused("wants credentials, and there are none here")
-    status = _status(error)
-    if isinstance(error, PermissionError) or status in _FINAL:
-        return Refused("forbids it")
-    if status:
-        return RemoteFailure(f"answered {status}")
-    if isinstance(error, OSError) and error.errno:
-        return RemoteFailure(f"failed: {os.strerror(error.errno)}")
-    return RemoteFailure(f"failed ({kind})")
-
-
-def _status(error: Exception) -> int | None:
-    """The HTTP status behind a driver's error, if it says so."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    else:
-        found = getattr(response, "status_code", None) or getattr(error, "status", None)
-    return found if type(found) is int else None
-
-
 def _size(info: dict[str, Any]) -> int:
     size = info.get("size")
     return size if type(size) is int and size >= 0 else 0
@@ -364,65 +252,3 @@ def _time(info: dict[str, Any]) -> float | None:
             with suppress(ValueError):
                 return datetime.fromisoformat(value).timestamp()
     return None
-
-
-def shown(url: str) -> str:
-    """A URL without what may be secret in it: user, password, query; "" for what is no URL."""
-    scheme, separator, rest = url.partition("://")
-    place = re.split(r"[?#]", rest, maxsplit=1)[0]
-    host, slash, path = place.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" if separator else ""
-
-
-def _open(url: str, name: str) -> tuple[str, Any, str]:
-    """The scheme, the driver and the root of a URL."""
-    match = _URL.fullmatch(url)
-    if match is None:
-        raise StoreError(
-            "is no URL of a remote", where=name or "--remote", expected="s3://BUCKET/PATH, say"
-        )
-    scheme = match[1]
-    try:
-        import fsspec
-        from fsspec.registry import known_implementations
-    except ImportError:
-        raise StoreError(
-            "a remote needs fsspec", where=name, expected=pip_install("remote")
-        ) from None
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except ImportError:
-        extra = _EXTRAS.get(scheme)
-        wanted = known_implementations.get(scheme, {}).get("err", "its driver for fsspec")
-        raise StoreError(
-            f"there is no driver for {scheme}:// here",
-            where=name,
-            expected=pip_install(extra) if extra else wanted,
-        ) from None
-    except ValueError:
-        raise StoreError(
-            f"there are no remotes of the kind {scheme}://",
-            where=name,
-            expected=", ".join(f"{item}://" for item in _SCHEMES),
-            nearest=nearest(scheme, _SCHEMES),
-        ) from None
-    try:
-        files, root = fsspec.core.url_to_fs(url, **_settings(scheme))
-    except Exception as error:
-        raise StoreError(str(_failure(error)), where=name) from None
-    return scheme, files, str(root)
-
-
-def _settings(scheme: str) -> dict[str, Any]:
-    settings: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-    if scheme == "file":
-        settings["auto_mkdir"] = True
-    if scheme in ("s3", "s3a"):
-        # Attempts and waits are ours; the driver's own would multiply with them.
-        settings["config_kwargs"] = {
-            "connect_timeout": 10,
-            "read_timeout": PATIENCE,
-            "retries": {"mode": "standard", "max_attempts": 2},
-            "max_pool_connections": 2 * WIDTH,
-        }
-    return settings

@@ -19,8 +19,9 @@ from carnice_build.remote.batches import (
     open_envelope,
     read_body,
 )
+from carnice_build.remote.calls import Missing, RemoteFailure
 from carnice_build.remote.index import Index
-from carnice_build.remote.objects import Listed, Missing, Objects, Range, RemoteFailure
+from carnice_build.remote.objects import Listed, Objects, Range
 from carnice_build.store.digests import digest_texts, is_digest
 from carnice_build.store.files import open_regular, write_atomically
 from carnice_build.units import plural

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from carnice_build.errors import BuildError, StoreError
 from carnice_build.remote.batches import Body, Unbelieved, open_envelope, read_body
+from carnice_build.remote.calls import RemoteFailure
 from carnice_build.remote.index import blob_name, pack_name
-from carnice_build.remote.objects import Listed, Objects, Range, RemoteFailure
+from carnice_build.remote.objects import Listed, Objects, Range
 from carnice_build.remote.remote import Remote, check_format
 
 _FOLDERS = ("packs", "blobs", "records")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from carnice_build.errors import BuildError
 from carnice_build.remote.batches import FORMAT, Body, encode, name_of, split
-from carnice_build.remote.objects import Objects, RemoteFailure
+from carnice_build.remote.calls import RemoteFailure
+from carnice_build.remote.objects import Objects
 from carnice_build.remote.remote import check_format
 from carnice_build.remote.signing import Signer
 

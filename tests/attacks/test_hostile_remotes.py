@@ -15,7 +15,7 @@ from attacking import Attack, check_named, differing
 from conftest import Finished
 from remotes import Answered, Behaviour, Team, refusing, slow
 
-from carnice_build.remote import objects
+from carnice_build.remote import calls, objects
 from carnice_build.remote.batches import Body, PackEntry, encode, name_of
 from carnice_build.remote.signing import new_key
 from carnice_build.store.digests import digest_bytes, digest_texts
@@ -352,10 +352,10 @@ def test_a_storm_is_given_up_after_few_requests(pushed: Team, behaviour: Behavio
     behaviour.hooks.append(refusing("read", lambda: Answered(503)))
     remote = objects.Objects(pushed.odd)
     ranges = (objects.Range("FORMAT", 0, 1) for _ in range(1_000))
-    with pytest.raises(objects.GivenUp, match="answered 503, again and again"):
+    with pytest.raises(calls.GivenUp, match="answered 503, again and again"):
         list(remote.read_ranges(ranges))
 
-    assert behaviour.calls["read"] <= objects.ATTEMPTS * (objects.MOST_FAILURES + objects.WIDTH)
+    assert behaviour.calls["read"] <= calls.ATTEMPTS * (objects.MOST_FAILURES + objects.WIDTH)
 
 
 def test_what_is_forbidden_is_asked_once(pushed: Team, behaviour: Behaviour) -> None:
@@ -377,8 +377,8 @@ def test_a_slow_drip_is_left(
     part: str,
 ) -> None:
     """An answer that does not come in time is not waited for, nor are those behind it."""
-    monkeypatch.setattr(objects, "PATIENCE", 0.2)
-    monkeypatch.setattr(objects, "LEAST_RATE", 10_000_000)
+    monkeypatch.setattr(calls, "PATIENCE", 0.2)
+    monkeypatch.setattr(calls, "LEAST_RATE", 10_000_000)
     behaviour.hooks.append(slow("read", 60, part))
     finished = attack("build", "mlx-4bit", "--remote", pushed.odd)
 
@@ -412,8 +412,8 @@ def test_objects_that_are_no_files_do_no_harm(
     change: Callable[[Path], None],
 ) -> None:
     """In a folder that is a remote, a pipe does not block, and a device is not read to its end."""
-    monkeypatch.setattr(objects, "PATIENCE", 0.2)
-    monkeypatch.setattr(objects, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(calls, "PATIENCE", 0.2)
+    monkeypatch.setattr(calls, "FIRST_WAIT", 0.001)
     for path in pushed.objects(folder) if folder else [pushed.folder / "FORMAT"]:
         change(path)
     finished = attack("build", "mlx-4bit", "--remote", pushed.url)

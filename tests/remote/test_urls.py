@@ -10,7 +10,7 @@ import pytest
 from conftest import Finished
 from remotes import Team
 
-from carnice_build.remote.objects import shown
+from carnice_build.remote.drivers import shown
 
 pytest_plugins = ["remotes"]
 

@@ -1,0 +1,78 @@
+"""Drivers of fsspec: which one opens a URL, and how to have it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from carnice_build.errors import StoreError, nearest
+from carnice_build.extras import pip_install
+from carnice_build.remote import calls
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "ssh": "ssh", "sftp": "ssh"}
+_SCHEMES = ("file", "s3", "gs", "hf", "ssh")
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(?!.*::)\S+")
+
+
+def shown(url: str) -> str:
+    """A URL without what may be secret in it: user, password, query; "" for what is no URL."""
+    scheme, separator, rest = url.partition("://")
+    place = re.split(r"[?#]", rest, maxsplit=1)[0]
+    host, slash, path = place.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" if separator else ""
+
+
+def open_url(url: str) -> tuple[str, Any, str]:
+    """The scheme, the driver and the root of a URL; StoreError for one that nothing here opens."""
+    name = shown(url)
+    match = _URL.fullmatch(url)
+    if match is None:
+        raise StoreError(
+            "is no URL of a remote", where=name or "--remote", expected="s3://BUCKET/PATH, say"
+        )
+    scheme = match[1]
+    try:
+        import fsspec
+        from fsspec.registry import known_implementations
+    except ImportError:
+        raise StoreError(
+            "a remote needs fsspec", where=name, expected=pip_install("remote")
+        ) from None
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError:
+        extra = _EXTRAS.get(scheme)
+        wanted = known_implementations.get(scheme, {}).get("err", "its driver for fsspec")
+        raise StoreError(
+            f"there is no driver for {scheme}:// here",
+            where=name,
+            expected=pip_install(extra) if extra else wanted,
+        ) from None
+    except ValueError:
+        raise StoreError(
+            f"there are no remotes of the kind {scheme}://",
+            where=name,
+            expected=", ".join(f"{item}://" for item in _SCHEMES),
+            nearest=nearest(scheme, _SCHEMES),
+        ) from None
+    try:
+        files, root = fsspec.core.url_to_fs(url, **_settings(scheme))
+    except Exception as error:
+        raise StoreError(str(calls.worded(error)), where=name) from None
+    return scheme, files, str(root)
+
+
+def _settings(scheme: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if scheme == "file":
+        settings["auto_mkdir"] = True
+    if scheme in ("s3", "s3a"):
+        # Attempts and waits are ours; the driver's own would multiply with them.
+        settings["config_kwargs"] = {
+            "connect_timeout": 10,
+            "read_timeout": calls.PATIENCE,
+            "retries": {"mode": "standard", "max_attempts": 2},
+            "max_pool_connections": 32,
+        }
+    return settings
