@@ -6,7 +6,7 @@ that were are in `cache/remotes/<digest of the URL>/`, named by their digests as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from carnice_build.remote.batches import (
     MAX_PACKED,
     Body,
     Unbelieved,
+    name_of,
     open_envelope,
     read_body,
 )
@@ -27,7 +28,7 @@ from carnice_build.store.files import open_regular, write_atomically
 from carnice_build.units import plural
 
 MOST_BATCHES = 20_000
-MOST_BYTES = 1_000_000_000
+MOST_BYTES = 500_000_000
 """Of a remote that are looked at, the newest first."""
 
 
@@ -43,7 +44,7 @@ class Remote:
         self.bodies: dict[str, Body] = {}
         if check_format(objects):
             self._read(batches_in(objects))
-        self.index = Index(self.bodies.values())
+        self.index = Index(body for _, body in sorted(self.bodies.items()))
 
     @property
     def name(self) -> str:
@@ -64,10 +65,17 @@ class Remote:
 
     def _read(self, listed: Mapping[str, Listed]) -> None:
         names = self._affordable(listed)
-        contents = {name: content for name in names if (content := self._cached(name)) is not None}
-        contents |= self._download({name: listed[name].size for name in names - contents.keys()})
-        for name in sorted(contents):
-            self._believe(name, contents[name])
+        new = {}
+        for name in sorted(names):
+            content = self._cached(name)
+            if content is None:
+                new[name] = listed[name].size
+            else:
+                self._believe(name, content)
+        for name, content in self._download(new):
+            self._believe(name, content)
+            if name_of(content) == name:
+                self._keep(name, content)
         self._drop_others(names)
 
     def _affordable(self, listed: Mapping[str, Listed]) -> set[str]:
@@ -84,23 +92,18 @@ class Remote:
                 total += size
         return names
 
-    def _download(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
-        found: dict[str, bytes] = {}
-        ranges = [Range(f"records/{name}", 0, size) for name, size in sorted(sizes.items())]
+    def _download(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+        ranges = [Range(f"records/{name}", 0, size) for name, size in sizes.items()]
         for item, content in self.objects.read_ranges(ranges):
             name = item.name.rpartition("/")[2]
             if isinstance(content, RemoteFailure):
                 self._complain(name, f"cannot be read: {content}")
             else:
-                found[name] = content
-        return found
+                yield name, content
 
     def _believe(self, name: str, content: bytes) -> None:
         try:
-            envelope = open_envelope(name, content)
-            if not (self._folder / name).exists():
-                self._keep(name, content)
-            self.bodies[name] = read_body(envelope, self._trusted)
+            self.bodies[name] = read_body(open_envelope(name, content), self._trusted)
         except Unbelieved as reason:
             self._complain(name, str(reason))
 
@@ -110,9 +113,10 @@ class Remote:
     def _cached(self, name: str) -> bytes | None:
         try:
             with open_regular(self._folder / name) as file:
-                return file.read(MAX_PACKED)
+                content = file.read(MAX_PACKED)
         except OSError:
             return None
+        return content if name_of(content) == name else None
 
     def _keep(self, name: str, content: bytes) -> None:
         with suppress(OSError):  # it may be somebody else's cache, or full

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from remotes import Team
-from tiny import read_safetensors, write_safetensors
+from tiny import contents, read_safetensors, write_safetensors
 
 pytest_plugins = ["remotes"]
 
@@ -66,6 +67,18 @@ def test_what_differs_is_computed_and_the_rest_fetched(pushed: Team) -> None:
 
     assert 1 == built.result.actions_run < alone.result.actions_run
     assert pushed.output("alone") == pushed.output("two")
+
+
+def test_two_builds_may_fetch_into_one_cache(pushed: Team) -> None:
+    """One waits for the other, and both have the whole folder."""
+    places = [{"out": pushed.project.root / name} for name in ("left", "right")]
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(pushed.build, "two", **place) for place in places]
+        assert [0, 0] == [item.result().result.actions_run for item in both]
+
+    left, right = (contents(place["out"] / "mlx-4bit") for place in places)
+    assert left == right
+    assert set(left.values()) == set(pushed.output("one").values())
 
 
 def test_a_changed_source_is_not_taken_for_the_pushed_one(pushed: Team) -> None:

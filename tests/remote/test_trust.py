@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Finished
-from remotes import Team
+from remotes import Behaviour, Team
 
 from carnice_build.remote.batches import Body, encode, name_of, open_envelope, read_body
 from carnice_build.remote.signing import new_key
@@ -61,6 +61,31 @@ def test_a_key_that_is_no_longer_trusted_is_not_believed(stranger: Team) -> None
 
     assert 0 == built.result.fetched_bytes
     assert 1 == len(built.notices)
+
+
+def test_a_batch_that_was_damaged_here_is_read_again(pushed: Team) -> None:
+    """What the cache keeps of a remote is of its digest, or is not used."""
+    pushed.build("two")
+    (path,) = (pushed.project.root / "two" / "cache" / "remotes").rglob("records/*")
+    path.write_bytes(b"damaged")
+    built = pushed.build("two", overrides=("quantize.bits=6",))
+
+    assert [] == built.notices
+    assert pushed.objects("records")[0].read_bytes() == path.read_bytes()
+
+
+def test_a_batch_that_arrived_damaged_is_asked_for_again(
+    pushed: Team, behaviour: Behaviour
+) -> None:
+    """It counts as absent once, and not for good."""
+    behaviour.changed = lambda path, content: content[::-1] if "/records/" in path else content
+    damaged = pushed.build("two", remote=pushed.odd)
+    behaviour.changed = lambda path, content: content
+    built = pushed.build("two", "mlx-6bit", remote=pushed.odd)
+
+    assert 0 == damaged.result.fetched_bytes
+    assert "was altered" in damaged.notices[0]
+    assert [] == built.notices
 
 
 def body() -> Body:
