@@ -7,7 +7,7 @@ Whatever does not arrive, or is not what it should be, is simply not there: the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from pathlib import Path
 from carnice_build.errors import PlanError
 from carnice_build.execute.events import Listener, Moved, Moving, Notice
 from carnice_build.execute.streaming import read_digest, sample_digest
+from carnice_build.graph import ActionOutput
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, survey
@@ -97,10 +98,30 @@ def _recognize(
     if not foretold:
         return 0
     supposed = survey(variants, store, index.supposing(foretold))
-    wanted = [status.sources[identity] for identity in foretold if identity not in supposed.sources]
+    behind = _sources_behind(variants, supposed.remote)
+    wanted = [status.sources[identity] for identity in foretold if identity in behind]
     if wanted:
         _read(wanted, store, jobs, listen)
     return sum(source.stored_bytes for source in wanted)
+
+
+def _sources_behind(variants: Sequence[VariantPlan], wanted: Container[str]) -> set[str]:
+    """Identities of all sources from which the tensors with the `wanted` identities are made."""
+    refs = [ref for item in variants for action in item.actions.values() for ref in action.inputs]
+    refs += [slot.tensor.ref for item in variants for pack in item.packs for slot in pack.slots]
+    waiting = [ref for ref in refs if ref.identity in wanted]
+    found: set[str] = set()
+    seen: set[str] = set()
+    while waiting:
+        ref = waiting.pop()
+        if ref.identity in seen:
+            continue
+        seen.add(ref.identity)
+        if isinstance(ref.origin, ActionOutput):
+            waiting += ref.origin.action.inputs
+        else:
+            found.add(ref.identity)
+    return found
 
 
 def _read(sources: Sequence[SourceTensor], store: Store, jobs: int, listen: Listener) -> None:
