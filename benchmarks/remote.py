@@ -166,8 +166,8 @@ def main() -> None:
         os.environ["CARNICE_KEY"] = str(scratch / "key.pem")
         new_key(scratch / "key.pem")
         url = arguments.url or f"file://{scratch / 'remote'}"
-        measure_plans(plans, scratch, arguments.actions)
         measure_builds(builds, scratch, url, arguments.variants, arguments.layers)
+        measure_plans(plans, scratch, arguments.actions)
     for table in (builds, plans):
         Console(width=120).print(table)
 

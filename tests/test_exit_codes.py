@@ -94,6 +94,22 @@ def _terminated(project: Project, carnice: Carnice, patch: Patch) -> int:
     return TERMINATED
 
 
+def _another_remote(project: Project, carnice: Carnice, patch: Patch) -> int:
+    (project.root / "remote").mkdir()
+    (project.root / "remote" / "FORMAT").write_text("carnice-remote 0\n")
+    return carnice("build", FOUR, "--remote", f"file://{project.root}/remote").code
+
+
+def _remote_that_takes_nothing(project: Project, carnice: Carnice, patch: Patch) -> int:
+    patch.setenv("CARNICE_KEY", str(project.root / "key.pem"))
+    patch.setattr("carnice_build.remote.calls.FIRST_WAIT", 0.0)
+    (project.root / "remote").write_text("no folder")
+    carnice("cache", "keys", "new")
+    finished = carnice("build", FOUR, "--remote", f"file://{project.root}/remote", "--push")
+    assert (project.out / FOUR / "config.json").exists()
+    return finished.code
+
+
 Situation = Callable[[Project, Carnice, Patch], int]
 
 
@@ -114,6 +130,13 @@ PROMISES: list[tuple[str, str, int, list[Situation]]] = [
         "the disk fills up all the same, it stops with exit code 1",
         1,
         [_disk_fills_up],
+    ),
+    ("docs/remote.md", "another one is refused with exit code 2", 2, [_another_remote]),
+    (
+        "docs/remote.md",
+        "A push that fails ends with exit code 1",
+        1,
+        [_remote_that_takes_nothing],
     ),
     (
         "docs/adding-a-backend.md",
