@@ -92,6 +92,8 @@ def build_variants(
     start = time.perf_counter()
     options = options or Options()
     access = remote_access(options)
+    if access is not None and access.pushes:
+        access.check_push()
     plan = plan_variants(names, options)
     check_rows(plan.variants)
     for variant in plan.variants:

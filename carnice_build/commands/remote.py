@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def remote_access(options: Options) -> RemoteAccess | None:
     """The remote that the options, the environment or `carnice.toml` name; None without one.
 
-    StoreError when what they say is not valid, or cannot do what is asked.
+    StoreError when what they say is not valid, or there is none to push to.
     """
     from carnice_build.remote.config import URL_VARIABLE, config_path, read_config
 
@@ -45,10 +45,7 @@ def remote_access(options: Options) -> RemoteAccess | None:
         if options.push:
             raise _nowhere()
         return None
-    access = RemoteAccess(config, config.url, options.push or config.push, options.cache)
-    if access.pushes:
-        access.check_push()
-    return access
+    return RemoteAccess(config, config.url, options.push or config.push, options.cache)
 
 
 def _nowhere() -> StoreError:
@@ -198,6 +195,7 @@ def push_variants(plan: Plan, options: Options, listen: Listener) -> Pushed:
     Raises StoreError for one that is not, BuildError when the remote does not take it.
     """
     access = required_access(replace(options, push=True))
+    access.check_push()
     with Store(options.cache) as store, store.in_use():
         return access.push(plan.variants, store, listen)
 

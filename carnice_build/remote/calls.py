@@ -21,6 +21,7 @@ FIRST_WAIT = 0.5
 """Seconds before the second attempt, twice as many before each further one."""
 
 _FINAL = (401, 403, 407)
+_ABSENT = (404, 410, 416)
 
 T = TypeVar("T")
 
@@ -92,11 +93,9 @@ def patiently(call: Callable[[], T]) -> T:
             return call()
         except RemoteFailure:
             raise
-        except FileNotFoundError:
-            raise Missing("lacks an object") from None
         except Exception as error:
             failure = worded(error)
-            if isinstance(failure, Refused) or attempt == ATTEMPTS - 1:
+            if isinstance(failure, Refused | Missing) or attempt == ATTEMPTS - 1:
                 raise failure from None
             time.sleep(FIRST_WAIT * 2**attempt)
     raise AssertionError("an attempt returns or raises")
@@ -110,6 +109,8 @@ def worded(error: Exception) -> RemoteFailure:
     status = _status(error)
     if isinstance(error, PermissionError) or status in _FINAL:
         return Refused("forbids it")
+    if isinstance(error, FileNotFoundError) or status in _ABSENT:
+        return Missing("lacks an object")
     if status:
         return RemoteFailure(f"answered {status}")
     if isinstance(error, OSError) and error.errno:

@@ -131,7 +131,9 @@ class Objects:
     def do_all(
         self, items: Iterable[T], size: Callable[[T], int], work: Callable[[T], None]
     ) -> Iterator[T]:
-        """Do `work` for each item, which puts an object; gives each one that is done, in order.
+        """Do `work` for each item, some at once; gives each one that is done, in order.
+
+        `work` calls what is here for one call.
 
         Raises the first RemoteFailure.
         """

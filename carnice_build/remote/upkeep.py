@@ -91,14 +91,15 @@ def _collect(objects: Objects, max_age: float) -> Removed:
     oldest = _newest([*others.values(), *batches.values()]) - max_age
     old = {name: item for name, item in batches.items() if _is_older(item, oldest)}
     needed = _named(_bodies(objects, {n: i for n, i in batches.items() if n not in old}))
-    old |= {
+    unnamed = {
         name: item
         for name, item in others.items()
         if name not in needed and _is_older(item, oldest)
     }
-    for name in old:  # batches come first
-        objects.remove(name)
-    return Removed(len(old), _bytes(old))
+    for names in (old, unnamed):
+        for _ in objects.do_all(names, lambda name: 0, objects.remove):
+            pass
+    return Removed(len(old) + len(unnamed), _bytes(old) + _bytes(unnamed))
 
 
 def _newest(items: Iterable[Listed]) -> float:
