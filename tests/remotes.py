@@ -34,7 +34,7 @@ from carnice_build.remote.signing import Signer, new_key, read_key  # noqa: E402
 class Behaviour:
     """What `odd://` does of the local folder that it shows; `calls` counts what it was asked.
 
-    A hook gets what is asked (`read`, `list`, `put`, `remove`) and the path, before it is done.
+    A hook gets what is asked (`connect`, `read`, `list`, `put`, `remove`) and the path, before.
     `changed` alters what a read gives.
     """
 
@@ -57,6 +57,10 @@ class OddFiles(LocalFileSystem):  # type: ignore[misc]
     """A folder behind `odd://`, as its `BEHAVIOUR` wants it."""
 
     protocol = "odd"
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        BEHAVIOUR.asked("connect", "")
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:

@@ -23,8 +23,8 @@ def shown(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" if separator else ""
 
 
-def open_url(url: str) -> tuple[str, Any, str]:
-    """The scheme, the driver and the root of a URL; StoreError for one that nothing here opens."""
+def scheme_of(url: str) -> str:
+    """The scheme of a URL, for which a driver is here; StoreError for any other."""
     name = shown(url)
     match = _URL.fullmatch(url)
     if match is None:
@@ -56,11 +56,15 @@ def open_url(url: str) -> tuple[str, Any, str]:
             expected=", ".join(f"{item}://" for item in _SCHEMES),
             nearest=nearest(scheme, _SCHEMES),
         ) from None
-    try:
-        files, root = fsspec.core.url_to_fs(url, **_settings(scheme))
-    except Exception as error:
-        raise StoreError(str(calls.worded(error)), where=name) from None
-    return scheme, files, str(root)
+    return scheme
+
+
+def connect(url: str) -> tuple[Any, str]:
+    """The driver of a URL and its root there; some connect at once, and raise what they like."""
+    import fsspec
+
+    files, root = fsspec.core.url_to_fs(url, **_settings(scheme_of(url)))
+    return files, str(root)
 
 
 def _settings(scheme: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -32,7 +33,7 @@ from carnice_build.remote.calls import (
     patiently,
     time_for,
 )
-from carnice_build.remote.drivers import open_url, shown
+from carnice_build.remote.drivers import connect, scheme_of, shown
 
 WIDTH = 16
 """Requests at once."""
@@ -76,8 +77,10 @@ class Objects:
         """StoreError for what is no URL, or one that nothing here can open."""
         self.url = url
         self.name = shown(url)
-        self._scheme, self._files, self._root = open_url(url)
+        self._scheme = scheme_of(url)
         self._crew = Crew(WIDTH)
+        self._connection: tuple[Any, str] | None = None
+        self._connecting = threading.Lock()
 
     def close(self) -> None:
         """Let the threads go that wait for nothing."""
@@ -192,8 +195,19 @@ class Objects:
         except Late:
             raise GivenUp("does not answer") from None
 
+    @property
+    def _files(self) -> Any:
+        """The driver, which is asked for by those alone whom nobody waits for without end."""
+        return self._connected()[0]
+
+    def _connected(self) -> tuple[Any, str]:
+        with self._connecting:
+            if self._connection is None:
+                self._connection = connect(self.url)
+            return self._connection
+
     def _path(self, name: str) -> str:
-        return posixpath.join(self._root, name)
+        return posixpath.join(self._connected()[1], name)
 
     def _listing(self, folder: str) -> dict[str, Listed]:
         root = self._path(folder)

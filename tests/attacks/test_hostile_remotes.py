@@ -320,6 +320,9 @@ ANSWERS: dict[str, Callable[[Behaviour], None]] = {
     "403 for packs": lambda it: it.hooks.append(refusing("read", lambda: Answered(403), "/packs/")),
     "503 for packs": lambda it: it.hooks.append(refusing("read", lambda: Answered(503), "/packs/")),
     "503 for listings": lambda it: it.hooks.append(refusing("list", lambda: Answered(503))),
+    "connections that are refused": lambda it: it.hooks.append(
+        refusing("connect", ConnectionRefusedError)
+    ),
     "connections that break": failing(ConnectionError),
     "errors that nobody knows": failing(RuntimeError),
     "errors for packs": failing(OSError, "/packs/"),
@@ -367,7 +370,7 @@ def test_what_is_forbidden_is_asked_once(pushed: Team, behaviour: Behaviour) -> 
     assert [f"{pushed.odd}: the remote forbids it: going on without it"] == built.notices
 
 
-@pytest.mark.parametrize("part", ["FORMAT", "/records/", "/packs/"])
+@pytest.mark.parametrize("part", ["", "FORMAT", "/records/", "/packs/"])
 def test_a_slow_drip_is_left(
     pushed: Team,
     honest: dict[str, bytes],
@@ -379,7 +382,7 @@ def test_a_slow_drip_is_left(
     """An answer that does not come in time is not waited for, nor are those behind it."""
     monkeypatch.setattr(calls, "PATIENCE", 0.2)
     monkeypatch.setattr(calls, "LEAST_RATE", 10_000_000)
-    behaviour.hooks.append(slow("read", 60, part))
+    behaviour.hooks.append(slow("read" if part else "connect", 60, part))
     finished = attack("build", "mlx-4bit", "--remote", pushed.odd)
 
     check_harmless(finished, pushed, honest)

@@ -51,8 +51,8 @@ def test_plans_of_many_actions_take_three_requests(team: Team, behaviour: Behavi
     behaviour.calls.clear()
     second = Remote(Objects(team.odd), {team.signer.public: ""}, cache)
 
-    assert {"read": 2, "list": 1} == asked
-    assert {"read": 1, "list": 1} == dict(behaviour.calls)
+    assert {"connect": 1, "read": 2, "list": 1} == asked
+    assert {"connect": 1, "read": 1, "list": 1} == dict(behaviour.calls)
     for remote in (first, second):
         known = [remote.index.outputs(key, 3) for key in body.actions]
         assert ACTIONS == len(known) - known.count(None)
@@ -64,7 +64,7 @@ def test_plans_ask_for_no_object(pushed: Team, behaviour: Behaviour) -> None:
     behaviour.calls.clear()
     plan_and_survey(["mlx-4bit"], pushed.options("two", remote=pushed.odd))
 
-    assert {"read": 2, "list": 1} == dict(behaviour.calls)
+    assert {"connect": 1, "read": 2, "list": 1} == dict(behaviour.calls)
 
 
 def test_whole_shards_come_in_one_request_each(pushed: Team, behaviour: Behaviour) -> None:
@@ -72,7 +72,9 @@ def test_whole_shards_come_in_one_request_each(pushed: Team, behaviour: Behaviou
     behaviour.calls.clear()
     pushed.build("two", remote=pushed.odd)
 
-    assert {"read": 2 + len(pushed.objects("packs")), "list": 1} == dict(behaviour.calls)
+    expected = {"connect": 1, "read": 2 + len(pushed.objects("packs")), "list": 1}
+
+    assert expected == dict(behaviour.calls)
 
 
 def test_bytes_over_the_wire_are_those_of_the_output(pushed: Team) -> None:
