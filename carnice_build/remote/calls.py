@@ -107,7 +107,7 @@ def worded(error: Exception) -> RemoteFailure:
     if "Credential" in kind or "TokenNotFound" in kind:
         return Refused("wants credentials, and there are none here")
     status = _status(error)
-    if isinstance(error, PermissionError) or status in _FINAL:
+    if isinstance(error, PermissionError) or status in _FINAL or "Authentication" in kind:
         return Refused("forbids it")
     if isinstance(error, FileNotFoundError) or status in _ABSENT:
         return Missing("lacks an object")

@@ -12,6 +12,9 @@ from carnice_build.remote import calls
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "ssh": "ssh", "sftp": "ssh"}
 _SCHEMES = ("file", "s3", "gs", "hf", "ssh")
 
+_CONNECT = 10
+"""Seconds in which a server has to be there."""
+
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(?!.*::)\S+")
 
 
@@ -68,13 +71,15 @@ def connect(url: str) -> tuple[Any, str]:
 
 
 def _settings(scheme: str) -> dict[str, Any]:
-    settings: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-    if scheme == "file":
-        settings["auto_mkdir"] = True
+    settings: dict[str, Any] = {"skip_instance_cache": True}
+    if scheme in ("ssh", "sftp"):
+        # Whatever else is passed goes to paramiko's own `connect`.
+        return settings | dict.fromkeys(("timeout", "banner_timeout", "auth_timeout"), _CONNECT)
+    settings["use_listings_cache"] = False
     if scheme in ("s3", "s3a"):
         # Attempts and waits are ours; the driver's own would multiply with them.
         settings["config_kwargs"] = {
-            "connect_timeout": 10,
+            "connect_timeout": _CONNECT,
             "read_timeout": calls.PATIENCE,
             "retries": {"mode": "standard", "max_attempts": 2},
             "max_pool_connections": 32,

@@ -50,6 +50,9 @@ _IN_MEMORY = 16 << 20
 _ATOMIC = frozenset({"s3", "s3a", "gs", "gcs", "hf", "abfs", "az"})
 """Where a put shows the whole object or none of it; elsewhere it is renamed into its place."""
 
+_ONE_BY_ONE = frozenset({"ssh", "sftp"})
+"""Where a connection serves one thread: of two that wait, one would take the other's answer."""
+
 T = TypeVar("T")
 
 
@@ -78,9 +81,11 @@ class Objects:
         self.url = url
         self.name = shown(url)
         self._scheme = scheme_of(url)
-        self._crew = Crew(WIDTH)
+        self._width = PUTS if self._scheme in _ONE_BY_ONE else WIDTH
+        self._crew = Crew(self._width)
+        self._shared = threading.Lock()
         self._connection: tuple[Any, str] | None = None
-        self._connecting = threading.Lock()
+        self._own = threading.local()
 
     def close(self) -> None:
         """Let the threads go that wait for nothing."""
@@ -129,7 +134,7 @@ class Objects:
 
         Raises GivenUp when the remote is of no use any more.
         """
-        yield from self._ordered(ranges, lambda item: item.count, self._read_range, WIDTH)
+        yield from self._ordered(ranges, lambda item: item.count, self._read_range, self._width)
 
     def do_all(
         self, items: Iterable[T], size: Callable[[T], int], work: Callable[[T], None]
@@ -201,7 +206,12 @@ class Objects:
         return self._connected()[0]
 
     def _connected(self) -> tuple[Any, str]:
-        with self._connecting:
+        if self._scheme in _ONE_BY_ONE:
+            if not hasattr(self._own, "connection"):
+                self._own.connection = connect(self.url)
+            own: tuple[Any, str] = self._own.connection
+            return own
+        with self._shared:
             if self._connection is None:
                 self._connection = connect(self.url)
             return self._connection
