@@ -136,20 +136,23 @@ def _read(path: Path) -> _File:
         return _File()
     try:
         with open_regular(path) as file:
-            text = file.read(_MOST).decode()
+            content = file.read(_MOST + 1)
     except OSError as error:
         raise StoreError(
             f"cannot be read: {error.strerror or 'no file'}", where=str(path)
         ) from None
+    if len(content) > _MOST:
+        raise StoreError(f"has more than {_MOST} bytes", where=str(path))
+    try:
+        return _parse(path, content.decode())
     except UnicodeDecodeError:
         raise StoreError("is no text", where=str(path), expected="TOML") from None
-    return _parse(path, text)
 
 
 def _parse(path: Path, text: str) -> _File:
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"is no TOML: {error}", where=str(path)) from None
     try:
         return _File.model_validate(table)

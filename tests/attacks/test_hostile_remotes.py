@@ -456,3 +456,26 @@ def test_names_of_packs_are_their_digests() -> None:
     entry = PackEntry(size=20, header=header, digests=["a" * 64], sizes=[10])
 
     assert digest_texts([header, "a" * 64]) == entry.identity
+
+
+CONFIGS: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "no text": lambda path: path.write_bytes(bytes(range(256))),
+    "nesting": lambda path: path.write_text("x = " + "[" * 100_000),
+    "escapes": lambda path: path.write_text('"\\u001b[2J" = 1'),
+    "a key with escapes": lambda path: path.write_text('[trust]\nkeys = ["\\u001b[2J"]'),
+    "a great length": lambda path: path.write_text("# " * 10_000_000 + "\nx = 1"),
+    "numbers without end": lambda path: path.write_text(f"x = {'9' * 900_000}"),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_a_hostile_configuration_is_named(pushed: Team, attack: Attack, what: str) -> None:
+    """It is refused in a line with the file's name, or says nothing."""
+    CONFIGS[what](pushed.project.root / "carnice.toml")
+    finished = attack("plan", "mlx-4bit", "--remote", "")
+
+    if finished.code:
+        check_named(finished, "carnice.toml")
