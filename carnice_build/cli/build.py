@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -32,6 +32,9 @@ from carnice_build.cli.ending import named
 from carnice_build.errors import RecipeError
 from carnice_build.units import format_size, plural
 
+if TYPE_CHECKING:
+    from carnice_build.commands.parts import PartResult
+
 
 def build(
     variants: Variants,
@@ -49,6 +52,14 @@ def build(
     push: Annotated[
         bool, typer.Option("--push", help="Put into the remote what it lacks of these variants.")
     ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="Do the I-th of N parts of the work and push it; a build without this, anywhere, "
+            "makes the folders of what all parts pushed.",
+            metavar="I/N",
+        ),
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -61,6 +72,7 @@ def build(
     from rich.console import Console
 
     from carnice_build.commands.build import build_variants
+    from carnice_build.commands.parts import build_part, part_of
     from carnice_build.execute.events import Event
     from carnice_build.report.progress import progress_view
     from carnice_build.report.trace import TraceRecorder
@@ -81,6 +93,7 @@ def build(
     )
     if trace is not None:
         _check_writable(trace)
+    share = None if part is None else part_of(part)
     recorder = TraceRecorder()
     with progress_view(Console(stderr=True)) as view:
 
@@ -88,10 +101,16 @@ def build(
             view(event)
             recorder(event)
 
-        result = build_variants(variants, options, listen)
+        if share is not None:
+            done = build_part(variants, share, options, listen)
+        else:
+            result = build_variants(variants, options, listen)
     if trace is not None:
         with named(trace):
             recorder.write(trace)
+    if share is not None:
+        _tell_part(done, as_json=as_json)
+        return
     if as_json:
         print_json(asdict(result))
         return
@@ -111,6 +130,20 @@ def build(
             f"fetched {format_size(result.fetched_bytes)} from the remote, "
             f"pushed {format_size(result.pushed_bytes)}"
         )
+
+
+def _tell_part(done: PartResult, *, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(done))
+        return
+    typer.echo(
+        f"part {done.part} of {done.parts}: {plural(done.actions_run, 'action')} run, "
+        f"{done.actions - done.actions_run} done already"
+    )
+    typer.echo(
+        f"read {format_size(done.read_bytes)}, fetched {format_size(done.fetched_bytes)}, "
+        f"pushed {format_size(done.pushed_bytes)} in {done.seconds:.1f} s"
+    )
 
 
 def _check_writable(trace: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF
+from typing import TYPE_CHECKING
 
 from carnice_build.calibration.tokens import Tokens
 from carnice_build.checkpoint.model_dtype import with_dtype
@@ -34,12 +35,15 @@ from carnice_build.package.folder import (
 from carnice_build.planning.explain import variant_facts
 from carnice_build.planning.packaged import packaged_template, parents
 from carnice_build.planning.planner import VariantPlan
-from carnice_build.planning.status import Contents, survey
+from carnice_build.planning.status import BuildStatus, Contents, survey
 from carnice_build.plugins import failures_blamed
 from carnice_build.store.files import io_errors_named
 from carnice_build.store.history import BuildRecord, add_build, write_history
 from carnice_build.store.store import Store
 from carnice_build.system import peak_memory
+
+if TYPE_CHECKING:
+    from carnice_build.execute.session import Outcome
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,7 @@ def build_variants(
         access.check_push()
     plan = plan_variants(names, options)
     check_rows(plan.variants)
-    for variant in plan.variants:
-        _check_buildable(variant)
-        for text in variant.notices:
-            listen(Notice(f"{variant.name}: {text}"))
-        sources = [Path(source.checkpoint.where) for source in variant.sources.values()]
-        check_place(options.out / variant.name, sources)
+    check_sources(plan.variants, options, listen)
     with (
         Store(options.cache) as store,
         io_errors_named(store.root),
@@ -115,6 +114,19 @@ def build_variants(
                 )
             )
         return _build(plan, options, access, store, listen, start)
+
+
+def check_sources(variants: Sequence[VariantPlan], options: Options, listen: Listener) -> None:
+    """Raise PlanError for a source that has no weights, or that the build would write into.
+
+    `listen` hears what a person may want to know of each variant before the build.
+    """
+    for variant in variants:
+        _check_buildable(variant)
+        for text in variant.notices:
+            listen(Notice(f"{variant.name}: {text}"))
+        sources = [Path(source.checkpoint.where) for source in variant.sources.values()]
+        check_place(options.out / variant.name, sources)
 
 
 def _check_buildable(variant: VariantPlan) -> None:
@@ -160,15 +172,7 @@ def _build(
         for variant in plan.variants:
             check_writable(options.out / variant.name)
             _check_files(variant)
-        # Numpy and networkx are needed from here on; a build with nothing to do never pays.
-        from carnice_build.execute.executor import LocalExecutor
-        from carnice_build.execute.processes import LocalRunner
-        from carnice_build.execute.session import execute
-
-        gpus = options.devices
-        executor = LocalExecutor(options.jobs, options.memory, len(gpus))
-        with LocalRunner(options.jobs, lambda memory: listen(Stepped(memory)), gpus) as runner:
-            outcome = execute(plan.variants, status, plan.graph, store, executor, runner, listen)
+        outcome = execute_locally(plan, status, store, options, listen)
         packs = outcome.packs
         made = outcome.seconds
         read_bytes, written_bytes = read_bytes + outcome.read_bytes, outcome.written_bytes
@@ -190,6 +194,26 @@ def _build(
         fetched_bytes=fetched_bytes,
         pushed_bytes=pushed_bytes,
     )
+
+
+def execute_locally(
+    plan: Plan,
+    status: BuildStatus,
+    store: Store,
+    options: Options,
+    listen: Listener,
+    only: Container[str] | None = None,
+) -> Outcome:
+    """Do on this machine what the survey `status` says, or of it what `only` names."""
+    # Numpy and networkx are needed from here on; a build with nothing to do never pays.
+    from carnice_build.execute.executor import LocalExecutor
+    from carnice_build.execute.processes import LocalRunner
+    from carnice_build.execute.session import execute
+
+    gpus = options.devices
+    executor = LocalExecutor(options.jobs, options.memory, len(gpus))
+    with LocalRunner(options.jobs, lambda memory: listen(Stepped(memory)), gpus) as runner:
+        return execute(plan.variants, status, plan.graph, store, executor, runner, listen, only)
 
 
 @no_collections()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,13 +142,43 @@ class RemoteAccess:
             listen(Notice(f"{self.name}: the remote {failure}: going on without it"))
             return None
 
-    def push(self, variants: Sequence[VariantPlan], store: Store, listen: Listener) -> Pushed:
-        """Put what the remote lacks of these variants, which are built."""
+    def fetch_inputs(
+        self,
+        variants: Sequence[VariantPlan],
+        mine: Container[str],
+        store: Store,
+        listen: Listener,
+    ) -> Fetched | None:
+        """As `fetch`, of what actions of `mine` are given alone.
+
+        What the remote has counts as done.
+        """
+        from carnice_build.execute.fetching import fetch_inputs
+        from carnice_build.remote.calls import RemoteFailure
+
+        try:
+            with self.opened() as remote:
+                if not remote.bodies:
+                    return None
+                return fetch_inputs(variants, mine, store, remote, listen)
+        except RemoteFailure as failure:
+            listen(Notice(f"{self.name}: the remote {failure}: going on without it"))
+            return None
+
+    def push(
+        self,
+        variants: Sequence[VariantPlan],
+        store: Store,
+        listen: Listener,
+        *,
+        partial: bool = False,
+    ) -> Pushed:
+        """Put what the remote lacks of these variants, which are built, or `partial`ly so."""
         from carnice_build.execute.pushing import holdings
         from carnice_build.remote.objects import Objects
         from carnice_build.remote.upload import push
 
-        bodies, files = holdings(variants, store)
+        bodies, files = holdings(variants, store, partial=partial)
         objects = Objects(self.url)
         try:
             return push(

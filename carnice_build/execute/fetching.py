@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from carnice_build.errors import PlanError
@@ -19,7 +19,7 @@ from carnice_build.execute.streaming import read_digest, sample_digest
 from carnice_build.graph import ActionOutput
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
-from carnice_build.planning.status import BuildStatus, survey
+from carnice_build.planning.status import BuildStatus, Status, survey
 from carnice_build.remote.calls import GivenUp
 from carnice_build.remote.download import Ended, download
 from carnice_build.remote.index import Index, RemotePlace
@@ -29,6 +29,8 @@ from carnice_build.store.packs import PartialPack
 from carnice_build.store.store import Store
 from carnice_build.tensors import SourceTensor
 from carnice_build.units import format_size, plural
+
+_TO_RUN = (Status.RUN, Status.READ)
 
 _REMEMBERED = 256
 """Tensors whose places are written down in one transaction."""
@@ -69,6 +71,37 @@ def fetch(
         for reason, count in result.failures.items():
             listen(Notice(f"{remote.name}: {reason} ({plural(count, 'tensor')} not fetched)"))
         result.status = survey(variants, store)
+    return result
+
+
+def fetch_inputs(
+    variants: Sequence[VariantPlan],
+    mine: Container[str],
+    store: Store,
+    remote: Remote,
+    listen: Listener,
+) -> Fetched:
+    """Take over what actions of `mine` are given and the remote has; no pack is filled.
+
+    The status then counts as done what the remote has.
+    """
+    with io_errors_named(store.root):
+        status = survey(variants, store, remote.index)
+        given = {
+            ref.identity
+            for variant in variants
+            for action in variant.actions.values()
+            if action.identity in mine and status.actions.get(action.identity) in _TO_RUN
+            for ref in action.inputs
+        }
+        wanted = {name: place for name, place in status.remote.items() if name in given}
+        result = Fetched(replace(status, pending={}, remote=wanted))
+        if wanted:
+            _check_disk(result.status, store)
+            with closing(_Fetching(store, listen)) as fetching:
+                fetching.run(remote, result)
+        _believe(status, store, remote.index)
+        result.status = survey(variants, store, remote.index)
     return result
 
 

@@ -73,6 +73,20 @@ class Job:
         return rows if whole else None
 
     @property
+    def members(self) -> frozenset[str]:
+        """Identities of its actions and sources."""
+        actions = {action.identity for action in self.actions}
+        return frozenset(actions | {source.identity for source in self.sources})
+
+    @property
+    def sink_bytes(self) -> int:
+        """Bytes that go from it into packs."""
+        made = {source.identity: source.spec.nbytes for source in self.sources}
+        for action in self.actions:
+            made |= {f"{action.identity}|{i}": spec.nbytes for i, spec in enumerate(action.outputs)}
+        return sum(count * len(self.sinks.get(name, ())) for name, count in made.items())
+
+    @property
     def streams(self) -> bool:
         """True when rows can flow through."""
         return self.rows is not None
@@ -238,10 +252,13 @@ def plan_placements(status: BuildStatus) -> list[Placement]:
     ]
 
 
-def plan_jobs(status: BuildStatus, actions: Iterable[Action]) -> list[Job]:
+def plan_jobs(
+    status: BuildStatus, actions: Iterable[Action], only: Container[str] | None = None
+) -> list[Job]:
     """Jobs for everything in `status` that is not only to be copied, in the order to start them.
 
     `actions` are those of the graph, in topological order.
+    With `only`, jobs on what these identities name; they must need no others.
     """
     pending = [
         action
@@ -265,6 +282,7 @@ def plan_jobs(status: BuildStatus, actions: Iterable[Action]) -> list[Job]:
             blobs=blobs,
         )
         for members in _clusters(status.sources, pending)
+        if only is None or next(iter(members)) in only
     ]
     jobs.sort(key=_Order(status, pending))
     _link(jobs)

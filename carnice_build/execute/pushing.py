@@ -22,18 +22,26 @@ _SMALL_BYTES = 1 << 20
 
 
 def holdings(
-    variants: Sequence[VariantPlan], store: Store
+    variants: Sequence[VariantPlan], store: Store, *, partial: bool = False
 ) -> tuple[dict[str, Body], dict[str, LocalBytes]]:
     """A batch's body for each variant, and the files that they speak of, by their objects' names.
 
     Of a pack that is not finished, the tensors that are there go one by one.
-    StoreError for a variant of which there is nothing.
+    StoreError for a variant of which there is nothing; it is left out if they may be `partial`.
     """
     contents = Contents(store)
     bodies: dict[str, Body] = {}
     files: dict[str, LocalBytes] = {}
     for variant in variants:
-        bodies[variant.name] = _Holding(variant, store, contents, files).body()
+        body = _Holding(variant, store, contents, files).body()
+        if body is not None:
+            bodies[variant.name] = body
+        elif not partial:
+            raise StoreError(
+                f"nothing of {variant.name} is built",
+                where=str(store.root),
+                expected=f"`carnice build {variant.name}` before it is pushed",
+            )
     return bodies, files
 
 
@@ -50,17 +58,15 @@ class _Holding:
         self._contents = contents
         self._files = files
 
-    def body(self) -> Body:
+    def body(self) -> Body | None:
+        """What is known and there; None without any of its bytes."""
         packs = dict(self._packs())
         packed = {digest for pack in packs.values() for digest in pack.digests}
         loose = dict(self._loose(packed))
-        if not packs and not loose:
-            raise StoreError(
-                f"nothing of {self._variant.name} is built",
-                where=str(self._store.root),
-                expected=f"`carnice build {self._variant.name}` before it is pushed",
-            )
         outputs = {action.identity: self._outputs(action) for action in self._actions}
+        blobs = dict(self._blobs(outputs, packed))
+        if not packs and not loose and not blobs:
+            return None
         known = {digest for _, digests in outputs.values() for digest in digests}
         sources = list(self._sources())
         return Body(
@@ -68,7 +74,7 @@ class _Holding:
             actions={key: list(digests) for key, digests in outputs.values() if digests},
             figures=dict(self._figures(known)),
             packs=packs,
-            blobs=loose | dict(self._blobs(outputs, packed)),
+            blobs=loose | blobs,
             sources=dict(self._travelling(sources)),
             samples={
                 sample_digest(source): digest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -51,13 +51,16 @@ def execute(
     executor: Executor,
     runner: Runner,
     listen: Listener,
+    only: Container[str] | None = None,
 ) -> Outcome:
     """Make every pack that `variants` need and the store lacks, by the survey `status`.
+
+    With `only`, do the jobs on what these identities name, and finish no pack that lacks others.
 
     Raises PlanError when the disk is too small, BuildError when it fills up meanwhile.
     """
     with io_errors_named(store.root):
-        return _Run(variants, actions, store, executor, runner, listen).execute(status)
+        return _Run(variants, actions, store, executor, runner, listen, only).execute(status)
 
 
 class _Run:
@@ -69,7 +72,9 @@ class _Run:
         executor: Executor,
         runner: Runner,
         listen: Listener,
+        only: Container[str] | None,
     ) -> None:
+        self._only = only
         self._variants = variants
         self._actions = actions
         self._store = store
@@ -126,7 +131,8 @@ class _Run:
     def _check_disk(self, status: BuildStatus) -> None:
         held = sum(pack.allocated_bytes() for pack in self._packs.values())
         scratch = status.scratch_bytes(self._actions, self._executor.width)
-        needed = status.bytes_to_write + scratch - held
+        # What becomes of the holes in a pack is not known: a part leaves them.
+        needed = status.bytes_to_write + scratch - held if self._only is None else scratch
         free = self._store.free_bytes()
         if needed > free:
             raise PlanError(
@@ -135,12 +141,12 @@ class _Run:
             )
 
     def _work(self, status: BuildStatus) -> None:
-        placements = plan_placements(status)
-        jobs = plan_jobs(status, self._actions)
+        placements = plan_placements(status) if self._only is None else []
+        jobs = plan_jobs(status, self._actions, self._only)
         self._listen(
             Started(
                 read_bytes=sum(job.read_bytes for job in jobs),
-                write_bytes=status.bytes_to_write,
+                write_bytes=self._bytes_to_write(status, jobs),
                 actions=sum(len(job.actions) for job in jobs),
                 packs=len(status.pending),
                 steps=sum(job.steps for job in jobs),
@@ -164,7 +170,12 @@ class _Run:
             )
             ledger = _Ledger(status.pending, self._finish_in(finisher))
             self._run_all(bench, placements, jobs, transients, ledger, finisher)
-        self._outcome.packs.update(ledger.results())
+        self._outcome.packs.update(ledger.results(partial=self._only is not None))
+
+    def _bytes_to_write(self, status: BuildStatus, jobs: Sequence[Job]) -> int:
+        if self._only is None:
+            return status.bytes_to_write
+        return sum(job.sink_bytes for job in jobs)
 
     def _run_all(
         self,
@@ -257,8 +268,11 @@ class _Ledger:
                 digests = [filled[slot.offset] for slot in layout.slots]
                 self._finished[sink.layout] = self._finish(layout, digests)
 
-    def results(self) -> dict[str, str]:
-        """The pack of each layout; waits for those still being made durable."""
+    def results(self, *, partial: bool) -> dict[str, str]:
+        """The pack of each layout, or of each that is full if that may be a part of them.
+
+        Waits for those still being made durable.
+        """
         missing = set(self._layouts) - set(self._finished)
-        assert not missing, f"places stayed empty in {missing}"
+        assert partial or not missing, f"places stayed empty in {missing}"
         return {layout: future.result() for layout, future in self._finished.items()}

@@ -1,0 +1,128 @@
+"""A build in parts: machines that each do some of it, and one that puts it together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+from calibrating import QUICK
+from conftest import Finished, Project
+from remotes import Team
+
+from carnice_build.commands.parts import PartResult, build_part, part_of
+from carnice_build.commands.plan import Plan, plan_variants
+from carnice_build.errors import CarniceError
+from carnice_build.execute.parts import Part, members_of
+from carnice_build.graph import ProcessOp
+from carnice_build.tensors import SourceTensor
+
+pytest_plugins = ["remotes", "calibrating"]
+
+VARIANTS = ("mlx-4bit", "mlx-6bit")
+
+
+def do(team: Team, number: int, count: int, *variants: str) -> PartResult:
+    """A part, on a machine of its own."""
+    options = team.options(f"part-{number}", push=True)
+    return build_part(variants or VARIANTS, Part(number, count), options)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_parts_are_all_of_the_work_and_none_of_it_twice(team: Team, count: int) -> None:
+    """What the parts ran adds up to what one machine runs, and theirs is the same folder."""
+    alone = team.build("alone", *VARIANTS, remote="")
+    parts = [do(team, number, count) for number in range(1, count + 1)]
+    built = team.build("whole", *VARIANTS)
+
+    assert alone.result.actions_run == sum(part.actions_run for part in parts)
+    assert alone.result.read_bytes == sum(part.read_bytes for part in parts)
+    assert alone.result.actions_run == sum(part.actions for part in parts)
+    assert 0 == built.result.actions_run
+    assert team.output("alone") == team.output("whole")
+
+
+def test_parts_are_of_like_sizes(team: Team) -> None:
+    """No part reads more than the even share and the largest tensor."""
+    plan = plan_variants(VARIANTS, team.options("one"))
+    sizes = [source.stored_bytes for source in _sources(plan)]
+    parts = [do(team, number, 3) for number in (1, 2, 3)]
+
+    assert max(part.read_bytes for part in parts) <= sum(sizes) / 3 + max(sizes)
+
+
+def _sources(plan: Plan) -> Iterable[SourceTensor]:
+    refs = [ref for action in plan.graph for ref in action.inputs]
+    refs += [slot.tensor.ref for item in plan.variants for p in item.packs for slot in p.slots]
+    found = {ref.identity: ref.origin for ref in refs if isinstance(ref.origin, SourceTensor)}
+    return found.values()
+
+
+def test_a_missing_part_is_built_at_the_end(team: Team) -> None:
+    """Its actions and no others."""
+    alone = team.build("alone", *VARIANTS, remote="")
+    first = do(team, 1, 2)
+    built = team.build("whole", *VARIANTS)
+
+    assert 0 < first.actions_run < alone.result.actions_run
+    assert alone.result.actions_run - first.actions_run == built.result.actions_run
+    assert team.output("alone") == team.output("whole")
+
+
+def test_a_part_makes_no_folder(team: Team) -> None:
+    """Which would be half of one."""
+    do(team, 1, 2)
+
+    assert not (team.project.root / "part-1" / "build").exists()
+
+
+def test_a_part_that_was_done_is_not_done_again(team: Team) -> None:
+    """Nothing is computed, and nothing pushed."""
+    do(team, 1, 2)
+    again = do(team, 1, 2)
+
+    assert (0, 0) == (again.actions_run, again.pushed_bytes)
+
+
+def test_more_parts_than_work(team: Team) -> None:
+    """Those that get nothing do nothing, and say so."""
+    parts = [do(team, number, 200, "mlx-4bit") for number in (1, 200)]
+
+    assert [True, False] == [part.actions > 0 for part in parts]
+
+
+def test_a_chain_of_a_calibration_is_one_machines(small: Project) -> None:
+    """What it takes from layer to layer is too large to travel; what it finds is not."""
+    plan = plan_variants(["nvfp4-text-mtp"], small.options(overrides=QUICK))
+    shares = [members_of(Part(number, 3), plan.variants, plan.graph) for number in (1, 2, 3)]
+    chain = {
+        action.identity
+        for action in plan.graph
+        if isinstance(action.op, ProcessOp) and action.op.transient
+    }
+    actions = {action.identity for action in plan.graph}
+
+    assert 1 == sum(bool(chain & share) for share in shares)
+    assert actions <= frozenset().union(*shares)
+    assert sum(map(len, shares)) == len(frozenset().union(*shares))
+
+
+@pytest.mark.parametrize("given", ["", "1", "0/2", "3/2", "1/0", "a/b", "-1/2", "1/2/3"])
+def test_what_is_no_part_is_refused(given: str) -> None:
+    """With what it must look like."""
+    with pytest.raises(CarniceError, match="is no part") as caught:
+        part_of(given)
+
+    assert "I/N" in caught.value.expected
+
+
+def test_a_part_is_for_others(
+    team: Team, carnice: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --push nobody would have it, and without a remote nobody could."""
+    monkeypatch.chdir(team.project.root)
+    alone = carnice("build", "mlx-4bit", "--part", "1/2", "--push")
+    kept = carnice("build", "mlx-4bit", "--part", "1/2", "--remote", team.url)
+
+    assert (2, 2) == (alone.code, kept.code)
+    assert "--remote URL" in alone.err
+    assert "--push with it" in kept.err
