@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tiny import bf16, tiny_config
 
 from carnice_build.calibration.beside import Beside, passed_specs, told
+from carnice_build.calibration.parts import Combine, CombineExperts, Cut
 from carnice_build.calibration.passes import Embed, Forward, ForwardExperts
 from carnice_build.calibration.tokens import LongestFirst, Tokens
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
@@ -115,6 +116,17 @@ _TOKENS = np.array([[3, 4, 5, -1, -1, -1, -1, -1], [6, 7, 8, 9, 3, 4, 5, -1]], n
 
 def _tokens() -> TensorData:
     return TensorData("I32", _TOKENS.copy())
+
+
+def _counts(dtype: str, shape: tuple[int, ...]) -> list[TensorData]:
+    """Whole numbers, each another one."""
+    values = np.arange(np.prod(shape), dtype=NUMPY_NAME[dtype])
+    return [TensorData(dtype, values.reshape(shape))]
+
+
+def _magnitudes(parts: int) -> list[TensorData]:
+    """The largest inputs of five linears, over each of some parts."""
+    return [data("F32", np.abs(item.array)) for item in drawn(*[("F32", (5,))] * parts)()]
 
 
 def _file(content: str) -> TensorData:
@@ -303,6 +315,7 @@ _SEARCH = {
 }
 _PASSING = ("names", "layer", "config", "threads", "processor")
 _WORKSPACE = frozenset({"workspace", "transient"})
+_FORWARD = frozenset({*_WORKSPACE, "first"})
 # What is `shared` stands in the name, and what is row-wise follows from it.
 _STACKED = frozenset({"op", "name", "version", "libraries", "figures", "shared", "rowwise"})
 
@@ -371,6 +384,13 @@ OPS: Sequence[OpSample] = [
         bounded=True,
     ),
     OpSample(LongestFirst(), {"processor": "x86_64 avx2"}, lambda: [_tokens()]),
+    OpSample(Cut(), {"sizes": [2, 1]}, lambda: _counts("I32", (3, LENGTH))),
+    OpSample(Combine(), {}, lambda: _magnitudes(3)),
+    OpSample(
+        CombineExperts(),
+        {},
+        lambda: [item for amax in _magnitudes(2) for item in (amax, *_counts("I64", (4,)))],
+    ),
     OpSample(
         Embed(),
         {"dtype": "F32"},
@@ -380,20 +400,20 @@ OPS: Sequence[OpSample] = [
         Forward(workspace=1 << 20),
         {**_layer().params, "linears": list(_layer().linears)},
         _layer().inputs(1),
-        _WORKSPACE,
+        _FORWARD,
     ),
     OpSample(
         ForwardExperts(workspace=1 << 20),
         {**_experts_layer().params, "linears": list(_experts_layer().linears)},
         _experts_layer().inputs(1),
-        _WORKSPACE,
+        _FORWARD,
     ),
     *(
         OpSample(
             Forward(workspace=1 << 20, transient=frozenset({0} if number else {0, 2, 3})),
             {**_passing_layer(number).params, "linears": list(_passing_layer(number).linears)},
             _passing_layer(number).inputs(1),
-            _WORKSPACE,
+            _FORWARD,
         )
         for number in range(2)
     ),
@@ -408,7 +428,7 @@ OPS: Sequence[OpSample] = [
             "config": _GEMMA,
         },
         lambda: [_tokens(), *drawn(*(("BF16", fact.shape) for fact in _OUTSIDE))()],
-        frozenset({"transient"}),
+        frozenset({"transient", "first"}),
     ),
     OpSample(
         Smooth(workspace=1 << 20, transient=frozenset({0, 2, 3})),

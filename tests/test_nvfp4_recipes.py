@@ -248,16 +248,16 @@ RECIPES = {
     ),
     "no samples": (
         "quantize: {format: nvfp4}\ncalibration: {dataset: demo/calibration.jsonl, samples: 0}",
-        ("recipes/bad.yaml:4:", "calibration.samples is 0; expected at least 1"),
+        ("recipes/bad.yaml:5:", "calibration.samples is 0; expected at least 1"),
     ),
     "no samples for a profile": (
         "quantize: {format: nvfp4}\n"
         "calibration: {dataset: demo/calibration.jsonl, samples: {demo: 0}}",
-        ("recipes/bad.yaml:4:", "calibration.samples is 0; expected at least 1"),
+        ("recipes/bad.yaml:5:", "calibration.samples is 0; expected at least 1"),
     ),
     "samples of one token": (
         "quantize: {format: nvfp4}\ncalibration: {dataset: demo/calibration.jsonl, length: 1}",
-        ("recipes/bad.yaml:4:", "calibration.length is 1; expected at least 2"),
+        ("recipes/bad.yaml:5:", "calibration.length is 1; expected at least 2"),
     ),
     "a dtype that no layer runs in": (
         "quantize: {format: nvfp4}\ncalibration: {dataset: demo/calibration.jsonl, dtype: float8}",

@@ -269,16 +269,12 @@ def test_what_an_action_made_is_known_when_its_bytes_are_gone(tmp_path: Path) ->
     store.records.set_outputs("key", digests)
     outputs = store.lookup("key", specs)
     assert outputs is not None
-    assert outputs.locate_all() == [
-        (digest, store.locate(digest, spec.nbytes))
-        for digest, spec in zip(digests, specs, strict=True)
-    ]
+    assert outputs.locate(1) == store.locate(digests[1], 6)
     store.drop_blob(digests[1])
 
     assert tuple(digests) == outputs.digests
     assert store.locate(digests[0], 5) == outputs.locate(0)
     assert outputs.locate(1) is None
-    assert outputs.locate_all() is None
 
 
 def test_an_action_that_never_ran_has_no_outputs(tmp_path: Path) -> None:

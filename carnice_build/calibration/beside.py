@@ -48,6 +48,7 @@ class Beside(ProcessOp):
     `linears`, the modules in amax; `given`, each the number of a layer and what it is given
     (`told`); `config` of the text model, and `dtype`, `attention`, `threads`, `device` and
     `processor` of the arithmetic.
+    `first` is what number the first of these samples has among all; it changes no result.
     """
 
     name = "calibration.beside"
@@ -55,6 +56,7 @@ class Beside(ProcessOp):
     libraries = LAYER_LIBRARIES
 
     transient: frozenset[int] = frozenset({0})
+    first: int = 0
 
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
@@ -88,4 +90,5 @@ class Beside(ProcessOp):
         """
         from carnice_build.calibration.beside_files import make_of_tokens
 
-        make_of_tokens(params, samples(inputs[0]), inputs[1:], outputs, progress)
+        tokens = samples(inputs[0])
+        make_of_tokens(params, tokens, inputs[1:], outputs, progress, self.first)

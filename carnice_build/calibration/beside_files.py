@@ -102,6 +102,7 @@ def make_of_tokens(
     tensors: Sequence[TensorFile],
     outputs: Sequence[TensorFile],
     progress: Callable[[], None],
+    first: int,
 ) -> None:
     """Write what layers are given of the tokens of each sample; see `beside.Beside`.
 
@@ -126,7 +127,7 @@ def make_of_tokens(
             try:
                 given = beginning.given(rows, wanted)
             except NonFiniteInput as error:
-                raise error.by_sample(index) from None
+                raise error.by_sample(first + index) from None
             for file, tensor in zip(files, given, strict=True):
                 assert tensor.shape[1:].numel() == len(tokens) * file.spec.shape[-1]
                 file.write_row(index, as_data(tensor[0]).array)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from carnice_build.calibration.parts import Combine, CombineExperts
 from carnice_build.calibration.passes import (
     Forward,
     ForwardExperts,
     linear_counts,
     made_specs,
 )
-from carnice_build.calibration.plan import Calibration, LayerPart
-from carnice_build.graph import ProcessOp, TensorRef
+from carnice_build.calibration.plan import Calibration, LayerPart, Samples
+from carnice_build.graph import ActionGraph, ProcessOp, TensorRef
 from carnice_build.models.base import Passed
 from carnice_build.tensors import STACK
 
@@ -20,10 +22,11 @@ from carnice_build.tensors import STACK
 class Chain:
     """Actions on layer after layer, each of which is given what those before it made."""
 
-    def __init__(self, calibration: Calibration) -> None:
-        """Begin with rows of the embedding."""
-        self._calibration = calibration
-        self._hidden = calibration.start
+    def __init__(self, graph: ActionGraph, samples: Samples) -> None:
+        """Begin with the rows of the embedding for `samples`."""
+        self._graph = graph
+        self._samples = samples
+        self._hidden = samples.start
         self._made: dict[tuple[int, str, str | None], Sequence[TensorRef]] = {}
 
     def add(
@@ -34,15 +37,14 @@ class Chain:
         `kind` takes `workspace` and `transient`.
         Its inputs are those of `Forward`, its outputs begin and end as those do.
         """
-        calibration = self._calibration
         given = (ref for item in layer.given for ref in self._given(layer.params["layer"], item))
-        inputs = calibration.tokens, self._hidden, *layer.weights, *given
+        inputs = self._samples.tokens, self._hidden, *layer.weights, *given
         params |= layer.params
         specs = [ref.spec for ref in inputs]
         count = len(kind(layer.workspace, frozenset()).infer(params, specs))
         end = count - len(made_specs(params, specs))
         op = kind(layer.workspace, frozenset({0, *range(end, count)}))
-        outputs = calibration.graph.add(op, params, *inputs)
+        outputs = self._graph.add(op, params, *inputs)
         self._hidden, made = outputs[0], iter(outputs[end:])
         for item in layer.made:
             key = layer.params["layer"], item.argument, item.key
@@ -51,8 +53,14 @@ class Chain:
 
     def _given(self, layer: int, item: Passed) -> Sequence[TensorRef]:
         if item.maker is None:
-            return [self._calibration.of_tokens[layer, item.argument]]
+            return [self._samples.of_tokens[layer, item.argument]]
         return self._made[item.maker, item.argument, item.key]
+
+
+_COMBINED: Mapping[type[Forward], type[Combine]] = {
+    Forward: Combine,
+    ForwardExperts: CombineExperts,
+}
 
 
 class Activations:
@@ -60,7 +68,7 @@ class Activations:
 
     def __init__(self, calibration: Calibration) -> None:
         self._calibration = calibration
-        self._chain = Chain(calibration)
+        self._parts = [(part, Chain(calibration.graph, part)) for part in calibration.parts]
         self._amax: list[tuple[TensorRef, tuple[str, ...]]] = []
         self.experts: dict[int, TensorRef] = {}
         """How many tokens each expert was sent, I64 [experts], in those layers that have experts.
@@ -71,7 +79,10 @@ class Activations:
     @property
     def outside(self) -> tuple[TensorRef | None, tuple[str, ...]]:
         """As `amax`, of the linears before all layers; None without any."""
-        return self._calibration.outside
+        found = [part.outside for part in self._calibration.parts]
+        amax = [ref for ref in found if ref is not None]
+        linears = self._calibration.outside_linears
+        return (self._combined(amax, Combine())[0] if amax else None), linears
 
     def amax(self, layer: int) -> tuple[TensorRef, tuple[str, ...]]:
         """The largest inputs of a layer's linears, F32 [linears], and the linears' module paths.
@@ -86,7 +97,12 @@ class Activations:
         layer = self._calibration.layer(number)
         linears = list(layer.linears)
         op = ForwardExperts if any(STACK in name for name in linears) else Forward
-        amax, *experts = self._chain.add(op, layer, linears=linears)
+        found = [
+            ref
+            for part, chain in self._parts
+            for ref in chain.add(partial(op, first=part.first), layer, linears=linears)
+        ]
+        amax, *experts = self._combined(found, _COMBINED[op]())
         params = {"names": layer.names, "linears": linears}
         counts = linear_counts(params, [ref.spec for ref in layer.weights])
         modules = (
@@ -97,3 +113,9 @@ class Activations:
         self._amax.append((amax, tuple(modules)))
         if experts:
             (self.experts[number],) = experts
+
+    def _combined(self, found: Sequence[TensorRef], op: Combine) -> Sequence[TensorRef]:
+        """What the parts found, one after the other, as one chain would find it."""
+        if len(self._parts) == 1:
+            return found
+        return self._calibration.graph.add(op, {}, *found)

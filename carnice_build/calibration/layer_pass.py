@@ -25,10 +25,12 @@ def run_layer(
     given: Sequence[TensorFile],
     out: Sequence[TensorFile],
     progress: Callable[[], None],
+    first: int,
 ) -> Seen:
     """Run each sample's hidden states through the layer; see `Forward` for `params`.
 
     What comes out goes to `out`: hidden states, and what the layer makes for others.
+    `first` is what number the first of `samples` has among all.
     Raises CheckpointError when one is NaN or infinity, or when transformers refuses the config;
     BackendError when torch has no such device.
     """
@@ -39,7 +41,7 @@ def run_layer(
             try:
                 result = driver.run(layer, state, beside.given(index))
             except NonFiniteInput as error:
-                raise error.by_sample(index, layer_name(params, weights)) from None
+                raise error.by_sample(first + index, layer_name(params, weights)) from None
             out[0].write_row(index, as_data(result[0]).array)
             beside.put(index)
             progress()

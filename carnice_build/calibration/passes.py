@@ -73,7 +73,8 @@ class Embed(ProcessOp):
 class Forward(ProcessOp):
     """One decoder layer over every sample, as transformers computes it.
 
-    `workspace` are the bytes that one sample needs inside the layer; it changes no result.
+    `workspace` are the bytes that one sample needs inside the layer, `first` is what number the
+    first of these samples has among all; neither changes a result.
 
     Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors; then what it is
     given beside them (`beside.passed_specs`).
@@ -98,6 +99,7 @@ class Forward(ProcessOp):
 
     workspace: int = 0
     transient: frozenset[int] = frozenset({0})
+    first: int = 0
 
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
@@ -140,6 +142,7 @@ class Forward(ProcessOp):
             given,
             (outputs[0], *outputs[made:]),
             progress,
+            self.first,
         )
         counts = linear_counts(params, [file.spec for file in weights])
         linears = map(numbered, params["linears"], counts)

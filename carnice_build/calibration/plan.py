@@ -1,4 +1,4 @@
-"""The plan of a calibration: its samples, and the layers to run them through.
+"""The plan of a calibration: its samples, in parts, and the layers to run them through.
 
 What is done to a layer, and which actions follow from it, is for who asks for the layers:
 `chain`, and formats with a step of their own.
@@ -6,12 +6,13 @@ What is done to a layer, and which actions follow from it, is for who asks for t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from carnice_build.calibration.beside import Beside, told
+from carnice_build.calibration.parts import Cut, shares
 from carnice_build.calibration.passes import Embed
 from carnice_build.calibration.source import CalibrationSource
 from carnice_build.calibration.tokens import LongestFirst, Tokens
@@ -56,10 +57,28 @@ class LayerPart:
     workspace: int
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Samples that pass through the layers together, in one chain of actions.
+
+    `first` is what number the first of them has among all.
+    `tokens` is I32 [samples, length], `start` the hidden states [samples, length, hidden].
+    `of_tokens` is what layers are given that is made of tokens, by their numbers and what it is
+    called; `outside` are the largest inputs of linears before the layers, F32 [linears], None
+    without any.
+    """
+
+    first: int
+    tokens: TensorRef
+    start: TensorRef
+    of_tokens: Mapping[tuple[int, str], TensorRef]
+    outside: TensorRef | None
+
+
 class Calibration:
     """The samples of a calibration, before the first layer, and the layers to run them through.
 
-    `tokens` is I32 [samples, length], `start` the hidden states [samples, length, hidden].
+    `parts` are what the samples are cut into, in their order.
     """
 
     def __init__(self, view: View, source: CalibrationSource, order: Order = "given") -> None:
@@ -80,11 +99,26 @@ class Calibration:
         self.graph = source.graph
         layers = range(self._architecture.num_layers)
         self._passed = [tuple(self._architecture.passed(layer)) for layer in layers]
-        self.tokens = self._tokens()
+        tokens = self._tokens()
         if (self._spec.order or order) == "longest":
             params = {"processor": vector_instructions()}
-            (self.tokens,) = self.graph.add(LongestFirst(), params, self.tokens)
-        self.start = self._embed()
+            (tokens,) = self.graph.add(LongestFirst(), params, tokens)
+        self._length = tokens.spec.shape[1]
+        self.outside_linears = self._outside_linears()
+        self.parts = [self._part(first, cut) for first, cut in self._cut(tokens)]
+
+    def whole(self, what: str) -> Samples:
+        """All samples, for `what`, which no parts can be put together to.
+
+        PlanError where the recipe cuts them.
+        """
+        if len(self.parts) > 1:
+            raise PlanError(
+                f"{what} takes all samples together, and calibration.parts is {len(self.parts)}",
+                where=self._source.where("parts"),
+                expected="1",
+            )
+        return self.parts[0]
 
     def layer(self, layer: int) -> LayerPart:
         """Decoder layer number `layer`."""
@@ -116,45 +150,59 @@ class Calibration:
             self._workspace(architecture.layer_kind(layer)),
         )
 
-    @property
-    def of_tokens(self) -> Mapping[tuple[int, str], TensorRef]:
-        """What layers are given that is made of tokens, by their numbers and what it is called."""
-        return self._before_layers[0]
+    def _cut(self, tokens: TensorRef) -> Iterator[tuple[int, TensorRef]]:
+        """The tokens of each part, and what number its first sample has."""
+        samples, count = tokens.spec.shape[0], self._count("parts", self._spec.parts, 1)
+        if count > samples:
+            raise self._refused("parts", count, f"at most {samples}, the number of samples")
+        if count == 1:
+            yield 0, tokens
+            return
+        sizes = shares(samples, count)
+        cuts = self.graph.add(Cut(), {"sizes": sizes}, tokens)
+        yield from zip(accumulate(sizes[:-1], initial=0), cuts, strict=True)
 
-    @property
-    def outside(self) -> tuple[TensorRef | None, tuple[str, ...]]:
-        """The largest inputs of linears before the layers, F32 [linears], and their module paths.
+    def _part(self, first: int, tokens: TensorRef) -> Samples:
+        of_tokens, outside = self._before_layers(first, tokens)
+        return Samples(first, tokens, self._embed(tokens), of_tokens, outside)
 
-        None without any.
-        """
-        return self._before_layers[1:]
-
-    @cached_property
     def _before_layers(
-        self,
-    ) -> tuple[Mapping[tuple[int, str], TensorRef], TensorRef | None, tuple[str, ...]]:
-        given = {
+        self, first: int, tokens: TensorRef
+    ) -> tuple[Mapping[tuple[int, str], TensorRef], TensorRef | None]:
+        """What layers are given that is made of these tokens, and amax of what stands before."""
+        given = self._given_of_tokens()
+        if not given:
+            return {}, None
+        facts = self._facts_before()
+        params = {
+            "names": [fact.name for fact in facts],
+            "tables": [fact.name for fact in facts if fact.role is Role.EMBEDDING],
+            "linears": list(self.outside_linears),
+            "given": [[layer, told(item)] for (layer, _), item in given.items()],
+            **self._arithmetic(),
+        }
+        op = Beside(frozenset(range(len(given))), first)
+        tensors = (self._view[fact.name] for fact in facts)
+        *made, amax = self.graph.add(op, params, tokens, *tensors)
+        return dict(zip(given, made, strict=True)), amax
+
+    def _given_of_tokens(self) -> Mapping[tuple[int, str], Passed]:
+        return {
             (layer, item.argument): item
             for layer, passed in enumerate(self._passed)
             for item in passed
             if item.maker is None
         }
-        if not given:
-            return {}, None, ()
+
+    def _facts_before(self) -> list[TensorFact]:
         parts = (Part.EMBED, Part.BODY)
-        facts = [f for f in self._architecture.tensors.values() if f.part in parts]
-        linears = tuple(fact.module for fact in facts if fact.role is Role.LINEAR)
-        params = {
-            "names": [fact.name for fact in facts],
-            "tables": [fact.name for fact in facts if fact.role is Role.EMBEDDING],
-            "linears": list(linears),
-            "given": [[layer, told(item)] for (layer, _), item in given.items()],
-            **self._arithmetic(),
-        }
-        op = Beside(frozenset(range(len(given))))
-        tensors = (self._view[fact.name] for fact in facts)
-        *made, amax = self.graph.add(op, params, self.tokens, *tensors)
-        return dict(zip(given, made, strict=True)), amax, linears
+        return [fact for fact in self._architecture.tensors.values() if fact.part in parts]
+
+    def _outside_linears(self) -> tuple[str, ...]:
+        """Module paths of linears before the layers, whose inputs `Samples.outside` tells of."""
+        if not self._given_of_tokens():
+            return ()
+        return tuple(fact.module for fact in self._facts_before() if fact.role is Role.LINEAR)
 
     def _made_by(self, layer: int) -> tuple[Passed, ...]:
         """What a layer makes for those behind it, each once."""
@@ -178,18 +226,18 @@ class Calibration:
         }
 
     def _workspace(self, kind: str) -> int:
-        length, spec, architecture = self.start.spec.shape[1], self._spec, self._architecture
+        length, spec, architecture = self._length, self._spec, self._architecture
         token = architecture.token_bytes(kind, ITEM_SIZE[FLOAT_NAMES[spec.dtype]])
         if spec.attention == EAGER:
             # The scores, their softmax in float32, and both once more on the way.
             token += 12 * architecture.attention_heads(kind) * length
         return length * token
 
-    def _embed(self) -> TensorRef:
+    def _embed(self, tokens: TensorRef) -> TensorRef:
         facts = self._architecture.tensors.values()
         table = next(fact for fact in facts if fact.part is Part.EMBED)
         params = {"dtype": FLOAT_NAMES[self._spec.dtype]}
-        (hidden,) = self.graph.add(Embed(), params, self.tokens, self._view[table.name])
+        (hidden,) = self.graph.add(Embed(), params, tokens, self._view[table.name])
         return hidden
 
     def _tokens(self) -> TensorRef:
@@ -224,13 +272,18 @@ class Calibration:
         if found is None:
             raise PlanError(
                 f"calibration.{name} says nothing for this checkpoint",
+                where=self._source.where(name),
                 expected=f"an entry for profile {profile}, or `default`"
                 if profile
                 else "`default`",
             )
         if found < least:
-            raise PlanError(f"calibration.{name} is {found}", expected=f"at least {least}")
+            raise self._refused(name, found, f"at least {least}")
         return found
+
+    def _refused(self, name: str, count: int, expected: str) -> PlanError:
+        where = self._source.where(name)
+        return PlanError(f"calibration.{name} is {count}", where=where, expected=expected)
 
 
 def _tokenizer(body: Checkpoint) -> TensorRef:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from carnice_build.checkpoint.checkpoint import Checkpoint
@@ -16,7 +16,8 @@ from carnice_build.recipe.schema import CalibrationSpec
 class CalibrationSource:
     """A recipe's calibration, with its dataset found and the small files as they are packaged.
 
-    Its actions go into `graph`; `profile` is that of the body.
+    Its actions go into `graph`; `profile` is that of the body; `where` says of an entry of the
+    section where it stands.
     """
 
     spec: CalibrationSpec
@@ -26,3 +27,4 @@ class CalibrationSource:
     architecture: Architecture
     graph: ActionGraph
     profile: str | None
+    where: Callable[[str], str]

@@ -170,7 +170,7 @@ class ArrayJob:
             digests = [self._bench.digest_of(ref) for ref in action.inputs]
             # Equal tensors of several sources meet here: one is computed, the others find it.
             with self._bench.lock(action.key(digests)):
-                found = self._bench.find(action, digests)
+                found = self._bench.find(self._job, action, digests)
                 if found is not None:
                     self._bench.take(self._job, action, found, self._result)
                     continue
@@ -253,7 +253,7 @@ class ArrayJob:
         for action in actions:
             known = [digests[ref.identity] for ref in action.inputs if ref.identity in digests]
             complete = len(known) == len(action.inputs)
-            outputs = self._bench.find(action, known) if complete else None
+            outputs = self._bench.find(self._job, action, known) if complete else None
             if outputs is not None:
                 found[action.identity] = (action, outputs)
         return found

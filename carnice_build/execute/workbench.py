@@ -15,8 +15,8 @@ from carnice_build.graph import Action, TensorRef
 from carnice_build.store.packs import Location, PartialPack
 from carnice_build.store.store import Store
 
-Found = Sequence[tuple[str, Location]]
-"""Digest and place of each output of an action that need not run."""
+Found = Sequence[tuple[str, Location | None]]
+"""Digest and place of each output of an action that need not run; None where nobody wants it."""
 
 
 @dataclass
@@ -58,10 +58,22 @@ class Workbench:
         """Digest of a tensor that was read or made before."""
         return self.digests[ref.identity]
 
-    def find(self, action: Action, digests: Sequence[str]) -> Found | None:
-        """The outputs of an action on inputs of this content, if the store has them all."""
+    def find(self, job: Job, action: Action, digests: Sequence[str]) -> Found | None:
+        """The outputs of an action on inputs of this content, if the store has all it is to give.
+
+        Of figures that nobody reads no bytes are kept, and none are asked for.
+        """
         outputs = self.store.lookup(action.key(digests), action.outputs)
-        return outputs.locate_all() if outputs else None
+        if outputs is None:
+            return None
+        found: list[tuple[str, Location | None]] = []
+        for index, digest in enumerate(outputs.digests):
+            wanted = job.keeps(action, index) or job.sinks_of(action, index)
+            location = outputs.locate(index) if wanted else None
+            if wanted and location is None:
+                return None
+            found.append((digest, location))
+        return found
 
     def copy(
         self, location: Location, sink: Sink, count: int, digest: str, result: JobResult
@@ -87,6 +99,7 @@ class Workbench:
         for index, (digest, location) in enumerate(found):
             self.digests[f"{action.identity}|{index}"] = digest
             for sink in job.sinks_of(action, index):
+                assert location is not None
                 self.copy(location, sink, action.outputs[index].nbytes, digest, result)
 
     def fill(self, sinks: Sequence[Sink], spec: TensorSpec, digest: str, result: JobResult) -> None:

@@ -177,6 +177,7 @@ def plan_variant(
             architecture,
             graph,
             body.profile,
+            lambda entry: recipe.where("calibration", entry),
         )
         context = replace(context, calibration=source)
     with _located(recipe, "quantize"), failures_blamed(recipe.quantize):

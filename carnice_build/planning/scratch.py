@@ -53,13 +53,18 @@ def scratch_bytes(actions: Iterable[Action], width: int) -> int:
 
     That are transient tensors until their last reader is done, and what at most `width` processes
     have for themselves: copies of sources, and outputs before these are where they belong.
+    Of chains beside each other at most `width` are in a layer at once, each with what it reads and
+    what it makes.
     """
     order = list(actions)
     depth = depths(order)
     order.sort(key=lambda action: depth[action.identity])
+    ends_at = {depth[action.identity]: index for index, action in enumerate(order)}
     last: dict[str, int] = {}
     for index, action in enumerate(order):
-        last |= {ref.identity: index for ref in transient_inputs(action)}
+        # While it reads, others of its depth may have begun.
+        until = min(index + width - 1, ends_at[depth[action.identity]])
+        last |= {ref.identity: until for ref in transient_inputs(action)}
     ends: dict[int, int] = {}
     held = 0
     holding: dict[int, int] = {}

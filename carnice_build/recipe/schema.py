@@ -147,6 +147,11 @@ class CalibrationSpec(Strict):
     revision: str = Field("main", description="Branch, tag or commit of a dataset on the hub.")
     samples: ByProfile = Field(20, description="How many rows of the dataset, the first ones.")
     length: ByProfile = Field(8192, description="Most tokens of a sample; longer ones are cut.")
+    parts: ByProfile = Field(
+        1,
+        description="How many chains of passes the samples are cut into, which run side by side; "
+        "more than one where the format needs no more than maxima.",
+    )
     joined: bool = Field(
         False, description="Join the rows, and cut them into samples of exactly `length` tokens."
     )

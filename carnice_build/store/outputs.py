@@ -24,13 +24,3 @@ class Outputs:
     def locate(self, index: int) -> Location | None:
         """Where the bytes of output number `index` are; None when they are gone."""
         return self.find(self.digests[index], self.specs[index].nbytes)
-
-    def locate_all(self) -> list[tuple[str, Location]] | None:
-        """Digest and place of each output; None when the bytes of any are gone."""
-        found = []
-        for index, digest in enumerate(self.digests):
-            location = self.locate(index)
-            if location is None:
-                return None
-            found.append((digest, location))
-        return found

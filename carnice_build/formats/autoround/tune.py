@@ -156,9 +156,10 @@ class Tuning:
         What is not to be quantized is none of the `linears` of a layer.
         """
         self._calibration = calibration
+        self._samples = samples = calibration.whole("method tune")
         self._settings = settings
         # Behind the last layer nobody asks.
-        self._hidden: Callable[[], Sequence[TensorRef]] = lambda: (calibration.start,) * 2
+        self._hidden: Callable[[], Sequence[TensorRef]] = lambda: (samples.start,) * 2
 
     def layer(
         self, number: int, linears: Container[str]
@@ -191,7 +192,7 @@ class Tuning:
             used += ["device", "gpus"]
         params = {**{name: layer.params[name] for name in used}, "linears": chosen}
         settings = self._settings
-        inputs = calibration.tokens, *self._hidden(), *layer.weights
+        inputs = self._samples.tokens, *self._hidden(), *layer.weights
         losses, *packed = calibration.graph.add(Tune(), {**params, "settings": settings}, *inputs)
         passing = {**params, **{name: settings[name] for name in ("batch_size", "amp")}}
         self._hidden = lambda: calibration.graph.add(Advance(), passing, *inputs, *packed)

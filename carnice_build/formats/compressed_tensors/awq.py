@@ -110,7 +110,7 @@ def search(
     """
     columns: dict[str, TensorRef] = {}
     rows: dict[str, TensorRef] = {}
-    chain = Chain(calibration)
+    chain = Chain(calibration.graph, calibration.whole("AWQ's search"))
     for number in range(architecture.num_layers):
         layer = calibration.layer(number)
         modules = {name.rpartition(".")[0] for name in layer.names}

@@ -1,0 +1,119 @@
+"""Ops of a calibration in parts: samples cut into some chains, and what these find, put together.
+
+tokens -> cut -> for each part: a chain of its own -> for each layer: combine(what the parts found)
+
+A sample passes through a layer alone, so the largest of the parts' maxima is that of all samples,
+bit for bit, and so is a sum of counts: what reads either has the key that it has without parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from carnice_build.dtypes import TensorSpec
+from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData
+
+
+def shares(samples: int, parts: int) -> list[int]:
+    """How many samples each part has; they differ by one at most, and the first have more."""
+    least, more = divmod(samples, parts)
+    return [least + (part < more) for part in range(parts)]
+
+
+class Cut(ArrayOp):
+    """The samples of each part, which are in the order of all.
+
+    Input: tokens I32 [samples, length].  Outputs: I32 [size, length] for each of `sizes`.
+    What a part is follows from its tokens alone, not from how many other parts there are.
+    """
+
+    name = "calibration.cut"
+    version = 1
+    libraries = ("numpy",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """One a part."""
+        (tokens,) = inputs
+        return tuple(
+            TensorSpec(tokens.dtype, (size, *tokens.shape[1:])) for size in params["sizes"]
+        )
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Copy whole rows."""
+        first = 0
+        for size, output in zip(params["sizes"], outputs, strict=True):
+            output.array[...] = inputs[0].array[first : first + size]
+            first += size
+
+
+class Combine(ArrayOp):
+    """The largest inputs of linears over all samples, from those over the samples of each part.
+
+    Inputs: for each part, what is kept of `Forward`: amax F32 [linears].
+    Output: amax F32 [linears].
+    """
+
+    name = "calibration.combine"
+    version = 1
+    libraries = ("numpy",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """As each part's."""
+        return (inputs[0],)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Fill the output; raises NonFiniteValue, and BadInput for what is no magnitude."""
+        self._combine_amax(range(len(inputs)), inputs, outputs[0])
+
+    def _combine_amax(
+        self, operands: Sequence[int], inputs: Sequence[TensorData], output: TensorData
+    ) -> None:
+        """Of inputs number `operands`."""
+        import numpy as np
+
+        from carnice_build.kernels.elementwise import non_finite_index
+
+        output.array[...] = 0
+        for operand in operands:
+            amax = inputs[operand]
+            bad_index = non_finite_index(amax.array, amax.dtype)
+            if bad_index >= 0:
+                raise NonFiniteValue(bad_index, operand)
+            # A zero with a sign is none either, and which of two zeros is larger nobody says.
+            if np.signbit(amax.array).any():
+                raise BadInput(operand, "was given a negative magnitude")
+            np.maximum(output.array, amax.array, out=output.array)
+
+
+class CombineExperts(Combine):
+    """`Combine` of a layer with stacks of experts.
+
+    Inputs: for each part, what is kept of `ForwardExperts`: amax F32 [linears], and how many tokens
+    each expert was sent, I64 [experts].
+    Outputs: amax F32 [linears], and the sums of the counts, I64 [experts].
+    """
+
+    name = "calibration.combine_experts"
+    figures = frozenset({1})
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """As each part's."""
+        return (inputs[0], inputs[1])
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Fill the outputs; raises NonFiniteValue, and BadInput for what is no magnitude."""
+        self._combine_amax(range(0, len(inputs), 2), inputs, outputs[0])
+        outputs[1].array[...] = sum(counts.array for counts in inputs[1::2])
