@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -107,6 +108,16 @@ def test_chains_side_by_side_say_how_long_each_is(tmp_path: Path) -> None:
     graph = folded(["nvfp4-text-mtp", "qwen-nvfp4-text-mtp"], options)
 
     assert "16 actions in chains of 8" == titled(graph, "calibration.forward bfloat16").label
+
+
+@pytest.mark.usefixtures("in_repository")
+def test_parts_of_the_samples_are_chains_side_by_side(tmp_path: Path) -> None:
+    """The layers of all parts are in one node, and so is what puts together what they find."""
+    options = replace(at_size("demo", tmp_path / "none"), overrides=("calibration.parts=2",))
+    graph = folded(["nvfp4-text-mtp"], options)
+
+    assert "16 actions in chains of 8" == titled(graph, "calibration.forward bfloat16").label
+    assert "8 actions" == titled(graph, "calibration.combine").label
 
 
 @pytest.mark.usefixtures("in_repository")

@@ -150,6 +150,16 @@ def test_layers_are_smoothed_as_when_they_follow_each_other_in_memory(passing: P
     assert [] == [name for name in found if not torch.equal(found[name], built[name])]
 
 
+def test_parts_are_given_their_own_and_find_the_same(passing: Project) -> None:
+    """Embeddings, shared keys and values, and linears before the layers: the tensors are equal."""
+    before = read_all_tensors(passing.out / "nvfp4")
+    options = passing.options(jobs=1, overrides=("calibration.parts=2",), out=passing.root / "two")
+    result = build_variants(["nvfp4"], options)
+
+    assert before == read_all_tensors(passing.root / "two" / "nvfp4")
+    assert 1 + 2 * (2 + 6) + (6 + 1) == result.actions_run
+
+
 @pytest.mark.parametrize("variant", QUANTIZE)
 def test_what_is_built_runs(passing: Project, carnice: Carnice, variant: str) -> None:
     """Checks of the files pass; in a process of its own the model generates and is measured."""

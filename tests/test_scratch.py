@@ -137,6 +137,21 @@ def test_layers_of_a_chain_are_never_beside_each_other(tmp_path: Path) -> None:
     assert 2 * SIZE + 1 + 64 == scratch_bytes(graph, 1) == scratch_bytes(graph, 8)
 
 
+def test_chains_beside_each_other_hold_what_they_read_and_make(tmp_path: Path) -> None:
+    """As many as may be in a layer at once; the others wait with what they will read."""
+    graph = ActionGraph()
+    for number in range(3):
+        weights = [fp8(tmp_path)] * 3
+        hidden = graph.add(Pass(), {"chain": number}, ref(weights[0]))[:1]
+        for weight in weights:
+            hidden = graph.add(Pass(), {}, ref(weight), *hidden)[:1]
+
+    copied = 1 + 64
+    held = {width: 3 * SIZE + width * (SIZE + copied) for width in (1, 2, 3)}
+    assert held == {width: scratch_bytes(graph, width) for width in held}
+    assert held[3] == scratch_bytes(graph, 8)
+
+
 def test_processes_beside_each_other_have_a_copy_each(tmp_path: Path) -> None:
     """As many as may run at once."""
     graph = ActionGraph()
