@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -21,11 +21,15 @@ from family_builds import write_texts
 from tiny import contents
 from zoo import write_zoo
 
-from carnice_build.calibration.parts import Combine, CombineExperts, shares
+from carnice_build.calibration.parts import Combine, CombineExperts, Cut, shares
 from carnice_build.calibration.passes import Forward
+from carnice_build.calibration.tokens import Tokens
 from carnice_build.commands.plan import plan_variants
+from carnice_build.execute import process_job
 from carnice_build.execute.processes import LocalRunner
 from carnice_build.graph import Action, BadInput, NonFiniteValue, TensorData
+from carnice_build.tensor_file import TensorFile
+from carnice_build.tensors import SourceTensor
 
 pytest_plugins = ["calibrating"]
 
@@ -167,17 +171,9 @@ def test_parts_count_the_tokens_that_one_chain_counts(
 ) -> None:
     """`build.json` says the same of every expert; other files of equal content make nothing run."""
     monkeypatch.chdir(tmp_path)
-    project, out = Project(tmp_path), tmp_path / "out" / "v"
-    source = write_zoo(tmp_path / "source", "qwen3_moe", "hub")
-    write_texts(tmp_path / "rows.jsonl")
-    project.recipes.mkdir()
-    (project.recipes / "_profiles.yaml").write_text("demo: {}\n")
-    project.recipe(
-        "v",
-        "variant: v\ndescription: A\nsources: {body: {model: a/b}}\n"
-        "quantize: {format: nvfp4}\ncalibration: {dataset: rows.jsonl}\n",
-    )
-    options = {"out": tmp_path / "out", "sources": {"body": source}, "jobs": 1}
+    project, source = family_project(tmp_path, "qwen3_moe"), tmp_path / "source"
+    out = project.out / "v"
+    options = {"sources": {"body": source}, "jobs": 1}
     ran(project, "v", **options)
     whole, counted = shards(out), figures(out)
     made = ran(project, "v", changes=TWO, **options)
@@ -191,10 +187,63 @@ def test_parts_count_the_tokens_that_one_chain_counts(
     assert Counter() == again
 
 
+def family_project(root: Path, family: str, steps: str = "") -> Project:
+    """A project with the recipe `v`, NVFP4 of the checkpoint `source`, which is there."""
+    project = Project(root)
+    write_zoo(root / "source", family, "hub")
+    write_texts(root / "rows.jsonl")
+    project.recipes.mkdir()
+    (project.recipes / "_profiles.yaml").write_text("demo: {}\n")
+    project.recipe(
+        "v",
+        f"variant: v\ndescription: A\nsources: {{body: {{model: a/b}}}}\n{steps}"
+        "quantize: {format: nvfp4}\ncalibration: {dataset: rows.jsonl}\n",
+    )
+    return project
+
+
 def figures(folder: Path) -> dict[str, list[int]]:
     """What `build.json` counts."""
     found: dict[str, list[int]] = json.loads((folder / "build.json").read_text())["figures"]
     return found
+
+
+def test_parts_in_a_layer_get_its_tensors_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is decoded for a process, or fetched, is for all that are in that layer; so are digests.
+
+    Nothing is computed here: both parts stay in a layer until both are there.
+    """
+    both, got = Barrier(2, timeout=60), Counter[tuple[str, str]]()
+
+    def counted(of: str) -> None:
+        function = getattr(process_job, of)
+
+        def call(source: SourceTensor, *path: Path) -> Any:
+            got[of, source.identity] += 1
+            return function(source, *path)
+
+        monkeypatch.setattr(process_job, of, call)
+
+    def found(_: LocalRunner, action: Action, inputs: Any, outputs: Sequence[TensorFile]) -> None:
+        if isinstance(action.op, Forward):
+            both.wait()
+            outputs[1].write(np.ones(outputs[1].spec.shape, np.float32))
+        if isinstance(action.op, Tokens):
+            outputs[0].write(np.arange(outputs[0].spec.size, dtype=np.int32))
+        if isinstance(action.op, Cut):
+            action.op.run(action.params, inputs, outputs, lambda: None)
+
+    counted("read_digest")
+    counted("_download")
+    monkeypatch.setattr(LocalRunner, "run", found)
+    project = family_project(tmp_path, "deepseek_v3", "steps: [{decode: {}}]\n")
+    monkeypatch.chdir(tmp_path)
+    build(project, "v", changes=TWO, jobs=2, sources={"body": tmp_path / "source"})
+
+    assert {"read_digest", "_download"} == {of for of, _ in got}
+    assert {1} == set(got.values())
 
 
 # --- plans ---------------------------------------------------------------------------------------

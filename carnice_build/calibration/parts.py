@@ -8,11 +8,12 @@ bit for bit, and so is a sum of counts: what reads either has the key that it ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from carnice_build.dtypes import TensorSpec
-from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData
+from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, ProcessOp, TensorData
+from carnice_build.tensor_file import TensorFile
 
 
 def shares(samples: int, parts: int) -> list[int]:
@@ -21,11 +22,12 @@ def shares(samples: int, parts: int) -> list[int]:
     return [least + (part < more) for part in range(parts)]
 
 
-class Cut(ArrayOp):
+class Cut(ProcessOp):
     """The samples of each part, which are in the order of all.
 
     Input: tokens I32 [samples, length].  Outputs: I32 [size, length] for each of `sizes`.
     What a part is follows from its tokens alone, not from how many other parts there are.
+    All chains wait for it, so it is one of the ops whose jobs go first.
     """
 
     name = "calibration.cut"
@@ -41,13 +43,21 @@ class Cut(ArrayOp):
             TensorSpec(tokens.dtype, (size, *tokens.shape[1:])) for size in params["sizes"]
         )
 
-    def apply(
-        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """The tokens."""
+        return inputs[0].nbytes
+
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        progress: Callable[[], None],
     ) -> None:
         """Copy whole rows."""
-        first = 0
+        tokens, first = inputs[0].read(), 0
         for size, output in zip(params["sizes"], outputs, strict=True):
-            output.array[...] = inputs[0].array[first : first + size]
+            output.write(tokens[first : first + size])
             first += size
 
 

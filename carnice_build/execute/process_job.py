@@ -82,12 +82,14 @@ class ProcessJob:
         records = self._bench.store.records
         source = ref.origin
         if isinstance(source, SourceTensor) and source.identity not in self._bench.digests:
-            digest = records.source_digest(source.identity)
-            if digest is None:
-                digest = read_digest(source)
-                records.set_source_digest(source.identity, digest)
-                self._result.read_bytes += source.stored_bytes
-            self._bench.digests[source.identity] = digest
+            # Parts of a calibration begin a layer together.
+            with self._bench.lock(f"digest of {source.identity}"):
+                digest = records.source_digest(source.identity)
+                if digest is None:
+                    digest = read_digest(source)
+                    records.set_source_digest(source.identity, digest)
+                    self._result.read_bytes += source.stored_bytes
+                self._bench.digests[source.identity] = digest
         return self._bench.digest_of(ref)
 
     def _place(self, ref: TensorRef) -> Location | None:
@@ -132,7 +134,7 @@ class ProcessJob:
                 path, offset, _ = found[0]
                 ranges = tuple(found) if len(found) > 1 else ()
                 return TensorFile(ref.spec, str(path), offset, source.name, ranges)
-            _download(source, own)
+            self._copy(source, own)
             return TensorFile(ref.spec, str(own), 0, source.name)
         # Whoever needs what is gone waits for the first who makes it again.
         with self._bench.lock(f"outputs of {source.action.identity}"):
@@ -146,6 +148,16 @@ class ProcessJob:
                 pass
             self._make_again(source, own)
         return TensorFile(ref.spec, str(own))
+
+    def _copy(self, source: SourceTensor, own: Path) -> None:
+        """Put a source that lies in no file into `own`; from a job that has it, if there is one."""
+        copies = self._bench.copies
+        with self._bench.lock(f"copy of {source.identity}"):
+            try:
+                hold_range(copies[source.identity], 0, source.spec.nbytes, own)
+            except (KeyError, FileNotFoundError):
+                _download(source, own)
+            copies[source.identity] = own
 
     def _make_again(self, output: ActionOutput, own: Path) -> None:
         """Put a transient tensor that is gone into the file `own`."""
