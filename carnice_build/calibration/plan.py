@@ -78,14 +78,16 @@ class Samples:
 class Calibration:
     """The samples of a calibration, before the first layer, and the layers to run them through.
 
-    `parts` are what the samples are cut into, in their order.
+    `parts` are what the samples are cut into, in their order; `outside_linears` the module paths
+    of the linears before the layers, whose inputs each part tells of.
     """
 
     def __init__(self, view: View, source: CalibrationSource, order: Order = "given") -> None:
         """Calibrate the text model in `view` over `source`.
 
         The samples stand in `order` unless the recipe says in which.
-        PlanError for an attention that transformers lacks for the family.
+        PlanError for an attention that transformers lacks for the family, and for counts of
+        samples, tokens and parts that cannot be.
         """
         self._source = source
         self._spec = source.spec
@@ -108,7 +110,7 @@ class Calibration:
         self.parts = [self._part(first, cut) for first, cut in self._cut(tokens)]
 
     def whole(self, what: str) -> Samples:
-        """All samples, for `what`, which no parts can be put together to.
+        """All samples in one chain, for `what`, which does not follow from what parts find.
 
         PlanError where the recipe cuts them.
         """
@@ -199,7 +201,6 @@ class Calibration:
         return [fact for fact in self._architecture.tensors.values() if fact.part in parts]
 
     def _outside_linears(self) -> tuple[str, ...]:
-        """Module paths of linears before the layers, whose inputs `Samples.outside` tells of."""
         if not self._given_of_tokens():
             return ()
         return tuple(fact.module for fact in self._facts_before() if fact.role is Role.LINEAR)
