@@ -255,6 +255,19 @@ RECIPES = {
         "calibration: {dataset: demo/calibration.jsonl, samples: {demo: 0}}",
         ("recipes/bad.yaml:5:", "calibration.samples is 0; expected at least 1"),
     ),
+    "no parts": (
+        "quantize: {format: nvfp4}\ncalibration: {dataset: demo/calibration.jsonl, parts: 0}",
+        ("recipes/bad.yaml:5:", "calibration.parts is 0; expected at least 1"),
+    ),
+    "a half part": (
+        "quantize: {format: nvfp4}\ncalibration: {dataset: demo/calibration.jsonl, parts: 1.5}",
+        ("recipes/bad.yaml:5:", "calibration.parts", "got 1.5"),
+    ),
+    "more parts than samples": (
+        "quantize: {format: nvfp4}\n"
+        "calibration: {dataset: demo/calibration.jsonl, samples: 2, parts: 3}",
+        ("recipes/bad.yaml:5:", "calibration.parts is 3; expected at most 2, the number of sam"),
+    ),
     "samples of one token": (
         "quantize: {format: nvfp4}\ncalibration: {dataset: demo/calibration.jsonl, length: 1}",
         ("recipes/bad.yaml:5:", "calibration.length is 1; expected at least 2"),
