@@ -6,16 +6,21 @@ them divide it alike without asking each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from carnice_build.execute.jobs import Job, plan_jobs
-from carnice_build.graph import Action
+from carnice_build.graph import Action, ActionOutput, ProcessOp
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import survey
 from carnice_build.store.store import Store
+
+if TYPE_CHECKING:
+    import networkx
 
 
 @dataclass(frozen=True)
@@ -35,36 +40,77 @@ def members_of(
     """The identities of the actions and source tensors that the part works on.
 
     `actions` are those of the graph, in topological order.
-    Jobs that need each other are in one part, so a chain of calibration is; beside that, parts
-    have as equal numbers of bytes to read as can be had by giving the largest away first.
+    Jobs that need each other are in one part, and so is a chain of a calibration, whose hidden
+    states are too large to travel, with what follows from it alone.
+    What chains begin with, as tokens, is made by each part that has one.
+    What follows from chains of several parts is nobody's: it is left to the build that puts the
+    parts together.
+    Beside that, parts have as equal numbers of bytes to read as can be had by giving the largest
+    away first.
     """
     with TemporaryDirectory() as folder, Store(Path(folder) / "empty") as nothing:
         jobs = plan_jobs(survey(variants, nothing), actions)
-    shares: list[set[str]] = [set() for _ in range(part.count)]
+    shares: list[set[int]] = [set() for _ in range(part.count)]
     loads = [0] * part.count
-    units = [_Unit.of([jobs[index] for index in group]) for group in _groups(jobs)]
-    for unit in sorted(units, key=lambda unit: (-unit.bytes, unit.name)):
+    # Groups of one size stay in the order of the jobs, which is the same on all machines;
+    # identities are not, where a checkpoint is a folder.
+    for group in sorted(_groups(jobs), key=lambda group: -_size(jobs, group)):
         lightest = loads.index(min(loads))
-        loads[lightest] += unit.bytes
-        shares[lightest] |= unit.members
-    return frozenset(shares[part.number - 1])
+        loads[lightest] += _size(jobs, group)
+        shares[lightest] |= group
+    return frozenset().union(*(jobs[index].members for index in shares[part.number - 1]))
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """Jobs that go together: what they work on, and what they read."""
+def _size(jobs: Sequence[Job], group: Iterable[int]) -> int:
+    return sum(_bytes(jobs[index]) for index in group)
 
-    members: frozenset[str]
-    bytes: int
 
-    @classmethod
-    def of(cls, jobs: Sequence[Job]) -> _Unit:
-        return cls(frozenset().union(*(job.members for job in jobs)), sum(map(_bytes, jobs)))
+def _groups(jobs: Sequence[Job]) -> list[set[int]]:
+    """What one machine does, as jobs by their indices, with all that these need.
 
-    @property
-    def name(self) -> str:
-        """What orders units of one size."""
-        return min(self.members)
+    A chain and what follows from it alone; of what follows from no chain, what needs each other.
+    Jobs that chains begin with are in several.
+    """
+    import networkx
+
+    needs = networkx.DiGraph()
+    needs.add_nodes_from(range(len(jobs)))
+    needs.add_edges_from((need, index) for index, job in enumerate(jobs) for need in job.needs)
+    large = networkx.Graph(
+        (need, index) for need, index in needs.edges if _is_large(jobs[need], jobs[index])
+    )
+    chains = [set(chain) for chain in networkx.connected_components(large)]
+    behind = [_reached(networkx.descendants, needs, chain) for chain in chains]
+    alone = Counter(index for found in behind for index in found)
+    groups = [
+        chain | {index for index in found if alone[index] == 1}
+        for chain, found in zip(chains, behind, strict=True)
+    ]
+    groups = [group | _reached(networkx.ancestors, needs, group) for group in groups]
+    rest = needs.subgraph(needs.nodes - set().union(*groups) - alone.keys()).to_undirected()
+    groups += [set(group) for group in networkx.connected_components(rest)]
+    return sorted(groups, key=min)
+
+
+def _reached(
+    walk: Callable[[networkx.DiGraph, int], set[int]],
+    needs: networkx.DiGraph,
+    group: Iterable[int],
+) -> set[int]:
+    """What a walk from each of a group comes to."""
+    return set().union(*(walk(needs, index) for index in group))
+
+
+def _is_large(maker: Job, reader: Job) -> bool:
+    """Whether the reader is given something that is not kept."""
+    made = {action.identity: action.op for action in maker.actions}
+    origins = (ref.origin for action in reader.actions for ref in action.inputs)
+    for origin in origins:
+        if isinstance(origin, ActionOutput) and origin.action.identity in made:
+            op = made[origin.action.identity]
+            if isinstance(op, ProcessOp) and origin.index in op.transient:
+                return True
+    return False
 
 
 def _bytes(job: Job) -> int:
@@ -72,13 +118,3 @@ def _bytes(job: Job) -> int:
     if job.process is None:
         return job.read_bytes
     return sum(ref.spec.nbytes for ref in job.actions[0].inputs)
-
-
-def _groups(jobs: Sequence[Job]) -> Iterable[Iterable[int]]:
-    import networkx
-
-    needed = networkx.Graph()
-    needed.add_nodes_from(range(len(jobs)))
-    needed.add_edges_from((index, other) for index, job in enumerate(jobs) for other in job.needs)
-    groups: Iterable[Iterable[int]] = networkx.connected_components(needed)
-    return groups

@@ -106,6 +106,27 @@ def test_a_chain_of_a_calibration_is_one_machines(small: Project) -> None:
     assert sum(map(len, shares)) == len(frozenset().union(*shares))
 
 
+def test_chains_of_a_calibration_in_parts_are_several_machines(small: Project) -> None:
+    """Each begins with the tokens; what puts them together is left to the end, with what follows.
+
+    Weights, which follow from no chain, are one machine's as ever.
+    """
+    overrides = (*QUICK, "calibration.parts=2")
+    plan = plan_variants(["nvfp4-text-mtp"], small.options(overrides=overrides))
+    shares = [members_of(Part(number, 2), plan.variants, plan.graph) for number in (1, 2)]
+    by_op: dict[str, list[int]] = {}
+    for action in plan.graph:
+        count = sum(action.identity in share for share in shares)
+        by_op.setdefault(action.op.name, []).append(count)
+
+    assert {1} == {*by_op["calibration.forward"], *by_op["calibration.embed"]}
+    assert {2} == {*by_op["calibration.tokens"], *by_op["calibration.cut"]}
+    assert {0} == {*by_op["calibration.combine"], *by_op["nvfp4.input_scales"]}
+    assert {1} == {*by_op["nvfp4.quantize"]}
+    forwards = [a.identity for a in plan.graph if a.op.name == "calibration.forward"]
+    assert [len(forwards) // 2] * 2 == [sum(f in share for f in forwards) for share in shares]
+
+
 @pytest.mark.parametrize("given", ["", "1", "0/2", "3/2", "1/0", "a/b", "-1/2", "1/2/3"])
 def test_what_is_no_part_is_refused(given: str) -> None:
     """With what it must look like."""
