@@ -33,7 +33,11 @@ from carnice_build.errors import RecipeError
 from carnice_build.units import format_size, plural
 
 if TYPE_CHECKING:
+    from carnice_build.commands.build import BuildResult
+    from carnice_build.commands.cluster import ClusterResult
+    from carnice_build.commands.options import Options
     from carnice_build.commands.parts import PartResult
+    from carnice_build.execute.events import Listener
 
 
 def build(
@@ -60,6 +64,14 @@ def build(
             metavar="I/N",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Have parts of the work done by a Ray cluster, whose nodes push them: `auto` for "
+            "the one of this machine, or an address.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -71,8 +83,6 @@ def build(
     """Build variants into OUT/<variant>, redoing only what changed."""
     from rich.console import Console
 
-    from carnice_build.commands.build import build_variants
-    from carnice_build.commands.parts import build_part, part_of
     from carnice_build.execute.events import Event
     from carnice_build.report.progress import progress_view
     from carnice_build.report.trace import TraceRecorder
@@ -93,7 +103,6 @@ def build(
     )
     if trace is not None:
         _check_writable(trace)
-    share = None if part is None else part_of(part)
     recorder = TraceRecorder()
     with progress_view(Console(stderr=True)) as view:
 
@@ -101,19 +110,52 @@ def build(
             view(event)
             recorder(event)
 
-        if share is not None:
-            done = build_part(variants, share, options, listen)
-        else:
-            result = build_variants(variants, options, listen)
+        result = _build(variants, options, part, ray, listen)
     if trace is not None:
         with named(trace):
             recorder.write(trace)
-    if share is not None:
-        _tell_part(done, as_json=as_json)
-        return
+    _tell(result, as_json=as_json)
+
+
+def _build(
+    variants: list[str],
+    options: Options,
+    part: str | None,
+    ray: str | None,
+    listen: Listener,
+) -> BuildResult | PartResult | ClusterResult:
+    """Build here, a part of it, or with a cluster, as is asked for."""
+    if part is not None and ray is not None:
+        raise RecipeError("a part is one machine's", where="--part", expected="no --ray with it")
+    if part is not None:
+        from carnice_build.commands.parts import build_part, part_of
+
+        return build_part(variants, part_of(part), options, listen)
+    if ray is not None:
+        from carnice_build.commands.cluster import build_on_cluster
+
+        return build_on_cluster(variants, ray, options, listen)
+    from carnice_build.commands.build import build_variants
+
+    return build_variants(variants, options, listen)
+
+
+def _tell(result: BuildResult | PartResult | ClusterResult, *, as_json: bool) -> None:
+    from carnice_build.commands.build import BuildResult
+    from carnice_build.commands.parts import PartResult
+
     if as_json:
         print_json(asdict(result))
-        return
+    elif isinstance(result, PartResult):
+        _tell_part(result)
+    elif isinstance(result, BuildResult):
+        _tell_build(result)
+    else:
+        _tell_build(result.build)
+        _tell_nodes(result)
+
+
+def _tell_build(result: BuildResult) -> None:
     for item in result.variants:
         state = "built" if item.packaged else "up to date"
         typer.echo(
@@ -132,10 +174,20 @@ def build(
         )
 
 
-def _tell_part(done: PartResult, *, as_json: bool) -> None:
-    if as_json:
-        print_json(asdict(done))
+def _tell_nodes(result: ClusterResult) -> None:
+    if not result.parts:
         return
+    run = sum(part.actions_run for part in result.parts)
+    read = sum(part.read_bytes for part in result.parts)
+    pushed = sum(part.pushed_bytes for part in result.parts)
+    typer.echo(
+        f"{plural(result.nodes, 'node')} did {plural(len(result.parts), 'part')} in "
+        f"{result.seconds:.1f} s: {plural(run, 'action')} run, read {format_size(read)}, "
+        f"pushed {format_size(pushed)}"
+    )
+
+
+def _tell_part(done: PartResult) -> None:
     typer.echo(
         f"part {done.part} of {done.parts}: {plural(done.actions_run, 'action')} run, "
         f"{done.actions - done.actions_run} done already"

@@ -85,17 +85,21 @@ class BuildResult:
 
 
 def build_variants(
-    names: Sequence[str], options: Options | None = None, listen: Listener = lambda event: None
+    names: Sequence[str],
+    options: Options | None = None,
+    listen: Listener = lambda event: None,
+    access: RemoteAccess | None = None,
 ) -> BuildResult:
     """Build the named variants into `options.out`, reusing whatever the cache has.
 
     `listen` is called with every event of `execute.events`, from several threads.
+    Without `access` to a remote, the options say whether there is one.
 
     Raises a CarniceError; whatever was finished until then stays in the cache.
     """
     start = time.perf_counter()
     options = options or Options()
-    access = remote_access(options)
+    access = access or remote_access(options)
     if access is not None and access.pushes:
         access.check_push()
     plan = plan_variants(names, options)

@@ -19,6 +19,7 @@ from carnice_build.store.files import io_errors_named
 from carnice_build.store.store import Store
 
 if TYPE_CHECKING:
+    from carnice_build.commands.remote import Publish
     from carnice_build.execute.parts import Part
 
 
@@ -48,23 +49,28 @@ def part_of(text: str) -> Part:
 
 
 def build_part(
-    names: Sequence[str], part: Part, options: Options, listen: Listener = lambda event: None
+    names: Sequence[str],
+    part: Part,
+    options: Options,
+    listen: Listener = lambda event: None,
+    publish: Publish | None = None,
 ) -> PartResult:
     """Do the work of one part, as far as nobody has done it, and push what came of it.
 
     No folder is made: a build without a part, anywhere, takes over what all parts pushed.
+    With `publish`, that takes the batches, for another machine to sign.
     Raises StoreError without a remote to push to, and whatever a build raises.
     """
     start = time.perf_counter()
     access = required_access(options)
     if not access.pushes:
         raise RecipeError("a part is for others", where="--part", expected="--push with it")
-    access.check_push()
+    access.check_push(signs=publish is None)
     plan = plan_variants(names, options)
     check_rows(plan.variants)
     check_sources(plan.variants, options, listen)
     with Store(options.cache) as store, io_errors_named(store.root), store.in_use():
-        return _build(plan, part, access, store, options, listen, start)
+        return _build(plan, part, access, store, options, listen, publish, start)
 
 
 def _build(
@@ -74,6 +80,7 @@ def _build(
     store: Store,
     options: Options,
     listen: Listener,
+    publish: Publish | None,
     start: float,
 ) -> PartResult:
     from carnice_build.execute.parts import members_of
@@ -84,7 +91,7 @@ def _build(
     outcome = execute_locally(plan, status, store, options, listen, mine)
     if not mine:
         listen(Notice(f"{part} has nothing to do"))
-    pushed = access.push(plan.variants, store, listen, partial=True)
+    pushed = access.push(plan.variants, store, listen, partial=True, publish=publish)
     return PartResult(
         part=part.number,
         parts=part.count,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +20,15 @@ from carnice_build.store.store import Store
 if TYPE_CHECKING:
     from carnice_build.commands.plan import Plan
     from carnice_build.execute.fetching import Fetched
+    from carnice_build.remote.batches import Body
     from carnice_build.remote.config import RemoteConfig
     from carnice_build.remote.index import Index
     from carnice_build.remote.remote import Remote
     from carnice_build.remote.signing import Signer
     from carnice_build.remote.upkeep import RemoteStats, Removed
     from carnice_build.remote.upload import Pushed
+
+    Publish = Callable[[Iterable[Body]], None]
 
 
 def remote_access(options: Options) -> RemoteAccess | None:
@@ -77,12 +80,13 @@ class RemoteAccess:
 
         return shown(self.url)
 
-    def check_push(self) -> None:
+    def check_push(self, *, signs: bool = True) -> None:
         """StoreError for a URL that cannot be opened, or without a key: before hours of work."""
         from carnice_build.remote.objects import Objects
 
         Objects(self.url).close()
-        self.signer()
+        if signs:
+            self.signer()
 
     def signer(self) -> Signer:
         """Who signs what is pushed."""
@@ -172,8 +176,12 @@ class RemoteAccess:
         listen: Listener,
         *,
         partial: bool = False,
+        publish: Publish | None = None,
     ) -> Pushed:
-        """Put what the remote lacks of these variants, which are built, or `partial`ly so."""
+        """Put what the remote lacks of these variants, which are built, or `partial`ly so.
+
+        With `publish`, that takes the batches in the place of a key of this machine.
+        """
         from carnice_build.execute.pushing import holdings
         from carnice_build.remote.objects import Objects
         from carnice_build.remote.upload import push
@@ -181,14 +189,28 @@ class RemoteAccess:
         bodies, files = holdings(variants, store, partial=partial)
         objects = Objects(self.url)
         try:
-            return push(
+            pushed = push(
                 objects,
                 bodies,
                 files,
-                self.signer(),
+                None if publish else self.signer(),
                 lambda total: listen(Moving(f"pushing to {objects.name}", total)),
                 lambda count: listen(Moved(count)),
             )
+            if publish:
+                publish(bodies.values())
+            return pushed
+        finally:
+            objects.close()
+
+    def publish(self, bodies: Iterable[Body]) -> None:
+        """Sign what other machines say of objects that they have put."""
+        from carnice_build.remote.objects import Objects
+        from carnice_build.remote.upload import publish
+
+        objects = Objects(self.url)
+        try:
+            publish(objects, bodies, self.signer())
         finally:
             objects.close()
 

@@ -34,10 +34,36 @@ class Part:
         return f"part {self.number} of {self.count}"
 
 
-def members_of(
-    part: Part, variants: Sequence[VariantPlan], actions: Iterable[Action]
-) -> frozenset[str]:
-    """The identities of the actions and source tensors that the part works on.
+@dataclass(frozen=True)
+class Share:
+    """What a part works on: the identities of its actions and source tensors.
+
+    `bytes` are those that it reads, `steps` those of long work, `peak_bytes` the most memory that
+    one of its jobs takes; `wants_gpu` says whether one computes on a GPU.
+    """
+
+    members: frozenset[str] = frozenset()
+    bytes: int = 0
+    steps: int = 0
+    peak_bytes: int = 0
+    wants_gpu: bool = False
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job]) -> Share:
+        """These jobs together."""
+        return cls(
+            members=frozenset().union(*(job.members for job in jobs)),
+            bytes=sum(job.read_bytes for job in jobs),
+            steps=sum(job.steps for job in jobs),
+            peak_bytes=max((job.peak_bytes for job in jobs), default=0),
+            wants_gpu=any(_wants_gpu(action) for job in jobs for action in job.actions),
+        )
+
+
+def divide(
+    count: int, variants: Sequence[VariantPlan], actions: Iterable[Action]
+) -> Sequence[Share]:
+    """The shares of `count` parts; those for which there is no work are empty.
 
     `actions` are those of the graph, in topological order.
     Jobs that need each other are in one part, and so is a chain of a calibration, whose hidden
@@ -50,15 +76,33 @@ def members_of(
     """
     with TemporaryDirectory() as folder, Store(Path(folder) / "empty") as nothing:
         jobs = plan_jobs(survey(variants, nothing), actions)
-    shares: list[set[int]] = [set() for _ in range(part.count)]
-    loads = [0] * part.count
+    shares: list[set[int]] = [set() for _ in range(count)]
+    loads = [0] * count
     # Groups of one size stay in the order of the jobs, which is the same on all machines;
     # identities are not, where a checkpoint is a folder.
     for group in sorted(_groups(jobs), key=lambda group: -_size(jobs, group)):
         lightest = loads.index(min(loads))
         loads[lightest] += _size(jobs, group)
         shares[lightest] |= group
-    return frozenset().union(*(jobs[index].members for index in shares[part.number - 1]))
+    return [Share.of([jobs[index] for index in sorted(share)]) for share in shares]
+
+
+def members_of(
+    part: Part, variants: Sequence[VariantPlan], actions: Iterable[Action]
+) -> frozenset[str]:
+    """The identities of the actions and source tensors that the part works on; see `divide`."""
+    return divide(part.count, variants, actions)[part.number - 1].members
+
+
+def _wants_gpu(action: Action) -> bool:
+    return bool(action.params.get("device", "cpu") != "cpu")
+
+
+def _bytes(job: Job) -> int:
+    """How much work a job is: what it reads; of a process all that it is given, over and over."""
+    if job.process is None:
+        return job.read_bytes
+    return sum(ref.spec.nbytes for ref in job.actions[0].inputs)
 
 
 def _size(jobs: Sequence[Job], group: Iterable[int]) -> int:
@@ -111,10 +155,3 @@ def _is_large(maker: Job, reader: Job) -> bool:
             if isinstance(op, ProcessOp) and origin.index in op.transient:
                 return True
     return False
-
-
-def _bytes(job: Job) -> int:
-    """What a job reads: of a process all that it is given, for it works on that for long."""
-    if job.process is None:
-        return job.read_bytes
-    return sum(ref.spec.nbytes for ref in job.actions[0].inputs)

@@ -5,7 +5,8 @@ A pusher that dies leaves objects that nothing speaks of, which `gc` takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,18 +42,34 @@ def push(
     objects: Objects,
     bodies: Mapping[str, Body],
     files: Mapping[str, LocalBytes],
-    signer: Signer,
+    signer: Signer | None,
     moving: Callable[[int], None],
     moved: Callable[[int], None],
 ) -> Pushed:
     """Put `files`, by the names of their objects, and a batch for each of `bodies`.
 
+    Without a `signer` there are no batches: another machine has to `publish` these bodies.
     What a listing shows to be there in its right size is not put again.
     `moving` is told how many bytes there are to put, `moved` of those that are through.
     Raises BuildError when the remote refuses, or is full.
     """
-    try:
+    with _failures_worded(objects):
         return _push(objects, bodies, files, signer, moving, moved)
+
+
+def publish(objects: Objects, bodies: Iterable[Body], signer: Signer) -> None:
+    """Put a batch for each of these bodies, whose files somebody has put.
+
+    Raises BuildError when the remote refuses, or is full.
+    """
+    with _failures_worded(objects):
+        _publish(objects, bodies, signer)
+
+
+@contextmanager
+def _failures_worded(objects: Objects) -> Iterator[None]:
+    try:
+        yield
     except RemoteFailure as failure:
         raise BuildError(
             f"cannot push: the remote {failure}",
@@ -65,7 +82,7 @@ def _push(
     objects: Objects,
     bodies: Mapping[str, Body],
     files: Mapping[str, LocalBytes],
-    signer: Signer,
+    signer: Signer | None,
     moving: Callable[[int], None],
     moved: Callable[[int], None],
 ) -> Pushed:
@@ -76,13 +93,18 @@ def _push(
     result.present = len(files) - len(missing)
     moving(sum(item.count for item in missing.values()))
     _put(objects, missing, moved, result)
-    for body in bodies.values():
-        for part in split(body):
-            content = encode(part, signer)
-            objects.put(f"records/{name_of(content)}", content)
+    if signer is not None:
+        _publish(objects, bodies.values(), signer)
     # A collection that ran meanwhile may have taken what was there; now the batch holds it.
     _put(objects, _missing(objects, files), lambda count: None, result)
     return result
+
+
+def _publish(objects: Objects, bodies: Iterable[Body], signer: Signer) -> None:
+    for body in bodies:
+        for part in split(body):
+            content = encode(part, signer)
+            objects.put(f"records/{name_of(content)}", content)
 
 
 def _missing(objects: Objects, files: Mapping[str, LocalBytes]) -> dict[str, LocalBytes]:

@@ -98,9 +98,11 @@ class _Bar:
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
-                self._progress.update(self._task, total=event.read_bytes, visible=True)
+                self._progress.update(self._task, total=event.read_bytes, completed=0, visible=True)
                 if event.steps:
-                    self._steps.update(self._calibrating, total=event.steps, visible=True)
+                    self._steps.update(
+                        self._calibrating, total=event.steps, completed=0, visible=True
+                    )
             case Advanced():
                 self._progress.advance(self._task, event.read_bytes)
             case Stepped():
@@ -139,7 +141,7 @@ class _Lines:
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
-                self._steps = event.steps
+                self._steps, self._stepped = event.steps, 0
                 self._begin("", event.read_bytes)
                 self._last_step = self._start
                 self._say(describe(event))
