@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 from calibrating import QUICK
@@ -12,7 +14,7 @@ from remotes import Team
 from carnice_build.commands.parts import PartResult, build_part, part_of
 from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import CarniceError
-from carnice_build.execute.parts import Part, members_of
+from carnice_build.execute.parts import Part, divide, members_of
 from carnice_build.graph import ProcessOp
 from carnice_build.tensors import SourceTensor
 
@@ -48,6 +50,24 @@ def test_parts_are_of_like_sizes(team: Team) -> None:
     parts = [do(team, number, 3) for number in (1, 2, 3)]
 
     assert max(part.read_bytes for part in parts) <= sum(sizes) / 3 + max(sizes)
+
+
+def test_machines_divide_alike(team: Team, tmp_path: Path) -> None:
+    """Though a checkpoint in a folder is another file on each."""
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(team.project.root, copy)
+    names = []
+    for recipes in (team.project.recipes, copy / "recipes"):
+        plan = plan_variants(VARIANTS, team.options("one", recipes=recipes))
+        shares = divide(3, plan.variants, plan.graph)
+        names.append(
+            [
+                sorted(item.name for item in _sources(plan) if item.identity in share.members)
+                for share in shares
+            ]
+        )
+
+    assert names[0] == names[1]
 
 
 def _sources(plan: Plan) -> Iterable[SourceTensor]:
@@ -125,6 +145,20 @@ def test_chains_of_a_calibration_in_parts_are_several_machines(small: Project) -
     assert {1} == {*by_op["nvfp4.quantize"]}
     forwards = [a.identity for a in plan.graph if a.op.name == "calibration.forward"]
     assert [len(forwards) // 2] * 2 == [sum(f in share for f in forwards) for share in shares]
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cpu", 0), ("cuda", 1)])
+def test_the_part_with_the_calibration_wants_its_device(
+    small: Project, device: str, wanted: int
+) -> None:
+    """The others compute on no GPU; steps are in the same one."""
+    overrides = (*QUICK, f"calibration.device={device}")
+    plan = plan_variants(["nvfp4-text-mtp"], small.options(overrides=overrides))
+    shares = divide(3, plan.variants, plan.graph)
+
+    assert wanted == sum(share.wants_gpu for share in shares)
+    assert 1 == sum(share.steps > 0 for share in shares)
+    assert all(share.peak_bytes > 0 for share in shares)
 
 
 @pytest.mark.parametrize("given", ["", "1", "0/2", "3/2", "1/0", "a/b", "-1/2", "1/2/3"])
