@@ -29,7 +29,6 @@ _RETRIES = 3
 """Of a part, when the node that works on it dies."""
 
 _LOOK_SECONDS = 0.5
-_END_SECONDS = 5.0
 
 _MISSING = re.compile(r"No module named '([\w.]+)'")
 """What Ray says where a task cannot begin; what a package lacks while it works is an answer."""
@@ -93,16 +92,10 @@ class Work:
             self._check_fits(wanted, nodes)
             task = part.options(**wanted, max_retries=_RETRIES, name=f"carnice part {number}")
             waiting[task.remote(errand, number, board)] = number
-        try:
-            self._watch(waiting, board)
-            self.whole = not self.failed and len(self._shares) == len(shares)
-        except BaseException:
-            # By force: what is interrupted otherwise ends its jobs first, which may take long.
-            for ref in waiting:
-                ray.cancel(ref, force=True)
-            with suppress(Exception):
-                ray.wait(list(waiting), num_returns=len(waiting), timeout=_END_SECONDS)
-            raise
+        # When it ends otherwise, so does the job, with which Ray ends all its tasks.  `ray.cancel`
+        # aborts this process when a task ends meanwhile (2.60: "task that was not pending").
+        self._watch(waiting, board)
+        self.whole = not self.failed and len(self._shares) == len(shares)
 
     def _begin(self, nodes: int) -> None:
         self._listen(
