@@ -56,7 +56,7 @@ class Share:
             bytes=sum(job.read_bytes for job in jobs),
             steps=sum(job.steps for job in jobs),
             peak_bytes=max((job.peak_bytes for job in jobs), default=0),
-            wants_gpu=any(_wants_gpu(action) for job in jobs for action in job.actions),
+            wants_gpu=any(job.wants_gpu for job in jobs),
         )
 
 
@@ -92,10 +92,6 @@ def members_of(
 ) -> frozenset[str]:
     """The identities of the actions and source tensors that the part works on; see `divide`."""
     return divide(part.count, variants, actions)[part.number - 1].members
-
-
-def _wants_gpu(action: Action) -> bool:
-    return bool(action.params.get("device", "cpu") != "cpu")
 
 
 def _bytes(job: Job) -> int:
