@@ -179,6 +179,7 @@ def start(nodes: Nodes, team: Team, *options: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.wide
 def test_a_node_that_dies_costs_what_it_was_doing(
     nodes: Nodes, team: Team, odd: Callable[[str], Odd]
 ) -> None:
@@ -197,6 +198,7 @@ def test_a_node_that_dies_costs_what_it_was_doing(
     assert "raylet" not in said.lower()
 
 
+@pytest.mark.wide
 def test_what_a_node_cannot_do_is_done_at_home(
     nodes: Nodes, team: Team, odd: Callable[[str], Odd]
 ) -> None:
@@ -213,6 +215,7 @@ def test_what_a_node_cannot_do_is_done_at_home(
     assert any("here: the disk is full" in notice for notice in nodes.notices)
 
 
+@pytest.mark.wide
 def test_a_node_without_this_package_is_refused(
     nodes: Nodes, team: Team, odd: Callable[[str], Odd]
 ) -> None:
@@ -236,6 +239,7 @@ def test_what_was_built_before_is_pushed_too(team: Team) -> None:
     assert (0, True) == other.counts
 
 
+@pytest.mark.wide
 def test_ctrl_c_ends_it_as_any_build(nodes: Nodes, team: Team, odd: Callable[[str], Odd]) -> None:
     """Though a node is in the midst of a part, which ends with it."""
     stuck = odd("stuck")
@@ -250,6 +254,7 @@ def test_ctrl_c_ends_it_as_any_build(nodes: Nodes, team: Team, odd: Callable[[st
     assert stuck.ended()
 
 
+@pytest.mark.wide
 def test_nodes_of_other_versions_are_refused(
     nodes: Nodes, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +266,7 @@ def test_nodes_of_other_versions_are_refused(
         nodes.build(team, "driver")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_any_number_of_nodes_makes_the_same(
     nodes: Nodes, team: Team, monkeypatch: pytest.MonkeyPatch, count: int
