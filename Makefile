@@ -75,6 +75,9 @@ lint: $(VENV)/dev ## Check style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Two workers share the cores: threads of torch that wait awake take them from each other.
+suite test-wide: export GOMP_SPINCOUNT ?= 1000
+
 suite: $(VENV)/dev $(BROWSER) ## Run all tests
 	$(VENV)/bin/pytest -n auto --dist loadfile -m 'not wide and not engine and not gpu'
 
