@@ -56,9 +56,13 @@ def all_gpus() -> tuple[int, ...]:
 
     The first one where neither tells of any.
     """
-    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    count = len(seen) or len(list(_DRIVER.glob("*")))
+    count = len(visible_gpus()) or len(list(_DRIVER.glob("*")))
     return tuple(range(max(1, count)))
+
+
+def visible_gpus() -> list[str]:
+    """What `CUDA_VISIBLE_DEVICES` names, in CUDA's order; nothing where it is not set."""
+    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
 
 
 def _widest() -> str:

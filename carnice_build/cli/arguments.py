@@ -125,7 +125,7 @@ def make_options(
         cache=cache,
         jobs=jobs or fallback.jobs,
         memory=budget,
-        devices=fallback.devices if devices is None else _numbers(devices),
+        devices=None if devices is None else _numbers(devices),
         remote=remote,
         push=push,
     )

@@ -37,6 +37,7 @@ from carnice_build.planning.packaged import packaged_template, parents
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, Contents, survey
 from carnice_build.plugins import failures_blamed
+from carnice_build.processor import all_gpus
 from carnice_build.store.files import io_errors_named
 from carnice_build.store.history import BuildRecord, add_build, write_history
 from carnice_build.store.store import Store
@@ -214,7 +215,7 @@ def execute_locally(
     from carnice_build.execute.processes import LocalRunner
     from carnice_build.execute.session import execute
 
-    gpus = options.devices
+    gpus = all_gpus() if options.devices is None else options.devices
     executor = LocalExecutor(options.jobs, options.memory, len(gpus))
     with LocalRunner(options.jobs, lambda memory: listen(Stepped(memory)), gpus) as runner:
         return execute(plan.variants, status, plan.graph, store, executor, runner, listen, only)

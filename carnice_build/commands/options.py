@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from carnice_build.processor import all_gpus
-
 FAMILIES = "_families"
 """The folder, beside a project's recipes, of its tables of model families."""
 
@@ -33,8 +31,8 @@ class Options:
     cache: Path = Path("cache")
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
     memory: int = DEFAULT_MEMORY
-    devices: tuple[int, ...] = field(default_factory=all_gpus)
-    """Which GPUs compute, by their numbers, where a recipe has GPUs compute."""
+    devices: tuple[int, ...] | None = None
+    """Which GPUs compute, by their numbers, where a recipe has GPUs compute; None is all."""
     remote: str | None = None
     push: bool = False
 

@@ -17,6 +17,7 @@ from typing import Any, Self, cast
 
 from carnice_build.errors import BackendError, CarniceError
 from carnice_build.graph import Action, BadInput, NonFiniteValue, ProcessOp
+from carnice_build.processor import visible_gpus
 from carnice_build.system import peak_memory, wait_briefly
 from carnice_build.tensor_file import TensorFile
 
@@ -130,7 +131,7 @@ def _see_only(device: int) -> None:
     """Hide all GPUs but one from CUDA, which counts those that it sees; before it is loaded."""
     # In the order in which the driver lists them, not the fastest first.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    seen = visible_gpus()
     os.environ["CUDA_VISIBLE_DEVICES"] = seen[device] if device < len(seen) else str(device)
 
 
