@@ -19,7 +19,7 @@ from carnice_build.errors import PlanError, printable
 from carnice_build.execute.events import Advanced, Listener, Notice, Started, Stepped
 from carnice_build.execute.parts import Share, divide
 from carnice_build.extras import pip_install
-from carnice_build.planning.status import BuildStatus, Status
+from carnice_build.planning.status import BuildStatus
 from carnice_build.units import format_size, plural
 
 PARTS_A_NODE = 4
@@ -49,7 +49,6 @@ class Work:
         options: Options,
         listen: Listener,
     ) -> None:
-        to_run = (Status.RUN, Status.READ)
         self._plan = plan
         self._status = status
         self._access = access
@@ -61,7 +60,7 @@ class Work:
         self._progress = (0, 0)
         self._asked: Any = None
         self._reports: Mapping[int, Report] = {}
-        self.left = {name for name, state in status.actions.items() if state in to_run}
+        self.left = {name for name in status.actions if status.to_run(name)}
         self.left |= set(status.sources)
         self.answers: list[Answer] = []
         self.failed = 0
@@ -171,8 +170,9 @@ class Work:
             for text in report.notices:
                 self._tell(text)
         old_bytes, old_steps = self._progress
-        now_bytes = max(old_bytes, sum(self._bytes(number, reports) for number in self._shares))
-        now_steps = max(old_steps, sum(self._steps(number, reports) for number in self._shares))
+        reached = [self._reached(number, reports) for number in self._shares]
+        now_bytes = max(old_bytes, sum(count for count, _ in reached))
+        now_steps = max(old_steps, sum(count for _, count in reached))
         self._progress = (now_bytes, now_steps)
         if now_bytes > old_bytes:
             self._listen(Advanced(now_bytes - old_bytes))
@@ -189,17 +189,12 @@ class Work:
             self._asked = None
         return self._reports
 
-    def _bytes(self, number: int, reports: Mapping[int, Report]) -> int:
-        total = self._shares[number].bytes
-        if number in self._settled or number not in reports:
-            return total if number in self._settled else 0
-        return min(total, reports[number].read_bytes)
-
-    def _steps(self, number: int, reports: Mapping[int, Report]) -> int:
-        total = self._shares[number].steps
-        if number in self._settled or number not in reports:
-            return total if number in self._settled else 0
-        return min(total, reports[number].steps)
+    def _reached(self, number: int, reports: Mapping[int, Report]) -> tuple[int, int]:
+        """The bytes and steps of a part that are done."""
+        share, report = self._shares[number], reports.get(number, Report())
+        if number in self._settled:
+            return share.bytes, share.steps
+        return min(share.bytes, report.read_bytes), min(share.steps, report.steps)
 
     def _tell(self, text: str) -> None:
         """Say something once, however many nodes say it."""

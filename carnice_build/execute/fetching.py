@@ -19,7 +19,7 @@ from carnice_build.execute.streaming import read_digest, sample_digest
 from carnice_build.graph import ActionOutput
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
-from carnice_build.planning.status import BuildStatus, Status, survey
+from carnice_build.planning.status import BuildStatus, survey
 from carnice_build.remote.calls import GivenUp
 from carnice_build.remote.download import Ended, download
 from carnice_build.remote.index import Index, RemotePlace
@@ -29,8 +29,6 @@ from carnice_build.store.packs import PartialPack
 from carnice_build.store.store import Store
 from carnice_build.tensors import SourceTensor
 from carnice_build.units import format_size, plural
-
-_TO_RUN = (Status.RUN, Status.READ)
 
 _REMEMBERED = 256
 """Tensors whose places are written down in one transaction."""
@@ -63,11 +61,7 @@ def fetch(
         if read_bytes:
             status = survey(variants, store, remote.index)
         result = Fetched(status, read_bytes=read_bytes)
-        if status.remote:
-            _check_disk(status, store)
-            with closing(_Fetching(store, listen)) as fetching:
-                fetching.run(remote, result)
-        _believe(status, store, remote.index)
+        _take(remote, store, result, listen)
         for reason, count in result.failures.items():
             listen(Notice(f"{remote.name}: {reason} ({plural(count, 'tensor')} not fetched)"))
         result.status = survey(variants, store)
@@ -91,18 +85,23 @@ def fetch_inputs(
             ref.identity
             for variant in variants
             for action in variant.actions.values()
-            if action.identity in mine and status.actions.get(action.identity) in _TO_RUN
+            if action.identity in mine and status.to_run(action.identity)
             for ref in action.inputs
         }
         wanted = {name: place for name, place in status.remote.items() if name in given}
         result = Fetched(replace(status, pending={}, remote=wanted))
-        if wanted:
-            _check_disk(result.status, store)
-            with closing(_Fetching(store, listen)) as fetching:
-                fetching.run(remote, result)
-        _believe(status, store, remote.index)
+        _take(remote, store, result, listen)
         result.status = survey(variants, store, remote.index)
     return result
+
+
+def _take(remote: Remote, store: Store, result: Fetched, listen: Listener) -> None:
+    """Fetch what `result.status` wants of the remote, and believe what was learnt on the way."""
+    if result.status.remote:
+        _check_disk(result.status, store)
+        with closing(_Fetching(store, listen)) as fetching:
+            fetching.run(remote, result)
+    _believe(result.status, store, remote.index)
 
 
 # --- sources of this machine that nobody has read yet ---------------------------------------------

@@ -20,7 +20,7 @@ from carnice_build.dtypes import TensorSpec
 from carnice_build.graph import Action, ActionOutput, ArrayOp, ProcessOp, TensorRef
 from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.scratch import depths
-from carnice_build.planning.status import BuildStatus, Status
+from carnice_build.planning.status import BuildStatus
 from carnice_build.store.packs import Location
 from carnice_build.tensors import SourceTensor
 
@@ -260,11 +260,7 @@ def plan_jobs(
     `actions` are those of the graph, in topological order.
     With `only`, jobs on what these identities name; they must need no others.
     """
-    pending = [
-        action
-        for action in actions
-        if status.actions.get(action.identity) in (Status.RUN, Status.READ)
-    ]
+    pending = [action for action in actions if status.to_run(action.identity)]
     sinks = _sinks(status)
     blobs = _blob_outputs(pending, sinks)
     order = {action.identity: index for index, action in enumerate(pending)}

@@ -57,6 +57,10 @@ class BuildStatus:
     remote: dict[str, RemotePlace] = field(default_factory=dict)
     learnt: Learnt = field(default_factory=Learnt)
 
+    def to_run(self, identity: str) -> bool:
+        """True for an action whose work a worker is still to do."""
+        return self.actions.get(identity) in (Status.RUN, Status.READ)
+
     def count(self, status: Status) -> int:
         """How many actions are in this state."""
         return sum(1 for found in self.actions.values() if found is status)
@@ -74,8 +78,7 @@ class BuildStatus:
 
     def scratch_bytes(self, actions: Iterable[Action], width: int) -> int:
         """Most disk in use for a while, when those of `actions` run that must, `width` at once."""
-        states = (Status.RUN, Status.READ)
-        pending = (item for item in actions if self.actions.get(item.identity) in states)
+        pending = (item for item in actions if self.to_run(item.identity))
         return scratch_bytes(pending, width)
 
     @property
@@ -224,7 +227,7 @@ class _Surveyor:
 
     def _need_action(self, action: Action) -> Sequence[TensorRef]:
         """Note that `action` must run; gives what is needed for it."""
-        if self._status.actions.get(action.identity) in (Status.RUN, Status.READ):
+        if self._status.to_run(action.identity):
             return ()
         known = all(self._contents.digest(ref) is not None for ref in action.inputs)
         self._status.actions[action.identity] = Status.RUN if known else Status.READ
