@@ -70,6 +70,20 @@ def make_folder_durable(descriptor: int) -> None:
             raise
 
 
+def forget_pages(descriptor: int) -> None:
+    """Let the system use the memory that holds pages of a file for something else.
+
+    Only of those that are on disk; a system that cannot keeps them.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def physical_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def peak_memory(who: int = resource.RUSAGE_SELF) -> int:
     """The most bytes that this process had in memory, or any of its children that ended."""
     return peak_bytes(resource.getrusage(who))

@@ -302,6 +302,16 @@ def test_nonsense_in_the_records_is_nothing(tmp_path: Path, value: object) -> No
         assert records.sampled_digest("x") is None
 
 
+def test_bytes_whose_memory_was_given_back_are_on_disk(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache")
+    writing = Writing(store, {"a": b"first", "b": b"second"})
+    writing.begin()
+    digests = writing.write()
+    writing.pack.flush(forget=True)
+    pack = store.finish(writing.pack, digests, [1] * len(digests))
+    assert store.pack_path(pack).read_bytes().endswith(b"firstsecond")
+
+
 def test_a_write_that_fails_late_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,7 +326,7 @@ def test_a_write_that_fails_late_is_not_lost(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        writing.pack.flush()
+        writing.pack.flush(forget=False)
 
     with pytest.raises(OSError, match="Input/output error"):
         store.finish(writing.pack, digests, [1] * len(digests))

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.utils import build_hf_headers, get_session
+from huggingface_hub.utils import build_hf_headers
 
 from carnice_build.checkpoint.patience import (
     BROKEN,
@@ -26,6 +26,7 @@ from carnice_build.checkpoint.patience import (
     judge,
     refused,
 )
+from carnice_build.checkpoint.transport import Receive, client, receiver
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import Reader
 from carnice_build.version import __version__
@@ -134,16 +135,16 @@ class RemoteFile:
         """An open answer, checked, with bytes `first` to `last`."""
         location, fresh = self.locate()
         at_hub = _origin(location) == _origin(self._repository.endpoint)
-        client = get_session()
         headers = build_hf_headers(
             token=None if at_hub else False, library_name=LIBRARY, library_version=__version__
         )
         headers |= {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
-        request = client.build_request(
+        asking = client()
+        request = asking.build_request(
             "GET", location, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         )
         # A redirect to another origin loses the Authorization header in httpx.
-        response = client.send(request, stream=True, follow_redirects=True)
+        response = asking.send(request, stream=True, follow_redirects=True)
         try:
             self._check(response, first, last, fresh)
         except BaseException:
@@ -169,6 +170,8 @@ class RemoteFile:
             raise self._changed(f"the server sent {given!r} for {wanted!r}")
         if headers.get("Content-Encoding", "identity") != "identity":
             raise CheckpointError("the server sent an encoded range", where=self.name)
+        if int(headers.get("Content-Length", "0")) > last - first + 1:
+            raise CheckpointError("the server sent more than asked", where=self.name)
         self._check_tag(response)
 
     def _check_tag(self, response: httpx.Response) -> None:
@@ -207,27 +210,22 @@ class _Range:
         self._patience = Patience(file.name)
         self._trusted_until = offset
         self._response: httpx.Response | None = None
-        self._chunks: Iterator[bytes] = iter(())
-        self._rest = memoryview(b"")
+        self._receive: Receive | None = None
 
     def read(self, buffer: memoryview) -> None:
         """Fill `buffer` with what follows."""
         assert len(buffer) <= self._end - self._position, "read past the opened range"
-        done = 0
-        while done < len(buffer):
-            if not self._rest:
-                self._rest = self._next_chunk()
-            count = min(len(self._rest), len(buffer) - done)
-            buffer[done : done + count] = self._rest[:count]
-            self._rest = self._rest[count:]
+        while buffer:
+            count = self._received(buffer)
             self._position += count
-            done += count
+            buffer = buffer[count:]
 
-    def _next_chunk(self) -> memoryview:
+    def _received(self, buffer: memoryview) -> int:
+        """Put what comes next into `buffer`; returns how many bytes that is."""
         while True:
             try:
                 with interruptions(self._file.name, self._file.refusal):
-                    return self._receive()
+                    return self._ask(buffer)
             except Interruption as failure:
                 self._drop()
                 self._file.forget_location()
@@ -236,25 +234,23 @@ class _Range:
                     self._trusted_until = self._position
                 self._patience.wait(failure)
 
-    def _receive(self) -> memoryview:
-        if self._response is None:
+    def _ask(self, buffer: memoryview) -> int:
+        if self._receive is None:
             self._response = self._file.request(self._position, self._end - 1)
-            self._chunks = self._response.iter_raw()
-        chunk = next(self._chunks, b"")
-        if not chunk:
+            self._receive = receiver(self._response)
+        count = self._receive(buffer)
+        if not count:
             raise Interruption("the answer ended early")
-        if len(chunk) > self._end - self._position:
-            raise CheckpointError("the server sent more than asked", where=self._file.name)
-        return memoryview(chunk)
+        return count
 
     def _drop(self) -> None:
         if self._response is not None:
             self._response.close()
-            self._response = None
+            self._response = self._receive = None
 
     def close(self) -> None:
         """End the answer; its connection is used again when all of it was read."""
-        if self._position == self._end:
+        if self._position == self._end and self._receive is not None:
             with suppress(*BROKEN):
-                next(self._chunks, b"")
+                self._receive(memoryview(bytearray(1)))
         self._drop()

@@ -25,6 +25,7 @@ from carnice_build.plugins import failures_blamed
 from carnice_build.store.files import io_errors_named
 from carnice_build.store.packs import PartialPack
 from carnice_build.store.store import Store
+from carnice_build.system import physical_memory
 from carnice_build.units import format_size
 
 
@@ -200,10 +201,17 @@ class _Run:
         self._executor.run(jobs, lambda job: self._timed(bench, job), done)
 
     def _flush_ahead(self, finisher: ThreadPoolExecutor) -> None:
-        """Let the disk work beside the processors, or the build waits for it at the end."""
+        """Let the disk work beside the processors, or the build waits for it at the end.
+
+        What memory would not keep anyway need not drive out all else that is in it.
+        """
         for pack in self._packs.values():
             if pack.due_for_flush():
-                finisher.submit(pack.flush)
+                finisher.submit(pack.flush, forget=self._is_large())
+
+    def _is_large(self) -> bool:
+        """True for a build that writes more than half of what the machine has memory for."""
+        return sum(pack.size for pack in self._packs.values()) > physical_memory() // 2
 
     def _progress(self, count: int) -> None:
         self._listen(Advanced(count))

@@ -20,7 +20,7 @@ from carnice_build.checkpoint.header import MAX_HEADER_BYTES, Entry
 from carnice_build.errors import StoreError
 from carnice_build.store.files import NO_SURPRISE, copy_range, set_mode
 from carnice_build.store.locks import Taken, lock
-from carnice_build.system import make_durable, write_at
+from carnice_build.system import forget_pages, make_durable, write_at
 
 _READ_SIZE = 1 << 20
 _FLUSH_BYTES = 64 << 20
@@ -124,15 +124,18 @@ class PartialPack:
         self._unflushed = 0
         return True
 
-    def flush(self) -> None:
+    def flush(self, *, forget: bool) -> None:
         """Bring to disk what was written so far, so that little is left to do at the end.
 
+        With `forget` its memory may be used for what comes next.
         The system reports a failed write to one fsync only, so `seal` raises it in its place.
         """
         if self._descriptor < 0:
             return
         try:
             os.fsync(self._descriptor)
+            if forget:
+                forget_pages(self._descriptor)
         except OSError as error:
             self._flush_error = error
 

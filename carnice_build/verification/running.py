@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from carnice_build.formats.library import Library
 from carnice_build.store.digests import digest_bytes
+from carnice_build.system import physical_memory
 from carnice_build.units import format_size
 from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.process import Workers
@@ -125,7 +125,7 @@ class Tables:
 
 def too_large(size: int) -> str:
     """Why a model of `size` bytes cannot be loaded here, or nothing."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = physical_memory()
     if size < memory:
         return ""
     return f"needs {format_size(size)} of memory; this machine has {format_size(memory)}"
