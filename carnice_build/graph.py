@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.keys import DigestSink, KeySink, write_key
+from carnice_build.rates import Kind, Work
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import SourceTensor
 
@@ -85,6 +86,10 @@ class Op(ABC):
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
         """Types and shapes of the outputs; PlanError when the op cannot work on these inputs."""
+
+    def work(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Work:
+        """How much there is to do, for estimates: all inputs through a loop, if nothing else."""
+        return Work(Kind.KERNEL, sum(spec.nbytes for spec in inputs))
 
 
 class ArrayOp(Op):
@@ -174,6 +179,11 @@ class Stacked(ArrayOp):
         (count,) = counts
         each = self.op.infer(params, self._one(inputs))
         return tuple(TensorSpec(spec.dtype, (*count, *spec.shape)) for spec in each)
+
+    def work(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Work:
+        """That of one index, for each of them."""
+        each = self.op.work(params, self._one(inputs))
+        return Work(each.kind, each.amount * inputs[0].shape[0])
 
     def workspace(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """That of one index."""

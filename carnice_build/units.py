@@ -1,4 +1,4 @@
-"""Byte counts as people write and read them."""
+"""Byte counts, rates and durations as people write and read them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,24 @@ def parse_size(text: str | int) -> int:
     return int(size)
 
 
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?\s*[KMGT]?)(bit|B|iB)/s\s*", re.IGNORECASE)
+
+
+def parse_bandwidth(text: str) -> float:
+    """Bytes in a second of a rate such as `10Gbit/s` or `1.2GB/s`.
+
+    Raises ValueError when `text` is none.
+    """
+    match = _RATE.fullmatch(text) if len(text) <= _LONGEST else None
+    if not match:
+        raise ValueError(f"{text!r} is not a rate such as 10Gbit/s or 1.2GB/s")
+    bits = match[2].lower() == "bit"
+    try:
+        return parse_size(f"{match[1]}{'B' if bits else match[2]}") / (8 if bits else 1)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a rate from 1 B/s to 2**63 B/s") from None
+
+
 def format_size(count: float) -> str:
     """A byte count in decimal units with three significant digits, as model cards give it."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -50,6 +68,15 @@ def format_both(count: int) -> str:
     """The same, and in GiB where that is one at least, as memory is counted."""
     binary = f" ({count / 2**30:.2f} GiB)" if count >= 2**30 else ""
     return f"{format_size(count)}{binary}"
+
+
+def format_time(seconds: float) -> str:
+    """A duration in the largest unit that says enough, with two or three digits."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.{seconds < 600:d}f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def plural(count: int, noun: str) -> str:

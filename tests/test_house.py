@@ -41,6 +41,7 @@ LAYERS = (
     "dtypes",
     "processor",
     "system",
+    "rates",
     "units",
     "extras",
     "version",

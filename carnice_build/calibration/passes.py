@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 from carnice_build.calibration.beside import passed_specs
 from carnice_build.calibration.libraries import LAYER_LIBRARIES
 from carnice_build.calibration.samples import samples, table_rows
+from carnice_build.calibration.work import pass_work
 from carnice_build.dtypes import FLOAT_NAMES, ITEM_SIZE, NUMPY_NAME, TensorSpec
 from carnice_build.graph import ProcessOp
+from carnice_build.rates import Work
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import STACK, numbered
 
@@ -111,6 +113,10 @@ class Forward(ProcessOp):
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """One for each sample."""
         return inputs[0].shape[0]
+
+    def work(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Work:
+        """One pass."""
+        return pass_work(params, inputs)
 
     def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """The layer, and what one sample of full length needs inside it."""

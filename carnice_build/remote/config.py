@@ -9,6 +9,9 @@ The file lies beside the folder of recipes:
 
     [trust]
     keys = ["ed25519:... name"]
+
+    [rates]
+    gpu_forward = 2e14         # what machines do in a second, for `carnice plan --nodes`
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from carnice_build.errors import StoreError, nearest
+from carnice_build.rates import Rates
 from carnice_build.remote.signing import PUBLIC_KEY
 from carnice_build.store.files import open_regular, write_atomically
 
@@ -52,6 +56,7 @@ class _TrustSection(_Strict):
 class _File(_Strict):
     remote: _RemoteSection = _RemoteSection()
     trust: _TrustSection = _TrustSection()
+    rates: Rates = Rates()
 
 
 class RemoteConfig(_Strict):
@@ -82,6 +87,11 @@ def read_config(recipes: Path, url: str | None) -> RemoteConfig:
         key=_key_path(path, found.remote.key),
         trusted=trusted,
     )
+
+
+def read_rates(recipes: Path) -> Rates:
+    """What the file beside `recipes` says that machines do in a second, or what was measured."""
+    return _read(config_path(recipes)).rates
 
 
 def config_path(recipes: Path) -> Path:
@@ -161,8 +171,9 @@ def _parse(path: Path, text: str) -> _File:
 
 
 _KNOWN = {
-    (): ("remote", "trust"),
+    (): ("remote", "trust", "rates"),
     ("remote",): tuple(_RemoteSection.model_fields),
+    ("rates",): tuple(Rates.model_fields),
     ("trust",): tuple(_TrustSection.model_fields),
 }
 
@@ -173,6 +184,8 @@ _EXPECTED = {
     "keys": 'a list of "ed25519:..." and a name each',
     "remote": "a section",
     "trust": "a section",
+    "rates": "a section",
+    **dict.fromkeys(Rates.model_fields, "a number above zero"),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from carnice_build.commands.report import Report, Sharing, VariantSummary
 from carnice_build.store.history import BuildRecord
-from carnice_build.units import format_size, plural
+from carnice_build.units import format_size, format_time, plural
 from carnice_build.verification.perplexity import Perplexity, format_perplexity
 from carnice_build.verification.result import Outcome
 from carnice_build.verification.running import SOURCE, PerplexityRow
@@ -233,13 +233,6 @@ def _checked(variant: VariantSummary) -> Cell:
     texts = [f"{len(names)} {outcome}" for outcome, names in outcomes.items() if names]
     notes = [f"{outcome}: {', '.join(names)}" for outcome, names in outcomes.items() if names]
     return Cell(", ".join(texts), len(outcomes[Outcome.FAILED]), "; ".join(notes))
-
-
-def format_time(seconds: float) -> str:
-    """A duration in the largest unit that says enough."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def short_model(model: str) -> str:

@@ -17,11 +17,13 @@ from typing import Any
 from carnice_build.calibration.libraries import LAYER_LIBRARIES
 from carnice_build.calibration.plan import CPU, Calibration
 from carnice_build.calibration.samples import samples
+from carnice_build.calibration.work import pass_work, tuning_work
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.autoround.ops import packed_specs
 from carnice_build.graph import ProcessOp, TensorRef
 from carnice_build.models.base import Role, TensorFact
+from carnice_build.rates import Work
 from carnice_build.tensor_file import TensorFile
 
 _LIBRARIES = (*LAYER_LIBRARIES, "numba")
@@ -62,6 +64,10 @@ class Tune(ProcessOp):
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """One: the library does not tell how far it is."""
         return 1
+
+    def work(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Work:
+        """All iterations."""
+        return tuning_work(params, inputs)
 
     def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """All samples, what goes in and what comes out, and some 30 bytes a weight to train it.
@@ -106,6 +112,11 @@ class Advance(ProcessOp):
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """One for each of both."""
         return 2
+
+    def work(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Work:
+        """Two passes."""
+        once = pass_work(params, inputs, 3)
+        return Work(once.kind, 2 * once.amount)
 
     def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """As `Tune.memory`, without what training takes: some 8 bytes a weight are left."""

@@ -18,6 +18,7 @@ from carnice_build.calibration.libraries import LAYER_LIBRARIES
 from carnice_build.calibration.passes import layer_inputs, layer_memory, made_specs
 from carnice_build.calibration.plan import Calibration
 from carnice_build.calibration.samples import samples
+from carnice_build.calibration.work import search_work
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import ProcessOp, TensorRef
@@ -25,6 +26,7 @@ from carnice_build.models import table_of
 from carnice_build.models.base import Architecture
 from carnice_build.models.smoothing import mappings_of_layer
 from carnice_build.models.table_file import SHIPPED
+from carnice_build.rates import Work
 from carnice_build.tensor_file import TensorFile
 
 
@@ -65,6 +67,10 @@ class Smooth(ProcessOp):
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """One for each sample that the smoothed layer has read."""
         return inputs[0].shape[0]
+
+    def work(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Work:
+        """The grid of each mapping, and two passes."""
+        return search_work(params, inputs)
 
     def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """The layer twice, and one sample inside it; what the search keeps lies on disk."""

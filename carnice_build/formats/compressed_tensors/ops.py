@@ -12,6 +12,7 @@ from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.blame import uneven
 from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, require_finite
+from carnice_build.rates import Kind, Work
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """The tensors that a weight becomes, by the end of their names, in the order of outputs."""
@@ -58,6 +59,11 @@ class GroupQuantize(ArrayOp):
             TensorSpec("I32", (-(-rows // PER_WORD), grid[1])),
             TensorSpec("I64", (2,)),
         )
+
+    def work(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Work:
+        """What the observer makes of the weight takes longest."""
+        kind = Kind.MSE if params["observer"] == "mse" else Kind.KERNEL
+        return Work(kind, inputs[0].nbytes)
 
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
