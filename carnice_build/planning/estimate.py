@@ -19,9 +19,6 @@ from carnice_build.planning.status import BuildStatus
 from carnice_build.rates import PASSES, Rates, Work
 from carnice_build.tensors import SourceTensor
 
-SMALL_BYTES = 1 << 20
-"""Of a result that no pack holds and that took no process: larger ones are made again sooner."""
-
 
 class Resource(StrEnum):
     """What a machine may wait for."""
@@ -135,7 +132,9 @@ def estimate(
 
     `actions` are those of the graph, in topological order; `shares` hold identities of actions and
     source tensors.
-    What is in no share is done by who puts the parts together; one machine does all by itself.
+    What is in no share is done by who puts the parts together, who also reads all that lies in
+    folders and was never read here: only then a remote can tell what was made of it.
+    One machine does all by itself.
     """
     surveyed = _Surveyed(status, actions, machines)
     if machines.count == 1:
@@ -143,8 +142,12 @@ def estimate(
         return Estimate(machines, (alone,), Load(seconds=dict.fromkeys(Resource, 0.0)))
     nodes = tuple(surveyed.load(share, pushes=True) for share in shares)
     rest = surveyed.everything.difference(*shares)
-    pushed = sum(node.pushed for node in nodes)
-    together = surveyed.load(rest, packs=surveyed.pack_bytes, fetched=pushed)
+    together = surveyed.load(
+        rest,
+        packs=surveyed.pack_bytes,
+        fetched=sum(node.pushed for node in nodes),
+        known=surveyed.unread,
+    )
     return Estimate(machines, nodes, together)
 
 
@@ -156,6 +159,11 @@ class _Surveyed:
         self._machines = machines
         self._pending = [action for action in actions if status.to_run(action.identity)]
         self.everything = frozenset({item.identity for item in self._pending} | {*status.sources})
+        self.unread = {
+            name
+            for name, source in status.sources.items()
+            if name not in status.digests and not _is_of_hub(source)
+        }
         slots = [slot.tensor.ref for pack in status.pending.values() for slot in pack.slots]
         self._packed = {ref.identity: ref for ref in slots}
         self._copies = Counter(ref.identity for ref in slots)
@@ -168,8 +176,12 @@ class _Surveyed:
         packs: int | None = None,
         fetched: int = 0,
         pushes: bool = False,
+        known: Collection[str] = (),
     ) -> Load:
-        """What who works on `members` does, writing `packs`, or what it made of them."""
+        """What who works on `members` does, writing `packs`, or what it made of them.
+
+        Sources `known` are read whatever they are for.
+        """
         members = self.everything.intersection(members)
         actions = [action for action in self._pending if action.identity in members]
         processes = [action for action in actions if isinstance(action.op, ProcessOp)]
@@ -178,7 +190,7 @@ class _Surveyed:
         flowing = _sources(plain) | {
             name: source
             for name, source in self._status.sources.items()
-            if name in members and name in self._packed
+            if name in known or (name in members and name in self._packed)
         }
         if packs is None:
             packs = sum(
@@ -193,7 +205,7 @@ class _Surveyed:
             fetched=(taken if actions or packs else 0) + fetched,
             pushed=self._pushed(actions, members) if pushes else 0,
             packs=packs,
-            transient=sum(_transient(action) for action in processes) + _copied(given),
+            transient=sum(_transient(action) for action in processes) + _decoded(given),
             operations=sum(_work(action).amount for action in processes if _is_pass(action)),
             gpu=any(_on_gpu(action) for action in processes if _is_pass(action)),
         )
@@ -224,13 +236,14 @@ class _Surveyed:
     ) -> Load:
         machines, rates = self._machines, self._machines.rates
         passes = [action for action in processes if _is_pass(action)]
-        # Passes read files, so what they take of the hub is downloaded; all else may stream.
+        # Passes read files, so who does some downloads what is on the hub; all others stream.
         downloaded = load.from_hub if _of_hub(given) else 0
-        from_disk = load.read - load.from_hub + downloaded
+        # What has just come is in memory when it is read for the first time.
+        from_disk = load.read - load.from_hub
         busy = (_work(action) for action in (*plain, *processes) if not _is_pass(action))
         cores = sum(work.amount / rates.core(work.kind) for work in busy)
         cores += load.read / rates.core_read + load.from_hub / rates.core_receive
-        cores += _copied(flowing) / rates.core_decode
+        cores += _decoded(flowing) / rates.core_decode
         seconds = {
             Resource.WIRE: (load.from_hub + load.fetched) / machines.bandwidth,
             Resource.DISK: from_disk / rates.disk_read
@@ -259,14 +272,15 @@ def _pass_seconds(passes: Sequence[Action], machines: Machines) -> float:
     threads = 1
     for action in passes:
         work, rates, layer = _work(action), machines.rates, _sources([action])
-        # A layer that is decoded is written to a file first, by one thread.
-        written = _copied(layer) / rates.core_decode
+        # A layer that is decoded is written to a file by one thread, while the one before is run.
+        given = _decoded(layer) / rates.core_decode
         if _on_gpu(action):
             placed = sum(source.spec.nbytes for source in layer.values())
-            on_gpu += written + work.amount / rates.gpu(work.kind) + placed / rates.gpu_load
+            taken = work.amount / rates.gpu(work.kind) + placed / rates.gpu_load
+            on_gpu += max(given, taken)
         else:
             threads = min(action.params.get("threads", 1), machines.cores)
-            on_cores += written + work.amount / (threads * rates.core(work.kind))
+            on_cores += max(given, work.amount / (threads * rates.core(work.kind)))
     beside = max(1, min(_chains(passes), machines.cores // threads))
     return on_gpu + on_cores / beside
 
@@ -300,18 +314,18 @@ def _sources(actions: Iterable[Action]) -> dict[str, SourceTensor]:
 
 def _of_hub(sources: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
     """Those that come over the wire, as do those of a shape file, which lie nowhere."""
-    return {
-        name: source
-        for name, source in sources.items()
-        if source.file is None or not source.file.local
-    }
+    return {name: source for name, source in sources.items() if _is_of_hub(source)}
+
+
+def _is_of_hub(source: SourceTensor) -> bool:
+    return source.file is None or not source.file.local
 
 
 def _stored(sources: Mapping[str, SourceTensor]) -> int:
     return sum(source.stored_bytes for source in sources.values())
 
 
-def _copied(sources: Mapping[str, SourceTensor]) -> int:
+def _decoded(sources: Mapping[str, SourceTensor]) -> int:
     """Bytes of floats of those that are decoded."""
     return sum(source.spec.nbytes for source in sources.values() if source.stored is not None)
 
@@ -327,10 +341,8 @@ def _transient(action: Action) -> int:
 
 
 def _lasts(action: Action, index: int) -> bool:
-    """Whether a part pushes a result that no pack holds."""
-    if isinstance(action.op, ProcessOp):
-        return index not in action.op.transient
-    return action.outputs[index].nbytes <= SMALL_BYTES
+    """Whether a part pushes a result that no pack holds, as what a calibration leaves."""
+    return isinstance(action.op, ProcessOp) and index not in action.op.transient
 
 
 def totals(loads: Iterable[Load]) -> Iterator[tuple[str, int]]:

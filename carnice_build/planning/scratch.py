@@ -44,8 +44,13 @@ def depths(actions: Iterable[Action]) -> dict[str, int]:
 
 
 def copied_bytes(source: SourceTensor) -> int:
-    """Disk for what a process is given of `source`: its bytes, unless they lie in files here."""
-    return 0 if source.file is None or places(source) is not None else source.spec.nbytes
+    """Disk for what a process is given of `source`: its bytes, unless they lie in files here.
+
+    Those of a shape file would, unless they are decoded.
+    """
+    if source.file is None:
+        return 0 if source.stored is None else source.spec.nbytes
+    return 0 if places(source) is not None else source.spec.nbytes
 
 
 def scratch_bytes(actions: Iterable[Action], width: int) -> int:

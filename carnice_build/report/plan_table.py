@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -186,6 +186,16 @@ def _number(table: Table, heading: str, total: object) -> None:
     table.add_column(heading, justify="right", footer=str(total))
 
 
+def _unknown(status: BuildStatus) -> Iterator[str]:
+    """Why a remote may have more than a plan can tell."""
+    sources = status.sources.items()
+    if any(
+        name not in status.digests and source.file is not None and source.file.local
+        for name, source in sources
+    ):
+        yield "what it has of files here that were never read, a build finds out"
+
+
 def _totals(result: PlanResult, memory: int, jobs: int) -> Table:
     plan, status, remote = result.plan, result.status, result.remote
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -206,7 +216,7 @@ def _totals(result: PlanResult, memory: int, jobs: int) -> Table:
     table.add_row("to read", format_size(status.bytes_to_read))
     if remote:
         table.add_row("to fetch", f"{format_size(status.bytes_to_fetch)} from {remote.name}")
-        for text in remote.notices:
+        for text in (*remote.notices, *_unknown(status)):
             table.add_row("remote", text)
     table.add_row(
         "to write", f"{format_size(status.bytes_to_write)} in {len(status.pending)} shards"
