@@ -88,29 +88,33 @@ def test_what_is_built_costs_nothing(
 
 
 def test_hidden_states_and_layers_of_a_calibration(
-    full_size: Project, estimated: Estimated
+    full_size: Project, carnice: Carnice, estimated: Estimated
 ) -> None:
-    """All that goes from layer to layer is written, and layers are read once more than quantized.
+    """All that goes from layer to layer is written, and layers, which come once more for that.
 
     20 samples of 8192 tokens of 5120 numbers, before the first layer and behind each of 64.
     """
     del full_size
-    plain = estimated("mlx-4bit", "--profile", "shapes", *ONE)["bytes"]
     found = estimated("nvfp4-text-mtp", "--profile", "shapes", *ONE)["bytes"]
+    finished = json.loads(carnice("plan", "nvfp4-text-mtp", "--profile", "shapes", "--json").out)
+    hidden = 65 * 20 * 8192 * 5120 * 2
+    once = finished["bytes_to_read"]
+    files = found["read"] - found["from_hub"]
 
-    assert 65 * 20 * 8192 * 5120 * 2 == found["transient"]
-    assert found["read"] > 1.9 * plain["read"]
-    # The file comes once for both.
-    assert found["from_hub"] < 1.1 * plain["from_hub"]
+    # Passes are given the embedding and the layers, which the head is not among.
+    assert found["transient"] - hidden == found["read"] - once
+    assert 0.9 * once < found["transient"] - hidden < once
+    # Rows of the dataset, and no tokenizer, for a shape file has none.
+    assert files == (REPOSITORY / "demo" / "calibration.jsonl").stat().st_size
 
 
 def test_a_decoded_layer_is_written_for_a_pass(full_size: Project, estimated: Estimated) -> None:
-    """In BF16, twice as much as comes over the wire in FP8."""
+    """In BF16, twice as much as comes over the wire in FP8, which comes twice, too."""
     full_size.recipe("deepseek", DEEPSEEK)
     found = estimated("deepseek", "--profile", "shapes", *ONE)["bytes"]
     hidden = 62 * 20 * 8192 * 7168 * 2
 
-    assert 2 * found["from_hub"] == pytest.approx(found["transient"] - hidden, rel=0.02)
+    assert found["from_hub"] == pytest.approx(found["transient"] - hidden, rel=0.02)
 
 
 DEEPSEEK = """\
@@ -164,7 +168,7 @@ def test_a_chain_stays_on_one_node(full_size: Project, estimated: Estimated) -> 
 
     assert [0, 0, 0] == sorted(operations[0])[:3]
     assert operations[1] == pytest.approx([sum(operations[0]) / 4] * 4)
-    assert parts["bytes"]["from_hub"] > 3 * whole["bytes"]["from_hub"] / 2
+    assert parts["bytes"]["from_hub"] > 2 * whole["bytes"]["from_hub"]
     busy = [max(node["seconds"]["passes"] for node in f["of_nodes"]) for f in (whole, parts)]
     assert busy[1] < busy[0] / 3
 

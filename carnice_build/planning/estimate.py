@@ -1,6 +1,8 @@
 """What a build takes on machines that are not here: bytes read, written and sent, and seconds.
 
 Pure functions over a plan and what of it is there already, so what is cached costs nothing.
+What is on the hub is streamed: it comes once for passes, into files that they are given, and once
+for what is made of weights.
 What a machine has to do follows from the plan; how long that takes, from rates that were measured
 elsewhere (docs/scaling.md).
 """
@@ -201,11 +203,11 @@ class _Surveyed:
         taken = self._taken(actions) if pushes else self._status.bytes_to_fetch
         load = Load(
             read=_stored(given) + _stored(flowing),
-            from_hub=_stored(_of_hub(given | flowing)),
+            from_hub=_stored(_of_hub(given)) + _stored(_of_hub(flowing)),
             fetched=(taken if actions or packs else 0) + fetched,
             pushed=self._pushed(actions, members) if pushes else 0,
             packs=packs,
-            transient=sum(_transient(action) for action in processes) + _decoded(given),
+            transient=sum(map(_transient, processes)) + _copied(given),
             operations=sum(_work(action).amount for action in processes if _is_pass(action)),
             gpu=any(_on_gpu(action) for action in processes if _is_pass(action)),
         )
@@ -236,18 +238,14 @@ class _Surveyed:
     ) -> Load:
         machines, rates = self._machines, self._machines.rates
         passes = [action for action in processes if _is_pass(action)]
-        # Passes read files, so who does some downloads what is on the hub; all others stream.
-        downloaded = load.from_hub if _of_hub(given) else 0
-        # What has just come is in memory when it is read for the first time.
-        from_disk = load.read - load.from_hub
         busy = (_work(action) for action in (*plain, *processes) if not _is_pass(action))
         cores = sum(work.amount / rates.core(work.kind) for work in busy)
         cores += load.read / rates.core_read + load.from_hub / rates.core_receive
         cores += _decoded(flowing) / rates.core_decode
         seconds = {
             Resource.WIRE: (load.from_hub + load.fetched) / machines.bandwidth,
-            Resource.DISK: from_disk / rates.disk_read
-            + (load.packs + load.transient + downloaded) / rates.disk_write,
+            Resource.DISK: (load.read - load.from_hub) / rates.disk_read
+            + (load.packs + load.transient) / rates.disk_write,
             Resource.KERNELS: cores / machines.cores,
             Resource.PASSES: _pass_seconds(passes, machines),
         }
@@ -323,6 +321,12 @@ def _is_of_hub(source: SourceTensor) -> bool:
 
 def _stored(sources: Mapping[str, SourceTensor]) -> int:
     return sum(source.stored_bytes for source in sources.values())
+
+
+def _copied(sources: Mapping[str, SourceTensor]) -> int:
+    """Bytes of files that processes are given of those that lie in none."""
+    missing = (item for item in sources.values() if item.stored is not None or _is_of_hub(item))
+    return sum(source.spec.nbytes for source in missing)
 
 
 def _decoded(sources: Mapping[str, SourceTensor]) -> int:
