@@ -105,6 +105,18 @@ def test_full_size_plan_moves_little(project: Project, hub: FakeHub, tmp_path: P
     assert hub.bytes_sent < 2e6
 
 
+def test_an_estimate_tells_what_the_hub_will_send(
+    online: Project, hub: FakeHub, carnice: Carnice
+) -> None:
+    """Of shards every byte that is wanted, and beside these no more than headers."""
+    planned = carnice("plan", VARIANT, *ONLINE, "--bandwidth", "1GB/s", "--json")
+    expected = json.loads(planned.out)["estimate"]["bytes"]["from_hub"]
+    before = weights(hub)
+    build_variants([VARIANT], online.options(profile="online", stream=True))
+
+    assert 0 <= weights(hub) - before - expected < 50_000
+
+
 def write_sparse(folder: Path, config: Any, tensors: dict[str, list[Any]]) -> None:
     """A checkpoint with true headers and 5 GB shards that take no disk, and a big tokenizer."""
     folder.mkdir()
