@@ -67,7 +67,7 @@ class Rates(BaseModel):
     core_autoround: Rate = 0.26e12
     core_read: Rate = 3.3e9
     """Bytes of sources that are read and digested."""
-    core_receive: Rate = 1.3e9
+    core_receive: Rate = 20e9
     """Bytes that come over the wire; on top of reading them."""
     core_decode: Rate = 2.3e9
     """Bytes of floats that quantized sources stand for."""

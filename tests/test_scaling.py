@@ -115,11 +115,11 @@ def test_every_rate_is_told() -> None:
 
 
 def test_the_build_that_was_measured(page_project: Project, carnice: Carnice) -> None:
-    """Is estimated at what the page says beside it."""
+    """Is estimated at what the page says beside it, for one core."""
     del page_project
-    arguments = ("--profile", "shapes", "--jobs", 2, "--bandwidth", "100GB/s", "--json")
+    arguments = ("--profile", "shapes", "--jobs", 1, "--bandwidth", "100GB/s", "--json")
     finished = carnice("plan", "mlx-4bit", *arguments)
     found = json.loads(finished.out)["estimate"]
 
     assert "kernels" == found["bottleneck"]
-    assert f"the estimate for two cores is {found['seconds']:.0f} s." in shown(PAGE)
+    assert f"the estimate has {found['seconds']:.0f} s." in shown(PAGE)
