@@ -114,6 +114,16 @@ def test_every_rate_is_told() -> None:
     assert list(Rates.model_fields) == [name for name, _ in told]
 
 
+def test_the_memory_of_a_pass_through_the_largest(page_project: Project, carnice: Carnice) -> None:
+    """Is what the plan says."""
+    del page_project
+    finished = carnice("plan", "kimi-k2-nvfp4", "--profile", "shapes", "--json")
+
+    assert f"{json.loads(finished.out)['peak_memory_estimate'] / 1e9:.0f} GB of memory" in shown(
+        PAGE
+    )
+
+
 def test_the_build_that_was_measured(page_project: Project, carnice: Carnice) -> None:
     """Is estimated at what the page says beside it, for one core."""
     del page_project

@@ -23,7 +23,7 @@ from carnice_build.cli.arguments import (
     print_json,
 )
 
-MOST_NODES = 10_000
+MOST_NODES = 1000
 
 Nodes = Annotated[
     int | None,
