@@ -12,6 +12,7 @@ import fcntl
 import os
 import resource
 import sys
+from pathlib import Path
 
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
 """How a system or a file system says that it has no such call."""
@@ -47,6 +48,13 @@ def write_at(descriptor: int, buffer: memoryview, offset: int) -> None:
     done = 0
     while done < len(buffer):
         done += os.pwrite(descriptor, buffer[done : done + _MOST], offset + done)
+
+
+def will_read(path: Path, offset: int, count: int) -> None:
+    """Tell the system that a range of a file is to be read soon, where it can be told."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
 
 
 def make_durable(descriptor: int) -> None:

@@ -32,6 +32,10 @@ BLOCK_BYTES = 2 << 20
 """Source bytes in one block: of those measured, the one that costs least (docs/benchmarks.md)."""
 
 
+PIECE_BYTES = 1 << 20
+"""Bytes that are in memory of a source while it is copied into a file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sink:
     """A place in a pack that wants a tensor's bytes."""
@@ -46,6 +50,7 @@ class Job:
 
     `sinks` maps the identity of a ref to the places that want its bytes; `blobs` holds the
     identities of outputs that another job reads and no pack keeps.
+    One without sources and actions may be there to have the files of action `ahead` here.
     """
 
     sources: list[SourceTensor]
@@ -53,6 +58,7 @@ class Job:
     sinks: Mapping[str, Sequence[Sink]]
     blobs: frozenset[str]
     needs: set[int] = field(default_factory=set)
+    ahead: Action | None = None
 
     @cached_property
     def rows(self) -> int | None:
@@ -134,13 +140,12 @@ class Job:
     @property
     def peak_bytes(self) -> int:
         """Most memory that the job takes, beyond the process's own."""
+        if self.ahead is not None:
+            return PIECE_BYTES + _held_bytes(self.ahead)
         if self.process is not None:
             action = self.actions[0]
-            read = [ref.origin for ref in action.inputs if isinstance(ref.origin, SourceTensor)]
-            # Sources are copied one after another, before the process begins.
-            held = max((source.held_bytes for source in read), default=0)
             specs = [ref.spec for ref in action.inputs]
-            return max(held, self.process.memory(action.params, specs))
+            return max(_held_bytes(action), self.process.memory(action.params, specs))
         if self.rows is not None:
             return self._streaming_bytes(max(1, self.rows))
         made = [
@@ -180,6 +185,8 @@ class Job:
     @property
     def title(self) -> str:
         """What a trace calls the job."""
+        if self.ahead is not None:
+            return f"files for {self.ahead.op.name}"
         if self.sources:
             return self.sources[0].name
         return self.actions[0].op.name if self.actions else "nothing"
@@ -219,6 +226,12 @@ def _workspace(action: Action) -> int:
     if not isinstance(action.op, ArrayOp):
         return 0
     return action.op.workspace(action.params, [ref.spec for ref in action.inputs])
+
+
+def _held_bytes(action: Action) -> int:
+    """Memory for its sources, which are copied one after another before a process begins."""
+    read = (ref.origin for ref in action.inputs if isinstance(ref.origin, SourceTensor))
+    return max((source.held_bytes for source in read), default=0)
 
 
 def _steps(action: Action) -> int:

@@ -7,6 +7,7 @@ have gone: for that action, and for those of this build that will ask for the sa
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,14 +17,14 @@ from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import StoreError
 from carnice_build.execute.blame import bad_input, non_finite
 from carnice_build.execute.jobs import Job
-from carnice_build.execute.streaming import read_digest
+from carnice_build.execute.source_files import SourceFiles, own_folder
 from carnice_build.execute.transients import own_link
 from carnice_build.execute.workbench import JobResult, Workbench
 from carnice_build.graph import ActionOutput, BadInput, NonFiniteValue, ProcessOp, TensorRef
 from carnice_build.store.files import hold_range
 from carnice_build.store.packs import Location, digest_range
 from carnice_build.tensor_file import TensorFile
-from carnice_build.tensors import SourceTensor, places
+from carnice_build.tensors import SourceTensor
 
 
 class ProcessJob:
@@ -36,14 +37,19 @@ class ProcessJob:
         assert isinstance(self._action.op, ProcessOp)
         self._op = self._action.op
         self._result = JobResult(settled=job.actions)
+        self._sources = SourceFiles(bench, self._result)
 
     def run(self) -> JobResult:
         """Do the job and remember what it made; whoever wants the same waits and then finds it."""
-        digests = [self._learn(ref) for ref in self._action.inputs]
-        with self._bench.store.lease(self._action.key(digests), "long"):
-            if not self._is_settled(digests):
-                with TemporaryDirectory(dir=self._bench.scratch) as folder:
-                    self._make(Path(folder))
+        folder = own_folder(self._bench.scratch, self._action)
+        folder.mkdir(exist_ok=True)
+        try:
+            digests = [self._learn(index, folder) for index in range(len(self._action.inputs))]
+            with self._bench.store.lease(self._action.key(digests), "long"):
+                if not self._is_settled(digests):
+                    self._make(folder)
+        finally:
+            shutil.rmtree(folder)
         return self._result
 
     def _is_settled(self, digests: Sequence[str]) -> bool:
@@ -77,19 +83,11 @@ class ProcessJob:
             own.unlink(missing_ok=True)
             hold_range(path, 0, self._action.outputs[index].nbytes, own)
 
-    def _learn(self, ref: TensorRef) -> str:
-        """Digest of an input; a source that nobody has read yet is read for it."""
-        records = self._bench.store.records
-        source = ref.origin
-        if isinstance(source, SourceTensor) and source.identity not in self._bench.digests:
-            # Parts of a calibration begin a layer together.
-            with self._bench.lock(f"digest of {source.identity}"):
-                digest = records.source_digest(source.identity)
-                if digest is None:
-                    digest = read_digest(source)
-                    records.set_source_digest(source.identity, digest)
-                    self._result.read_bytes += source.stored_bytes
-                self._bench.digests[source.identity] = digest
+    def _learn(self, index: int, folder: Path) -> str:
+        """Digest of input `index`; a source that lies in no file may come into one of `folder`."""
+        ref = self._action.inputs[index]
+        if isinstance(ref.origin, SourceTensor):
+            self._sources.learn(ref.origin, folder / f"in-{index}")
         return self._bench.digest_of(ref)
 
     def _place(self, ref: TensorRef) -> Location | None:
@@ -129,13 +127,7 @@ class ProcessJob:
         """The input in a file that stays while the job runs; a new one is called `own`."""
         source = ref.origin
         if isinstance(source, SourceTensor):
-            found = places(source)
-            if found:
-                path, offset, _ = found[0]
-                ranges = tuple(found) if len(found) > 1 else ()
-                return TensorFile(ref.spec, str(path), offset, source.name, ranges)
-            self._copy(source, own)
-            return TensorFile(ref.spec, str(own), 0, source.name)
+            return self._sources.file(source, own)
         # Whoever needs what is gone waits for the first who makes it again.
         with self._bench.lock(f"outputs of {source.action.identity}"):
             place = self._place(ref)
@@ -148,16 +140,6 @@ class ProcessJob:
                 pass
             self._make_again(source, own)
         return TensorFile(ref.spec, str(own))
-
-    def _copy(self, source: SourceTensor, own: Path) -> None:
-        """Put a source that lies in no file into `own`; from a job that has it, if there is one."""
-        copies = self._bench.copies
-        with self._bench.lock(f"copy of {source.identity}"):
-            try:
-                hold_range(copies[source.identity], 0, source.spec.nbytes, own)
-            except (KeyError, FileNotFoundError):
-                _download(source, own)
-            copies[source.identity] = own
 
     def _make_again(self, output: ActionOutput, own: Path) -> None:
         """Put a transient tensor that is gone into the file `own`."""
@@ -198,15 +180,3 @@ def _empty_file(path: Path, spec: TensorSpec) -> TensorFile:
     with path.open("xb") as file:
         file.truncate(spec.nbytes)
     return TensorFile(spec, str(path))
-
-
-def _download(source: SourceTensor, path: Path) -> None:
-    assert source.file is not None
-    buffer = bytearray(min(1 << 20, source.spec.nbytes))
-    with source.file.open_range(source.offset, source.spec.nbytes) as read, path.open("xb") as out:
-        left = source.spec.nbytes
-        while left:
-            block = memoryview(buffer)[: min(left, len(buffer))]
-            read(block)
-            out.write(block)
-            left -= len(block)

@@ -13,8 +13,10 @@ from carnice_build.execute.array_job import ArrayJob
 from carnice_build.execute.events import Advanced, Listener, Notice, Span, Started
 from carnice_build.execute.executor import Executor
 from carnice_build.execute.jobs import Job, Placement, Sink, plan_jobs, plan_placements
+from carnice_build.execute.look_ahead import looking_ahead
 from carnice_build.execute.process_job import ProcessJob
 from carnice_build.execute.runner import Runner
+from carnice_build.execute.source_files import fetch_ahead
 from carnice_build.execute.transients import Transients, own_link
 from carnice_build.execute.workbench import JobResult, Workbench
 from carnice_build.graph import Action
@@ -143,7 +145,7 @@ class _Run:
 
     def _work(self, status: BuildStatus) -> None:
         placements = plan_placements(status) if self._only is None else []
-        jobs = plan_jobs(status, self._actions, self._only)
+        jobs = looking_ahead(plan_jobs(status, self._actions, self._only), self._executor.width)
         self._listen(
             Started(
                 read_bytes=sum(job.read_bytes for job in jobs),
@@ -218,9 +220,12 @@ class _Run:
 
     def _timed(self, bench: Workbench, job: Job) -> JobResult:
         start = time.perf_counter()
-        kind = ProcessJob if job.process is not None else ArrayJob
-        with failures_blamed(*(action.op for action in job.actions)):
-            result = kind(bench, job).run()
+        try:
+            with failures_blamed(*(action.op for action in job.actions)):
+                result = _do(bench, job)
+        except BaseException:
+            bench.failed.set()
+            raise
         end = time.perf_counter()
         result.seconds = end - start
         self._listen(Span(job.title, "job", get_ident(), start, end, result.read_bytes))
@@ -244,6 +249,13 @@ class _Run:
             self._outcome.seconds[action.identity] = result.seconds / len(result.made)
         self._outcome.read_bytes += result.read_bytes
         self._outcome.written_bytes += result.written_bytes
+
+
+def _do(bench: Workbench, job: Job) -> JobResult:
+    if job.ahead is not None:
+        return fetch_ahead(bench, job.ahead)
+    kind = ProcessJob if job.process is not None else ArrayJob
+    return kind(bench, job).run()
 
 
 def _place(bench: Workbench, placement: Placement) -> JobResult:

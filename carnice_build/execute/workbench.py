@@ -38,7 +38,7 @@ class Workbench:
     `progress` is told of source bytes that were read; `scratch` is a folder of this build alone;
     `awaited` says of a transient tensor, by its identity, whether jobs of it are still to read it.
     `copies` says by the identity of a source that lies in no file where a job put it last, for as
-    long as that runs.
+    long as that runs; `failed` is set when a job ended with an error.
     """
 
     store: Store
@@ -49,6 +49,7 @@ class Workbench:
     digests: dict[str, str]
     awaited: Callable[[str], bool]
     copies: dict[str, Path] = field(default_factory=dict)
+    failed: threading.Event = field(default_factory=threading.Event)
     _locks: dict[str, threading.Lock] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
 

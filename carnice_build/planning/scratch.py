@@ -58,6 +58,7 @@ def scratch_bytes(actions: Iterable[Action], width: int) -> int:
 
     That are transient tensors until their last reader is done, and what at most `width` processes
     have for themselves: copies of sources, and outputs before these are where they belong.
+    Where more than one may run, what each layer is given of sources is here one layer ahead.
     Of chains beside each other at most `width` are in a layer at once, each with what it reads and
     what it makes.
     """
@@ -84,13 +85,32 @@ def scratch_bytes(actions: Iterable[Action], width: int) -> int:
         holding[level] = max(held, holding.get(level, 0))
         held -= ends.get(index, 0)
     anywhere, levels = _own_bytes(order, depth)
+    ahead = _ahead_bytes(order, depth) if width > 1 else {}
     return max(
         (
-            most + sum(sorted([*anywhere, *levels.get(level, ())], reverse=True)[:width])
+            most
+            + sum(sorted([*anywhere, *levels.get(level, ())], reverse=True)[:width])
+            + ahead.get(level + 1, 0)
             for level, most in holding.items()
         ),
         default=0,
     )
+
+
+def _ahead_bytes(order: Iterable[Action], depth: Mapping[str, int]) -> Mapping[int, int]:
+    """Copies of sources for the actions of each depth that wait for another; one for all chains."""
+    copies: dict[int, dict[str, int]] = {}
+    for action in order:
+        makers = (ref.origin for ref in transient_inputs(action))
+        if any(
+            isinstance(maker, ActionOutput) and maker.action.identity in depth for maker in makers
+        ):
+            copies.setdefault(depth[action.identity], {}).update(
+                (ref.identity, copied_bytes(ref.origin))
+                for ref in action.inputs
+                if isinstance(ref.origin, SourceTensor)
+            )
+    return {level: sum(found.values()) for level, found in copies.items()}
 
 
 def _own_bytes(

@@ -86,8 +86,9 @@ def peak_memory_estimate(plan: Plan, status: BuildStatus, memory: int, jobs: int
     if not status.pending:
         return 0
     from carnice_build.execute.jobs import plan_jobs
+    from carnice_build.execute.look_ahead import looking_ahead
 
-    peaks = [job.peak_bytes for job in plan_jobs(status, plan.graph)]
+    peaks = [job.peak_bytes for job in looking_ahead(plan_jobs(status, plan.graph), jobs)]
     together = sum(sorted(peaks, reverse=True)[:jobs])
     return max(min(together, memory), max(peaks, default=STREAM_BYTES))
 
