@@ -134,6 +134,13 @@ class ByteSource(Readable, Protocol):
         """True when nothing that is read of it comes from another machine."""
 
     @property
+    def in_files(self) -> bool:
+        """True when its bytes lie in files here as they are, or will when they are read.
+
+        Unlike `path` and `places`, it downloads nothing.
+        """
+
+    @property
     def random_access(self) -> bool:
         """True when a small read costs little wherever it is."""
 

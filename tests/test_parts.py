@@ -25,7 +25,7 @@ from carnice_build.calibration.parts import Combine, CombineExperts, Cut, shares
 from carnice_build.calibration.passes import Forward
 from carnice_build.calibration.tokens import Tokens
 from carnice_build.commands.plan import plan_variants
-from carnice_build.execute import process_job
+from carnice_build.execute import source_files
 from carnice_build.execute.processes import LocalRunner
 from carnice_build.graph import Action, BadInput, NonFiniteValue, TensorData
 from carnice_build.tensor_file import TensorFile
@@ -218,13 +218,13 @@ def test_parts_in_a_layer_get_its_tensors_once(
     both, got = Barrier(2, timeout=60), Counter[tuple[str, str]]()
 
     def counted(of: str) -> None:
-        function = getattr(process_job, of)
+        function = getattr(source_files, of)
 
         def call(source: SourceTensor, *path: Path) -> Any:
             got[of, source.identity] += 1
             return function(source, *path)
 
-        monkeypatch.setattr(process_job, of, call)
+        monkeypatch.setattr(source_files, of, call)
 
     def found(_: LocalRunner, action: Action, inputs: Any, outputs: Sequence[TensorFile]) -> None:
         if isinstance(action.op, Forward):

@@ -130,24 +130,32 @@ def test_a_process_reads_experts_where_they_lie(tmp_path: Path) -> None:
 
 
 def test_layers_of_a_chain_are_never_beside_each_other(tmp_path: Path) -> None:
-    """However many processes may run: a layer waits for the one before it."""
+    """However many processes may run: a layer waits for the one before it.
+
+    But what it is given comes meanwhile, where one thread may fetch while another computes.
+    """
     graph = ActionGraph()
     chain(graph, *[fp8(tmp_path)] * 3)
 
-    assert 2 * SIZE + 1 + 64 == scratch_bytes(graph, 1) == scratch_bytes(graph, 8)
+    assert 2 * SIZE + 1 + 64 == scratch_bytes(graph, 1)
+    assert 2 * SIZE + 1 + 64 + 64 == scratch_bytes(graph, 2) == scratch_bytes(graph, 8)
 
 
 def test_chains_beside_each_other_hold_what_they_read_and_make(tmp_path: Path) -> None:
-    """As many as may be in a layer at once; the others wait with what they will read."""
+    """As many as may be in a layer at once; the others wait with what they will read.
+
+    What all of them are given in the next layer comes once.
+    """
     graph = ActionGraph()
+    weights = [fp8(tmp_path)] * 3
     for number in range(3):
-        weights = [fp8(tmp_path)] * 3
         hidden = graph.add(Pass(), {"chain": number}, ref(weights[0]))[:1]
         for weight in weights:
             hidden = graph.add(Pass(), {}, ref(weight), *hidden)[:1]
 
-    copied = 1 + 64
-    held = {width: 3 * SIZE + width * (SIZE + copied) for width in (1, 2, 3)}
+    copied, ahead = 1 + 64, 64
+    held = {width: 3 * SIZE + width * (SIZE + copied) + ahead for width in (2, 3)}
+    held[1] = 3 * SIZE + SIZE + copied
     assert held == {width: scratch_bytes(graph, width) for width in held}
     assert held[3] == scratch_bytes(graph, 8)
 

@@ -54,6 +54,7 @@ class RemoteFile:
     """A file that is read where it is; see `ByteSource`."""
 
     local = False
+    in_files = False
     random_access = False
 
     def __init__(self, repository: Repository, file: str, size: int, content: str) -> None:

@@ -100,6 +100,11 @@ class HubFile:
         self.identity = self._remote.identity
         self.random_access = not stream
 
+    @property
+    def in_files(self) -> bool:
+        """True unless it is streamed."""
+        return not self._stream or self._cached() is not None
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """See `Readable.read_into`; the first read may download the file."""
         self._place().read_into(offset, buffer)

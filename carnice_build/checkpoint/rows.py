@@ -46,6 +46,7 @@ class RowReader:
 class RowsFile(ABC):
     """Rows that are made while they are read, as if a file held them; see `ByteSource`."""
 
+    in_files = False
     _row_bytes: int
 
     @abstractmethod

@@ -21,6 +21,7 @@ class LocalFile:
     """A file on a local or mounted file system, opened on first read."""
 
     local = True
+    in_files = True
     random_access = True
 
     def __init__(self, path: Path) -> None:
@@ -96,6 +97,7 @@ class LostFile:
     """A link to nothing in the place of a file: an error as soon as anything of it is asked for."""
 
     local = True
+    in_files = True
     random_access = True
 
     def __init__(self, path: Path) -> None:

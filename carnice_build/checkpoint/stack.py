@@ -95,6 +95,11 @@ class Stack:
         return all(file.local for file in self._files())
 
     @property
+    def in_files(self) -> bool:
+        """True when it is so of all files."""
+        return all(file.in_files for file in self._files())
+
+    @property
     def random_access(self) -> bool:
         """True when it is so of all files."""
         return all(file.random_access for file in self._files())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from carnice_build.graph import Action, ActionOutput, ProcessOp, TensorRef
-from carnice_build.tensors import SourceTensor, places
+from carnice_build.tensors import SourceTensor
 
 
 def transient_inputs(action: Action) -> Iterator[TensorRef]:
@@ -50,7 +50,7 @@ def copied_bytes(source: SourceTensor) -> int:
     """
     if source.file is None:
         return 0 if source.stored is None else source.spec.nbytes
-    return 0 if places(source) is not None else source.spec.nbytes
+    return 0 if source.file.in_files else source.spec.nbytes
 
 
 def scratch_bytes(actions: Iterable[Action], width: int) -> int:
