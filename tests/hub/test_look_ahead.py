@@ -36,6 +36,7 @@ from carnice_build.tensors import SourceTensor
 pytest_plugins = ["hub_fixtures"]
 
 LAST = len(LAYERS) - 1
+DATASET = "neuralmagic/calibration: demo/calibration.jsonl"
 
 
 def layer_of(name: str) -> int:
@@ -79,7 +80,7 @@ class Passes:
 def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     """Passes in the place of those that compute; each calls `during` with its layer."""
     seen = Passes()
-    download, ahead = source_files._download, session.fetch_ahead
+    download, ahead = source_files._download, source_files.fetch_ahead
 
     def downloading(source: SourceTensor, path: Path) -> str:
         digest = download(source, path)
@@ -109,7 +110,7 @@ def streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> P
     """A project of four layers whose models are on the hub; the current folder."""
     project = make_project(tmp_path / "project")
     (project.recipes / "_profiles.yaml").write_text(
-        f"online: {{neuralmagic/calibration: demo/calibration.jsonl, {CARNICE}: hub, {QWEN}: hub}}\n"
+        f"online: {{{DATASET}, {CARNICE}: hub, {QWEN}: hub}}\n"
     )
     hub.add(CARNICE, project.checkpoint, "c" * 40)
     hub.add(QWEN, project.base, "d" * 40)
@@ -206,7 +207,7 @@ def test_what_fails_to_come_fails_as_it_would_later(
     with pytest.raises(CheckpointError) as later:
         stream(streamed, jobs=1, changes=three)
     passes.begun.clear()
-    passes.during = lambda layer: layer < 1 or passes.wait(asked)
+    passes.during = lambda layer: passes.wait(lambda: layer < 1 or asked())
     with pytest.raises(CheckpointError) as ahead:
         stream(streamed, changes=four)
     begun = list(passes.begun)
@@ -260,8 +261,7 @@ def test_the_system_is_told_what_will_be_read(
         told_then.append(max(layers[offset] for _, offset in told))
 
     (streamed.recipes / "_profiles.yaml").write_text(
-        f"online: {{neuralmagic/calibration: demo/calibration.jsonl, "
-        f"{CARNICE}: demo/carnice-v2-27b, {QWEN}: demo/qwen3.6-27b}}\n"
+        f"online: {{{DATASET}, {CARNICE}: demo/carnice-v2-27b, {QWEN}: demo/qwen3.6-27b}}\n"
     )
     passes.during = during
     stream(streamed)
