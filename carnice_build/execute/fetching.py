@@ -7,7 +7,7 @@ Whatever does not arrive, or is not what it should be, is simply not there: the 
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -38,14 +38,14 @@ _REMEMBERED = 256
 class Fetched:
     """What came: tensors, and their bytes; `status` is what is then still to do, without a remote.
 
-    `failures` says why something did not come, as clauses, with how many tensors that was.
+    `failures` says why something did not come, as clauses, with the digests of what that was.
     """
 
     status: BuildStatus
     tensors: int = 0
     bytes: int = 0
     read_bytes: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, list[str]] = field(default_factory=dict)
 
 
 def fetch(
@@ -61,9 +61,7 @@ def fetch(
         if read_bytes:
             status = survey(variants, store, remote.index)
         result = Fetched(status, read_bytes=read_bytes)
-        _take(remote, store, result, listen)
-        for reason, count in result.failures.items():
-            listen(Notice(f"{remote.name}: {reason} ({plural(count, 'tensor')} not fetched)"))
+        _take(variants, remote, store, result, listen)
         result.status = survey(variants, store)
     return result
 
@@ -77,7 +75,8 @@ def fetch_inputs(
 ) -> Fetched:
     """Take over what actions of `mine` are given and the remote has; no pack is filled.
 
-    The status then counts as done what the remote has.
+    The status then counts as done what the remote has, but for what did not come; tells what
+    failed as notices.
     """
     with io_errors_named(store.root):
         status = survey(variants, store, remote.index)
@@ -90,18 +89,59 @@ def fetch_inputs(
         }
         wanted = {name: place for name, place in status.remote.items() if name in given}
         result = Fetched(replace(status, pending={}, remote=wanted))
-        _take(remote, store, result, listen)
-        result.status = survey(variants, store, remote.index)
+        _take(variants, remote, store, result, listen)
+        failed = {digest for digests in result.failures.values() for digest in digests}
+        result.status = survey(variants, store, remote.index.without(failed))
     return result
 
 
-def _take(remote: Remote, store: Store, result: Fetched, listen: Listener) -> None:
+def _take(
+    variants: Sequence[VariantPlan],
+    remote: Remote,
+    store: Store,
+    result: Fetched,
+    listen: Listener,
+) -> None:
     """Fetch what `result.status` wants of the remote, and believe what was learnt on the way."""
-    if result.status.remote:
-        _check_disk(result.status, store)
+    status = result.status
+    if status.remote:
+        _check_disk(status, store)
         with closing(_Fetching(store, listen)) as fetching:
             fetching.run(remote, result)
-    _believe(result.status, store, remote.index)
+    _believe(status, store, remote.index)
+    for reason, digests in result.failures.items():
+        count, failed = plural(len(digests), "tensor"), set(digests)
+        # Any of them tells where to look; there may be thousands.
+        place, name = next(
+            (status.remote[identity].name, name)
+            for identity, name in _names(variants)
+            if identity in status.remote and status.digests[identity] in failed
+        )
+        first = "" if len(digests) == 1 else "the first "
+        text = f"{count} not fetched: {first}{name!r} of {place}"
+        listen(Notice(f"{remote.name}: {reason} ({text})"))
+
+
+def _names(variants: Sequence[VariantPlan]) -> Iterator[tuple[str, str]]:
+    """Identities of all that variants are made of, with what to call it.
+
+    What is published has a name; of the rest, it says more of which tensor it is made than how.
+    """
+    for variant in variants:
+        for pack in variant.packs:
+            yield from ((slot.tensor.ref.identity, slot.tensor.name) for slot in pack.slots)
+    for variant in variants:
+        for action in variant.actions.values():
+            made_of = (ref.origin for ref in action.inputs)
+            names = (item.name for item in made_of if isinstance(item, SourceTensor))
+            of = next((f" of {name}" for name in names), "")
+            for index in range(len(action.outputs)):
+                yield f"{action.identity}|{index}", f"output {index} of {action.op.name}{of}"
+            yield from (
+                (ref.identity, ref.origin.name)
+                for ref in action.inputs
+                if isinstance(ref.origin, SourceTensor)
+            )
 
 
 # --- sources of this machine that nobody has read yet ---------------------------------------------
@@ -221,6 +261,7 @@ class _Fetching:
         self._targets: dict[str, list[_Target]] = {}
         self._filled: dict[str, dict[int, str]] = {}
         self._unwritten: list[tuple[str, _Target]] = []
+        self._ended: set[str] = set()
 
     def _plan(self, status: BuildStatus) -> None:
         wanted = {
@@ -270,8 +311,9 @@ class _Fetching:
             try:
                 self._receive(remote, scratch, result)
             except GivenUp as failure:
-                missing = len(self._places) - result.tensors - sum(result.failures.values())
-                result.failures[f"it {failure}"] = missing
+                missing = [digest for digest in self._places if digest not in self._ended]
+                if missing:
+                    result.failures[f"it {failure}"] = missing
         self._write_down()
 
     def _receive(self, remote: Remote, scratch: Path, result: Fetched) -> None:
@@ -280,9 +322,10 @@ class _Fetching:
                 self._write(event.digest, event.offset, event.content, scratch)
                 result.bytes += len(event.content)
                 self._listen(Moved(len(event.content)))
-            elif event.failure is not None:
-                reason = str(event.failure)
-                result.failures[reason] = result.failures.get(reason, 0) + 1
+                continue
+            self._ended.add(event.digest)
+            if event.failure is not None:
+                result.failures.setdefault(str(event.failure), []).append(event.digest)
             else:
                 self._accept(event.digest, scratch)
                 result.tensors += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -60,6 +60,13 @@ class Index:
         other.__dict__ |= self.__dict__
         named = {digest_texts([identity]): digest for identity, digest in sources.items()}
         other._sources = self._sources | named
+        return other
+
+    def without(self, digests: Container[str]) -> Self:
+        """The same, if the tensors with these digests were nowhere."""
+        other = type(self)()
+        other.__dict__ |= self.__dict__
+        other._places = {name: place for name, place in self._places.items() if name not in digests}
         return other
 
     def outputs(self, key: str, count: int) -> tuple[str, ...] | None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from calibrating import QUICK
 from conftest import Finished, Project
 from remotes import Team
 
+from carnice_build.calibration.passes import Forward
 from carnice_build.commands.parts import PartResult, build_part, part_of
 from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.errors import CarniceError
+from carnice_build.execute.events import Event, Notice
 from carnice_build.execute.parts import Part, divide, members_of
-from carnice_build.graph import ProcessOp
+from carnice_build.execute.processes import LocalRunner
+from carnice_build.graph import Action, ProcessOp
+from carnice_build.remote.signing import new_key
+from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import SourceTensor
 
 pytest_plugins = ["remotes", "calibrating"]
@@ -108,6 +116,42 @@ def test_more_parts_than_work(team: Team) -> None:
     parts = [do(team, number, 200, "mlx-4bit") for number in (1, 200)]
 
     assert [True, False] == [part.actions > 0 for part in parts]
+
+
+def test_what_a_part_is_given_is_made_where_it_does_not_come(
+    small: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line names the tensor, the object and the remote.  Passes here count samples."""
+
+    def run(_: LocalRunner, action: Action, inputs: Any, outputs: Sequence[TensorFile]) -> None:
+        if isinstance(action.op, Forward):
+            samples = outputs[0].spec.shape[0]
+            outputs[1].write(np.full(outputs[1].spec.shape, samples, np.float32))
+
+    monkeypatch.setattr(LocalRunner, "run", run)
+    key = tmp_path / "key.pem"
+    new_key(key)
+    monkeypatch.setenv("CARNICE_KEY", str(key))
+    team = Team(small, tmp_path / "remote", key)
+    team.build("one", "nvfp4-text-mtp", push=True, overrides=QUICK)
+    for path in team.objects("blobs"):
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    # Which has read the checkpoints.
+    team.build("two", "nvfp4-text-mtp", remote="", overrides=(*QUICK, "calibration.samples=1"))
+    events: list[Event] = []
+    changed = (*QUICK, "quantize.defaults=modelopt-0.43", "quantize.keep=mtp.*")
+    options = team.options("two", push=True, overrides=changed)
+    done = build_part(["nvfp4-text-mtp"], Part(1, 1), options, events.append)
+    said = [event.text for event in events if isinstance(event, Notice)]
+
+    names = r"'output 1 of calibration.forward of [\w.]+' of blobs/\w\w/\w+"
+
+    assert 1 == len(said)
+    assert re.fullmatch(
+        f"{re.escape(team.url)}: blobs/.* was altered .*not fetched: {names}\\)", said[0]
+    )
+    # The pass; what is found has the bytes that it had, and is quantized in another way.
+    assert 3 == done.actions_run
 
 
 def test_a_chain_of_a_calibration_is_one_machines(small: Project) -> None:
