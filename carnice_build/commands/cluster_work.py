@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan
 from carnice_build.commands.remote import RemoteAccess
 from carnice_build.commands.travelling import make_errand
-from carnice_build.errors import PlanError, printable
+from carnice_build.errors import BuildError, PlanError, printable
 from carnice_build.execute.events import Advanced, Listener, Notice, Started, Stepped
 from carnice_build.execute.parts import Share, divide
 from carnice_build.extras import pip_install
@@ -29,6 +29,9 @@ _RETRIES = 3
 """Of a part, when the node that works on it dies."""
 
 _LOOK_SECONDS = 0.5
+
+_NODE_ID = "ray.io/node-id"
+"""The label of a node that Ray itself gives it."""
 
 _MISSING = re.compile(r"No module named '([\w.]+)'")
 """What Ray says where a task cannot begin; what a package lacks while it works is an answer."""
@@ -57,6 +60,8 @@ class Work:
         self._shares: dict[int, Share] = {}
         self._settled: set[int] = set()
         self._told: set[str] = set()
+        self._faulty: set[str] = set()
+        self._wanted: dict[int, Mapping[str, float]] = {}
         self._progress = (0, 0)
         self._asked: Any = None
         self._reports: Mapping[int, Report] = {}
@@ -71,8 +76,7 @@ class Work:
 
         Raises what a node answers that no node would answer otherwise.
         """
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        nodes = [node for node in nodes if node.get("CPU")]
+        nodes = self._nodes()
         count = PARTS_A_NODE * max(1, len(nodes))
         divided = enumerate(divide(count, self._plan.variants, self._plan.graph), 1)
         shares = {number: share for number, share in divided if share.members}
@@ -85,15 +89,22 @@ class Work:
         errand = ray.put(make_errand(names, self._plan, count, options, self._access.url))
         board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
         part = ray.remote(do_part)
+
+        def give(number: int) -> Any:
+            wanted: dict[str, Any] = dict(self._wanted[number])
+            if self._faulty:
+                wanted["label_selector"] = {_NODE_ID: f"!in({','.join(sorted(self._faulty))})"}
+            task = part.options(**wanted, max_retries=_RETRIES, name=f"carnice part {number}")
+            return task.remote(errand, number, board)
+
         waiting = {}
         for number, share in self._shares.items():
-            wanted = _resources(share, options)
-            self._check_fits(wanted, nodes)
-            task = part.options(**wanted, max_retries=_RETRIES, name=f"carnice part {number}")
-            waiting[task.remote(errand, number, board)] = number
+            self._wanted[number] = _resources(share, options)
+            self._check_fits(self._wanted[number], nodes)
+            waiting[give(number)] = number
         # When it ends otherwise, so does the job, with which Ray ends all its tasks.  `ray.cancel`
         # aborts this process when a task ends meanwhile (2.60: "task that was not pending").
-        self._watch(waiting, board)
+        self._watch(waiting, board, give)
         self.whole = not self.failed and len(self._shares) == len(shares)
 
     def _begin(self, nodes: int) -> None:
@@ -109,13 +120,14 @@ class Work:
         parts = plural(len(self._shares), "part")
         self._listen(Notice(f"the cluster has {plural(nodes, 'node')} for {parts}"))
 
+    def _nodes(self) -> Sequence[Mapping[str, Any]]:
+        """What the nodes have on which none of its parts failed."""
+        alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        return [node["Resources"] for node in alive if node["NodeID"] not in self._faulty]
+
     def _check_fits(self, wanted: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> None:
         """Tell of what no node has: Ray waits for one, which may be started for it or not."""
-        names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
-        fits = any(
-            all(node.get(name, 0) >= wanted[key] for name, key in names.items()) for node in nodes
-        )
-        if not fits:
+        if not _fits(wanted, nodes):
             gpu = " and a GPU" if wanted["num_gpus"] else ""
             cores = plural(int(wanted["num_cpus"]), "core")
             self._tell(
@@ -123,17 +135,37 @@ class Work:
                 "waiting for one"
             )
 
-    def _watch(self, waiting: dict[Any, int], board: Any) -> None:
+    def _watch(self, waiting: dict[Any, int], board: Any, give: Callable[[int], Any]) -> None:
+        again: set[Any] = set()
         while waiting:
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_LOOK_SECONDS)
             for ref in done:
                 number = waiting.pop(ref)
-                self._settle(ref, number)
+                again.discard(ref)
+                if self._settle(ref, number):
+                    self._settled.add(number)
+                else:
+                    ref = give(number)
+                    waiting[ref] = number
+                    again.add(ref)
+            for ref in [ref for ref in again if not self._has_other(waiting[ref])]:
+                # Ray would wait for a new node.
+                again.remove(ref)
+                number = waiting.pop(ref)
+                self._fail(self._name(number), "no other node is left")
                 self._settled.add(number)
             self._look(board)
 
-    def _settle(self, ref: Any, number: int) -> None:
-        name = f"part {number} of {len(self._shares)}"
+    def _name(self, number: int) -> str:
+        return f"part {number} of {len(self._shares)}"
+
+    def _has_other(self, number: int) -> bool:
+        """Whether there is a node that may be given a part at which another failed."""
+        return _fits(self._wanted[number], self._nodes())
+
+    def _settle(self, ref: Any, number: int) -> bool:
+        """Take the answer of a part; False when another node is to be asked."""
+        name = self._name(number)
         try:
             answer: Answer = ray.get(ref)
         except ray.exceptions.RayError as error:
@@ -141,7 +173,7 @@ class Work:
             if missing is not None:
                 raise _lacking(missing[1]) from None
             self._fail(name, _said(error))
-            return
+            return True
         if answer.error is not None:
             if answer.error.exit_code == PlanError.exit_code:
                 raise PlanError(
@@ -149,8 +181,16 @@ class Work:
                     where="--ray",
                     problems=answer.error.problems,
                 )
+            if answer.error.exit_code == BuildError.exit_code:
+                # Not of what it was given: it would be free for the next part at once, and fail.
+                self._faulty.add(answer.node_id)
+                if self._has_other(number):
+                    self._listen(
+                        Notice(f"{name} goes to another node: {answer.error} (on {answer.node})")
+                    )
+                    return False
             self._fail(name, f"{answer.error} (on {answer.node})")
-            return
+            return True
         self._access.publish(answer.bodies)
         self.answers.append(answer)
         seconds = answer.result.seconds if answer.result else 0.0
@@ -158,6 +198,7 @@ class Work:
         self._listen(
             Notice(f"{done} of {len(self._shares)} parts: {answer.node} took {seconds:.1f} s")
         )
+        return True
 
     def _fail(self, name: str, reason: str) -> None:
         self.failed += 1
@@ -201,6 +242,14 @@ class Work:
         if text not in self._told:
             self._told.add(text)
             self._listen(Notice(text))
+
+
+def _fits(wanted: Mapping[str, float], nodes: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether one of the nodes, busy or not, has what is wanted."""
+    names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    return any(
+        all(node.get(name, 0) >= wanted[key] for name, key in names.items()) for node in nodes
+    )
 
 
 def _resources(share: Share, options: Options) -> dict[str, float]:

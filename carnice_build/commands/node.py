@@ -63,9 +63,13 @@ class Errand:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a part on a node: a result, and what is to be signed of it; or an error."""
+    """What came of a part on a node: a result, and what is to be signed of it; or an error.
+
+    `node` is for people, `node_id` for Ray.
+    """
 
     node: str
+    node_id: str
     result: PartResult | None = None
     bodies: tuple[Body, ...] = ()
     error: CarniceError | None = None
@@ -106,21 +110,22 @@ def do_part(errand: Errand, number: int, board: Any) -> Answer:
     import ray
 
     context = ray.get_runtime_context()
-    node = f"{socket.gethostname()}/{context.get_node_id()[:6]}"
+    node_id = context.get_node_id()
+    node = f"{socket.gethostname()}/{node_id[:6]}"
     session = Path(context.get_temp_dir()) / context.get_session_name()
     bodies: list[Body] = []
     try:
         _check(errand.facts)
         with (
-            _own_folder(session / "carnice" / context.get_node_id()) as folder,
+            _own_folder(session / "carnice" / node_id) as folder,
             TemporaryDirectory(dir=folder) as project,
         ):
             options = options_here(errand, Path(project), folder / "cache")
             part, reporter = Part(number, errand.parts), _Reporter(board, number)
             result = build_part(errand.variants, part, options, reporter, bodies.extend)
     except CarniceError as error:
-        return Answer(node, error=error)
-    return Answer(node, result, tuple(bodies))
+        return Answer(node, node_id, error=error)
+    return Answer(node, node_id, result, tuple(bodies))
 
 
 def _check(wanted: Mapping[str, str]) -> None:

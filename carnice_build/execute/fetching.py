@@ -179,9 +179,8 @@ def _recognize(
 
 def _sources_behind(variants: Sequence[VariantPlan], wanted: Container[str]) -> set[str]:
     """Identities of all sources from which the tensors with the `wanted` identities are made."""
-    refs = [ref for item in variants for action in item.actions.values() for ref in action.inputs]
-    refs += [slot.tensor.ref for item in variants for pack in item.packs for slot in pack.slots]
-    waiting = [ref for ref in refs if ref.identity in wanted]
+    refs = {name: ref for item in variants for name, ref in item.refs.items()}
+    waiting = [ref for name, ref in refs.items() if name in wanted]
     found: set[str] = set()
     seen: set[str] = set()
     while waiting:

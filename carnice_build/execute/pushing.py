@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from carnice_build.errors import StoreError
 from carnice_build.execute.streaming import sample_digest
-from carnice_build.graph import Action, ProcessOp, TensorRef
+from carnice_build.graph import Action, ProcessOp
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import Contents
 from carnice_build.remote.batches import Body, PackEntry
@@ -155,10 +155,7 @@ class _Holding:
                     yield digest, count
 
     def _sources(self) -> Iterator[tuple[SourceTensor, str]]:
-        refs = [ref for action in self._actions for ref in action.inputs]
-        refs += [slot.tensor.ref for layout in self._variant.packs for slot in layout.slots]
-        found: dict[str, TensorRef] = {ref.identity: ref for ref in refs}
-        for ref in found.values():
+        for ref in self._variant.refs.values():
             digest = self._contents.digest(ref)
             if isinstance(ref.origin, SourceTensor) and digest is not None:
                 yield ref.origin, digest

@@ -18,7 +18,7 @@ from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.checkpoint.quantized import METHODS, plain_config, stated_quantization
 from carnice_build.errors import PlanError, together
 from carnice_build.formats.base import Companion, Conversion, Format
-from carnice_build.graph import Action, ActionGraph, ActionOutput, View
+from carnice_build.graph import Action, ActionGraph, ActionOutput, TensorRef, View
 from carnice_build.models import UnknownFamily, architecture_of, replaced
 from carnice_build.models.base import Architecture, Part
 from carnice_build.models.untabled import Untabled
@@ -77,6 +77,13 @@ class VariantPlan:
     def tensor_bytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(tensor.ref.spec.nbytes for tensor in self.conversion.tensors)
+
+    @property
+    def refs(self) -> Mapping[str, TensorRef]:
+        """Every tensor that an action is given or a pack holds, by its identity."""
+        given = (ref for action in self.actions.values() for ref in action.inputs)
+        packed = (slot.tensor.ref for pack in self.packs for slot in pack.slots)
+        return {ref.identity: ref for refs in (given, packed) for ref in refs}
 
     @cached_property
     def actions(self) -> Mapping[str, Action]:

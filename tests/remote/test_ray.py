@@ -29,6 +29,7 @@ from carnice_build.commands.cluster import (
     build_on_cluster,
     check_address,
 )
+from carnice_build.commands.cluster_work import Work
 from carnice_build.commands.remote import required_access
 from carnice_build.commands.travelling import pack_project
 from carnice_build.errors import CarniceError, CheckpointError, PlanError
@@ -199,10 +200,28 @@ def test_a_node_that_dies_costs_what_it_was_doing(
 
 
 @pytest.mark.wide
-def test_what_a_node_cannot_do_is_done_at_home(
+def test_what_a_node_cannot_do_another_one_does(
     nodes: Nodes, team: Team, odd: Callable[[str], Odd]
 ) -> None:
+    """However many parts it takes because it is done with each at once."""
+    alone = team.build("alone", *VARIANTS, remote="")
+    odd("failing")
+    done = nodes.build(team, "driver")
+    told = [notice for notice in nodes.notices if "goes to another node" in notice]
+
+    assert team.output("alone") == team.output("driver")
+    assert (0, 0) == (done.left, done.build.actions_run)
+    assert alone.result.actions_run == sum(part.actions for part in done.parts)
+    assert told
+    assert all("here: the disk is full" in notice for notice in told)
+
+
+@pytest.mark.wide
+def test_what_no_node_can_do_is_done_at_home(
+    nodes: Nodes, team: Team, odd: Callable[[str], Odd], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And pushed from there."""
+    monkeypatch.setattr(Work, "_has_other", lambda self, number: False)
     alone = team.build("alone", *VARIANTS, remote="")
     odd("failing")
     done = nodes.build(team, "driver")
