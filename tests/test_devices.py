@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -161,13 +162,15 @@ def test_no_thread_waits_for_a_gpu(gpus: int, most: int) -> None:
 
 
 def test_a_gpu_without_memory_is_named(tmp_path: Path) -> None:
-    """With torch's own words, and what would help."""
+    """With the layer, torch's own words, and what would help."""
+    said = "greedy of layer 7 ran out of the memory of GPU 3: CUDA out of memory$"
     with (
-        LocalRunner(1, lambda _: None) as runner,
-        pytest.raises(BackendError, match="ran out of the GPU's memory: CUDA out of") as caught,
+        LocalRunner(1, lambda _: None, devices=[3]) as runner,
+        pytest.raises(BackendError) as caught,
     ):
-        runner.run(action(Greedy(), device="cuda"), [], outputs(tmp_path, 0))
+        runner.run(action(Greedy(), device="cuda", layer=7), [], outputs(tmp_path, 0))
 
+    assert re.search(said, caught.value.what)
     assert "calibration.length" in caught.value.expected
 
 

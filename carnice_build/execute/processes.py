@@ -16,7 +16,7 @@ from queue import Queue
 from typing import Any, Self, cast
 
 from carnice_build.errors import BackendError, CarniceError
-from carnice_build.graph import Action, BadInput, NonFiniteValue, ProcessOp
+from carnice_build.graph import ANY_GPU, Action, BadInput, NonFiniteValue, ProcessOp
 from carnice_build.processor import visible_gpus
 from carnice_build.system import peak_memory, wait_briefly
 from carnice_build.tensor_file import TensorFile
@@ -109,10 +109,13 @@ class LocalRunner:
 _steps: SimpleQueue[int | None] | None = None
 """In a worker: where it tells of its steps."""
 
+_device: int | None = None
+"""In a worker: the number of the GPU that is its own."""
+
 
 def _connect(steps: SimpleQueue[int | None], device: int | None) -> None:
-    global _steps
-    _steps = steps
+    global _steps, _device
+    _steps, _device = steps, device
     if device is not None:
         _see_only(device)
     # That an optional library is missing is no news to whoever runs a build.
@@ -150,11 +153,20 @@ def _work(op: Any, params: Any, inputs: Any, outputs: Any) -> None:
         raise
     except BaseException as error:  # a panic in Rust is no Exception
         if type(error).__name__ == "OutOfMemoryError":
+            layer = f" of layer {params['layer']}" if "layer" in params else ""
             raise BackendError(
-                f"{op.name} ran out of the GPU's memory: {str(error).partition('. ')[0]}",
-                expected="shorter samples (calibration.length), or a larger GPU",
+                f"{op.name}{layer} ran out of the memory of {_device_of(params)}: "
+                f"{str(error).partition('. ')[0]}",
+                expected="shorter samples (calibration.length), where AutoRound tunes a smaller "
+                "quantize.tune.batch_size, or a GPU with more",
             ) from error
         raise BackendError(f"{op.name} failed: {type(error).__name__}: {error}") from error
+
+
+def _device_of(params: Any) -> str:
+    """What computes an action, by its own name for it or by the number of the only GPU seen."""
+    device = params.get("device", "the GPU")
+    return f"GPU {_device}" if device == ANY_GPU and _device is not None else str(device)
 
 
 def _progress() -> None:
