@@ -207,7 +207,8 @@ def test_what_fails_to_come_fails_as_it_would_later(
     with pytest.raises(CheckpointError) as later:
         stream(streamed, jobs=1, changes=three)
     passes.begun.clear()
-    passes.during = lambda layer: passes.wait(lambda: layer < 1 or asked())
+    passes.layers.clear()
+    passes.during = lambda layer: passes.wait(asked) if layer else passes.next_layer(layer)
     with pytest.raises(CheckpointError) as ahead:
         stream(streamed, changes=four)
     begun = list(passes.begun)
