@@ -17,6 +17,7 @@ pytest.importorskip("mlx_lm")
 
 REPAIRED = {"prefix": False, "mtp": True}
 UNIFORM = {"mlx-4bit": 4, "mlx-6bit": 6}
+MODES = {"mlx-mxfp4": "mxfp4", "mlx-nvfp4": "nvfp4", "mlx-mxfp8": "mxfp8"}
 MIXED = ("mlx-mixed_2_6", "mlx-mixed_3_4", "mlx-mixed_3_6", "mlx-mixed_4_6")
 
 
@@ -41,10 +42,12 @@ def converted(source: Path, target: Path, **settings: Any) -> Path:
 def settings_of(variant: str) -> dict[str, Any]:
     if variant in UNIFORM:
         return {"q_bits": UNIFORM[variant]}
+    if variant in MODES:
+        return {"q_mode": MODES[variant]}
     return {"quant_predicate": variant.removeprefix("mlx-")}
 
 
-@pytest.mark.parametrize("variant", [*UNIFORM, *MIXED])
+@pytest.mark.parametrize("variant", [*UNIFORM, *MODES, *MIXED])
 @pytest.mark.parametrize("float32", [False, True])
 def test_tensors_equal_those_of_mlx_lm(
     project: Project, tiny_checkpoint: TinyCheckpoint, variant: str, float32: bool
@@ -58,7 +61,13 @@ def test_tensors_equal_those_of_mlx_lm(
 
 
 @pytest.mark.parametrize(
-    ("variant", "tied"), [("mlx-4bit", False), ("mlx-mixed_3_6", False), ("mlx-4bit", True)]
+    ("variant", "tied"),
+    [
+        ("mlx-4bit", False),
+        ("mlx-mixed_3_6", False),
+        ("mlx-4bit", True),
+        *((variant, False) for variant in MODES),
+    ],
 )
 def test_config_equals_that_of_mlx_lm(
     project: Project, tiny_checkpoint: TinyCheckpoint, variant: str, tied: bool

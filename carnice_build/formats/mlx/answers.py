@@ -10,16 +10,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.formats.mlx.modes import AFFINE, MODES
 from carnice_build.formats.mlx.trace import NotATrace, Refusal, Trace, Traced, parsed
 from carnice_build.tensors import STACK, members
-
-MODES: Mapping[str, tuple[Collection[int], Collection[int]]] = {
-    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
-    "mxfp4": ((4,), (32,)),
-    "mxfp8": ((8,), (32,)),
-    "nvfp4": ((4,), (16,)),
-}
-"""What MLX has kernels for: bits and group sizes, by mode."""
 
 _WORD_BITS = 32
 
@@ -69,16 +62,16 @@ def _require_sources(
 
 
 def _require_quantizable(path: str, own: Mapping[str, Any], by_name: Mapping[str, Traced]) -> None:
-    """It is a matrix, or a stack of them, and what is said of it is of affine quantization."""
+    """It is a matrix, or a stack of them, and what is said of it is what MLX has kernels for."""
     weight = by_name.get(f"{path}.weight")
     matrix = weight and len(weight.spec.shape) > 1 and weight.spec.dtype in WIDE_FLOATS
-    if not matrix or not _settings(own) or own.get("mode", "affine") != "affine":
+    if not matrix or not _settings(own):
         raise NotATrace(f"no trace: {path!r} cannot be quantized by {dict(own)}")
 
 
 def _settings(own: Mapping[str, Any]) -> bool:
     """Whether MLX has kernels for this; what is not said fits."""
-    mode = own.get("mode", "affine")
+    mode = own.get("mode", AFFINE)
     if not own.keys() <= {"bits", "group_size", "mode"} or type(mode) is not str:
         return False
     if mode not in MODES:
@@ -102,7 +95,7 @@ def _require_codes(found: Trace, by_name: Mapping[str, Traced]) -> None:
         words, scales = (by_name.get(f"{path}.{end}") for end in ("weight", "scales"))
         biases = f"{path}.biases" in by_name
         fits = words and scales and _fit(words.spec, scales.spec, own)
-        if not fits or biases != (own["mode"] == "affine"):
+        if not fits or biases != (own["mode"] == AFFINE):
             raise NotATrace(f"no trace: {path} is not quantized by {dict(own)}")
 
 

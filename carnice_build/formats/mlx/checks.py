@@ -1,4 +1,6 @@
-"""Format `mlx`: config.json as MLX's libraries read it, and the bound of affine group quantization.
+"""Format `mlx`: config.json as MLX's libraries read it, and the bounds of its quantization.
+
+Of mode affine:
 
 - A group spans R = max - min in top = 2^bits - 1 steps.  mlx then moves zero onto a step: with x
   steps between zero and the end of larger magnitude (x >= top/2), each becomes x / rint(x) as
@@ -9,11 +11,22 @@
   the larger one, so the above is said of what was cast.
 - For r, half a unit in the last place of that type, cast and storage are at most 4 r max|w|
   (2 r max|w| for code times scale, r max|w| each for bias and cast).
+
+Of the others, for M the largest code and r of the type that the weight was cast to:
+- The scale s comes from max|w| / M, which cast and division move by at most 3 r (and by half of the
+  type's smallest number): what it may be lies between those of the ends, which are equal or
+  neighbours.
+- A code is the nearest, so a weight of t = |w| / s steps is off by at most half of the distance of
+  the codes about t, and by |w| - M s where it is beyond the largest.
+- Deciding on a cast weight and a rounded quotient moves that by at most 3 r |w|; code times scale
+  is exact.
+- A group whose max|w| / M is rounded to 0 becomes 0, which is covered by 2 M halves of the smallest
+  number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -25,6 +38,8 @@ from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.checks import FolderReader, FormatChecks, QuantizedValues, Tensors
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.library import Library
+from carnice_build.formats.mlx.kept import METHOD
+from carnice_build.formats.mlx.modes import AFFINE, MODES, defaults, mode_of
 from carnice_build.formats.mlx.names import published, published_drafter
 from carnice_build.formats.mlx.ops import SUFFIXES, Transform, TransformQuantize
 from carnice_build.formats.mlx.target import Target
@@ -42,17 +57,15 @@ from carnice_build.formats.values import (
     read_rows,
 )
 from carnice_build.graph import ActionOutput, Stacked, TensorData, TensorRef
+from carnice_build.kernels import mlx_floats
 from carnice_build.kernels.affine import dequantize_rows
-from carnice_build.kernels.decode import mxfp4_rows
 from carnice_build.kernels.elementwise import cast, zero_non_finite
 from carnice_build.models.base import Architecture, Part, TensorFact
 
 Shape = tuple[int, ...]
 
-AFFINE, MXFP4 = "affine", "mxfp4"
-"""What config.json calls the modes of modules."""
-
-MXFP4_SUFFIXES, MXFP4_GROUP = SUFFIXES[:2], 32
+FLOAT_SUFFIXES = SUFFIXES[:2]
+"""What a module has that is of another mode than affine."""
 
 _SMALLEST_STEP = 1.5e-7
 """mlx takes no step below 1e-7; moving zero onto one makes it at most half as long again."""
@@ -72,11 +85,11 @@ class MlxReader(FolderReader):
         return isinstance(config.get("quantization"), dict)
 
     def scheme(self, module: str) -> Scheme | None:
-        """The module's own bits and group size, else those of the model."""
+        """The module's own mode, bits and group size, else those of the model."""
         stated = _stated(self.config, module)
-        scheme = as_scheme(stated, "bits")
-        if scheme is not None and stated.get("mode", AFFINE) != AFFINE:
-            return replace(scheme, kind="float")
+        scheme, mode = as_scheme(stated, "bits"), stated.get("mode", AFFINE)
+        if scheme is not None and mode != AFFINE:
+            return replace(scheme, kind="float", name=str(mode).upper())
         return scheme
 
     def values(self, tensors: Tensors, module: str) -> Values:
@@ -87,9 +100,9 @@ class MlxReader(FolderReader):
         mode = _stated(self.config, module).get("mode", AFFINE)
         if mode == AFFINE:
             return AffineValues(tensors, module, scheme)
-        if mode == MXFP4:
-            return Mxfp4Values(tensors, module)
-        raise Incomparable(f"{module} is of mode {mode!r}")
+        if mode not in MODES:
+            raise Incomparable(f"{module} is of mode {mode!r}")
+        return FloatValues(tensors, module, mode)
 
 
 def _stated(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
@@ -130,9 +143,11 @@ class MlxChecks(FormatChecks):
 
     def values(self, tensors: Tensors, module: str, scheme: Scheme) -> QuantizedValues:
         """See `FormatChecks.values`."""
-        if scheme.kind == "float":
-            return Mxfp4Values(tensors, module)
-        return MlxValues(tensors, module, scheme)
+        if scheme.kind == "int":
+            return MlxValues(tensors, module, scheme)
+        if scheme.name is None:
+            return KeptValues(tensors, module, METHOD)
+        return MlxFloatValues(tensors, module, mode_of(scheme))
 
     def compared(self, tensors: Sequence[OutputTensor]) -> None:
         """What steps of mlx-lm made is not a source's rows."""
@@ -243,36 +258,119 @@ class MlxValues(AffineValues):
         return allowance(groups, self.bits, self.dtype).reshape(source.shape)
 
 
-class Mxfp4Values:
-    """A module whose codes in MXFP4 are those of the source, which loses nothing."""
+class FloatValues:
+    """A module in another of MLX's modes than affine, dequantized by code * scale."""
 
-    tolerated = 0.0
-
-    def __init__(self, tensors: Tensors, module: str) -> None:
+    def __init__(self, tensors: Tensors, module: str, mode: str) -> None:
         """Take `module`'s weight and scales; Incomparable when they do not fit together."""
+        self.mode, stored = mode, defaults(mode)
+        self.group_size = stored["group_size"]
         try:
-            self._words, self._scales = (tensors[f"{module}.{end}"] for end in MXFP4_SUFFIXES)
+            self._tensors = [tensors[f"{module}.{end}"] for end in FLOAT_SUFFIXES]
         except KeyError:
-            raise Incomparable(f"{module} is not in MXFP4") from None
-        words, grid = self._words.spec.shape, self._scales.spec.shape
-        types = self._words.spec.dtype, self._scales.spec.dtype
-        if types != ("U32", "U8") or words != (*grid[:-1], grid[-1] * MXFP4_GROUP // 8):
-            raise Incomparable(f"{module} is not in groups of {MXFP4_GROUP}")
-        self.shape = matrix(TensorSpec("U8", (*grid[:-1], grid[-1] * MXFP4_GROUP)))
+            raise Incomparable(f"{module} is not in {mode.upper()}") from None
+        if f"{module}.global_scale" in tensors:
+            raise Incomparable(f"{module} has a scale for the whole tensor")
+        words, grid = (tensor.spec.shape for tensor in self._tensors)
+        columns = grid[-1] * self.group_size
+        types = tuple(tensor.spec.dtype for tensor in self._tensors)
+        if types != ("U32", "U8") or words != (*grid[:-1], columns * stored["bits"] // 32):
+            raise Incomparable(f"{module} is not in groups of {self.group_size}")
+        self.shape = matrix(TensorSpec("U8", (*grid[:-1], columns)))
 
     def rows(self, start: int, stop: int) -> Floats:
         """The rows from `start` to `stop`, as floats."""
         words, scales = (
             read_rows(tensor, tensor.spec, start, stop).array.reshape(stop - start, -1)
-            for tensor in (self._words, self._scales)
+            for tensor in self._tensors
         )
         out = np.empty((stop - start, self.shape[1]), np.float32)
-        mxfp4_rows(words.view(np.uint8), scales, "F32", out)
+        mlx_floats.dequantize_rows(words, scales, self.mode, out)
         return out
+
+
+class KeptValues(FloatValues):
+    """A module whose codes are those of the source, which loses nothing."""
+
+    tolerated = 0.0
 
     def allowance(self, source: Floats, start: int) -> Floats:
         """See `QuantizedValues.allowance`: nothing was rounded."""
         return np.zeros_like(source)
+
+
+class MlxFloatValues(FloatValues):
+    """Floats with their bound."""
+
+    tolerated = 0.0
+
+    def __init__(self, tensors: Tensors, module: str, mode: str) -> None:
+        """See `FloatValues`; the weight's type is one of those that the folder holds beside it."""
+        super().__init__(tensors, module, mode)
+        self._dtypes = {tensor.spec.dtype for tensor in tensors.values()} & set(WIDE_FLOATS)
+
+    def allowance(self, source: Floats, start: int) -> Floats:
+        """See `QuantizedValues.allowance`."""
+        groups = source.reshape(-1, self.group_size)
+        return float_allowance(groups, self.mode, self._dtypes).reshape(source.shape)
+
+
+def float_allowance(groups: Floats, mode: str, dtypes: Collection[str]) -> Floats:
+    """The most that each weight of `groups` [n, group size] may be off; see the module's text.
+
+    `dtypes` are the types that the weight may have been cast to; all, if there are none.
+    """
+    known = dtypes or WIDE_FLOATS
+    place = max(HALF_PLACE[dtype] for dtype in known)
+    smallest = max(HALF_SMALLEST[dtype] for dtype in known)
+    largest, distance, scale = _FLOAT_RULES[mode]
+    magnitudes = np.abs(groups)
+    quotients = magnitudes.max(axis=1, keepdims=True) / np.float32(largest)
+    moved = 3 * place * quotients + smallest
+    allowed = np.zeros_like(groups)
+    for quotient in (np.maximum(quotients - moved, 0), quotients + moved):
+        steps = scale(quotient)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            units = np.where(steps > 0, magnitudes / steps, np.float32(0))
+        off = np.maximum(steps * (distance(units) / 2), magnitudes - steps * np.float32(largest))
+        np.maximum(allowed, off, out=allowed)
+    allowed *= np.float32(_FLOAT32_SLACK)
+    allowed += 3 * place * magnitudes + 2 * largest * smallest
+    return allowed
+
+
+def _between_e2m1(units: Floats) -> Floats:
+    """How far from each other the codes about so many steps are."""
+    found: Floats = np.exp2(np.clip(np.floor(units / 2), 0, 2) - 1)
+    return found
+
+
+def _between_e4m3(units: Floats) -> Floats:
+    _, exponents = np.frexp(units)
+    found: Floats = np.ldexp(np.float32(1), np.maximum(exponents - 1, -6) - 3)
+    return found
+
+
+def _power_scale(quotient: Floats) -> Floats:
+    """The least power of two that is not below, at least 2**-127; 0 of 0."""
+    mantissas, exponents = np.frexp(quotient)
+    powers = np.maximum(exponents - (mantissas == 0.5), -127)
+    return np.where(quotient > 0, np.ldexp(np.float32(1), powers), 0).astype(np.float32)
+
+
+def _e4m3_scale(quotient: Floats) -> Floats:
+    """The nearest number of E4M3, at most its largest."""
+    between = _between_e4m3(quotient)
+    found: Floats = np.minimum(np.rint(quotient / between) * between, np.float32(448))
+    return found
+
+
+_FLOAT_RULES: Mapping[str, tuple[float, Callable[..., Floats], Callable[..., Floats]]] = {
+    "mxfp4": (6.0, _between_e2m1, _power_scale),
+    "nvfp4": (6.0, _between_e2m1, _e4m3_scale),
+    "mxfp8": (448.0, _between_e4m3, _power_scale),
+}
+"""By mode: the largest code, how far codes are from each other, and the scale of a quotient."""
 
 
 def allowance(groups: Floats, bits: int, dtype: str) -> Floats:
@@ -313,21 +411,29 @@ def _module(folder: ModelFolder, name: str, shape: Shape) -> Iterator[str]:
 
 
 def _quantized_module(folder: ModelFolder, module: str, shape: Shape) -> Iterator[str]:
-    stored = [folder.tensors.get(f"{module}.{suffix}") for suffix in SUFFIXES]
+    settings = _stated(folder.config, module)
+    mode = settings.get("mode", AFFINE)
+    if mode not in MODES:
+        yield f"config.json states mode {mode!r} for {module}"
+        return
+    suffixes = SUFFIXES if mode == AFFINE else FLOAT_SUFFIXES
+    stored = [folder.tensors.get(f"{module}.{suffix}") for suffix in suffixes]
     shapes = [tensor.spec.shape if tensor else () for tensor in stored]
     if any(len(found) != len(shape) for found in shapes):
-        yield f"module {module} lacks a weight, scales or biases of {len(shape)} dimensions"
+        parts = "a weight, scales or biases" if mode == AFFINE else "a weight or scales"
+        yield f"module {module} lacks {parts} of {len(shape)} dimensions"
         return
-    settings = _stated(folder.config, module)
     bits, group = settings.get("bits"), settings.get("group_size")
-    if not _fits(shape, bits, group, shapes[0], shapes[1]) or shapes[1] != shapes[2]:
+    if not _fits(shape, bits, group, shapes[0], shapes[1]) or shapes[1] != shapes[-1]:
         yield (
             f"config.json states {bits} bits in groups of {group} for {module} "
             f"{list(shape)}, but its weight is {list(shapes[0])} "
             f"and its scales are {list(shapes[1])}"
         )
-    if settings.get("mode", AFFINE) != AFFINE:
-        yield f"config.json states mode {settings['mode']!r} for {module}"
+    if mode != AFFINE and {"bits": bits, "group_size": group} != defaults(mode):
+        yield f"config.json states {bits} bits in groups of {group} for {module} of mode {mode}"
+    if mode != AFFINE and f"{module}.{SUFFIXES[-1]}" in folder.tensors:
+        yield f"module {module} has {SUFFIXES[-1]}, of which mode {mode} has none"
 
 
 def _fits(shape: Shape, bits: Any, group: Any, weight: Shape, scales: Shape) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from carnice_build.checkpoint.generation import generation_entries
 from carnice_build.checkpoint.json import to_json
 from carnice_build.formats.mlx.entries import with_entries
+from carnice_build.formats.mlx.modes import AFFINE, mode_of
 from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
@@ -45,10 +46,11 @@ _GENERATION = ("eos_token_id", "temperature", "top_p", "top_k", "do_sample")
 
 
 def short_section(scheme: Scheme) -> dict[str, Any]:
-    """As `section_of`, without the mode: so mlx-vlm says it of a single module."""
-    return {"group_size": scheme.group_size, "bits": scheme.bits}
+    """As `section_of`, without the mode affine: so mlx-vlm says it of a single module."""
+    section = section_of(scheme)
+    return {key: value for key, value in section.items() if (key, value) != ("mode", AFFINE)}
 
 
 def section_of(scheme: Scheme) -> dict[str, Any]:
     """What config.json says of a module that is stored so."""
-    return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": "affine"}
+    return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": mode_of(scheme)}

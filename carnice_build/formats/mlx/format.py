@@ -1,4 +1,4 @@
-"""Format `mlx`: affine group quantization and the names, norms and types of mlx-lm or mlx-vlm.
+"""Format `mlx`: quantization in groups, and the names, norms and types of mlx-lm or mlx-vlm.
 
 What their `convert` does to a checkpoint, written as actions: what a `trace` says of each tensor
 becomes nothing (another name or shape, or a stack), a small op (a cast, a norm + 1) or a program
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from carnice_build.checkpoint.assets import Reads
 from carnice_build.errors import PlanError
@@ -21,10 +21,21 @@ from carnice_build.formats.mlx.conversion import knows, mlx_trace
 from carnice_build.formats.mlx.files import mlx_files
 from carnice_build.formats.mlx.kept import METHOD, kept_trace
 from carnice_build.formats.mlx.made import Made
+from carnice_build.formats.mlx.modes import (
+    AFFINE,
+    Bits,
+    GroupSize,
+    Mode,
+    ModeRule,
+    chosen,
+    defaults,
+    fitting,
+    scheme_of,
+)
 from carnice_build.formats.mlx.names import drafter_table
 from carnice_build.formats.mlx.target import Target
 from carnice_build.formats.mlx.trace import Trace, Traced
-from carnice_build.formats.rules import Rule, Settings, choose, fitted
+from carnice_build.formats.rules import Settings, fitted
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import View
@@ -34,15 +45,10 @@ from carnice_build.steps.base import PlanContext
 if TYPE_CHECKING:
     from carnice_build.formats.mlx.checks import MlxChecks, MlxReader
 
-Bits = Literal[2, 3, 4, 5, 6, 8]
-GroupSize = Literal[32, 64, 128]
 
+class MlxRule(ModeRule):
+    """Mode, bits and group size of the modules that the rule is about."""
 
-class MlxRule(Rule):
-    """Bits and group size of the modules that the rule is about."""
-
-    bits: Bits | None = Field(None, description="Bits per weight.")
-    group_size: GroupSize | None = Field(None, description="Weights that share a scale and a bias.")
     paths: Literal["source", "mlx"] = Field(
         "source",
         description="Which paths `match` is about: those of the source, or those that the library "
@@ -51,7 +57,7 @@ class MlxRule(Rule):
 
 
 class MlxFormat(Format):
-    """MLX affine quantization, as `mlx_lm.convert` or `mlx_vlm.convert` does it."""
+    """MLX quantization, as `mlx_lm.convert` or `mlx_vlm.convert` does it."""
 
     format: Literal["mlx"]
     target: Literal["mlx-lm", "mlx-vlm"] = Field(
@@ -60,15 +66,32 @@ class MlxFormat(Format):
         "or mlx-vlm, for which the vision tower is kept, and the MTP head becomes a drafter in a "
         "folder of its own, `VARIANT-mtp`.",
     )
-    bits: Bits = Field(description="Bits per weight where no rule says otherwise.")
-    group_size: GroupSize = Field(64, description="Weights that share a scale and a bias.")
+    mode: Mode = Field(
+        "affine",
+        description="How weights are stored where no rule says otherwise: integers with a scale "
+        "and a bias for each group, or floats with a scale, E2M1 (`mxfp4`, `nvfp4`) or E4M3 "
+        "(`mxfp8`).",
+    )
+    bits: Bits | None = Field(
+        None,
+        validate_default=True,
+        description="Bits per weight where no rule says otherwise; must be said for mode `affine`, "
+        "and follows from the others.",
+    )
+    group_size: GroupSize | None = Field(
+        None,
+        validate_default=True,
+        description="Weights that share a scale; 64 unless another mode than `affine` has its own: "
+        "32 in `mxfp4` and `mxfp8`, 16 in `nvfp4`.",
+    )
     rules: list[MlxRule] = Field(
         default_factory=list, description="Exceptions; the last rule that fits a module wins."
     )
     mtp: Literal["plain"] | Bits | None = Field(
         None,
         description="Bits per weight of the drafter, or `plain` for the MTP head as it is; the "
-        "bits that config.json states for the whole model if nothing is said.",
+        "bits that config.json states for the whole model if nothing is said, and `plain` where "
+        "they are of another mode than `affine`, the only one of drafters.",
     )
     config_bits: Bits | None = Field(
         None,
@@ -81,6 +104,18 @@ class MlxFormat(Format):
     nonfinite: Literal["refuse", "zero"] = Field(
         "refuse", description="NaN and infinity in a weight stop the build, or count as 0."
     )
+
+    @field_validator("bits", "group_size", "config_bits")
+    @classmethod
+    def _fits(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """What the mode has, where nothing is said."""
+        mode = info.data.get("mode")
+        fitting(value, info)
+        if value is not None or mode is None or info.field_name == "config_bits":
+            return value
+        if (mode, info.field_name) == (AFFINE, "bits"):
+            raise ValueError("must be said for mode affine")
+        return defaults(mode)[str(info.field_name)]
 
     def takes_untabled(self, model_type: str) -> bool:
         """See `Format.takes_untabled`."""
@@ -116,9 +151,17 @@ class MlxFormat(Format):
         elif not any(context.architecture.tensors[name].part is Part.MTP for name in view):
             why_not = "there is no MTP head"
         else:
+            plain = self.mtp == "plain" or (self.mtp is None and self.mode != AFFINE)
             bits = self.whole.bits if self.mtp in (None, "plain") else self.mtp
-            knobs = self.model_dump() | {"bits": bits, "rules": [], "config_bits": None}
-            drafter = MlxDrafter(**knobs, plain=self.mtp == "plain")
+            group = self.group_size if self.mode == AFFINE else None
+            knobs = self.model_dump() | {
+                "mode": AFFINE,
+                "bits": bits,
+                "group_size": group,
+                "rules": [],
+                "config_bits": None,
+            }
+            drafter = MlxDrafter(**knobs, plain=plain)
             return (Companion("-mtp", drafter.about, drafter),)
         if self.mtp is not None:
             raise PlanError(why_not, at=("mtp",))
@@ -243,14 +286,14 @@ class MlxFormat(Format):
         self, own: Mapping[str, Any], rules: Sequence[tuple[int, MlxRule]]
     ) -> Settings | None:
         """Those of the recipe's rules, else of the model's `own` code, else of the recipe."""
-        chosen = choose({"group_size": self.group_size, "bits": self.bits, **own}, rules)
-        if chosen is not None:
-            for name in own:
-                if chosen.causes[name] == (name,):
-                    del chosen.causes[name]
-        return chosen
+        return chosen(self.settings, own, rules)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Mode, group size and bits where nobody says otherwise."""
+        return {"mode": self.mode, "group_size": self.group_size, "bits": self.bits}
 
     @property
     def whole(self) -> Scheme:
         """What config.json states for the whole model."""
-        return Scheme(self.config_bits or self.bits, self.group_size)
+        return scheme_of({**self.settings, "bits": self.config_bits or self.bits})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,15 @@ from carnice_build.formats.blame import about_module
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.mlx.files import section_of, short_section
 from carnice_build.formats.mlx.kept import codes_of
+from carnice_build.formats.mlx.modes import AFFINE, chosen, parameters, scheme_of
 from carnice_build.formats.mlx.ops import (
     SUFFIXES,
     AffineQuantize,
+    FloatQuantize,
     ReferenceAffineQuantize,
+    ReferenceFloatQuantize,
     Transform,
+    TransformFloatQuantize,
     TransformQuantize,
 )
 from carnice_build.formats.mlx.target import Target
@@ -46,12 +49,11 @@ class Made:
         self._quantized: dict[str, Scheme] = {}
         self._causes: dict[str, dict[str, tuple[str | int, ...]]] = {}
         self._kept: dict[str, TensorRef] = {}
-        self._own_bits: Counter[int] = Counter()
+        self._own: Counter[str] = Counter()
 
     def own(self, item: Traced) -> Mapping[str, Any]:
-        """Bits and group size of a module by the model's own code, as far as it says."""
-        stated = self._trace.modules[item.module]
-        return {key: stated[key] for key in ("group_size", "bits") if key in stated}
+        """Mode, bits and group size of a module by the model's own code, as far as it says."""
+        return self._trace.modules[item.module]
 
     def add_plain(self, item: Traced, fact: TensorFact) -> None:
         """A tensor that is not quantized."""
@@ -82,34 +84,40 @@ class Made:
         self._quantized[path] = Scheme(stated["bits"], stated["group_size"], "float")
 
     def add_quantized(self, item: Traced, fact: TensorFact, settings: Settings) -> None:
-        """A weight in packed groups, with scales and biases."""
-        params = {**settings.values, "dtype": item.spec.dtype}
+        """A weight in packed groups, with scales, and with biases in mode affine."""
+        params = {**parameters(settings.values), "dtype": item.spec.dtype}
         refs, fused = self._refs(item), self._knobs.backend == "fused"
         made: Sequence[TensorRef]
         with about_module(fact.module):
             if item.kind is not Kind.PROGRAM:
-                made = self._affine(params, refs[0], item)
+                made = self._packed(params, refs[0], item)
             elif fused:
-                made = self._transformed(TransformQuantize(), item, refs, params)
+                op = TransformFloatQuantize() if "mode" in params else TransformQuantize()
+                made = self._transformed(op, item, refs, params)
             else:
                 dtype = {"dtype": item.spec.dtype}
                 (ref,) = self._transformed(Transform(), item, refs, dtype)
-                made = self._affine(params, ref, item)
+                made = self._packed(params, ref, item)
         path = item.module
         outputs = [
             OutputTensor(f"{path}.{suffix}", out, fact)
-            for suffix, out in zip(SUFFIXES, made, strict=True)
+            for suffix, out in zip(SUFFIXES, made, strict=False)
         ]
         self._tensors += outputs
-        self._quantized[path] = Scheme(**settings.values)
-        if "bits" not in settings.causes and settings.values["bits"] != self._knobs.bits:
-            self._own_bits[settings.values["bits"]] += 1
+        self._quantized[path] = scheme_of(settings.values)
+        if settings.causes.keys().isdisjoint(("mode", "bits")):
+            self._own[_in_words(settings.values)] += 1
         self._causes[outputs[0].name] = settings.causes
 
-    def _affine(self, params: Mapping[str, Any], ref: TensorRef, item: Traced) -> list[TensorRef]:
+    def _packed(self, params: Mapping[str, Any], ref: TensorRef, item: Traced) -> list[TensorRef]:
         """A weight quantized; of a stack, the rows of all its experts alike."""
         *before, columns = item.spec.shape
-        op: Op = AffineQuantize() if self._knobs.backend == "fused" else ReferenceAffineQuantize()
+        fused, floats = self._knobs.backend == "fused", "mode" in params
+        op: Op
+        if fused:
+            op = FloatQuantize() if floats else AffineQuantize()
+        else:
+            op = ReferenceFloatQuantize() if floats else ReferenceAffineQuantize()
         rows = ref.reshaped(prod(before), columns)
         made = self._graph.add(op, {**params, "nonfinite": self._knobs.nonfinite}, rows)
         return [out.reshaped(*before, out.spec.shape[-1]) for out in made]
@@ -152,12 +160,13 @@ class Made:
         )
 
     def _notices(self) -> list[str]:
-        """What the model's own code asks for, where neither `bits` nor a rule says it."""
-        knobs = self._knobs
+        """What the model's own code asks for, where neither the recipe nor a rule says it."""
+        said = _in_words(self._knobs.settings)
         return [
-            f"{knobs.library} wants {bits} bits for {plural(count, 'module')} of this model, "
-            f"not {knobs.bits}, and they get them unless a rule says otherwise"
-            for bits, count in sorted(self._own_bits.items())
+            f"{self._knobs.library} wants {own} for {plural(count, 'module')} of this model, "
+            f"not {said.removesuffix(' bits')}, and they get them unless a rule says otherwise"
+            for own, count in sorted(self._own.items())
+            if own != said
         ]
 
     def _modules(self) -> dict[str, Any]:
@@ -167,15 +176,20 @@ class Made:
         the recipe treats some otherwise, or the source was quantized, every one is listed.
         """
         whole, modules = self._knobs.whole, self._trace.modules
-        plain = Scheme(self._knobs.bits, self._knobs.group_size)
-        expected = {
-            path: replace(plain, **{k: v for k, v in own.items() if k in ("bits", "group_size")})
-            for path, own in modules.items()
-        }
-        chosen = {path: own for path, own in self._quantized.items() if path in modules}.items()
-        if self._trace.stated is not None and all(own == expected[path] for path, own in chosen):
-            return {path: dict(modules[path]) or section_of(own) for path, own in chosen}
-        if whole != plain or any(scheme != expected[path] for path, scheme in chosen):
+        plain = self._knobs.settings
+        expected = {path: _scheme(chosen(plain, own, [])) for path, own in modules.items()}
+        found = {path: own for path, own in self._quantized.items() if path in modules}.items()
+        if self._trace.stated is not None and all(own == expected[path] for path, own in found):
+            return {path: dict(modules[path]) or section_of(own) for path, own in found}
+        if whole != scheme_of(plain) or any(scheme != expected[path] for path, scheme in found):
             section = section_of if self._knobs.library is Target.MLX_LM else short_section
-            return {path: section(scheme) for path, scheme in chosen}
-        return {path: dict(modules[path]) for path, _ in chosen if modules[path]}
+            return {path: section(scheme) for path, scheme in found}
+        return {path: dict(modules[path]) for path, _ in found if modules[path]}
+
+
+def _scheme(settings: Settings | None) -> Scheme | None:
+    return None if settings is None else scheme_of(settings.values)
+
+
+def _in_words(values: Mapping[str, Any]) -> str:
+    return f"{values['bits']} bits" if values["mode"] == AFFINE else str(values["mode"])

@@ -1,15 +1,16 @@
-"""Ops of MLX's affine quantization: our kernel, and mlx itself as the reference."""
+"""Ops of MLX's quantization: our kernels, and mlx itself as the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.blame import uneven
 from carnice_build.formats.elementwise import cast_finite
+from carnice_build.formats.mlx.modes import defaults
 from carnice_build.formats.mlx.trace import from_params, infer, replay_bytes
 from carnice_build.graph import (
     ArrayOp,
@@ -22,7 +23,10 @@ from carnice_build.graph import (
 from carnice_build.tensor_file import TensorFile
 
 SUFFIXES = ("weight", "scales", "biases")
-"""The tensors that a weight becomes, by the end of their names, in the order of outputs."""
+"""The tensors that a weight becomes, by the end of their names, in the order of outputs.
+
+The last is of mode affine alone.
+"""
 
 
 class AffineQuantize(ArrayOp):
@@ -60,6 +64,37 @@ class AffineQuantize(ArrayOp):
             quantize_rows(weight, params["dtype"], params["bits"], params["group_size"], *arrays)
         )
         _require_range(params, arrays[1])
+
+
+class FloatQuantize(ArrayOp):
+    """Quantization to small floats by the fused kernel; see `kernels.mlx_floats`.
+
+    Input: a weight [rows, columns].
+    Outputs: packed U32 [rows, columns * bits / 32]; scales U8 [rows, columns / group].
+    Parameters: `mode`, from which bits and group size follow, `dtype` (the weight is cast to it
+    first, and mlx computes in it), `nonfinite` as for `mlx.quantize`.
+    """
+
+    name = "mlx.quantize.float"
+    version = 1
+    libraries = ("numba",)
+    rowwise = True
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Specs of packed weight and scales."""
+        return _float_specs(params, inputs)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Quantize rows; raises NonFiniteValue unless the parameters allow such values."""
+        from carnice_build.kernels.mlx_floats import quantize_rows
+
+        weight = _prepare(params, inputs[0])
+        arrays = [output.array for output in outputs]
+        require_finite(quantize_rows(weight, params["dtype"], params["mode"], *arrays))
 
 
 class Transform(ArrayOp):
@@ -141,17 +176,19 @@ class TransformQuantize(ArrayOp):
     name = "mlx.transform.quantize"
     version = 1
     libraries = ("numpy", "numba")
+    then: ClassVar[type[ArrayOp]] = AffineQuantize
+    """What quantizes."""
 
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
-        """Specs of packed weight, scales and biases."""
+        """Specs of packed weight, scales and, of mode affine, biases."""
         (made,) = Transform().infer(params, inputs)
         *before, columns = made.shape
         rows = TensorSpec(made.dtype, (prod(before), columns))
         return tuple(
             TensorSpec(spec.dtype, (*before, spec.shape[-1]))
-            for spec in _affine_specs(params, [rows])
+            for spec in self.then().infer(params, [rows])
         )
 
     def workspace(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
@@ -171,10 +208,18 @@ class TransformQuantize(ArrayOp):
         transform(params, inputs, made)
         flat = [_as_rows(item) for item in (made, *outputs)]
         try:
-            AffineQuantize().apply(params, flat[:1], flat[1:])
+            self.then().apply(params, flat[:1], flat[1:])
         except BadInput as error:
             # Its element is none of an input's.
             raise BadInput(0, error.what, error.expected) from None
+
+
+class TransformFloatQuantize(TransformQuantize):
+    """`mlx.transform` and then `mlx.quantize.float`."""
+
+    name = "mlx.transform.quantize.float"
+    version = 1
+    then = FloatQuantize
 
 
 def _as_rows(data: TensorData) -> TensorData:
@@ -220,6 +265,59 @@ class ReferenceAffineQuantize(ProcessOp):
             output.write(array)
 
 
+class ReferenceFloatQuantize(ProcessOp):
+    """As `ReferenceAffineQuantize`, to small floats."""
+
+    name = "mlx.quantize.float.reference"
+    version = 1
+    libraries = ("mlx",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """Specs of packed weight and scales."""
+        return _float_specs(params, inputs)
+
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """Inputs and outputs, which mlx holds beside ours, and the distances of each weight to 16
+        codes, in float32 and its magnitude, of the rows that are quantized at a time."""
+        held = 2 * sum(spec.nbytes for spec in (*inputs, *self.infer(params, inputs)))
+        rows, columns = inputs[0].shape
+        return held + _DISTANCES * columns * min(rows, _rows_at_once(columns))
+
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        progress: Callable[[], None],
+    ) -> None:
+        """Quantize the whole weight, some rows at a time; raises as the fused op does."""
+        import numpy as np
+
+        from carnice_build.backends.mlx import quantize_float_rows
+        from carnice_build.kernels.elementwise import non_finite_index
+
+        weight = _prepare(params, TensorData(inputs[0].spec.dtype, inputs[0].read()))
+        require_finite(non_finite_index(weight, params["dtype"]))
+        arrays = [np.empty(out.spec.shape, NUMPY_NAME[out.spec.dtype]) for out in outputs]
+        step = _rows_at_once(weight.shape[1])
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            made = (array[rows] for array in arrays)
+            quantize_float_rows(weight[rows], params["dtype"], params["mode"], *made)
+        for output, array in zip(outputs, arrays, strict=True):
+            output.write(array)
+
+
+_DISTANCES = 2 * 16 * 4
+"""Bytes for each weight."""
+
+
+def _rows_at_once(columns: int) -> int:
+    return max(1, (1 << 20) // max(1, columns))
+
+
 def _require_range(params: Mapping[str, Any], scales: Any) -> None:
     """Raise BadInput for scales that are not finite, which finite weights have that are too far
     from each other."""
@@ -238,15 +336,29 @@ def _require_range(params: Mapping[str, Any], scales: Any) -> None:
 def _affine_specs(
     params: Mapping[str, Any], inputs: Sequence[TensorSpec]
 ) -> tuple[TensorSpec, ...]:
+    packed, grid = _packed_specs(params["bits"], params["group_size"], params["dtype"], inputs)
+    return packed, grid, grid
+
+
+def _float_specs(
+    params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+) -> tuple[TensorSpec, TensorSpec]:
+    stored = defaults(params["mode"])
+    return _packed_specs(stored["bits"], stored["group_size"], "U8", inputs)
+
+
+def _packed_specs(
+    bits: int, group: int, scales: str, inputs: Sequence[TensorSpec]
+) -> tuple[TensorSpec, TensorSpec]:
+    """Specs of packed weight, and of scales of that type."""
     (spec,) = inputs
     if spec.dtype not in WIDE_FLOATS:
         raise PlanError(f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS))
     rows, columns = spec.shape
-    group = params["group_size"]
     if why := uneven(columns, group):
         raise PlanError(why)
-    grid = TensorSpec(params["dtype"], (rows, columns // group))
-    return TensorSpec("U32", (rows, columns * params["bits"] // 32)), grid, grid
+    packed = TensorSpec("U32", (rows, columns * bits // 32))
+    return packed, TensorSpec(scales, (rows, columns // group))
 
 
 def _prepare(params: Mapping[str, Any], data: TensorData) -> Any:
