@@ -31,8 +31,11 @@ from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.fp8_dynamic.ops import RowQuantize
 from carnice_build.formats.mlx.ops import (
     AffineQuantize,
+    FloatQuantize,
     ReferenceAffineQuantize,
+    ReferenceFloatQuantize,
     Transform,
+    TransformFloatQuantize,
     TransformQuantize,
 )
 from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales, TakeTurns, TurnsQuantize
@@ -291,6 +294,7 @@ _OUTSIDE = [
 ]
 
 _AFFINE = {"bits": 4, "group_size": 64, "dtype": "BF16", "nonfinite": "refuse"}
+_FLOATS = {"mode": "nvfp4", "dtype": "BF16", "nonfinite": "refuse"}
 _PLUS_ONE = {"add": 1.0, "dtype": "BF16", "nonfinite": "refuse"}
 _GROUPED = {"observer": "mse", "group_size": 64}
 _TUNED = ["self_attn.o_proj", "mlp.down_proj"]
@@ -338,6 +342,14 @@ OPS: Sequence[OpSample] = [
         Transform(), {**_TURNED, "dtype": "F32", "nonfinite": "zero"}, drawn(("BF16", (2, 32, 4)))
     ),
     OpSample(TransformQuantize(), {**_AFFINE, **_TURNED}, drawn(("BF16", (3, 128, 4)))),
+    OpSample(FloatQuantize(), _FLOATS, drawn(("BF16", (9, 128)))),
+    OpSample(
+        FloatQuantize(),
+        {"mode": "mxfp8", "dtype": "F16", "nonfinite": "zero"},
+        drawn(("F32", (9, 64))),
+    ),
+    OpSample(ReferenceFloatQuantize(), _FLOATS, drawn(("BF16", (9, 128)))),
+    OpSample(TransformFloatQuantize(), {**_FLOATS, **_TURNED}, drawn(("BF16", (3, 128, 4)))),
     OpSample(Elementwise(), _PLUS_ONE, drawn(("BF16", (9,)))),
     OpSample(
         Elementwise(), {**_PLUS_ONE, "add": None, "nonfinite": "zero"}, drawn(("F32", (9, 4)))

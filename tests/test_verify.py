@@ -367,6 +367,37 @@ def test_the_bound_holds_for_every_weight(bits: int, kind: str, dtype: str, wide
     assert (off <= allowance(values.reshape(-1, 64), bits, dtype)).all()
 
 
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("wide", [False, True], ids=["same type", "float32 source"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_the_bound_of_floats_holds_and_is_near(
+    mode: str, kind: str, dtype: str, wide: bool
+) -> None:
+    """No weight is outside, and where weights are of all sizes some come near to their bound."""
+    from carnice_build.formats.mlx.checks import float_allowance
+    from carnice_build.kernels import elementwise, mlx_floats
+
+    values = GROUPS[kind](np.random.default_rng(0)).astype(np.float32)
+    raw = np.empty(values.shape, {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[dtype])
+    elementwise.cast(values, "F32", dtype, raw)
+    if not wide:
+        elementwise.cast(raw, dtype, "F32", values)
+    made = mlx_floats.MODES[mode]
+    packed = np.empty((64, 512 * made.bits // 32), np.uint32)
+    scales = np.empty((64, 512 // made.group_size), np.uint8)
+    mlx_floats.quantize_rows(raw, dtype, mode, packed, scales)
+    restored = np.empty_like(values)
+    mlx_floats.dequantize_rows(packed, scales, mode, restored)
+
+    off = np.abs(restored - values).reshape(-1, made.group_size)
+    allowed = float_allowance(values.reshape(-1, made.group_size), mode, {dtype})
+
+    assert (off <= allowed).all()
+    if kind == "normal":
+        assert (off > 0.9 * allowed).any()
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of a small tokenizer with a chat template, as mlx-lm loads it."""

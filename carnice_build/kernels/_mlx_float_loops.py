@@ -193,21 +193,13 @@ def quantize_f32(groups: Patterns, mode: int, packed: Bytes, scales: Bytes) -> i
     return _quantize(groups, mode, F32, 0x7F800000, packed, scales)
 
 
-@_inlined
-def _from_byte(code: int) -> np.float32:
-    """E4M3 as mlx reads it: the codes that others take for NaN are 480 and -480."""
-    value = _from_e4m3(np.uint32(code & 0x7F))
-    value = value if code & 0x7F < 0x7F else np.float32(480)
-    return np.float32(value if code < 0x80 else -value)
-
-
 @_kernel
 def dequantize(codes: Bytes, scales: Bytes, mode: int, out: Floats) -> None:
     """Each code (flat) times its group's scale, to groups [n, group size of ``mode``]."""
     table = np.empty(256, np.float32)
-    bytes_ = np.empty(256, np.float32)
+    numbers = np.empty(256, np.float32)
     for code in range(256):
-        bytes_[code] = _from_byte(code)
+        numbers[code] = _from_e4m3(np.uint32(code))
     for code in range(8):
         table[code] = _from_e2m1(np.uint32(code))
         table[code + 8] = -table[code]
@@ -215,10 +207,10 @@ def dequantize(codes: Bytes, scales: Bytes, mode: int, out: Floats) -> None:
         row = out[g]
         byte = np.uint32(scales[g])
         power = _float(byte << np.uint32(23) if byte > np.uint32(0) else np.uint32(0x400000))
-        step = bytes_[scales[g]] if mode == NVFP4 else power
+        step = numbers[scales[g]] if mode == NVFP4 else power
         if mode == MXFP8:
             for k in range(32):
-                row[k] = bytes_[codes[g * 32 + k]] * step
+                row[k] = numbers[codes[g * 32 + k]] * step
         else:
             half = row.size // 2
             for k in range(half):

@@ -86,8 +86,8 @@ def dequantize_rows(
 ) -> None:
     """Write code * scale to ``out_float32`` [rows, cols], one product in float32.
 
-    ``mlx.core.dequantize(dtype=float32)`` gives the same bits.  What other libraries take for NaN
-    is a number to mlx: E4M3 with all bits set is 480.  Raises ValueError as ``quantize_rows`` does.
+    ``mlx.core.dequantize(dtype=float32)`` gives the same bits.  Raises ValueError as
+    ``quantize_rows`` does.
     """
     found = _fitting(out_float32.shape, mode, packed, scales)
     require("out_float32", out_float32, np.float32, out_float32.shape)

@@ -18,8 +18,8 @@ Of the others, for M the largest code and r of the type that the weight was cast
   neighbours.
 - A code is the nearest, so a weight of t = |w| / s steps is off by at most half of the distance of
   the codes about t, and by |w| - M s where it is beyond the largest.
-- Deciding on a cast weight and a rounded quotient moves that by at most 3 r |w|; code times scale
-  is exact.
+- Deciding on a cast weight, and in nvfp4 on a rounded quotient, moves that by r |w| each; powers of
+  two and code times scale are exact.
 - A group whose max|w| / M is rounded to 0 becomes 0, which is covered by 2 M halves of the smallest
   number.
 """
@@ -323,7 +323,7 @@ def float_allowance(groups: Floats, mode: str, dtypes: Collection[str]) -> Float
     known = dtypes or WIDE_FLOATS
     place = max(HALF_PLACE[dtype] for dtype in known)
     smallest = max(HALF_SMALLEST[dtype] for dtype in known)
-    largest, distance, scale = _FLOAT_RULES[mode]
+    largest, distance, scale, moves = _FLOAT_RULES[mode]
     magnitudes = np.abs(groups)
     quotients = magnitudes.max(axis=1, keepdims=True) / np.float32(largest)
     moved = 3 * place * quotients + smallest
@@ -335,7 +335,7 @@ def float_allowance(groups: Floats, mode: str, dtypes: Collection[str]) -> Float
         off = np.maximum(steps * (distance(units) / 2), magnitudes - steps * np.float32(largest))
         np.maximum(allowed, off, out=allowed)
     allowed *= np.float32(_FLOAT32_SLACK)
-    allowed += 3 * place * magnitudes + 2 * largest * smallest
+    allowed += moves * place * magnitudes + 2 * largest * smallest
     return allowed
 
 
@@ -365,12 +365,13 @@ def _e4m3_scale(quotient: Floats) -> Floats:
     return found
 
 
-_FLOAT_RULES: Mapping[str, tuple[float, Callable[..., Floats], Callable[..., Floats]]] = {
-    "mxfp4": (6.0, _between_e2m1, _power_scale),
-    "nvfp4": (6.0, _between_e2m1, _e4m3_scale),
-    "mxfp8": (448.0, _between_e4m3, _power_scale),
+_FLOAT_RULES: Mapping[str, tuple[float, Callable[..., Floats], Callable[..., Floats], int]] = {
+    "mxfp4": (6.0, _between_e2m1, _power_scale, 1),
+    "nvfp4": (6.0, _between_e2m1, _e4m3_scale, 2),
+    "mxfp8": (448.0, _between_e4m3, _power_scale, 1),
 }
-"""By mode: the largest code, how far codes are from each other, and the scale of a quotient."""
+"""By mode: the largest code, how far codes are from each other, the scale of a quotient, and how
+often a weight is rounded before its code is chosen."""
 
 
 def allowance(groups: Floats, bits: int, dtype: str) -> Floats:
