@@ -57,10 +57,12 @@ def trace_of_folder(folder: Path) -> Trace | Refusal:
     return parsed(trace(config, specs))
 
 
-def converted(folder: Path, target: Path, predicate: str | None = None) -> Path:
-    """The folder that `mlx_lm.convert -q --q-bits 4` makes, or one of its mixed recipes.
+def converted(
+    folder: Path, target: Path, predicate: str | None = None, mode: str = "affine"
+) -> Path:
+    """The folder that `mlx_lm.convert -q --q-bits 4` makes, one of its mixed recipes, or a mode.
 
-    These it gives the group size, which it would leave null otherwise.
+    Mixed recipes it gives the group size, which it would leave null otherwise.
     """
     from mlx_lm.convert import convert
 
@@ -70,8 +72,9 @@ def converted(folder: Path, target: Path, predicate: str | None = None) -> Path:
             str(folder),
             str(target),
             quantize=True,
-            q_bits=BITS,
+            q_bits=BITS if mode == "affine" else None,
             q_group_size=group,
+            q_mode=mode,
             quant_predicate=predicate,
         )
     return target

@@ -305,6 +305,40 @@ def test_a_built_folder_is_what_mlx_lm_converts(
     assert result.passed, [check for variant in result.variants for check in variant.checks]
 
 
+MODES: Sequence[tuple[str, str]] = [
+    ("qwen3_moe", "nvfp4"),
+    ("deepseek_v3", "mxfp4"),
+    ("gpt_oss", "mxfp8"),
+    ("phi3", "mxfp8"),
+]
+"""Stacks of experts, routers that want bits of their own, what is decoded from FP8 on the way, what
+stays in MXFP4, and tensors that are cut apart."""
+
+
+@pytest.mark.parametrize(("family", "mode"), MODES)
+def test_a_folder_of_floats_is_what_mlx_lm_converts(
+    project: Project, zoo: Zoo, family: str, mode: str
+) -> None:
+    """Tensors and config.json agree, and both checks and a backend that is mlx itself find so."""
+    folder = zoo(family, "hub")
+    steps = [{"decode": {}}] if quantized_source(folder) and family != "gpt_oss" else []
+    recipe(project, *steps, bits=None, mode=mode)
+    options = project.options(sources={"body": folder})
+    build_variants(["family"], options)
+    theirs = converted(folder, project.root / "theirs", mode=mode)
+    made = read_all_tensors(project.out / "family")
+
+    assert read_all_tensors(theirs) == made
+    expected = json.loads((theirs / "config.json").read_text())
+    found = json.loads((project.out / "family" / "config.json").read_text())
+    assert expected["quantization"] == found["quantization"]
+    result = verify_variants(["family"], options, VerifySettings(run=False))
+    assert result.passed, [check for variant in result.variants for check in variant.checks]
+    recipe(project, *steps, bits=None, mode=mode, backend="mlx")
+    build_variants(["family"], options)
+    assert made == read_all_tensors(project.out / "family")
+
+
 MIXED: Sequence[tuple[str, str, int]] = [
     ("deepseek_v3", "mixed_3_6", 3),
     ("deepseek_v3", "mixed_3_4", 3),

@@ -146,3 +146,43 @@ def test_the_folder_loads_and_generates(project: Project, tiny_checkpoint: TinyC
 
     assert logits.shape == (1, 3, 256)
     assert mx.isfinite(logits).all().item()
+
+
+BY_RULE = (
+    'quantize.rules=[{match: "*.down_proj", mode: mxfp8}, {match: lm_head, mode: affine, bits: 6}, '
+    '{match: "*.v_proj", mode: nvfp4}, {match: "*.k_proj", skip: true}]'
+)
+
+
+def test_modes_by_rule_give_mlx_lms_folder_which_it_runs(
+    project: Project, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    """Of four modes and a module that is left alone, each module is listed as mlx-lm lists it."""
+    import mlx.core as mx
+    from mlx_lm import load
+
+    chosen = {
+        "down_proj": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+        "v_proj": {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+        "lm_head": {"group_size": 64, "bits": 6, "mode": "affine"},
+        "k_proj": False,
+    }
+    rest = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    source = with_tokenizer(tiny_checkpoint(project.root / "source", **REPAIRED))
+    build_variants(["mlx-mxfp4"], project.options(sources={"body": source}, overrides=(BY_RULE,)))
+    theirs = converted(
+        source,
+        project.root / "theirs",
+        q_mode="mxfp4",
+        quant_predicate=lambda path, _: chosen.get(path.rpartition(".")[2], rest),
+    )
+    ours = project.out / "mlx-mxfp4"
+
+    assert read_all_tensors(theirs) == read_all_tensors(ours)
+    sections = [
+        json.loads((folder / "config.json").read_text())["quantization"]
+        for folder in (theirs, ours)
+    ]
+    assert sections[0] == sections[1]
+    model, _ = load(str(ours))
+    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all().item()

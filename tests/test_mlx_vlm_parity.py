@@ -92,6 +92,26 @@ def test_mixed_bits_are_those_of_mlx_vlm(project: Project, vlm_zoo: Zoo, case: s
         assert "quantization" not in config_of(drafter)
 
 
+@pytest.mark.parametrize(
+    ("case", "mode", "mtp"), [("qwen3_5_moe", "nvfp4", 4), ("gemma3", "mxfp8", None)]
+)
+def test_floats_are_those_of_mlx_vlm(
+    project: Project, vlm_zoo: Zoo, case: str, mode: str, mtp: int | None
+) -> None:
+    """The model is of the mode; drafters are affine, of the bits that are said, or plain."""
+    source = vlm_zoo(case)
+    model, drafter = built(project, source, quantize={"bits": None, "mode": mode, "mtp": mtp})
+    settings = {"q_bits": mtp, "q_mode": mode, "q_group_size": None}
+    theirs = converted(source, project.root / "theirs", **settings)
+
+    assert read_all_tensors(theirs) == read_all_tensors(model)
+    assert config_of(theirs)["quantization"] == config_of(model)["quantization"]
+    if case in DRAFTED:
+        their_drafter = project.root / "theirs-mtp"
+        assert read_all_tensors(their_drafter) == read_all_tensors(drafter)
+        assert plain(config_of(their_drafter)) == plain(config_of(drafter))
+
+
 def test_the_demo_is_what_mlx_vlm_makes_of_it(project: Project) -> None:
     """From the demo's base, with a processor that mlx-vlm loads."""
     source = REPOSITORY / "demo" / "qwen3.6-27b"
