@@ -464,6 +464,59 @@ def test_a_group_that_does_not_divide_is_refused(
     )
 
 
+@pytest.mark.parametrize(
+    ("variant", "change", "sentence"),
+    [
+        ("mlx-mxfp4", "bits=5", "quantize.bits: mode mxfp4 has 4 bits, not 5"),
+        ("mlx-mxfp8", "group_size=64", "quantize.group_size: mode mxfp8 has groups of 32, not 64"),
+        ("mlx-nvfp4", "config_bits=3", "quantize.config_bits: mode nvfp4 has 4 bits, not 3"),
+        ("mlx-4bit", "mode=nvfp4", "quantize.group_size: mode nvfp4 has groups of 16, not 64"),
+        ("mlx-4bit", "group_size=16", "mode affine has groups of 32, 64 or 128, not 16"),
+        ("mlx-4bit", "mode=mxfp", "did you mean 'mxfp8'?"),
+        ("mlx-mxfp4", "mode=affine", "quantize.bits is missing"),
+        (
+            "mlx-4bit",
+            "rules=[{match: lm_head, mode: mxfp8, bits: 4}]",
+            "quantize.rules.0.bits: mode mxfp8 has 8 bits, not 4",
+        ),
+        (
+            "mlx-mxfp4",
+            "rules=[{match: lm_head, bits: 6}]",
+            "mode mxfp4 has 4 bits, not 6; expected a `mode` in this rule",
+        ),
+    ],
+)
+def test_a_knob_that_contradicts_its_mode_is_refused(
+    project: Project, carnice: Carnice, variant: str, change: str, sentence: str
+) -> None:
+    """Modes of floats have one group size and one width; an error is at the knob that is off."""
+    finished = carnice("build", variant, "--set", f"quantize.{change}")
+
+    check_refused_at_once(finished, project, sentence)
+
+
+def test_groups_of_floats_that_do_not_divide_are_refused(
+    project: Project, carnice: Carnice, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    """As those of mode affine are, where mlx-lm leaves such modules in BF16 without a word."""
+    folder = tiny_checkpoint(intermediate=328, mtp=False)
+    finished = carnice("build", "mlx-mxfp8", "--source", f"body={folder}")
+
+    check_refused_at_once(
+        finished, project, "mlp.down_proj", "group_size 32 does not divide the 328 inputs"
+    )
+
+
+@pytest.mark.parametrize("variant", ["mlx-mxfp4", "mlx-nvfp4", "mlx-mxfp8"])
+def test_no_float_of_mlx_is_made_of_nan(project: Project, carnice: Carnice, variant: str) -> None:
+    """The tensor and the element are named; `nonfinite: zero` counts it as 0."""
+    poison(project, DOWN, 100, NAN)
+    finished = carnice("build", variant)
+
+    check_refused(finished, project, f"tensor '{DOWN}' holds NaN or infinity at element 100")
+    assert 0 == carnice("build", variant, "--set", "quantize.nonfinite=zero").code
+
+
 def test_an_unknown_group_size_is_refused(project: Project, carnice: Carnice) -> None:
     """Only the kernel's group sizes are accepted, at the place where it was asked."""
     finished = carnice("build", "mlx-4bit", "--set", "quantize.group_size=48")

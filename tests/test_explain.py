@@ -69,6 +69,19 @@ def test_a_knob_of_a_preset_is_named_by_its_place_in_the_package(project: Projec
     assert "carnice_build/presets/mlx-6bit.yaml:6:9" == reason.where
 
 
+def test_another_mode_of_mlx_is_named_by_who_said_it(project: Project) -> None:
+    """Be it one of floats instead of another, or another op than that of floats."""
+    build_variants(["mlx-mxfp4"], project.options())
+    rules = 'quantize.rules=[{match: "*.down_proj", mode: affine, bits: 6}, '
+    rules += "{match: lm_head, mode: nvfp4}]"
+    found = sentences(explained(project, "mlx-mxfp4", overrides=(rules,)))
+
+    assert [
+        f"8 x mlx.quantize: op mlx.quantize.float -> mlx.quantize by --set {rules}",
+        f"1 x mlx.quantize.float: mode \"mxfp4\" -> \"nvfp4\" by --set {rules}",
+    ] == found
+
+
 def test_actions_found_in_the_cache_are_told_apart(project: Project) -> None:
     """What another variant made already is changed, but does not run."""
     build_variants(["mlx-mixed_3_6", "mlx-6bit"], project.options())

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from carnice_build.serving.profile import Serving
 
 
+OP = "op"
+"""What `Conversion.causes` calls the op of an action, beside its parameters."""
+
+
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
     """A tensor of a variant: its published name, its bytes, and the source tensor it stands for.
@@ -62,7 +66,7 @@ class Conversion:
     `stated` is what else the format's `files` state; its form is the format's own.
     `notices` are sentences that a person may want to know before a build.
     `causes` says, by the name of an action's first output and by parameter, which entry below
-    `quantize` in the recipe chose the value.
+    `quantize` in the recipe chose the value; by `OP`, which chose the op itself.
     """
 
     tensors: Sequence[OutputTensor]

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from carnice_build.formats.base import OP
 from carnice_build.graph import Action, ActionOutput, TensorRef
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, Status
@@ -84,7 +85,7 @@ def explain(
 
 
 def _cause(now: Facts, before: Facts | None, known: bool) -> tuple[str | None, str | None]:
-    """The first difference in words, and the parameter to blame when it is one."""
+    """The first difference in words, and the parameter, or `OP`, to blame when it is one."""
     if before is None:
         return ("new in this variant" if known else "never built here"), None
     for name in [*now, *(name for name in before if name not in now)]:
@@ -95,7 +96,8 @@ def _cause(now: Facts, before: Facts | None, known: bool) -> tuple[str | None, s
             return _input_cause(name, old, new), None
         kind, _, parameter = name.partition(" ")
         shown = f"{parameter or name} {_short(old)} -> {_short(new)}"
-        return shown, parameter if kind == "parameter" else None
+        blamed = parameter if kind == "parameter" else None
+        return shown, OP if name == OP else blamed
     return None, None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from carnice_build.checkpoint.assets import Reads
 from carnice_build.errors import PlanError
@@ -114,7 +115,7 @@ class MlxFormat(Format):
         if value is not None or mode is None or info.field_name == "config_bits":
             return value
         if (mode, info.field_name) == (AFFINE, "bits"):
-            raise ValueError("must be said for mode affine")
+            raise PydanticCustomError("missing", "must be said for mode affine")
         return defaults(mode)[str(info.field_name)]
 
     def takes_untabled(self, model_type: str) -> bool:

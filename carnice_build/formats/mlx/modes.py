@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from carnice_build.errors import PlanError
+from carnice_build.formats.base import OP
 from carnice_build.formats.rules import Rule, Settings
 from carnice_build.formats.scheme import Scheme
 
@@ -68,7 +69,8 @@ def contradiction(mode: str, knob: str, value: int | None) -> str | None:
     has = groups if knob == "group_size" else bits
     if value is None or value in has:
         return None
-    numbers = " or ".join(map(str, has))
+    *others, last = map(str, has)
+    numbers = f"{', '.join(others)} or {last}" if others else last
     what = f"groups of {numbers}" if knob == "group_size" else f"{numbers} bits"
     return f"mode {mode} has {what}, not {value}"
 
@@ -110,10 +112,8 @@ class _Choice:
     def __init__(self, whole: Mapping[str, Any]) -> None:
         self._whole = whole
         self.values = dict(whole)
-        affine = whole["mode"] == AFFINE
-        self.causes: dict[str, tuple[str | int, ...]] = {
-            name: (name,) for name in (_KNOBS if affine else ("mode",))
-        }
+        self.causes: dict[str, tuple[str | int, ...]] = {OP: ("mode",)}
+        self.causes |= {name: (name,) for name in _told(whole["mode"])}
 
     def change(
         self, mode: str | None, said: Mapping[str, Any], at: tuple[str | int, ...] | None
@@ -122,7 +122,7 @@ class _Choice:
         if mode is not None and mode != self.values["mode"]:
             own = self._whole if mode == self._whole["mode"] else defaults(mode)
             self.values = {**own, "mode": mode}
-            names = _KNOBS if mode == AFFINE else ("mode",)
+            names = (OP, *_told(mode))
             self.causes = {} if at is None else dict.fromkeys(names, (*at, "mode"))
         mode = self.values["mode"]
         for name in _KNOBS:
@@ -139,9 +139,11 @@ class _Choice:
 
 def parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     """What an action is told of settings: all that their mode leaves to choose."""
-    if values["mode"] == AFFINE:
-        return {name: values[name] for name in _KNOBS}
-    return {"mode": values["mode"]}
+    return {name: values[name] for name in _told(values["mode"])}
+
+
+def _told(mode: str) -> tuple[str, ...]:
+    return _KNOBS if mode == AFFINE else ("mode",)
 
 
 def scheme_of(values: Mapping[str, Any]) -> Scheme:
