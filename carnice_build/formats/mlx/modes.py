@@ -43,7 +43,7 @@ class ModeRule(Rule):
 
     mode: Mode | None = Field(
         None,
-        description="Their mode.  Bits and group size follow from it, as far as the rule does not "
+        description="Their mode, from which bits and group size follow as far as the rule does not "
         "say them.",
     )
     bits: Bits | None = Field(None, description="Bits per weight.")
