@@ -12,6 +12,7 @@ from conftest import Project, TinyCheckpoint
 from tiny import read_all_tensors
 
 from carnice_build.commands.build import build_variants
+from carnice_build.commands.diff import diff_folders
 
 pytest.importorskip("mlx_lm")
 
@@ -184,5 +185,8 @@ def test_modes_by_rule_give_mlx_lms_folder_which_it_runs(
         for folder in (theirs, ours)
     ]
     assert sections[0] == sections[1]
+    stored = {(item.a.storage, item.state) for item in diff_folders(theirs, ours, jobs=1).modules}
+    same = {"MXFP4 g32", "MXFP8 g32", "NVFP4 g16", "6-bit g64", "BF16", "F32"}
+    assert {(storage, "same") for storage in same} == stored
     model, _ = load(str(ours))
     assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all().item()

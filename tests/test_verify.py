@@ -31,8 +31,13 @@ DOWN = f"{BODY}layers.3.mlp.down_proj"
 def built(project: Project) -> Path:
     """A built variant whose files are copies, so that damage does not reach the cache."""
     shutil.copy(DEMO / "chat_template.jinja", project.checkpoint)
-    build_variants([VARIANT], project.options())
-    folder = project.out / VARIANT
+    return build_of_copies(project, VARIANT)
+
+
+def build_of_copies(project: Project, variant: str) -> Path:
+    """See `built`."""
+    build_variants([variant], project.options())
+    folder = project.out / variant
     for shard in folder.glob("*.safetensors"):
         content = shard.read_bytes()
         shard.unlink()
@@ -40,10 +45,10 @@ def built(project: Project) -> Path:
     return folder
 
 
-def checks(project: Project, **changes: Any) -> dict[str, Check]:
+def checks(project: Project, variant: str = VARIANT, **changes: Any) -> dict[str, Check]:
     """The checks of the variant's files, by name."""
     options = project.options(**changes)
-    (result,) = verify_variants([VARIANT], options, VerifySettings(run=False)).variants
+    (result,) = verify_variants([variant], options, VerifySettings(run=False)).variants
     return {check.name: check for check in result.checks}
 
 
@@ -258,6 +263,25 @@ def test_one_wrong_code_is_out_of_bounds(project: Project, built: Path) -> None:
     assert failed(found) == {"digests", "round trip"}
     (problem,) = found["round trip"].problems
     assert f"{BODY}layers.3.mlp.up_proj: 1 weights" in problem
+
+
+@pytest.mark.parametrize("variant", ["mlx-mxfp4", "mlx-nvfp4", "mlx-mxfp8"])
+def test_floats_must_fit_their_source_and_their_mode(project: Project, variant: str) -> None:
+    """A scale that is another power of two, or the next float, is out of bounds; so is what
+    config.json states of another mode, and biases are not what floats have."""
+    folder, up = build_of_copies(project, variant), f"{BODY}layers.3.mlp.up_proj"
+    assert set() == failed(checks(project, variant))
+    poke(folder, f"{up}.scales", 0, 8 if variant == "mlx-nvfp4" else 1)
+    wrong = checks(project, variant)
+    config = read_json(folder / "config.json")
+    other = {"mlx-mxfp4": "nvfp4", "mlx-nvfp4": "mxfp4", "mlx-mxfp8": "fp8"}[variant]
+    for section in ("quantization", "quantization_config"):
+        config[section] = {**config[section], DOWN: {**config[section], "mode": other}}
+    write_json(folder / "config.json", config)
+
+    assert failed(wrong) == {"digests", "round trip"}
+    assert up in wrong["round trip"].problems[0]
+    assert f"for {DOWN}" in "\n".join(checks(project, variant)["structure"].problems)
 
 
 def test_another_modules_weights_are_out_of_bounds(project: Project, built: Path) -> None:
