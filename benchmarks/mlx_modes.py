@@ -93,8 +93,7 @@ def main() -> None:
             reference = partial(by_mlx, theirs, mode)
             turns = [(seconds(ours), seconds(reference)) for _ in range(arguments.repeat)]
             rates = [
-                weight.nbytes / 1e9 / statistics.median(times)
-                for times in zip(*turns, strict=True)
+                weight.nbytes / 1e9 / statistics.median(times) for times in zip(*turns, strict=True)
             ]
             ratio = statistics.median(other / mine for mine, other in turns)
             print(f"{mode:7} {rates[0]:6.2f} GB/s, mlx {rates[1]:6.3f} GB/s: {ratio:.0f}x")

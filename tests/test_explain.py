@@ -78,7 +78,7 @@ def test_another_mode_of_mlx_is_named_by_who_said_it(project: Project) -> None:
 
     assert [
         f"8 x mlx.quantize: op mlx.quantize.float -> mlx.quantize by --set {rules}",
-        f"1 x mlx.quantize.float: mode \"mxfp4\" -> \"nvfp4\" by --set {rules}",
+        f'1 x mlx.quantize.float: mode "mxfp4" -> "nvfp4" by --set {rules}',
     ] == found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -127,7 +128,8 @@ class ProcessJob:
         """The input in a file that stays while the job runs; a new one is called `own`."""
         source = ref.origin
         if isinstance(source, SourceTensor):
-            return self._sources.file(source, own)
+            # The op sees the shape that the plan gives the bytes, not the checkpoint's.
+            return replace(self._sources.file(source, own), spec=ref.spec)
         # Whoever needs what is gone waits for the first who makes it again.
         with self._bench.lock(f"outputs of {source.action.identity}"):
             place = self._place(ref)

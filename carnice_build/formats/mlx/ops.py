@@ -315,7 +315,8 @@ _DISTANCES = 2 * 16 * 4
 
 
 def _rows_at_once(columns: int) -> int:
-    return max(1, (1 << 20) // max(1, columns))
+    """An even number: mlx packs groups of 16 two at a time."""
+    return 2 * max(1, (1 << 19) // max(1, columns))
 
 
 def _require_range(params: Mapping[str, Any], scales: Any) -> None:
