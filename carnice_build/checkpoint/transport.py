@@ -32,7 +32,9 @@ _RECEIVE = "carnice.receive"
 _IDLE = 16
 """Most connections to one place that are kept for later."""
 
-_Origin = tuple[str, str, int | None]
+_PORTS = {"http": 80, "https": 443}
+
+_Origin = tuple[str, str, int]
 
 
 def client() -> httpx.Client:
@@ -78,8 +80,7 @@ class Straight(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request, and give the answer as soon as its headers are there."""
-        url = request.url
-        origin = (url.scheme, url.host, url.port)
+        origin = _origin(request.url)
         limits = request.extensions.get("timeout", {})
         connection = self._reused(origin) or self._made(origin, limits.get("connect"))
         try:
@@ -89,6 +90,7 @@ class Straight(httpx.BaseTransport):
                 connection.sock.settimeout(limits.get("read"))
                 _send(connection, request)
                 answer = connection.getresponse()
+                _check_coding(answer)
             body = _Body(answer, connection, lambda: self._keep(origin, connection))
             headers = [
                 (name.encode("latin-1"), value.encode("latin-1"))
@@ -108,7 +110,7 @@ class Straight(httpx.BaseTransport):
                 if not waiting:
                     return None
                 connection = waiting.pop()
-            if not select.select([connection.sock], [], [], 0)[0]:
+            if not _has_ended(connection):
                 return connection
             connection.close()
 
@@ -123,10 +125,13 @@ class Straight(httpx.BaseTransport):
     def _made(self, origin: _Origin, limit: float | None) -> http.client.HTTPConnection:
         scheme, host, port = origin
         if scheme == "http":
-            return http.client.HTTPConnection(host, port, timeout=limit)
-        with self._lock:
-            self._tls = self._tls or httpx.create_ssl_context()
-        return http.client.HTTPSConnection(host, port, timeout=limit, context=self._tls)
+            connection = http.client.HTTPConnection(host, port, timeout=limit)
+        else:
+            with self._lock:
+                self._tls = self._tls or httpx.create_ssl_context()
+            connection = http.client.HTTPSConnection(host, port, timeout=limit, context=self._tls)
+        connection.response_class = _Answer
+        return connection
 
     def close(self) -> None:
         """Close the connections that wait."""
@@ -134,6 +139,40 @@ class Straight(httpx.BaseTransport):
             idle, self._idle = self._idle, {}
         for connection in (item for waiting in idle.values() for item in waiting):
             connection.close()
+
+
+def _origin(url: httpx.URL) -> _Origin:
+    """Where to connect to: with a port always, for http.client would look for one in the host."""
+    if url.scheme not in _PORTS:
+        raise httpx.UnsupportedProtocol("neither http nor https")
+    return url.scheme, url.raw_host.decode("ascii"), url.port or _PORTS[url.scheme]
+
+
+def _has_ended(connection: http.client.HTTPConnection) -> bool:
+    """True when something has come of a connection that waits: its end, or what nobody asked for.
+
+    Unlike `select`, `poll` takes any descriptor of a process that has thousands of files open.
+    """
+    waiting = select.poll()
+    waiting.register(connection.sock, select.POLLIN)
+    return bool(waiting.poll(0))
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer without those of 1xx that may come before it; http.client knows only 100."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            if not 100 <= found[1] < 200:
+                return found
+            http.client.parse_headers(self.fp)
+
+
+def _check_coding(answer: http.client.HTTPResponse) -> None:
+    """Refuse a body that http.client would give as it comes, with sizes of chunks in it."""
+    if answer.getheader("Transfer-Encoding") is not None and not answer.chunked:
+        raise http.client.UnknownTransferEncoding
 
 
 def _send(connection: http.client.HTTPConnection, request: httpx.Request) -> None:

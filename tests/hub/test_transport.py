@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
+import resource
+import socket
 import ssl
 import threading
 from collections.abc import Iterator
@@ -71,6 +74,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif self.path == "/chunked":
             self._answer(200, b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n", Transfer_Encoding="chunked")
+        elif self.path == "/coded":
+            self._answer(200, b"3\r\nabc\r\n0\r\n\r\n", Transfer_Encoding="gzip, chunked")
+        elif self.path == "/hints":
+            self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n" * 2)
+            self._answer(200, BODY)
+        elif self.path == "/ftp":
+            self._answer(302, b"elsewhere", Location=f"ftp://127.0.0.1:{self.server.server_port}/")
         else:
             self._answer(200, BODY)
 
@@ -148,13 +158,62 @@ def test_a_body_that_ends_early_says_so_by_its_length(
 
 @pytest.mark.parametrize(
     ("path", "error"),
-    [("garbage", httpx.RemoteProtocolError), ("silence", httpx.ReadTimeout)],
+    [
+        ("garbage", httpx.RemoteProtocolError),
+        ("silence", httpx.ReadTimeout),
+        ("coded", httpx.RemoteProtocolError),
+        ("ftp", httpx.UnsupportedProtocol),
+    ],
 )
 def test_what_goes_wrong_is_what_httpx_calls_it(
     server: Server, straight: httpx.Client, path: str, error: type[Exception]
 ) -> None:
     with pytest.raises(error):
         straight.get(server.url(path))
+
+
+def test_what_comes_before_an_answer_is_no_answer(server: Server, straight: httpx.Client) -> None:
+    assert [received(straight, server.url("hints")) for _ in range(2)] == [BODY] * 2
+    assert server.accepted == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://[2001:db8::12]/", ("2001:db8::12", 80)),
+        ("https://[2001:db8::abc]/", ("2001:db8::abc", 443)),
+        ("http://[2001:db8::12]:8080/", ("2001:db8::12", 8080)),
+        ("https://fa\N{LATIN SMALL LETTER SHARP S}.example/", ("xn--fa-hia.example", 443)),
+    ],
+)
+def test_a_host_is_what_its_url_says(
+    straight: httpx.Client, monkeypatch: pytest.MonkeyPatch, url: str, address: tuple[str, int]
+) -> None:
+    asked = []
+
+    def connect(address: tuple[str, int], *_: object) -> socket.socket:
+        asked.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(httpx.ConnectError):
+        straight.get(url)
+    assert asked == [address]
+
+
+def test_connections_are_used_again_where_a_thousand_files_are_open(
+    server: Server, straight: httpx.Client
+) -> None:
+    """More than `select` can tell of."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1200:
+        pytest.skip("so many files may not be open here")
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert [received(straight, server.url("whole")) for _ in range(2)] == [BODY] * 2
+    finally:
+        for file in files:
+            os.close(file)
+    assert server.accepted == 1
 
 
 def test_a_server_that_is_not_there(straight: httpx.Client) -> None:
