@@ -42,7 +42,8 @@ class Work:
     amount: float
 
 
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+"""One at least, so that no time is infinite."""
 
 
 class Rates(BaseModel):

@@ -37,7 +37,8 @@ def parse_size(text: str | int) -> int:
     return int(size)
 
 
-_RATE = re.compile(r"\s*(\d+(?:\.\d+)?\s*[KMGT]?)(bit|B|iB)/s\s*", re.IGNORECASE)
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?\s*(?i:[KMGT]?))((?i:bit)|i?B)/s\s*")
+"""Lines have Gb/s of bits, and some who write gb/s mean bytes: eight times as much."""
 
 
 def parse_bandwidth(text: str) -> float:

@@ -79,6 +79,10 @@ def test_what_is_built_costs_nothing(
     several = estimated("mlx-4bit", "--nodes", 3, "--bandwidth", "1GB/s", *price)
     shared = estimated("mlx-mixed_3_6", *ONE, *price)
 
+    shown = carnice("plan", "mlx-4bit", *ONE).out
+
+    assert shown.endswith("none: nothing is to do\n")
+    assert "all nodes" not in shown and "the node" not in shown
     for finished in (alone, several):
         assert {0} == set(finished["bytes"].values())
         assert (0, None, 0) == (finished["seconds"], finished["bottleneck"], finished["cost"])
@@ -352,10 +356,13 @@ WRONG: list[tuple[tuple[object, ...], str]] = [
     (("--price", 3), "--price: an estimate needs the bandwidth of a node"),
     (("--bandwidth", "fast"), "--bandwidth: 'fast' is not a rate such as 10Gbit/s or 1.2GB/s"),
     (("--bandwidth", "10GB"), "'10GB' is not a rate"),
+    (("--bandwidth", "10Gb/s"), "'10Gb/s' is not a rate such as 10Gbit/s or 1.2GB/s"),
+    (("--bandwidth", "10gib/s"), "'10gib/s' is not a rate"),
     (("--bandwidth", "0Gbit/s"), "'0Gbit/s' is not a rate from 1 B/s"),
     (("--bandwidth", "9" * 30 + "GB/s"), "is not a rate from 1 B/s"),
     (("--bandwidth", "9" * 90 + "GB/s"), "is not a rate such as"),
     ((*ONE, "--price", "nan"), "--price: nan is no price"),
+    ((*ONE, "--price", "1e308"), "expected 0 to 1e+12"),
     ((*ONE, "--price", "-1"), "--price: -1.0 is no price"),
     (("--nodes", 0, "--bandwidth", "1GB/s"), "--nodes"),
     (("--nodes", 100_000, "--bandwidth", "1GB/s"), "--nodes"),
@@ -381,7 +388,8 @@ def test_bad_machines_are_refused(
     [
         ("[rates]\ngpu_forwards = 1e12\n", "unknown key rates.gpu_forwards"),
         ("[rates]\ngpu_forward = 0\n", "rates.gpu_forward is not valid"),
-        ("[rates]\ngpu_forward = -1e12\n", "expected a number above zero"),
+        ("[rates]\ngpu_forward = -1e12\n", "expected a number, 1 or more"),
+        ("[rates]\ncore_read = 1e-320\n", "rates.core_read is not valid"),
         ("[rates]\ngpu_forward = inf\n", "rates.gpu_forward is not valid"),
         ("[rates]\ngpu_forward = nan\n", "rates.gpu_forward is not valid"),
         ("[rates]\ngpu_forward = '1e12'\n", "rates.gpu_forward is not valid"),

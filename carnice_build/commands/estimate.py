@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from carnice_build.commands.collector import no_collections
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import PlanResult
@@ -11,6 +9,8 @@ from carnice_build.errors import RecipeError
 from carnice_build.planning.estimate import Estimate, Machines, estimate
 from carnice_build.remote.config import read_rates
 from carnice_build.units import parse_bandwidth
+
+_MOST = 1e12
 
 
 def machines_of(
@@ -30,8 +30,8 @@ def machines_of(
         rate = parse_bandwidth(bandwidth)
     except ValueError as error:
         raise RecipeError(str(error), where="--bandwidth") from None
-    if price is not None and not (math.isfinite(price) and price >= 0):
-        raise RecipeError(f"{price} is no price", where="--price", expected="0 or more")
+    if price is not None and not 0 <= price <= _MOST:
+        raise RecipeError(f"{price} is no price", where="--price", expected=f"0 to {_MOST:g}")
     return Machines(nodes or 1, options.jobs, rate, read_rates(options.recipes), price)
 
 

@@ -185,7 +185,7 @@ _EXPECTED = {
     "remote": "a section",
     "trust": "a section",
     "rates": "a section",
-    **dict.fromkeys(Rates.model_fields, "a number above zero"),
+    **dict.fromkeys(Rates.model_fields, "a number, 1 or more"),
 }
 
 

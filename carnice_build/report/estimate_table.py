@@ -66,6 +66,8 @@ def estimate_view(estimate: Estimate) -> RenderableType:
         f"Estimate: {plural(machines.count, 'node')} of {plural(machines.cores, 'core')}, "
         f"{format_size(machines.bandwidth)}/s each"
     )
+    if estimate.bottleneck is None:
+        return Group(Text(), Text(title, style="bold"), _totals(estimate))
     table = Table()
     table.add_column("")
     if machines.count == 1:
