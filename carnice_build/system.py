@@ -81,10 +81,11 @@ def make_folder_durable(descriptor: int) -> None:
 def forget_pages(descriptor: int) -> None:
     """Let the system use the memory that holds pages of a file for something else.
 
-    Only of those that are on disk; a system that cannot keeps them.
+    Only of those that are on disk; a system that cannot keeps them, or a file system.
     """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def physical_memory() -> int:

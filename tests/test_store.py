@@ -312,6 +312,23 @@ def test_bytes_whose_memory_was_given_back_are_on_disk(tmp_path: Path) -> None:
     assert store.pack_path(pack).read_bytes().endswith(b"firstsecond")
 
 
+def test_a_file_system_may_keep_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written is no worse for it."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_DONTNEED", 4, raising=False)
+    store = Store(tmp_path / "cache")
+    writing = Writing(store, {"a": b"first"})
+    writing.begin()
+    digests = writing.write()
+    writing.pack.flush(forget=True)
+    pack = store.finish(writing.pack, digests, [1] * len(digests))
+    assert store.pack_path(pack).read_bytes().endswith(b"first")
+
+
 def test_a_write_that_fails_late_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

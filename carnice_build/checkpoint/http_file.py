@@ -127,10 +127,14 @@ class RemoteFile:
             raise self._changed(f"its ETag is {str(metadata.etag)[:80]!r}, not {self._content!r}")
         if metadata.size not in (None, self.size):
             raise self._changed(f"it has {metadata.size} bytes, not {self.size}")
-        schemes = ("https", urlsplit(self._repository.endpoint).scheme)
-        if not metadata.location.startswith(tuple(f"{scheme}://" for scheme in schemes)):
-            raise CheckpointError("the hub redirects to no safe address", where=self.name)
+        self._check_scheme(metadata.location)
         return metadata.location
+
+    def _check_scheme(self, url: str) -> None:
+        """Refuse plain HTTP, in which anybody on the way may put other bytes, but of such a hub."""
+        schemes = ("https", urlsplit(self._repository.endpoint).scheme)
+        if urlsplit(url).scheme not in schemes:
+            raise CheckpointError("the hub redirects to no safe address", where=self.name)
 
     def request(self, first: int, last: int) -> httpx.Response:
         """An open answer, checked, with bytes `first` to `last`."""
@@ -169,6 +173,7 @@ class RemoteFile:
         if headers.get("Content-Range") != wanted:
             given = headers.get("Content-Range", "an unknown range")[:80]
             raise self._changed(f"the server sent {given!r} for {wanted!r}")
+        self._check_scheme(str(response.url))
         if headers.get("Content-Encoding", "identity") != "identity":
             raise CheckpointError("the server sent an encoded range", where=self.name)
         if int(headers.get("Content-Length", "0")) > last - first + 1:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from conftest import Finished, Project
 from fake_hub import (
@@ -25,7 +26,8 @@ from fake_hub import (
 from huggingface_hub import constants
 from tiny import Tensor, write_json, write_safetensors
 
-from carnice_build.checkpoint import patience
+from carnice_build.checkpoint import http_file, patience
+from carnice_build.checkpoint.http_file import RemoteFile, Repository
 from carnice_build.checkpoint.hub import open_hub
 from carnice_build.checkpoint.patience import Unreachable
 from carnice_build.errors import CheckpointError
@@ -304,6 +306,25 @@ def test_wrong_answers_are_errors(
     with pytest.raises(CheckpointError, match=message):
         tensor.file.read_into(8, memoryview(buffer))
     assert not waits
+
+
+def test_a_redirect_to_plain_http_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it is on the way, where the hub itself is asked over TLS."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.scheme == "https":
+            return httpx.Response(302, headers={"Location": "http://cdn.example/there"})
+        headers = {"Content-Range": "bytes 0-63/64"}
+        return httpx.Response(206, headers=headers, content=bytes(64))
+
+    hub = Repository("https://hub.example", CARNICE, "c" * 40)
+    file = RemoteFile(hub, "model.safetensors", 64, "content")
+    monkeypatch.setattr(file, "locate", lambda: ("https://cdn.example/here", True))
+    asking = httpx.Client(transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(http_file, "client", lambda: asking)
+
+    with pytest.raises(CheckpointError, match="no safe address"):
+        file.read_into(0, memoryview(bytearray(64)))
 
 
 def test_changed_file_on_the_cdn_is_an_error(
