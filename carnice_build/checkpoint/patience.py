@@ -145,7 +145,9 @@ def refused(
 ) -> CheckpointError:
     """What an answer of 4xx about a file or a repository means, and what to do."""
     status, code = response.status_code, response.headers.get("X-Error-Code")
-    page = f"{endpoint}/{model}"
+    scheme, _, place = endpoint.partition("://")
+    # HF_ENDPOINT may have a user and a password before the host.
+    page = f"{scheme}://{place.rpartition('@')[2]}/{model}"
     if code == "GatedRepo" or (status == 403 and code is None):
         what = "the repository is gated" if code else "the hub forbids it"
         expected = f"a token (HF_TOKEN or `hf auth login`) of an account that has access at {page}"

@@ -29,7 +29,7 @@ from tiny import Tensor, write_json, write_safetensors
 from carnice_build.checkpoint import http_file, patience
 from carnice_build.checkpoint.http_file import RemoteFile, Repository
 from carnice_build.checkpoint.hub import open_hub
-from carnice_build.checkpoint.patience import Unreachable
+from carnice_build.checkpoint.patience import Unreachable, refused
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import SourceTensor
 
@@ -266,6 +266,15 @@ def test_refusals_say_what_to_do(
     assert TOKEN not in str(caught.value)
     assert len(hub.requests) == 1
     assert not waits
+
+
+def test_no_refusal_repeats_the_password_of_an_endpoint() -> None:
+    """As HF_ENDPOINT may have one for a hub of one's own."""
+    response = httpx.Response(403, headers={"X-Error-Code": "GatedRepo"})
+    error = refused(response, "model", "https://me:s3cr@t@hub.example", CARNICE, "main")
+
+    assert f"has access at https://hub.example/{CARNICE}" in str(error)
+    assert "s3cr" not in str(error)
 
 
 def test_range_past_the_end_is_an_error(
