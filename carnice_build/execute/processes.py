@@ -66,7 +66,9 @@ class LocalRunner:
         try:
             with self._device(action) as device:
                 pool = self._started(device)
-                pool.submit(_work, action.op, action.params, inputs, outputs).result()
+                with _interrupts_held():
+                    future = pool.submit(_work, action.op, action.params, inputs, outputs)
+                future.result()
         except BrokenProcessPool:
             # After Ctrl-C, which reaches workers too, the main thread shall be the first to speak.
             time.sleep(_PAUSE)
@@ -113,6 +115,16 @@ _device: int | None = None
 """In a worker: the number of the GPU that is its own."""
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Start no worker that Ctrl-C could reach before `_connect` says what it does there."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _connect(steps: SimpleQueue[int | None], device: int | None) -> None:
     global _steps, _device
     _steps, _device = steps, device
@@ -127,6 +139,7 @@ def _connect(steps: SimpleQueue[int | None], device: int | None) -> None:
     # A build in the background, which ignores it, has workers that do.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
