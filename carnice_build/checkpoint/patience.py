@@ -6,6 +6,7 @@ Nothing here repeats what a server said: it knows the token, and may say anythin
 from __future__ import annotations
 
 import email.utils
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -112,6 +113,12 @@ def interruptions(where: str, refusal: Refusal) -> Iterator[None]:
             "the request cannot be sent", where=where, expected="a token of plain characters"
         ) from None
     except BROKEN as error:
+        if _is_untrusted(error):
+            raise CheckpointError(
+                "the server's certificate is not trusted",
+                where=where,
+                expected="that of its authority in a file that SSL_CERT_FILE names",
+            ) from None
         raise Interruption(f"lost the connection ({type(error).__name__})") from None
     except (httpx.InvalidURL, httpx.RequestError):
         raise CheckpointError("the hub's redirect cannot be followed", where=where) from None
@@ -119,6 +126,13 @@ def interruptions(where: str, refusal: Refusal) -> Iterator[None]:
         raise CheckpointError(
             "the hub's answer is malformed", where=where, expected="what a Hugging Face hub says"
         ) from None
+
+
+def _is_untrusted(error: BaseException | None) -> bool:
+    """True when a certificate is what is wrong, which no patience changes."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def judge(response: httpx.Response, refusal: Refusal) -> Exception:

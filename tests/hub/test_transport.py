@@ -21,7 +21,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from huggingface_hub.utils import get_session
 
+from carnice_build.checkpoint.patience import interruptions
 from carnice_build.checkpoint.transport import Straight, client, receiver
+from carnice_build.errors import CheckpointError
 
 BODY = bytes(range(256)) * 4096
 
@@ -232,16 +234,36 @@ def test_a_header_that_cannot_be_sent_is_not_repeated(
 def test_certificates_are_checked_against_those_of_the_environment(
     server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    path = certificate(tmp_path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    server.scheme = "https"
+    path = encrypt(server, tmp_path)
     with httpx.Client(transport=Straight()) as asking, pytest.raises(httpx.ConnectError):
         asking.get(server.url("whole"))
     monkeypatch.setenv("SSL_CERT_FILE", str(path))
     with httpx.Client(transport=Straight()) as asking:
         assert received(asking, server.url("whole")) == BODY
+
+
+@pytest.mark.parametrize("transport", [Straight, httpx.HTTPTransport])
+def test_a_certificate_that_is_not_trusted_is_called_that(
+    server: Server, tmp_path: Path, transport: type[httpx.BaseTransport]
+) -> None:
+    """And not waited for; by the client for large bodies and by that of the hub."""
+    encrypt(server, tmp_path)
+    with (
+        httpx.Client(transport=transport()) as asking,
+        pytest.raises(CheckpointError, match=r"certificate is not trusted.*SSL_CERT_FILE"),
+        interruptions("model", lambda _: CheckpointError("refused")),
+    ):
+        asking.get(server.url("whole"))
+
+
+def encrypt(server: Server, folder: Path) -> Path:
+    """Have the server speak TLS, with a certificate in the file that is returned."""
+    path = certificate(folder)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.scheme = "https"
+    return path
 
 
 def certificate(folder: Path) -> Path:
