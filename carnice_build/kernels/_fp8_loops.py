@@ -93,6 +93,78 @@ def quantize_f32(rows: Patterns, codes: Bytes, scales: Patterns) -> int:
     return _quantize(rows, _magnitude_32, F32, 0x7F800000, codes, scales)
 
 
+@_inlined
+def _quantize_blocks(
+    rows: Patterns,
+    height: int,
+    width: int,
+    magnitude: Callable[[Any], Any],
+    kind: int,
+    infinity: int,
+    codes: Bytes,
+    scales: Patterns,
+) -> int:
+    count = scales.shape[1]
+    peaks = np.empty(count, np.int32)
+    for b in range(scales.shape[0]):
+        first, last = b * height, min((b + 1) * height, rows.shape[0])
+        peaks[:] = 0
+        for r in range(first, last):
+            for c in range(count):
+                block = rows[r, c * width : (c + 1) * width]
+                peak = magnitude(block[0])
+                for k in range(block.size):
+                    peak = max(peak, magnitude(block[k]))
+                peaks[c] = max(peaks[c], np.int32(peak))
+        for c in range(count):
+            if peaks[c] >= infinity:
+                return first
+            scales[b, c] = _narrow(_scale(_widen(peaks[c], kind), kind), kind)
+        for r in range(first, last):
+            for c in range(count):
+                block, out = (
+                    rows[r, c * width : (c + 1) * width],
+                    codes[r, c * width : (c + 1) * width],
+                )
+                scale = _widen(scales[b, c], kind)
+                for k in range(block.size):
+                    out[k] = _code(_widen(block[k], kind), scale, kind)
+    return -1
+
+
+@_kernel
+def quantize_blocks_bf16(
+    rows: Patterns, height: int, width: int, codes: Bytes, scales: Patterns
+) -> int:
+    """Quantize rows [n, columns] by blocks of ``height`` rows and ``width`` columns, the last
+    ones smaller; -1, or the first row of blocks that hold a NaN or an Inf."""
+    return _quantize_blocks(rows, height, width, _magnitude_16, BF16, 0x7F80, codes, scales)
+
+
+@_kernel
+def quantize_blocks_f16(
+    rows: Patterns, height: int, width: int, codes: Bytes, scales: Patterns
+) -> int:
+    """As ``quantize_blocks_bf16``, for F16."""
+    return _quantize_blocks(rows, height, width, _magnitude_16, F16, 0x7C00, codes, scales)
+
+
+@_kernel
+def quantize_blocks_f32(
+    rows: Patterns, height: int, width: int, codes: Bytes, scales: Patterns
+) -> int:
+    """As ``quantize_blocks_bf16``, for F32."""
+    return _quantize_blocks(rows, height, width, _magnitude_32, F32, 0x7F800000, codes, scales)
+
+
+@_kernel
+def dequantize_blocks(codes: Bytes, scales: Floats, width: int, out: Floats) -> None:
+    """Write code * scale in float32; each row has the scales of its own blocks."""
+    for r in range(codes.shape[0]):
+        for k in range(codes.shape[1]):
+            out[r, k] = _from_e4m3(codes[r, k]) * scales[r, k // width]
+
+
 @_kernel
 def dequantize(codes: Bytes, scales: Floats, out: Floats) -> None:
     """Write code * scale of each row, in float32."""

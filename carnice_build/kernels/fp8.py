@@ -1,10 +1,11 @@
-"""FP8 weights with a scale a row, bit for bit as llm-compressor makes them on a CPU.
+"""FP8 weights of compressed-tensors, bit for bit as llm-compressor makes them on a CPU.
 
-The rule is that of compressed-tensors for the scheme FP8_DYNAMIC, strategy ``channel``
-(quantization/utils/helpers.py ``calculate_qparams``, lifecycle/forward_helpers.py ``_quantize``):
-a row's scale is its largest magnitude over 448, the largest value of E4M3, and each weight becomes
-the value of E4M3 nearest to weight / scale, ties to even.  Every operation is rounded to the
-weight's own type.
+The rule is that of compressed-tensors (quantization/utils/helpers.py ``calculate_qparams``,
+lifecycle/forward_helpers.py ``_quantize``) for the strategies ``channel``, a scale for each row (the
+scheme FP8_DYNAMIC), ``block``, one for each block of rows and columns (FP8_BLOCK), and ``tensor``
+(FP8), which is one block: the scale is the largest magnitude over 448, the largest value of E4M3,
+and each weight becomes the value of E4M3 nearest to weight / scale, ties to even.  Every operation
+is rounded to the weight's own type.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from ._floats import Array, first_non_finite, float_format, require
 from .affine import _read_only
 
 _KERNELS = {"BF16": loops.quantize_bf16, "F16": loops.quantize_f16, "F32": loops.quantize_f32}
+
+_BLOCK_KERNELS = {
+    "BF16": loops.quantize_blocks_bf16,
+    "F16": loops.quantize_blocks_f16,
+    "F32": loops.quantize_blocks_f32,
+}
 
 
 def quantize_rows(rows: Array, dtype: str, codes: NDArray[np.uint8], scales: Array) -> int:
@@ -62,3 +69,55 @@ def dequantize_rows(
     require("scales", scales, np.float32, (codes.shape[0], 1))
     require("out_float32", out_float32, np.float32, codes.shape)
     loops.dequantize(codes, scales.reshape(-1), out_float32)
+
+
+def quantize_blocks(
+    rows: Array,
+    dtype: str,
+    height: int,
+    width: int,
+    codes: NDArray[np.uint8],
+    scales: Array,
+) -> int:
+    """Quantize a weight by blocks of ``height`` rows and ``width`` columns, else as
+    ``quantize_rows``.
+
+    Blocks at the right and at the bottom are as small as what is left, as if zeros were beside it.
+    ``scales`` is [blocks of rows, blocks of columns].  Any split into whole blocks of rows gives
+    the same bytes.
+    """
+    form = float_format(dtype)
+    rows = np.require(rows, requirements=["C", "A"])
+    if rows.ndim != 2 or not rows.size or height < 1 or width < 1:
+        raise ValueError(f"shape {list(rows.shape)} has no weight, or blocks {height} by {width}")
+    require("rows", rows, form.storage, rows.shape)
+    require("codes", codes, np.uint8, rows.shape)
+    require("scales", scales, form.storage, block_grid(rows.shape, height, width))
+    patterns = _read_only(rows, form)
+    kernel = _BLOCK_KERNELS[dtype]
+    bad_row = int(kernel(patterns, height, width, codes, scales.view(form.bits)))
+    if bad_row < 0:
+        return -1
+    return bad_row * int(rows.shape[1]) + first_non_finite(patterns[bad_row:], form)
+
+
+def block_grid(shape: tuple[int, ...], height: int, width: int) -> tuple[int, int]:
+    """Blocks that cover a matrix, of rows and of columns."""
+    rows, columns = shape
+    return -(-rows // height), -(-columns // width)
+
+
+def dequantize_blocks(
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    width: int,
+    out_float32: NDArray[np.float32],
+) -> None:
+    """Write code * scale, in float32, to ``out_float32`` [rows, columns].
+
+    ``scales``, [rows, blocks of columns], are those of each row, widened to float32.
+    """
+    require("codes", codes, np.uint8, out_float32.shape)
+    require("out_float32", out_float32, np.float32, codes.shape)
+    require("scales", scales, np.float32, block_grid(codes.shape, 1, width))
+    loops.dequantize_blocks(codes, scales, width, out_float32)

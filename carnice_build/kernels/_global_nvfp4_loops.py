@@ -1,0 +1,111 @@
+"""The compiled loops of ``global_nvfp4``: numba, one thread, no GIL, cached on disk.
+
+As in ``_nvfp4_loops``, whose blocks and chunks these are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ._affine_loops import BF16, F16, F32, Floats, Keys, Patterns, _inlined, _kernel, _widen
+from ._compressed_loops import _round_to
+from ._nvfp4_loops import (
+    BLOCK,
+    CHUNK_BLOCKS,
+    E2M1_MAX,
+    E4M3_MAX,
+    Bytes,
+    _any_non_finite,
+    _encode,
+    _from_e2m1,
+    _from_e4m3,
+    _magnitude_16,
+    _magnitude_32,
+    _peaks,
+    _to_e4m3,
+)
+
+E4M3_EPS = np.float32(0.125)
+"""What compressed-tensors puts in place of a scale that rounds to zero."""
+
+
+@_inlined
+def _scales(
+    count: int, kind: int, global_scale: np.float32, peaks: Keys, scales: Bytes, steps: Floats
+) -> None:
+    """The E4M3 scale of each block, and the step that one unit of E2M1 stands for.
+
+    The quotient by 6 is rounded to the weight's type, what follows to float32.
+    """
+    for b in range(count):
+        scale = global_scale * _round_to(_widen(peaks[b], kind) / E2M1_MAX, kind)
+        code = _to_e4m3(scale if scale < E4M3_MAX else E4M3_MAX)
+        code = code if code != np.uint32(0) else _to_e4m3(E4M3_EPS)
+        scales[b] = np.uint8(code)
+        steps[b] = _from_e4m3(code) / global_scale
+
+
+@_inlined
+def _quantize(
+    blocks: Patterns,
+    global_scale: np.float32,
+    kind: int,
+    infinity: int,
+    packed: Bytes,
+    scales: Bytes,
+) -> int:
+    codes = np.empty((CHUNK_BLOCKS, BLOCK), np.uint8)
+    pairs = codes.reshape(-1).view(np.uint16)
+    peaks = np.empty(CHUNK_BLOCKS, np.int32)
+    steps = np.empty(CHUNK_BLOCKS, np.float32)
+    for first in range(0, blocks.shape[0], CHUNK_BLOCKS):
+        chunk = blocks[first : first + CHUNK_BLOCKS]
+        count = chunk.shape[0]
+        if kind == F32:
+            _peaks(chunk, _magnitude_32, peaks)
+        else:
+            _peaks(chunk, _magnitude_16, peaks)
+        if _any_non_finite(count, infinity, peaks):
+            return first
+        _scales(count, kind, global_scale, peaks, scales[first : first + count], steps)
+        _encode(chunk, kind, steps, codes)
+        out = packed[first * BLOCK // 2 : (first + count) * BLOCK // 2]
+        for i in range(out.size):
+            out[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+    return -1
+
+
+@_kernel
+def quantize_bf16(blocks: Patterns, global_scale: np.float32, packed: Bytes, scales: Bytes) -> int:
+    """Quantize blocks [n, 16] into flat outputs; -1, or the first block of the chunk that holds
+    a NaN or an Inf."""
+    return _quantize(blocks, global_scale, BF16, 0x7F80, packed, scales)
+
+
+@_kernel
+def quantize_f16(blocks: Patterns, global_scale: np.float32, packed: Bytes, scales: Bytes) -> int:
+    """As ``quantize_bf16``, for F16."""
+    return _quantize(blocks, global_scale, F16, 0x7C00, packed, scales)
+
+
+@_kernel
+def quantize_f32(blocks: Patterns, global_scale: np.float32, packed: Bytes, scales: Bytes) -> int:
+    """As ``quantize_bf16``, for F32."""
+    return _quantize(blocks, global_scale, F32, 0x7F800000, packed, scales)
+
+
+@_kernel
+def dequantize(packed: Bytes, scales: Bytes, global_scale: np.float32, out: Floats) -> None:
+    """Each code of ``packed`` [n, 8] times its block's scale over the global one, to blocks
+    [n, 16]."""
+    values = np.empty(16, np.float32)
+    for code in range(8):
+        values[code] = _from_e2m1(np.uint32(code))
+        values[code + 8] = np.float32(0) - values[code]
+    for b in range(out.shape[0]):
+        step = _from_e4m3(np.uint32(scales[b])) / global_scale
+        row = out[b]
+        for k in range(BLOCK // 2):
+            pair = packed[b, k]
+            row[2 * k] = values[pair & 0xF] * step
+            row[2 * k + 1] = values[pair >> 4] * step
