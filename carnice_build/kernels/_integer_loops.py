@@ -264,7 +264,7 @@ def unpack(packed: Bytes, bits: int, out: NDArray[np.int8]) -> None:
         held, holding, at = 0, 0, 0
         for k in range(out.shape[1]):
             if holding < bits:
-                held |= np.int64(row[at]) << holding
+                held |= int(row[at]) << holding
                 holding += 8
                 at += 1
             out[r, k] = np.int8((held & mask) - half)

@@ -18,7 +18,6 @@ from ._affine_loops import (
     Floats,
     Keys,
     Patterns,
-    _bits,
     _float,
     _inlined,
     _kernel,
@@ -45,7 +44,7 @@ FP4, FP8 = 4, 8
 
 
 @_inlined
-def _step(exponent: np.int32) -> np.float32:
+def _step(exponent: int) -> np.float32:
     """2 ** (exponent - 127), where 0 stands for a denormal."""
     normal = np.uint32(exponent) << np.uint32(23)
     return _float(normal if exponent > 0 else np.uint32(1 << 22))
@@ -156,7 +155,7 @@ def dequantize(codes: Bytes, bits: int, scales: NDArray[np.uint8], out: Floats) 
         values[code] = _from_e2m1(np.uint32(code))
         values[code + 8] = np.float32(0) - values[code]
     for b in range(out.shape[0]):
-        step = _step(np.int32(scales[b]))
+        step = _step(int(scales[b]))
         row = out[b]
         if bits == FP4:
             for k in range(BLOCK // 2):

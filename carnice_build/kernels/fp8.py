@@ -1,11 +1,11 @@
 """FP8 weights of compressed-tensors, bit for bit as llm-compressor makes them on a CPU.
 
 The rule is that of compressed-tensors (quantization/utils/helpers.py ``calculate_qparams``,
-lifecycle/forward_helpers.py ``_quantize``) for the strategies ``channel``, a scale for each row (the
-scheme FP8_DYNAMIC), ``block``, one for each block of rows and columns (FP8_BLOCK), and ``tensor``
-(FP8), which is one block: the scale is the largest magnitude over 448, the largest value of E4M3,
-and each weight becomes the value of E4M3 nearest to weight / scale, ties to even.  Every operation
-is rounded to the weight's own type.
+lifecycle/forward_helpers.py ``_quantize``) for the strategies ``channel``, a scale for each row
+(the scheme FP8_DYNAMIC), ``block``, one for each block of rows and columns (FP8_BLOCK), and
+``tensor`` (FP8), which is one block: the scale is the largest magnitude over 448, the largest value
+of E4M3, and each weight becomes the value of E4M3 nearest to weight / scale, ties to even.  Every
+operation is rounded to the weight's own type.
 """
 
 from __future__ import annotations

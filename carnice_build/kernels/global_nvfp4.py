@@ -66,9 +66,7 @@ def quantize_rows(
     require("packed", packed, np.uint8, (count, columns // 2))
     require("scales", scales, np.uint8, (count, blocks_per_row))
     blocks = _read_only(rows, form).reshape(-1, BLOCK_SIZE)
-    chunk = int(
-        _KERNELS[dtype](blocks, _positive(scale), packed.reshape(-1), scales.reshape(-1))
-    )
+    chunk = int(_KERNELS[dtype](blocks, _positive(scale), packed.reshape(-1), scales.reshape(-1)))
     return chunk if chunk < 0 else chunk * BLOCK_SIZE + first_non_finite(blocks[chunk:], form)
 
 

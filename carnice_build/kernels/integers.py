@@ -81,14 +81,11 @@ def quantize_rows(
     zeros = np.empty((0, 0), np.int8) if zero_points is None else zero_points
     if not symmetric:
         require("zero_points", zeros, np.int8, grid)
-    patterns, scale_bits = _read_only(rows, form), scales.view(form.bits)
-    bad_row = int(
-        _KERNELS[dtype](
-            patterns, group_size, bits, symmetric, packs, codes.view(np.uint8), scale_bits, zeros
-        )
-    )
+    patterns = _read_only(rows, form)
+    outputs = codes.view(np.uint8), scales.view(form.bits), zeros
+    bad_row = int(_KERNELS[dtype](patterns, group_size, bits, symmetric, packs, *outputs))
     if bad_row >= 0:
-        return bad_row * columns + first_non_finite(patterns[bad_row:], form)
+        return bad_row * int(columns) + first_non_finite(patterns[bad_row:], form)
     if not symmetric and first_non_finite(scales, form) >= 0:
         raise ValueError("a range of weights overflows their type")
     return -1

@@ -1,6 +1,6 @@
 """Ops on one weight or norm: what smoothing scales and rounding make of it.
 
-The arithmetic is in `kernels.smoothing` and `kernels.compressed`.
+The arithmetic is in `kernels.smoothing`, `kernels.integers` and `kernels.compressed`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,27 @@ from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, r
 from carnice_build.rates import Kind, Work
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-"""The tensors that a weight becomes, by the end of their names, in the order of outputs."""
+"""The tensors that a weight becomes, by the end of their names, in the order of outputs.
+
+Symmetric codes have no zero point."""
 
 STORAGE = "pack-quantized"
 """compressed-tensors' name of weights whose codes share words."""
 
 PER_WORD = 8
-"""Codes in a word of 32 bits."""
+"""Codes of 4 bits in a word of 32."""
 
 
 class GroupQuantize(ArrayOp):
-    """An INT4 weight in the format pack-quantized, smoothed first if it is to be.
+    """Integers in the format pack-quantized, of a weight that is smoothed first if it is to be.
 
     Inputs: a weight [rows, columns]; scales F64 [columns] if `columns`; scales F64 [rows] if
     `rows`, or of the last rows alone.
-    Outputs: weight_packed I32 [rows, columns / 8]; weight_scale [rows, columns / group];
-    weight_zero_point I32 [rows / 8, columns / group], unless `symmetric`; weight_shape I64 [2].
-    Parameters: `observer`, `group_size`, `columns` and `rows`.
+    Outputs: weight_packed I32 [rows, columns * bits / 32]; weight_scale [rows, groups];
+    weight_zero_point I32 [rows * bits / 32, groups], unless `symmetric`; weight_shape I64 [2].
+    Parameters: `observer`; `group_size`, None for one group a row; `columns` and `rows`; `bits`, 2
+    to 8, where they are not 4; `symmetric`, where it is true.  The observer mse is for asymmetric
+    groups of 4 bits.
     """
 
     name = "compressed.quantize"
@@ -42,21 +46,30 @@ class GroupQuantize(ArrayOp):
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
         """The parts of the packed weight."""
-        spec, group = inputs[0], params["group_size"]
+        spec = inputs[0]
         if spec.dtype not in WIDE_FLOATS:
             raise PlanError(
                 f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
             )
-        if params["observer"] == "mse" and spec.dtype == "F32":
-            raise PlanError("the observer mse needs 16-bit weights")
         rows, columns = spec.shape
+        bits, symmetric = _integers(params)
+        if params["observer"] == "mse":
+            if spec.dtype == "F32":
+                raise PlanError("the observer mse needs 16-bit weights")
+            if bits != 4 or symmetric or params["group_size"] is None:
+                raise PlanError(
+                    "the observer mse is for asymmetric groups of 4 bits",
+                    expected="memoryless_minmax",
+                )
+        group = params["group_size"] or columns
         if why := uneven(columns, group):
             raise PlanError(why)
-        grid = (rows, columns // group)
+        groups = columns // group
+        zeros = () if symmetric else (TensorSpec("I32", (words(rows, bits), groups)),)
         return (
-            TensorSpec("I32", (rows, columns // PER_WORD)),
-            TensorSpec(spec.dtype, grid),
-            TensorSpec("I32", (-(-rows // PER_WORD), grid[1])),
+            TensorSpec("I32", (rows, words(columns, bits))),
+            TensorSpec(spec.dtype, (rows, groups)),
+            *zeros,
             TensorSpec("I64", (2,)),
         )
 
@@ -71,22 +84,44 @@ class GroupQuantize(ArrayOp):
         """Raises NonFiniteValue, and BadInput for weights whose range has no scale."""
         import numpy as np
 
-        from carnice_build.kernels import compressed
+        from carnice_build.kernels import integers
 
         weight = _smoothed(params, inputs)
-        dtype, group = weight.dtype, params["group_size"]
-        packed, scales, packed_zeros, shape = (output.array for output in outputs)
-        zeros = np.empty(scales.shape, np.int8)
-        observe = {"mse": compressed.mse_qparams, "memoryless_minmax": compressed.minmax_qparams}
-        require_finite(observe[params["observer"]](weight.array, dtype, group, scales, zeros))
+        bits, symmetric = _integers(params)
+        packed, scales, *packed_zeros, shape = (output.array for output in outputs)
+        zeros = None if symmetric else np.empty(scales.shape, np.int8)
+        quantize = _searched if params["observer"] == "mse" else integers.quantize_rows
+        group = params["group_size"] or weight.array.shape[1]
         try:
-            require_finite(
-                compressed.quantize_affine(weight.array, dtype, group, scales, zeros, packed)
-            )
+            bad = quantize(weight.array, weight.dtype, bits, group, packed, scales, zeros)
         except ValueError as error:
             raise BadInput(0, f"cannot be quantized: {error}") from None
-        compressed.pack_zero_points(zeros, packed_zeros)
+        require_finite(bad)
+        if zeros is not None:
+            integers.pack_zero_points(zeros, bits, packed_zeros[0])
         shape[...] = weight.array.shape
+
+
+def words(count: int, bits: int) -> int:
+    """The words of 32 bits that so many codes take."""
+    return -(-count * bits // 32)
+
+
+def _integers(params: Mapping[str, Any]) -> tuple[int, bool]:
+    """Bits of a code, and whether codes are symmetric; actions of older builds name neither."""
+    return params.get("bits", 4), params.get("symmetric", False)
+
+
+def _searched(
+    weight: Any, dtype: str, bits: int, group: int, packed: Any, scales: Any, zeros: Any
+) -> int:
+    """As `integers.quantize_rows`, under the scales of the observer mse."""
+    from carnice_build.kernels import compressed
+
+    bad = compressed.mse_qparams(weight, dtype, group, scales, zeros)
+    if bad >= 0:
+        return bad
+    return compressed.quantize_affine(weight, dtype, group, scales, zeros, packed)
 
 
 class SmoothWeight(ArrayOp):

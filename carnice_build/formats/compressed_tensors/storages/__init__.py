@@ -1,0 +1,1 @@
+"""The ways in which compressed-tensors stores weights."""
