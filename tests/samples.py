@@ -27,6 +27,13 @@ from carnice_build.formats.autoround.ops import Merge, Nearest, packed_specs
 from carnice_build.formats.autoround.tune import Advance, Tune
 from carnice_build.formats.compressed_tensors.awq import Smooth
 from carnice_build.formats.compressed_tensors.ops import GroupQuantize, SmoothNorm, SmoothWeight
+from carnice_build.formats.compressed_tensors.storages.floats_ops import FloatQuantize
+from carnice_build.formats.compressed_tensors.storages.ints_ops import IntQuantize
+from carnice_build.formats.compressed_tensors.storages.mx_ops import MxQuantize
+from carnice_build.formats.compressed_tensors.storages.nvfp4_ops import (
+    GlobalQuantize,
+    InverseScale,
+)
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.fp8_dynamic.ops import RowQuantize
 from carnice_build.formats.mlx.ops import (
@@ -297,6 +304,12 @@ _AFFINE = {"bits": 4, "group_size": 64, "dtype": "BF16", "nonfinite": "refuse"}
 _FLOATS = {"mode": "nvfp4", "dtype": "BF16", "nonfinite": "refuse"}
 _PLUS_ONE = {"add": 1.0, "dtype": "BF16", "nonfinite": "refuse"}
 _GROUPED = {"observer": "mse", "group_size": 64}
+_INTEGERS = {
+    "observer": "memoryless_minmax",
+    "group_size": 32,
+    "columns": False,
+    "rows": False,
+}
 _TUNED = ["self_attn.o_proj", "mlp.down_proj"]
 _TUNING = {
     "group_size": 64,
@@ -380,6 +393,29 @@ OPS: Sequence[OpSample] = [
         {"observer": "memoryless_minmax", "group_size": 32, "columns": False, "rows": False},
         drawn(("F32", (9, 64))),
     ),
+    *(
+        OpSample(GroupQuantize(), {**_INTEGERS, **params}, drawn(("BF16", (9, 128))))
+        for params in (
+            {"symmetric": True},
+            {"symmetric": True, "bits": 8, "group_size": None},
+            {"bits": 3},
+        )
+    ),
+    OpSample(
+        IntQuantize(),
+        {"bits": 8, "group_size": None, "symmetric": True},
+        drawn(("BF16", (9, 60))),
+    ),
+    OpSample(
+        IntQuantize(),
+        {"bits": 4, "group_size": 32, "symmetric": False},
+        drawn(("F16", (9, 64))),
+    ),
+    OpSample(FloatQuantize(), {"block": None}, drawn(("BF16", (9, 60)))),
+    OpSample(FloatQuantize(), {"block": [4, 32]}, drawn(("BF16", (9, 60)))),
+    OpSample(GlobalQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 32)))),
+    OpSample(InverseScale(), {}, drawn(("F32", ()), around=5)),
+    *(OpSample(MxQuantize(), {"bits": bits}, drawn(("BF16", (9, 64)))) for bits in (4, 8)),
     OpSample(SmoothWeight(), {"columns": False, "rows": True}, _scaled(9, 128, axis=0)),
     OpSample(
         Tokens(),
