@@ -17,7 +17,6 @@ from int4_weights import (
     any_finite,
     ordinary,
     random_patterns,
-    to_float,
 )
 from storage_samples import assorted, compressed, content, every_pattern, exponents, integers
 
@@ -200,7 +199,6 @@ def test_a_range_that_overflows_has_no_scale() -> None:
     weight = np.array([[65504, -65504]], np.float16)
     outputs = np.empty((1, 2), np.int8), np.empty((1, 1), np.float16), np.empty((1, 1), np.int8)
 
-    assert np.isinf(to_float(weight[:, :1], "F16") * 2).sum() == 0
     with pytest.raises(ValueError, match="overflows"):
         quantize_rows(weight, "F16", 4, 2, *outputs)
 

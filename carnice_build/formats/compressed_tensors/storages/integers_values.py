@@ -138,8 +138,11 @@ class IntegerValues:
 def allowance(groups: Floats, scheme: Integers, dtype: str) -> Floats:
     """The most that each weight of `groups` [n, group size] may be off; see the module's text."""
     wide = groups.astype(np.float64)
-    allowed = _symmetric if scheme.symmetric else _asymmetric
-    return allowed(wide, scheme, HALF_PLACE[dtype], HALF_SMALLEST[dtype]).astype(np.float32)
+    bound = _symmetric if scheme.symmetric else _asymmetric
+    allowed: Floats = bound(wide, scheme, HALF_PLACE[dtype], HALF_SMALLEST[dtype]).astype(
+        np.float32
+    )
+    return allowed
 
 
 def _symmetric(
@@ -170,7 +173,8 @@ def _asymmetric(
     rounding = 3 * codes * place * step
     cut = np.maximum(groups - share * high, share * low - groups)
     # The ends of the codes lie up to half a step inside those of the range.
-    return np.maximum(cut, 0) + step / 2 + rounding + 2 * codes * smallest
+    found: NDArray[np.float64] = np.maximum(cut, 0) + step / 2 + rounding + 2 * codes * smallest
+    return found
 
 
 def round_trip(weight: Floats, scheme: Integers) -> Floats:
