@@ -7,10 +7,10 @@ that of llm-compressor's observer ``memoryless_minmax`` with ``generate_mx_scale
 (compressed_tensors/quantization/utils/mxfp_utils.py): the power of two that is not above the
 block's largest magnitude, or the next one from 1.75 times it on, over 4 for E2M1 and 256 for E4M3.
 
-The smallest scale is 2**-127; in F16, which holds none below 2**-24, smaller ones become 1.  A
-magnitude of 1.75 times the largest power of two of its dtype, or more, is refused: the library
-makes zeros of its block.  A weight of negative zero becomes zero, as where ``oneshot`` adds a zero
-point of 0; ``model_free_ptq`` keeps the sign in E4M3.
+The smallest scale is 2**-127; in F16, which holds none below 2**-24, smaller ones become 1, and so
+do those of blocks of F16's denormals.  A magnitude of 1.75 times the largest power of two of its
+dtype, or more, is refused: the library makes zeros of its block.  A weight of negative zero becomes
+zero, as where ``oneshot`` adds a zero point of 0; ``model_free_ptq`` keeps the sign in E4M3.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The op of storage `float-quantized` with a scale for a whole weight, or for each of its blocks.
 
-The one with a scale for each row is in `fp8_dynamic.ops`.
+A scale for each row has an op of its own, which works row by row.
 """
 
 from __future__ import annotations

@@ -6,13 +6,14 @@ so the bound is one under the scale that is there:
 
 - Codes have three bits behind the point: one is off by at most 2^-4 of the power of two below
   w / s, and by 2^-10 where it is denormal.
-- The quotient is rounded to the weight's type, and off by half a unit in its last place.  Where s
-  was rounded down, w / s is beyond 448 by as much at most, which is less than half of the last
-  gap.
+- The quotient is rounded to the weight's type, and off by half a unit in its last place.
+- Where s was rounded down, by half a unit at most, w lies beyond 448 s by 448 times that at most,
+  and is cut to it.
 - A scale that is larger than the block needs would allow more.  But the largest code of a block is
   448 whatever A is, since half a unit in the last place of s is far from the next code.  So where
   the codes of a block end at a smaller one, s counts as that much smaller; where they are all
-  zero, weights may be as large as those whose scale is rounded to zero, and no larger.
+  zero, weights may be as large as those whose scale is rounded to zero, and no larger.  (A
+  denormal s may be rounded up by more; that is less than half the smallest number all the same.)
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ class BlockValues:
             peaks = np.zeros(self.shape[1], np.uint8)
             for start, stop in blocks((last - first, self.shape[1])):
                 codes = self._read(first + start, first + stop) & np.uint8(0x7F)
+                # A code of NaN is found when it is compared.
+                codes = np.minimum(codes, np.uint8(0x7E))
                 peaks = np.maximum(peaks, codes.max(axis=0))
             edges = np.arange(0, self.shape[1], self._width)
             codes = np.maximum.reduceat(peaks, edges)[None, :]
@@ -117,9 +120,13 @@ def allowance(source: Floats, scales: Floats, dtype: str) -> Floats:
     place, smallest = HALF_PLACE[dtype], HALF_SMALLEST[dtype]
     wide = scales.astype(np.float64)
     used = np.where(wide > 0, wide, 1.0)
-    code = np.minimum(np.abs(source) / used, _LARGEST_CODE)
+    magnitude = np.abs(source).astype(np.float64)
+    code = np.minimum(magnitude / used, _LARGEST_CODE)
     power = np.exp2(np.floor(np.log2(np.maximum(code * (1 + place), 2.0**-6))))
-    allowed = (power * (2.0**-4 + place) + smallest) * wide * _FLOAT32_SLACK
+    nearest = (power * (2.0**-4 + place) + smallest) * wide
+    beyond = _LARGEST_CODE * np.maximum(wide * place, smallest)
+    cut = np.minimum(magnitude - _LARGEST_CODE * wide, beyond)
+    allowed = np.maximum(nearest, cut) * _FLOAT32_SLACK
     vanishing = np.where(wide > 0, smallest, _LARGEST_CODE * smallest)
     return (allowed + vanishing).astype(np.float32)
 

@@ -8,8 +8,9 @@ E4M3, and 2^-127 at least.  Each weight w becomes t times the code nearest to w 
   that.  A / t is below 7, so what lies beyond 6 is cut by 1 at most, which is half of the last gap.
 - E4M3: codes have three bits behind the point: one is off by at most 2^-4 of the power of two
   below w / t, and by 2^-10 where it is denormal.  A / t is below 448, the largest code.
-- F16 has no t below 2^-24: its blocks of such weights become zeros.  Folders do not tell the type
-  of the weights, so that is allowed wherever t is so small.
+- F16 has denormals below 2^-14, of which the library makes zeros where a block has nothing else;
+  so it does where t is below 2^-24.  Folders do not tell the type of the weights, so that is
+  allowed wherever A is below 2^-14.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from carnice_build.kernels import elementwise, mx
 
 _FLOAT32_SLACK = 1.001
 """A weight halfway between codes may go either way."""
+
+_SMALLEST_NORMAL_F16 = 2.0**-14
 
 _OFFSET = {4: 2, 8: 8}
 """By bits, the logarithm of the power of two below the largest code."""
@@ -67,7 +70,8 @@ class MxValues:
 def allowance(blocks: Floats, bits: int) -> Floats:
     """The most that each weight of `blocks` [n, 32] may be off; see the module's text."""
     magnitude = np.abs(blocks).astype(np.float64)
-    mantissa, exponent = np.frexp(magnitude.max(axis=1, keepdims=True))
+    largest = magnitude.max(axis=1, keepdims=True)
+    mantissa, exponent = np.frexp(largest)
     # Of a mantissa from 0.5 on: 0.875 is 1.75 times the power of two before.
     power = exponent - 1 + (mantissa >= 0.875) - _OFFSET[bits]
     step = np.exp2(np.where(mantissa > 0, np.maximum(power, -127), -127))
@@ -77,7 +81,8 @@ def allowance(blocks: Floats, bits: int) -> Floats:
     else:
         half_gap = np.exp2(np.floor(np.log2(np.maximum(code, 2.0**-6))) - 4)
     allowed = half_gap * step * _FLOAT32_SLACK
-    return np.where(step < 2.0**-24, np.maximum(allowed, magnitude), allowed).astype(np.float32)
+    zeroed = largest < _SMALLEST_NORMAL_F16
+    return np.where(zeroed, np.maximum(allowed, magnitude), allowed).astype(np.float32)
 
 
 def round_trip(weight: Floats, bits: int) -> Floats:
