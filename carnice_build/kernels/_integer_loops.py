@@ -43,6 +43,29 @@ def _clip(code: np.float32, half: np.float32) -> np.float32:
 
 
 @_inlined
+def _scale(peak: np.float32, half: np.float32, kind: int) -> np.float32:
+    """That of symmetric codes: the largest magnitude over half the steps."""
+    scale = _round_to(peak / (half - np.float32(0.5)), kind)
+    return scale if scale != np.float32(0) else _eps(kind)
+
+
+@_inlined
+def _scale_and_zero(
+    low: np.float32, high: np.float32, half: np.float32, kind: int
+) -> tuple[np.float32, np.float32]:
+    """The length of a step from the low end to the high one, 0 always between them, and the code
+    of 0."""
+    low = low if low < np.float32(0) else np.float32(0)
+    high = high if high > np.float32(0) else np.float32(0)
+    steps = np.float32(2) * half - np.float32(1)
+    scale = _round_to(_round_to(high - low, kind) / steps, kind)
+    zero = _round_to(-half - _round_to(low / scale, kind), kind)
+    # A group of zeros, whose 0 / 0 is NaN, has its zero at code 0.
+    zero = np.float32(0) if zero != zero else np.rint(_clip(zero, half))
+    return (scale if scale != np.float32(0) else _eps(kind)), zero
+
+
+@_inlined
 def _scales(
     groups: Patterns,
     magnitude: Callable[[Any], Any],
@@ -51,8 +74,7 @@ def _scales(
     half: np.float32,
     scales: Floats,
 ) -> bool:
-    """The scale of each group, its largest magnitude over half the steps; False where one holds
-    a NaN or an Inf."""
+    """The scale of each group; False where one holds a NaN or an Inf."""
     finite = True
     for g in range(groups.shape[0]):
         group = groups[g]
@@ -60,8 +82,7 @@ def _scales(
         for k in range(groups.shape[1]):
             peak = max(peak, magnitude(group[k]))
         finite &= peak < infinity
-        scale = _round_to(_widen(peak, kind) / (half - np.float32(0.5)), kind)
-        scales[g] = scale if scale != np.float32(0) else _eps(kind)
+        scales[g] = _scale(_widen(peak, kind), half, kind)
     return finite
 
 
@@ -75,8 +96,8 @@ def _scales_and_zeros(
     scales: Floats,
     zeros: Floats,
 ) -> bool:
-    """Scale and zero point of each group from its extremes and 0, as in ``_compressed_loops``;
-    False where one holds a NaN or an Inf."""
+    """Scale and zero point of each group from its extremes; False where one holds a NaN or an
+    Inf."""
     finite = True
     for g in range(groups.shape[0]):
         group = groups[g]
@@ -88,14 +109,52 @@ def _scales_and_zeros(
             most = max(most, key)
         finite &= (most < infinity) & (least > -infinity - 1)
         low, high = _from_key(least, kind), _from_key(most, kind)
-        low = low if low < np.float32(0) else np.float32(0)
-        high = high if high > np.float32(0) else np.float32(0)
-        steps = np.float32(2) * half - np.float32(1)
-        scale = _round_to(_round_to(high - low, kind) / steps, kind)
-        zero = _round_to(-half - _round_to(low / scale, kind), kind)
-        # A group of zeros, whose 0 / 0 is NaN, has its zero at code 0.
-        zeros[g] = np.float32(0) if zero != zero else np.rint(_clip(zero, half))
-        scales[g] = scale if scale != np.float32(0) else _eps(kind)
+        scales[g], zeros[g] = _scale_and_zero(low, high, half, kind)
+    return finite
+
+
+@_inlined
+def _parameters(
+    groups: Patterns,
+    symmetric: bool,
+    kind: int,
+    infinity: int,
+    half: np.float32,
+    scales: Floats,
+    zeros: Floats,
+) -> bool:
+    """Scale and zero point of each group; False where one holds a NaN or an Inf."""
+    if symmetric:
+        if kind == F32:
+            return _scales(groups, _magnitude_32, kind, infinity, half, scales)
+        return _scales(groups, _magnitude_16, kind, infinity, half, scales)
+    if kind == F32:
+        return _scales_and_zeros(groups, _key_32, kind, infinity, half, scales, zeros)
+    return _scales_and_zeros(groups, _key_16, kind, infinity, half, scales, zeros)
+
+
+@_inlined
+def _take(
+    scales: Patterns,
+    zero_points: ZeroPoints,
+    row: int,
+    symmetric: bool,
+    kind: int,
+    wide_scales: Floats,
+    zeros: Floats,
+) -> None:
+    """The scales and zero points that are given for a row."""
+    for g in range(scales.size):
+        wide_scales[g] = _widen(scales[g], kind)
+        if not symmetric:
+            zeros[g] = np.float32(zero_points[row, g])
+
+
+@_inlined
+def _all_finite(row: Patterns, infinity: int) -> bool:
+    finite = True
+    for k in range(row.size):
+        finite &= (np.int32(row[k]) & infinity) != infinity
     return finite
 
 
@@ -156,6 +215,7 @@ def _quantize(
     bits: int,
     symmetric: bool,
     packs: bool,
+    given: bool,
     kind: int,
     infinity: int,
     out: Bytes,
@@ -170,23 +230,20 @@ def _quantize(
     zeros = np.zeros(count, np.float32)
     for r in range(rows.shape[0]):
         groups = rows[r].reshape((count, group_size))
-        if symmetric:
-            if kind == F32:
-                finite = _scales(groups, _magnitude_32, kind, infinity, half, wide_scales)
-            else:
-                finite = _scales(groups, _magnitude_16, kind, infinity, half, wide_scales)
-        elif kind == F32:
-            finite = _scales_and_zeros(groups, _key_32, kind, infinity, half, wide_scales, zeros)
+        if given:
+            _take(scales[r], zero_points, r, symmetric, kind, wide_scales, zeros)
+            finite = _all_finite(rows[r], infinity)
         else:
-            finite = _scales_and_zeros(groups, _key_16, kind, infinity, half, wide_scales, zeros)
+            finite = _parameters(groups, symmetric, kind, infinity, half, wide_scales, zeros)
         if not finite:
             return r
         _encode(groups, kind, half, wide_scales, zeros, codes)
         _put(codes, bits, packs, out[r])
-        for g in range(count):
-            scales[r, g] = _narrow(wide_scales[g], kind)
-            if not symmetric:
-                zero_points[r, g] = np.int8(zeros[g])
+        if not given:
+            for g in range(count):
+                scales[r, g] = _narrow(wide_scales[g], kind)
+                if not symmetric:
+                    zero_points[r, g] = np.int8(zeros[g])
     return -1
 
 
@@ -197,16 +254,18 @@ def quantize_bf16(
     bits: int,
     symmetric: bool,
     packs: bool,
+    given: bool,
     out: Bytes,
     scales: Patterns,
     zero_points: ZeroPoints,
 ) -> int:
     """Quantize rows [n, columns]; -1, or the first row that holds a NaN or an Inf.
 
-    ``out`` [n, bytes of a row] has codes packed, or one a byte.
+    ``out`` [n, bytes of a row] has codes packed, or one a byte.  Scales and zero points are outputs
+    too, unless they are ``given``.
     """
     return _quantize(
-        rows, group_size, bits, symmetric, packs, BF16, 0x7F80, out, scales, zero_points
+        rows, group_size, bits, symmetric, packs, given, BF16, 0x7F80, out, scales, zero_points
     )
 
 
@@ -217,13 +276,14 @@ def quantize_f16(
     bits: int,
     symmetric: bool,
     packs: bool,
+    given: bool,
     out: Bytes,
     scales: Patterns,
     zero_points: ZeroPoints,
 ) -> int:
     """As ``quantize_bf16``, for F16."""
     return _quantize(
-        rows, group_size, bits, symmetric, packs, F16, 0x7C00, out, scales, zero_points
+        rows, group_size, bits, symmetric, packs, given, F16, 0x7C00, out, scales, zero_points
     )
 
 
@@ -234,13 +294,14 @@ def quantize_f32(
     bits: int,
     symmetric: bool,
     packs: bool,
+    given: bool,
     out: Bytes,
     scales: Patterns,
     zero_points: ZeroPoints,
 ) -> int:
     """As ``quantize_bf16``, for F32."""
     return _quantize(
-        rows, group_size, bits, symmetric, packs, F32, 0x7F800000, out, scales, zero_points
+        rows, group_size, bits, symmetric, packs, given, F32, 0x7F800000, out, scales, zero_points
     )
 
 

@@ -25,7 +25,8 @@ from ._affine_loops import (
     _narrow,
     _widen,
 )
-from ._compressed_loops import ZeroPoints, _code, _qparams, _round_to
+from ._compressed_loops import ZeroPoints, _round_to
+from ._integer_loops import _clip, _scale, _scale_and_zero
 
 Places = NDArray[np.uint32]
 
@@ -59,6 +60,7 @@ def _error(
     group: Floats,
     scale: np.float32,
     zero: np.float32,
+    half: np.float32,
     kind: int,
     powers: Floats,
     places: Places,
@@ -69,7 +71,8 @@ def _error(
     torch reads two registers' worth of 16-bit floats at once and adds the two.
     """
     for k in range(group.size):
-        code = np.rint(_code(group[k], scale, zero, kind))
+        quotient = _round_to(group[k] / scale, kind)
+        code = np.rint(_clip(_round_to(quotient + zero, kind), half))
         value = _round_to((code - zero) * scale, kind)
         places[k] = _narrow(value - group[k], kind) & np.uint32(0x7FFF)
     for i in range(loads.size // LANES):
@@ -85,10 +88,28 @@ def _shrunk(value: np.float32, shrink: np.float32, kind: int) -> np.float32:
 
 
 @_inlined
+def _qparams(
+    low: np.float32,
+    high: np.float32,
+    shrink: np.float32,
+    half: np.float32,
+    symmetric: bool,
+    kind: int,
+) -> tuple[np.float32, np.float32]:
+    """Scale and zero point of a range that is shrunk."""
+    low, high = _shrunk(low, shrink, kind), _shrunk(high, shrink, kind)
+    if symmetric:
+        return _scale(max(abs(low), abs(high)), half, kind), np.float32(0)
+    return _scale_and_zero(low, high, half, kind)
+
+
+@_inlined
 def _improvements(
     patterns: Patterns,
     low: np.float32,
     high: np.float32,
+    half: np.float32,
+    symmetric: bool,
     kind: int,
     shrinks: Floats,
     powers: Floats,
@@ -102,10 +123,8 @@ def _improvements(
     best = LARGEST_BF16 if kind == BF16 else LARGEST_F16
     found = np.uint32(0)
     for i in range(shrinks.size):
-        scale, zero = _qparams(
-            _shrunk(low, shrinks[i], kind), _shrunk(high, shrinks[i], kind), kind
-        )
-        error = _error(group, scale, zero, kind, powers, places, loads)
+        scale, zero = _qparams(low, high, shrinks[i], half, symmetric, kind)
+        error = _error(group, scale, zero, half, kind, powers, places, loads)
         if error < best:
             best = error
             found |= np.uint32(1) << np.uint32(i)
@@ -126,6 +145,8 @@ def _last_tried(found: np.uint32, count: int, patience: int) -> int:
 @_inlined
 def _mse(
     groups: Patterns,
+    bits: int,
+    symmetric: bool,
     kind: int,
     infinity: int,
     shrinks: Floats,
@@ -135,6 +156,7 @@ def _mse(
     zero_points: ZeroPoints,
 ) -> int:
     total, group_size = groups.shape
+    half = np.float32(1 << (bits - 1))
     room = CHUNK_CODES // group_size
     low_keys = np.empty(room, np.int32)
     high_keys = np.empty(room, np.int32)
@@ -155,7 +177,9 @@ def _mse(
             high = _from_key(high_keys[g], kind)
             lows[first + g] = low
             highs[first + g] = high
-            better = _improvements(chunk[g], low, high, kind, shrinks, powers, group, places, loads)
+            better = _improvements(
+                chunk[g], low, high, half, symmetric, kind, shrinks, powers, group, places, loads
+            )
             improved[first + g] = better
             found |= better
     last = _last_tried(found, shrinks.size, patience)
@@ -163,18 +187,18 @@ def _mse(
         best = last
         while best > 0 and not improved[g] >> np.uint32(best) & np.uint32(1):
             best -= 1
-        shrink = shrinks[best]
-        scale, zero = _qparams(
-            _shrunk(lows[g], shrink, kind), _shrunk(highs[g], shrink, kind), kind
-        )
+        scale, zero = _qparams(lows[g], highs[g], shrinks[best], half, symmetric, kind)
         scales[g] = _narrow(scale, kind)
-        zero_points[g] = np.int8(zero)
+        if not symmetric:
+            zero_points[g] = np.int8(zero)
     return -1
 
 
 @_kernel
 def mse_bf16(
     groups: Patterns,
+    bits: int,
+    symmetric: bool,
     shrinks: Floats,
     patience: int,
     powers: Floats,
@@ -182,13 +206,18 @@ def mse_bf16(
     zero_points: ZeroPoints,
 ) -> int:
     """Scale and zero point of groups [n, group_size] from their extremes times the best factor
-    of ``shrinks``; -1, or the first group of the chunk that holds a NaN or an Inf."""
-    return _mse(groups, BF16, 0x7F80, shrinks, patience, powers, scales, zero_points)
+    of ``shrinks``, for codes of ``bits``; -1, or the first group of the chunk that holds a NaN or
+    an Inf."""
+    return _mse(
+        groups, bits, symmetric, BF16, 0x7F80, shrinks, patience, powers, scales, zero_points
+    )
 
 
 @_kernel
 def mse_f16(
     groups: Patterns,
+    bits: int,
+    symmetric: bool,
     shrinks: Floats,
     patience: int,
     powers: Floats,
@@ -196,4 +225,6 @@ def mse_f16(
     zero_points: ZeroPoints,
 ) -> int:
     """As ``mse_bf16``, for F16."""
-    return _mse(groups, F16, 0x7C00, shrinks, patience, powers, scales, zero_points)
+    return _mse(
+        groups, bits, symmetric, F16, 0x7C00, shrinks, patience, powers, scales, zero_points
+    )

@@ -106,7 +106,12 @@ def minmax_qparams(
 
 
 def mse_qparams(
-    weight: Array, dtype: str, group_size: int, scales: Array, zero_points: ZeroPoints
+    weight: Array,
+    dtype: str,
+    group_size: int,
+    scales: Array,
+    zero_points: ZeroPoints | None,
+    bits: int = 4,
 ) -> int:
     """Scale and zero point of each group from the range of the least error.
 
@@ -114,7 +119,8 @@ def mse_qparams(
     (llmcompressor/observers/mse_quant.py) on an x86-64 CPU: of the ranges p * min .. p * max,
     p = 1, 0.99, .. 0.81, the first with the least sum of |dequantized - w| ** 2.4 over the group,
     in the arithmetic of ``dtype``. The search ends early when five in a row improve no group of
-    the whole weight, so rows are not independent here. The sum is that of torch to the last bit,
+    the whole weight, so rows are not independent here.  Codes are of ``bits``, and symmetric where
+    there are no zero points. The sum is that of torch to the last bit,
     its order of additions included; CUDA searches by another rule and gives other results.
 
     As ``minmax_qparams``, but BF16 and F16 only: torch's power of a 16-bit float is one of
@@ -123,10 +129,13 @@ def mse_qparams(
     if dtype not in _MSE:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(_MSE)}")
     form, groups = _grouped(weight, dtype, group_size)
-    patterns, zeros = _qparams(weight, group_size, form, scales, zero_points)
+    symmetric = zero_points is None
+    held = np.empty(scales.shape, np.int8) if zero_points is None else zero_points
+    patterns, zeros = _qparams(weight, group_size, form, scales, held)
     steps = int(_MAX_SHRINK * _GRID)
     shrinks = np.array([1 - i / _GRID for i in range(steps)], np.float32)
-    chunk = _MSE[dtype](groups, shrinks, _PATIENCE, _powers(dtype), patterns, zeros)
+    tried = shrinks, _PATIENCE, _powers(dtype)
+    chunk = _MSE[dtype](groups, bits, symmetric, *tried, patterns, zeros)
     return _place(chunk, groups, form)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _integer_loops as loops
-from ._floats import Array, first_non_finite, float_format, require
+from ._floats import Array, FloatFormat, first_non_finite, float_format, require
 from .affine import _read_only
 
 Codes = NDArray[np.int8]
@@ -51,16 +51,19 @@ def quantize_rows(
     codes: Codes | Packed,
     scales: Array,
     zero_points: Codes | None = None,
+    *,
+    given: bool = False,
 ) -> int:
     """Quantize the rows of a weight.
 
     ``rows`` is [rows, columns] of ``dtype``, columns a multiple of ``group_size``.  ``codes`` is
     int8 [rows, columns], or int32 [rows, words] to pack them.  ``scales``, of ``dtype``, and
     ``zero_points``, int8, are [rows, columns / group_size]; without zero points the codes are
-    symmetric.
+    symmetric.  Both are outputs, unless they are ``given``.
 
     Returns -1, or the flat index of the first NaN or Inf of ``rows``; the outputs are then
-    unspecified.  A range that overflows ``dtype``, which has no scale, raises ValueError.
+    unspecified.  A range that overflows ``dtype``, and so has no scale, raises ValueError, as does
+    a scale that is given and is 0 or not finite.
     """
     form = float_format(dtype)
     rows = np.require(rows, requirements=["C", "A"])
@@ -81,14 +84,22 @@ def quantize_rows(
     zeros = np.empty((0, 0), np.int8) if zero_points is None else zero_points
     if not symmetric:
         require("zero_points", zeros, np.int8, grid)
+    if given and not _are_scales(scales, form):
+        raise ValueError("a scale is 0 or not finite")
     patterns = _read_only(rows, form)
     outputs = codes.view(np.uint8), scales.view(form.bits), zeros
-    bad_row = int(_KERNELS[dtype](patterns, group_size, bits, symmetric, packs, *outputs))
+    how = group_size, bits, symmetric, packs, given
+    bad_row = int(_KERNELS[dtype](patterns, *how, *outputs))
     if bad_row >= 0:
         return bad_row * int(columns) + first_non_finite(patterns[bad_row:], form)
     if not symmetric and first_non_finite(scales, form) >= 0:
         raise ValueError("a range of weights overflows their type")
     return -1
+
+
+def _are_scales(scales: Array, form: FloatFormat) -> bool:
+    magnitudes = scales.view(form.bits) << 1
+    return first_non_finite(scales, form) < 0 and bool(magnitudes.all())
 
 
 def pack_rows(codes: Codes, bits: int, packed: Packed) -> None:

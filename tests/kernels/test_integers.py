@@ -20,6 +20,7 @@ from int4_weights import (
 )
 from storage_samples import assorted, compressed, content, every_pattern, exponents, integers
 
+from carnice_build.kernels.compressed import mse_qparams
 from carnice_build.kernels.integers import (
     BITS,
     dequantize_rows,
@@ -240,3 +241,43 @@ def test_a_code_out_of_range_is_not_packed() -> None:
     """It would change its neighbours."""
     with pytest.raises(ValueError, match=r"a code is not in -8\.\.7"):
         pack_rows(np.array([[8]], np.int8), 4, np.empty((1, 1), np.int32))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_ranges_of_the_least_error_have_the_bits_of_the_library(
+    dtype: str, symmetric: bool, bits: int, group_size: int
+) -> None:
+    """Whatever the codes are; `compressed.mse_qparams` says what is searched."""
+    weight = assorted(dtype, 30000)
+    scheme = integers(bits, group_size, symmetric, "pack-quantized")
+    assert scheme.weights is not None
+    scheme.weights.observer = "memoryless_mse"
+    tensors = compressed(weight, dtype, scheme)
+    rows, columns = weight.shape
+    scales = np.empty((rows, columns // group_size), weight.dtype)
+    zeros = None if symmetric else np.empty(scales.shape, np.int8)
+    codes = np.full((rows, words(columns, bits)), 99, np.int32)
+
+    assert all_fine == mse_qparams(weight, dtype, group_size, scales, zeros, bits)
+    assert all_fine == quantize_rows(
+        weight, dtype, bits, group_size, codes, scales, zeros, given=True
+    )
+    assert content(tensors["weight_scale"]) == scales.tobytes()
+    assert content(tensors["weight_packed"]) == codes.tobytes()
+    if zeros is not None:
+        turned = np.empty((words(rows, bits), scales.shape[1]), np.int32)
+        pack_zero_points(zeros, bits, turned)
+
+        assert content(tensors["weight_zero_point"]) == turned.tobytes()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, np.inf, np.nan])
+def test_a_scale_that_is_given_is_a_number_but_zero(scale: float) -> None:
+    """Nothing can be divided by others."""
+    scales = np.array([[1.0, scale]], np.float32)
+    outputs = np.empty((1, 8), np.int8), scales
+    with pytest.raises(ValueError, match="a scale is 0 or not finite"):
+        quantize_rows(np.zeros((1, 8), np.float32), "F32", 4, 4, *outputs, given=True)

@@ -169,17 +169,23 @@ def test_weights_of_every_magnitude_keep_the_bound(storage: Storage, dtype: str)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_ranges_of_the_least_error_keep_their_bound(dtype: str) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_ranges_of_the_least_error_keep_their_bound(dtype: str, symmetric: bool, bits: int) -> None:
     """The search may cut the ends of a range."""
-    storage = _integers(4, 32, False, True, "mse")
-    weight = ordinary(dtype, (40, 96))
+    storage = _integers(bits, 32, symmetric, True, "mse")
 
-    assert 0 == storage.off(weight, dtype)
+    assert 0 == storage.off(ordinary(dtype, (40, 96)), dtype)
     assert 0 == storage.off(assorted(dtype, 30000), dtype)
-    assert np.array_equal(
-        storage.values(storage.made(weight, dtype)).rows(0, 40),
-        storage.round_trip(to_float(weight, dtype)),
-    ) == (dtype == "BF16")
+
+
+def test_a_round_trip_searches_as_the_op_does() -> None:
+    """The observer is the scheme's."""
+    storage = _integers(4, 32, True, True, "mse")
+    weight = ordinary("BF16", (40, 96))
+    values = storage.values(storage.made(weight, "BF16"))
+
+    assert np.array_equal(values.rows(0, 40), storage.round_trip(to_float(weight, "BF16")))
 
 
 @every_storage

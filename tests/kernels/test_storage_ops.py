@@ -216,9 +216,9 @@ REFUSED: Sequence[tuple[ArrayOp, Mapping[str, Any], Sequence[TensorSpec], str]] 
     ),
     (
         packed.GroupQuantize(),
-        {**FOR_GROUPS, "observer": "mse", "group_size": 32, "symmetric": True},
+        {**FOR_GROUPS, "observer": "mse", "group_size": None},
         [TensorSpec("BF16", (8, 64))],
-        "the observer mse is for asymmetric groups of 4 bits",
+        "the observer mse is for groups of 32, 64 or 128",
     ),
     (
         ints_ops.IntQuantize(),

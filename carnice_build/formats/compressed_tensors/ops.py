@@ -22,6 +22,9 @@ Symmetric codes have no zero point."""
 STORAGE = "pack-quantized"
 """compressed-tensors' name of weights whose codes share words."""
 
+SEARCHED_GROUPS = (32, 64, 128)
+"""Sizes of groups for which the observer mse is."""
+
 PER_WORD = 8
 """Codes of 4 bits in a word of 32."""
 
@@ -34,8 +37,8 @@ class GroupQuantize(ArrayOp):
     Outputs: weight_packed I32 [rows, columns * bits / 32]; weight_scale [rows, groups];
     weight_zero_point I32 [rows * bits / 32, groups], unless `symmetric`; weight_shape I64 [2].
     Parameters: `observer`; `group_size`, None for one group a row; `columns` and `rows`; `bits`, 2
-    to 8, where they are not 4; `symmetric`, where it is true.  The observer mse is for asymmetric
-    groups of 4 bits.
+    to 8, where they are not 4; `symmetric`, where it is true.  The observer mse is for groups of
+    16-bit weights.
     """
 
     name = "compressed.quantize"
@@ -56,10 +59,9 @@ class GroupQuantize(ArrayOp):
         if params["observer"] == "mse":
             if spec.dtype == "F32":
                 raise PlanError("the observer mse needs 16-bit weights")
-            if bits != 4 or symmetric or params["group_size"] is None:
+            if params["group_size"] not in SEARCHED_GROUPS:
                 raise PlanError(
-                    "the observer mse is for asymmetric groups of 4 bits",
-                    expected="memoryless_minmax",
+                    "the observer mse is for groups of 32, 64 or 128", expected="memoryless_minmax"
                 )
         group = params["group_size"] or columns
         if why := uneven(columns, group):
@@ -116,12 +118,13 @@ def _searched(
     weight: Any, dtype: str, bits: int, group: int, packed: Any, scales: Any, zeros: Any
 ) -> int:
     """As `integers.quantize_rows`, under the scales of the observer mse."""
-    from carnice_build.kernels import compressed
+    from carnice_build.kernels import compressed, integers
 
-    bad = compressed.mse_qparams(weight, dtype, group, scales, zeros)
+    bad = compressed.mse_qparams(weight, dtype, group, scales, zeros, bits)
     if bad >= 0:
         return bad
-    return compressed.quantize_affine(weight, dtype, group, scales, zeros, packed)
+    grid = (scales,) if zeros is None else (scales, zeros)
+    return integers.quantize_rows(weight, dtype, bits, group, packed, *grid, given=True)
 
 
 class SmoothWeight(ArrayOp):

@@ -3,15 +3,16 @@
 A group becomes s times codes of b bits, less a zero point if there is one, by rounding to nearest.
 With p, half a unit in the last place of the weight's type, as a share:
 
-- Symmetric: s is the largest magnitude A over 2^(b-1) - 1/2, and off by p of itself.  The quotient
-  of a weight and s is off by p times the power of two below it, in units of s, and the code by
-  half a unit more.  Positive codes end at 2^(b-1) - 1, so that what lies beyond is cut to it.
-- Asymmetric: the range R = max - min, 0 included, has 2^b - 1 steps of s = q R / (2^b - 1).  The
-  observer memoryless_minmax has q = 1, mse takes the best q from 0.81 on, with which an end is cut
-  by (1 - q) of its distance from zero.  Rounding to a code leaves half a step; so do codes that
-  end before the range does, because the zero point is a whole number too.  The quotient and the
-  sum with the zero point are off by 2^b p steps each, and s by p of itself, as much at 2^b steps
-  from zero.
+- Symmetric: s is q A over 2^(b-1) - 1/2 for the largest magnitude A, and off by p of itself.  The
+  quotient of a weight and s is off by p times the power of two below it, in units of s, and the
+  code by half a unit more.  Positive codes end at 2^(b-1) - 1, and weights beyond the codes are
+  cut to the last one.
+- Asymmetric: the range R = max - min, 0 included, has 2^b - 1 steps of s = q R / (2^b - 1).  With
+  q < 1 an end is cut by (1 - q) of its distance from zero.  Rounding to a code leaves half a step;
+  so do codes that end before the range does, because the zero point is a whole number too.  The
+  quotient and the sum with the zero point are off by 2^b p steps each, and s by p of itself, as
+  much at 2^b steps from zero.
+- The observer memoryless_minmax has q = 1, mse takes the best q from 0.81 on, and rounds q A too.
 
 Where p is that of denormal numbers it is half the smallest instead, of s or of the quotient; and
 where s would be zero, the group becomes zeros.
@@ -150,10 +151,12 @@ def _symmetric(
 ) -> NDArray[np.float64]:
     half = 2.0 ** (scheme.bits - 1)
     magnitude = np.abs(groups)
+    share = _SMALLEST_SHARE[scheme.observer]
     exact = magnitude.max(axis=1, keepdims=True) / (half - 0.5)
-    off = np.maximum(exact * place, smallest)
-    vanishes = exact <= smallest
-    low = np.where(vanishes, 1.0, exact - off)
+    # Twice, where the search rounds what it divides too.
+    off = np.maximum(exact * place, smallest) * (1 if share == 1 else 2)
+    vanishes = share * exact <= off
+    low = np.where(vanishes, 1.0, share * exact - off)
     code = np.minimum(magnitude / low, half)
     power = np.exp2(np.floor(np.log2(np.maximum(code, 2.0**-20))))
     rounding = (0.5 + place * power + smallest) * (exact + off)
@@ -186,13 +189,10 @@ def round_trip(weight: Floats, scheme: Integers) -> Floats:
     scales = np.empty((rows, columns // group), raw.dtype)
     codes = np.empty(weight.shape, np.int8)
     zeros = None if scheme.symmetric else np.empty(scales.shape, np.int8)
-    if scheme.observer == "mse" and zeros is not None:
-        packed = np.empty((rows, integers.words(columns, scheme.bits)), np.int32)
-        compressed.mse_qparams(raw, "BF16", group, scales, zeros)
-        compressed.quantize_affine(raw, "BF16", group, scales, zeros, packed)
-        integers.unpack_rows(packed, scheme.bits, codes)
-    else:
-        integers.quantize_rows(raw, "BF16", scheme.bits, group, codes, scales, zeros)
+    searched = scheme.observer == "mse"
+    if searched:
+        compressed.mse_qparams(raw, "BF16", group, scales, zeros, scheme.bits)
+    integers.quantize_rows(raw, "BF16", scheme.bits, group, codes, scales, zeros, given=searched)
     out = np.empty_like(weight)
     integers.dequantize_rows(codes, as_float32(TensorData("BF16", scales)), zeros, out)
     return out
