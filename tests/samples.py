@@ -415,6 +415,10 @@ OPS: Sequence[OpSample] = [
     OpSample(FloatQuantize(), {"block": [4, 32]}, drawn(("BF16", (9, 60)))),
     OpSample(GlobalQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 32)))),
     OpSample(InverseScale(), {}, drawn(("F32", ()), around=5)),
+    OpSample(
+        Stacked(GlobalQuantize()), {}, drawn(("BF16", (9, 4, 32)), ("BF16", (9, 2, 32))), _STACKED
+    ),
+    OpSample(Stacked(FloatQuantize()), {"block": None}, drawn(("BF16", (9, 4, 32))), _STACKED),
     *(OpSample(MxQuantize(), {"bits": bits}, drawn(("BF16", (9, 64)))) for bits in (4, 8)),
     OpSample(SmoothWeight(), {"columns": False, "rows": True}, _scaled(9, 128, axis=0)),
     OpSample(

@@ -23,6 +23,7 @@ from carnice_build.formats.compressed_tensors.storages import (
     nvfp4_ops,
 )
 from carnice_build.graph import ArrayOp, BadInput, TensorData
+from carnice_build.kernels import global_nvfp4, nvfp4
 
 SAFETENSORS = {
     torch.bfloat16: "BF16",
@@ -182,12 +183,19 @@ def test_parameters_of_older_builds_still_mean_asymmetric_groups_of_four_bits() 
 
 
 def test_the_inverse_of_modelopt_s_scale_means_the_same() -> None:
-    """One number, as compressed-tensors has it."""
-    scale = np.array(0.25, np.float32)
+    """Codes and scales of modelopt under it are the same numbers but for rounding."""
+    weight = ordinary("BF16", (32, 256))
+    amax, _ = nvfp4.amax(weight, "BF16")
+    scale_2 = nvfp4.weight_scale_2(amax)
+    ((dtype, shape, scale),) = ours(nvfp4_ops.InverseScale(), {}, [np.array(scale_2)], "F32")
+    codes, scales = np.empty((32, 128), np.uint8), np.empty((32, 16), np.uint8)
+    nvfp4.quantize_rows(weight, "BF16", scale_2, codes, scales)
+    theirs, made = np.empty((2, 32, 256), np.float32)
+    nvfp4.dequantize_rows(codes, scales, scale_2, theirs)
+    global_nvfp4.dequantize_rows(codes, scales, np.frombuffer(scale, np.float32)[0], made)
 
-    assert [("F32", [1], np.array([4], np.float32).tobytes())] == ours(
-        nvfp4_ops.InverseScale(), {}, [scale], "F32"
-    )
+    assert ("F32", [1]) == (dtype, shape)
+    assert np.allclose(theirs, made, rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1e-45])
