@@ -57,7 +57,7 @@ class Case:
 
     shapes: str
     steps: str = "[]"
-    quantize: str = "{format: fp8-dynamic}"
+    quantize: str = "{format: compressed-tensors, scheme: FP8_DYNAMIC}"
 
 
 CASES = (

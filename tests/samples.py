@@ -34,8 +34,8 @@ from carnice_build.formats.compressed_tensors.storages.nvfp4_ops import (
     GlobalQuantize,
     InverseScale,
 )
+from carnice_build.formats.compressed_tensors.storages.row_floats_ops import RowQuantize
 from carnice_build.formats.elementwise import Elementwise
-from carnice_build.formats.fp8_dynamic.ops import RowQuantize
 from carnice_build.formats.mlx.ops import (
     AffineQuantize,
     FloatQuantize,
@@ -572,6 +572,15 @@ class FormatSample:
     excluded: tuple[str, ...] = ()
 
 
+INT4_WEIGHTS = {
+    "num_bits": 4,
+    "type": "int",
+    "symmetric": False,
+    "strategy": "group",
+    "group_size": 128,
+}
+"""What a recipe says of asymmetric INT4 in groups, with the library's own observer."""
+
 FORMATS: Mapping[str, FormatSample] = {
     "mlx": FormatSample({"bits": 4}, change="quantize.bits=5"),
     "nvfp4": FormatSample(
@@ -580,7 +589,6 @@ FORMATS: Mapping[str, FormatSample] = {
         blamed=False,
         excluded=("quantization_config", "ignore"),
     ),
-    "fp8-dynamic": FormatSample(excluded=("quantization_config", "ignore")),
     "autoround": FormatSample(
         {"method": "nearest"},
         change="quantize.group_size=64",
@@ -589,9 +597,8 @@ FORMATS: Mapping[str, FormatSample] = {
     "compressed-tensors": FormatSample(
         {
             "targets": ["Linear"],
-            "config_groups": {
-                "group_0": {"targets": ["Linear"], "weights": {"observer": "memoryless_minmax"}}
-            },
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4_WEIGHTS}},
+            "algorithm": "awq",
             "ignore": ["lm_head", "re:model.visual.*", "re:mtp.*", "re:.*linear_attn.*"],
             "awq": {"n_grid": 4},
         },

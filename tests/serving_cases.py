@@ -10,7 +10,6 @@ import pytest
 from carnice_build.errors import PlanError
 from carnice_build.formats.autoround.format import AutoRoundFormat
 from carnice_build.formats.compressed_tensors.format import CompressedFormat
-from carnice_build.formats.fp8_dynamic.format import Fp8DynamicFormat
 from carnice_build.formats.nvfp4.format import Nvfp4Format
 from carnice_build.formats.registry import FORMATS
 from carnice_build.models.base import KvGeometry
@@ -77,7 +76,7 @@ FP8 = replace(
     repo="owner/Carnice-V2-27b-FP8-Dynamic",
     variant="fp8-dynamic",
     quantization="compressed-tensors",
-    profiles=Fp8DynamicFormat.serving().profiles,
+    profiles=CompressedFormat.serving().profiles,
     weights_bytes=30_300_000_000,
 )
 FACTS = {

@@ -28,7 +28,10 @@ quantize:
   format: compressed-tensors
   algorithm: awq
   targets: [Linear]
-  config_groups: {{group_0: {{targets: [Linear], weights: {{observer: mse}}}}}}
+  config_groups:
+    group_0:
+      targets: [Linear]
+      weights: {{num_bits: 4, symmetric: false, strategy: group, group_size: 128, observer: mse}}
   ignore: {ignore}
 """
 

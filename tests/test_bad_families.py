@@ -24,7 +24,7 @@ Zoo = Callable[[str, Layout], Path]
 
 QUANTS = {
     "mlx": "{format: mlx, bits: 4}",
-    "fp8": "{format: fp8-dynamic}",
+    "fp8": "{format: compressed-tensors, scheme: FP8_DYNAMIC}",
     "int4": "{format: autoround, method: nearest}",
     "nvfp4": "{format: nvfp4}",
     "tuned": "{format: autoround, method: tune}",

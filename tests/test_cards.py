@@ -122,7 +122,8 @@ def test_a_card_of_a_model_that_is_nowhere_else_links_to_nothing(project: Projec
     """Its name is one that nobody else knows, so nobody is to look for its authors by it."""
     project.recipe(
         "mine",
-        "variant: mine\ndescription: A\nquantize: {format: fp8-dynamic}\n"
+        "variant: mine\ndescription: A\n"
+        "quantize: {format: compressed-tensors, scheme: FP8_DYNAMIC}\n"
         "sources: {body: {model: local/mine, folder: demo/qwen3.6-27b}}\n",
     )
     (plan,) = plan_variants(["mine"], project.options()).variants
@@ -313,7 +314,9 @@ def test_a_launch_without_files_has_the_parsers_too(project: Project) -> None:
     template = (REPOSITORY / "demo" / "qwen3.6-27b" / "chat_template.jinja").read_text()
     (project.base / "chat_template.jinja").write_text(template)
     text = "variant: plain\ndescription: Plain\nsources: {body: {model: Qwen/Qwen3.6-27B}}\n"
-    project.recipe("plain", f"{text}quantize: {{format: fp8-dynamic}}\n")
+    project.recipe(
+        "plain", f"{text}quantize: {{format: compressed-tensors, scheme: FP8_DYNAMIC}}\n"
+    )
     (plan,) = plan_variants(["plain"], project.options()).variants
     card = dict(pages(plan))["README.md"]
 
@@ -336,7 +339,9 @@ def test_a_card_says_who_samples_so(
     write_json(project.base / "generation_config.json", generation)
     text = "variant: plain\ndescription: Plain\nsources: {body: {model: Qwen/Qwen3.6-27B}}\n"
     text += "card: {sampling: {temperature: 0.6}}\n"
-    project.recipe("plain", f"{text}quantize: {{format: fp8-dynamic}}\n")
+    project.recipe(
+        "plain", f"{text}quantize: {{format: compressed-tensors, scheme: FP8_DYNAMIC}}\n"
+    )
     (plan,) = plan_variants(["plain"], project.options()).variants
     section = dict(pages(plan))["README.md"].partition("## Sampling")[2]
 

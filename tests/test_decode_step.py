@@ -26,7 +26,7 @@ sources: {{body: {{model: owner/{source}}}}}
 steps: [{steps}]
 quantize: {{format: {format}}}
 """
-FORMATS = {"mlx": "mlx, bits: 4, group_size: 64", "fp8": "fp8-dynamic"}
+FORMATS = {"mlx": "mlx, bits: 4, group_size: 64", "fp8": "compressed-tensors, scheme: FP8_DYNAMIC"}
 
 
 def linear(module: str) -> bool:

@@ -21,7 +21,7 @@ Stacks = dict[str, Floats]
 EXPERTS = "model.layers.{layer}.mlp.experts"
 RECIPES = {
     "mlx": "quantize: {format: mlx, bits: 4, group_size: 64}\n",
-    "fp8": "quantize: {format: fp8-dynamic}\n",
+    "fp8": "quantize: {format: compressed-tensors, scheme: FP8_DYNAMIC}\n",
 }
 
 

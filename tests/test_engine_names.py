@@ -33,7 +33,7 @@ RESPELLED = ("gemma3", "mistral3")
 TOWERS = ["re:.*lm_head", r"re:vision_tower\..*", r"re:multi_modal_projector\..*"]
 RECIPES = {
     "int4": "quantize: {format: autoround, method: nearest}\n",
-    "fp8": "quantize: {format: fp8-dynamic}\n",
+    "fp8": "quantize: {format: compressed-tensors, scheme: FP8_DYNAMIC}\n",
     "w4a16": yaml.safe_dump(
         {
             "quantize": {

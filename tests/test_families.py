@@ -46,8 +46,12 @@ calibration:
 AWQ = """
 quantize:
   format: compressed-tensors
+  algorithm: awq
   targets: [Linear]
-  config_groups: {group_0: {targets: [Linear], weights: {group_size: 128}}}
+  config_groups:
+    group_0:
+      targets: [Linear]
+      weights: {num_bits: 4, symmetric: false, strategy: group, group_size: 128, observer: mse}
   ignore: ['re:.*lm_head']
 """
 QUANTIZE = {

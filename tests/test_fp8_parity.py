@@ -23,7 +23,7 @@ sources:
   body: {model: Qwen/Qwen3.6-27B}
 steps:
   - drop: {match: 'model.visual.*'}
-quantize: {format: fp8-dynamic, keep: ['*.in_proj_a.weight', '*.in_proj_b.weight']}
+quantize: {format: compressed-tensors, scheme: FP8_DYNAMIC, ignore: ["*.in_proj_a", "*.in_proj_b"]}
 """
 
 

@@ -147,7 +147,7 @@ def test_large_models_are_planned_tensor_by_tensor(tmp_path: Path, name: str, st
     recipe.parent.mkdir()
     recipe.write_text(
         "variant: large\ndescription: a large model\nsources: {body: {model: it/self}}\n"
-        f"steps: [{steps}]\nquantize: {{format: fp8-dynamic}}\n"
+        f"steps: [{steps}]\nquantize: {{format: compressed-tensors, scheme: FP8_DYNAMIC}}\n"
     )
     (recipe.parent / "_profiles.yaml").write_text("demo: hub\n")
     body = SHAPES / f"{name}.json"

@@ -12,7 +12,7 @@ from samples import OPS, OpSample, each
 
 from carnice_build import keys
 from carnice_build.dtypes import TensorSpec
-from carnice_build.formats.fp8_dynamic.ops import RowQuantize
+from carnice_build.formats.compressed_tensors.storages.row_floats_ops import RowQuantize
 from carnice_build.formats.mlx.ops import AffineQuantize
 from carnice_build.graph import Action, ActionGraph, ActionOutput, Op, Stacked, TensorRef
 from carnice_build.keys import DigestSink

@@ -27,8 +27,8 @@ from carnice_build.execute.processes import LocalRunner
 from carnice_build.execute.session import Outcome, execute
 from carnice_build.execute.streaming import sample_digest
 from carnice_build.formats.base import OutputTensor
+from carnice_build.formats.compressed_tensors.storages.row_floats_ops import RowQuantize
 from carnice_build.formats.elementwise import Elementwise
-from carnice_build.formats.fp8_dynamic.ops import RowQuantize
 from carnice_build.formats.nvfp4.ops import BlockQuantize
 from carnice_build.graph import ActionGraph, ActionOutput, ArrayOp, Stacked, TensorData, TensorRef
 from carnice_build.models.base import Part, Role, TensorFact

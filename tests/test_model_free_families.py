@@ -18,9 +18,10 @@ from carnice_build.commands.options import Options
 from carnice_build.models import known_types
 
 RECIPES = {
-    "fp8": "{format: fp8-dynamic}",
+    "fp8": "{format: compressed-tensors, scheme: FP8_DYNAMIC}",
     "w4a16": "{format: compressed-tensors, algorithm: nearest, targets: [Linear], config_groups: "
-    "{group_0: {targets: [Linear], weights: {observer: memoryless_minmax}}}, ignore: "
+    "{group_0: {targets: [Linear], weights: {num_bits: 4, symmetric: false, strategy: group, "
+    "group_size: 128}}}, ignore: "
     "['re:.*lm_head', 're:.*(visual|vision_tower|vision_embedder|multi_modal_projector|"
     "embed_vision|per_layer|mtp).*', 're:.*embed_tokens', 're:model.layers.4.*']}",
     "int4": "{format: autoround, method: nearest}",

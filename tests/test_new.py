@@ -652,7 +652,7 @@ def test_an_installed_package_needs_no_clone(empty: Path, model: Path, tmp_path:
             check=True,
         ).stdout
 
-    plain = ("--set", "quantize.keep='*'")
+    plain = ("--set", "quantize.ignore='*'")
     listed = run("new", "--list")
     run("new", "mine", "--from", str(model), "--as", "fp8-dynamic")
     run("plan", "mine")

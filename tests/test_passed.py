@@ -56,8 +56,12 @@ QUANTIZE = {
     "nvfp4": "{format: nvfp4}",
     "awq": """
   format: compressed-tensors
+  algorithm: awq
   targets: [Linear]
-  config_groups: {group_0: {targets: [Linear], weights: {group_size: 64}}}
+  config_groups:
+    group_0:
+      targets: [Linear]
+      weights: {num_bits: 4, symmetric: false, strategy: group, group_size: 64, observer: mse}
   ignore: ['re:.*lm_head', 're:.*per_layer_.*']
 """,
 }

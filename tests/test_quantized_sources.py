@@ -28,13 +28,16 @@ from carnice_build.verification.result import Outcome
 
 QUANTS: dict[str, dict[str, Any]] = {
     "mlx": {"format": "mlx", "bits": 4},
-    "fp8": {"format": "fp8-dynamic"},
+    "fp8": {"format": "compressed-tensors", "scheme": "FP8_DYNAMIC"},
     "w4a16": {
         "format": "compressed-tensors",
         "algorithm": "nearest",
         "targets": ["Linear"],
         "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": {"observer": "memoryless_minmax"}}
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**INT4_WEIGHTS, "observer": "memoryless_minmax"},
+            }
         },
         "ignore": ["re:.*lm_head", "re:.*embed_tokens"],
     },

@@ -377,7 +377,7 @@ def test_a_profile_for_another_format_is_refused() -> None:
     error = refused(spec_of("nvfp4-vllm"), AWQ40B)
 
     assert "no serving profile 'nvfp4-vllm' for compressed-tensors" in error.what
-    assert "w4a16-v100 or w4a16-vllm or vllm" == error.expected
+    assert "fp8-vllm or w4a16-v100 or w4a16-vllm or vllm" == error.expected
 
 
 @pytest.mark.parametrize("repo", ["--help", "", "a b", "a\nb", "$(id)"])

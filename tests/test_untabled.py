@@ -25,13 +25,16 @@ Carnice = Callable[..., Finished]
 EXPERTS, LAYERS, HIDDEN, INNER = 3, 2, 128, 256
 DEMO = REPOSITORY / "demo" / "qwen3.6-27b"
 
-FP8 = "quantize: {format: fp8-dynamic}"
+FP8 = "quantize: {format: compressed-tensors, scheme: FP8_DYNAMIC}"
 INT4 = """
 quantize:
   format: compressed-tensors
   algorithm: nearest
   targets: [Linear]
-  config_groups: {group_0: {targets: [Linear], weights: {observer: memoryless_minmax}}}
+  config_groups:
+    group_0:
+      targets: [Linear]
+      weights: {num_bits: 4, symmetric: false, strategy: group, group_size: 128}
   ignore: ['re:.*lm_head', 're:.*gate$', 're:.*vision.*']
 """
 AUTOROUND = "quantize: {format: autoround, method: nearest}"

@@ -18,7 +18,7 @@ from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.formats.autoround.checks import nearest_allowance
-from carnice_build.formats.compressed_tensors.checks import allowance
+from carnice_build.formats.compressed_tensors.storages.packed_values import allowance
 from carnice_build.kernels import autoround, compressed, elementwise
 from carnice_build.verification.result import Outcome
 

@@ -234,21 +234,24 @@ WEIGHTS = "quantize.config_groups.group_0.weights"
 REFUSED = [
     (f"{WEIGHTS}.observer=minmax", "(got 'minmax'); did you mean 'memoryless_minmax'?"),
     (f"{WEIGHTS}.group_size=100", f"{WEIGHTS}.group_size: "),
-    (f"{WEIGHTS}.num_bits=8", f"{WEIGHTS}.num_bits: "),
-    (f"{WEIGHTS}.symmetric=true", f"{WEIGHTS}.symmetric: "),
+    (f"{WEIGHTS}.num_bits=5", f"{WEIGHTS}.num_bits: "),
+    (f"{WEIGHTS}.strategy=channel", "strategy channel has no group_size"),
     ("quantize.ignore+=re:.*k_proj$", "self_attn.v_proj are quantized and some are not; expected"),
     ("quantize.ignore+=re:.*layers.0.mlp.up_proj$", "serving engines fuse them to"),
-    (
-        'quantize.ignore=["re:.*linear_attn.*", "re:.*visual.*", "re:.*mtp.*"]',
-        "lm_head would be quantized, and is in no decoder layer; expected a pattern for it under",
-    ),
-    (
-        'quantize.ignore=["re:.*linear_attn.*", "re:.*lm_head", "re:.*mtp.*"]',
-        "model.visual.blocks.0.attn.qkv would be quantized, and is in no decoder layer",
-    ),
     ("quantize.awq.norms=exakt", "did you mean 'exact'?"),
     ("quantize.awq.n_grid=0", "quantize.awq.n_grid: "),
 ]
+
+
+def test_what_is_in_no_decoder_layer_stays_as_it_is(small: Project) -> None:
+    """Head, vision tower and MTP head, whether the recipe says so or not."""
+    said, unsaid = (
+        plan_variants(["w4a16-rtn"], small.options(overrides=changes)).variants[0].conversion
+        for changes in ((), ['quantize.ignore=["re:.*linear_attn.*"]'])
+    )
+
+    assert said.quantized == unsaid.quantized
+    assert said.ignored == unsaid.ignored
 
 
 @pytest.mark.parametrize(("change", "reason"), REFUSED)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from carnice_build.formats.exclusions import (
@@ -20,6 +21,11 @@ from carnice_build.models.base import LINEARS, Architecture, Part
 VERSION = "0.19.0"
 """The version of compressed-tensors whose format the files are in."""
 
+METHOD = "compressed-tensors"
+"""What config.json calls all that the library writes."""
+
+_MIXED = "mixed-precision"
+
 _ARGUMENTS: Mapping[str, Any] = {
     "actorder": None,
     "block_structure": None,
@@ -33,32 +39,53 @@ def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**_ARGUMENTS, **given}
 
 
+@dataclass(frozen=True)
+class Stated:
+    """What config.json says of a group of modules.
+
+    `storage` is the library's name of the way in which weights are stored; `weights` and `inputs`
+    are its arguments, `targets` the names or classes of the modules.
+    """
+
+    storage: str
+    weights: Mapping[str, Any]
+    inputs: Mapping[str, Any] | None = None
+    targets: Sequence[str] = ("Linear",)
+
+    def entry(self) -> dict[str, Any]:
+        """The entry of `config_groups`."""
+        return {
+            "format": self.storage,
+            "input_activations": self.inputs and dict(sorted(self.inputs.items())),
+            "output_activations": None,
+            "targets": list(self.targets),
+            "weights": dict(sorted(self.weights.items())),
+        }
+
+
 def compressed_config(
     variant: Variant,
     storage: str,
     weights: Mapping[str, Any],
     input_activations: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """config.json of a folder whose quantized linears all have one scheme.
+    """config.json of a folder whose quantized linears all have one scheme; see `Stated`."""
+    return grouped_config(variant, [Stated(storage, weights, input_activations)])
 
-    `storage` is the library's name of the way in which weights are stored.
-    """
-    group = {
-        "format": storage,
-        "input_activations": input_activations and dict(sorted(input_activations.items())),
-        "output_activations": None,
-        "targets": ["Linear"],
-        "weights": dict(sorted(weights.items())),
-    }
+
+def grouped_config(variant: Variant, groups: Sequence[Stated]) -> dict[str, Any]:
+    """config.json of a folder whose quantized linears are in one of `groups` each."""
     return {
         **variant.config,
         "quantization_config": {
-            "config_groups": {"group_0": group},
-            "format": storage,
+            "config_groups": {
+                f"group_{number}": group.entry() for number, group in enumerate(groups)
+            },
+            "format": _flattened(groups),
             "global_compression_ratio": None,
             "ignore": engine_names(variant.architecture, variant.ignored),
             "kv_cache_scheme": None,
-            "quant_method": "compressed-tensors",
+            "quant_method": METHOD,
             "quantization_status": "compressed",
             "sparsity_config": {},
             "transform_config": {},
@@ -67,9 +94,19 @@ def compressed_config(
     }
 
 
+def _flattened(groups: Sequence[Stated]) -> str:
+    """What the library calls a folder with all of these storages."""
+    storages = {group.storage for group in groups}
+    if len(storages) > 1:
+        return _MIXED
+    return next(iter(storages), "dense")
+
+
 def stored_as(config: Mapping[str, Any], storage: str) -> bool:
     """True when config.json is that of a folder whose weights are stored as `storage`."""
-    return states(section(config, "quantization_config"), _stated(storage))
+    return states(
+        section(config, "quantization_config"), {"quant_method": METHOD, "format": storage}
+    )
 
 
 def config_problems(
@@ -79,17 +116,29 @@ def config_problems(
     weights: Mapping[str, Any],
     input_activations: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
-    """What config.json states otherwise: the one scheme, and that each plain linear is ignored.
+    """What config.json states otherwise than one scheme for all that it does not list."""
+    return grouped_problems(folder, architecture, [Stated(storage, weights, input_activations)])
+
+
+def grouped_problems(
+    folder: ModelFolder, architecture: Architecture, groups: Sequence[Stated]
+) -> Iterator[str]:
+    """What config.json states otherwise than `groups`, and plain linears that it does not list.
 
     This format's engines look for the parts of a fused linear, so none is listed.
     """
     stated = section(folder.config, "quantization_config")
-    yield from statements("config.json", stated, _stated(storage))
-    group = section(section(stated, "config_groups"), "group_0")
-    yield from statements("config.json", section(group, "weights"), weights)
-    yield from statements(
-        "config.json", section(group, "input_activations"), input_activations or {}
-    )
+    wanted = {"quant_method": METHOD, "format": _flattened(groups)}
+    yield from statements("config.json", stated, wanted)
+    entries = section(stated, "config_groups")
+    if len(entries) != len(groups):
+        yield f"config.json has {len(entries)} groups instead of {len(groups)}"
+    for name, group in zip(entries, groups, strict=False):
+        entry = section(entries, name)
+        yield from statements("config.json", section(entry, "weights"), group.weights)
+        yield from statements(
+            "config.json", section(entry, "input_activations"), group.inputs or {}
+        )
     ignore = names(stated.get("ignore"))
     yield from ignore_problems(folder, architecture, ignore, LINEARS, fused=False)
 
@@ -122,7 +171,3 @@ def _pattern(modules: Collection[str]) -> list[str]:
     shared = [names[0] for names in zip(*paths, strict=False) if len(set(names)) == 1]
     # A head that is one layer more of the model must not be taken for the layers before it.
     return [f"re:^{shared[0]}.*" if len(shared) == 1 else f"re:^{re.escape('.'.join(shared))}\\..*"]
-
-
-def _stated(storage: str) -> dict[str, str]:
-    return {"quant_method": "compressed-tensors", "format": storage}

@@ -23,7 +23,6 @@ FORMATS: Extensible[Format] = Extensible(
         "nvfp4": "carnice_build.formats.nvfp4.format:Nvfp4Format",
         "autoround": "carnice_build.formats.autoround.format:AutoRoundFormat",
         "compressed-tensors": "carnice_build.formats.compressed_tensors.format:CompressedFormat",
-        "fp8-dynamic": "carnice_build.formats.fp8_dynamic.format:Fp8DynamicFormat",
     },
     "carnice_build.formats",
     Format,  # type: ignore[type-abstract]

@@ -53,8 +53,8 @@ class Patterns:
 
 
 def expression(glob: str) -> str:
-    """The pattern for what `glob` matches, as llm-compressor spells it; a plain name stays."""
-    if "*" not in glob:
+    """The pattern for what `glob` matches, as llm-compressor spells it; others stay."""
+    if "*" not in glob or glob.startswith("re:"):
         return glob
     end = "" if glob.endswith("*") else "$"
     return f"re:{'.*'.join(map(re.escape, glob.split('*')))}{end}"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from int4_weights import Array, any_finite, corners, to_float
 
-from carnice_build.formats.fp8_dynamic.checks import allowance
+from carnice_build.formats.compressed_tensors.storages.row_floats_values import allowance
 from carnice_build.kernels.fp8 import dequantize_rows, quantize_rows
 
 

@@ -1,187 +1,149 @@
-"""Format `compressed-tensors`: what config.json must list, and how far asymmetric INT4 may be off.
+"""Format `compressed-tensors`: what config.json must state, and the numbers of each storage.
 
-A group spans R = max - min, 0 included, in 15 steps of s = p R / 15; w becomes s times a code less
-a zero point.  The observer memoryless_minmax has p = 1, mse takes the best p from 0.81 on.
-
-- Rounding to a code leaves half a step; so do codes that end before the range does, because the
-  zero point is a whole number too.
-- The arithmetic is that of the weight's type: for r, half a unit in its last place, the quotient
-  and the sum are off by 16 r steps each, and s by r of itself, as much at 16 steps from zero.
-  Where r is that of denormal numbers, it is half the smallest instead.
-- With p < 1 an end is cut by (1 - p) of its distance from zero.
-
+The bound of a weight is derived beside the storage that has it, in `storages`.
 What AWQ smoothed is not compared: the folder does not tell by what its weights were multiplied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.formats.base import OutputTensor
-from carnice_build.formats.checks import FolderReader, Tensors, TorchChecks
-from carnice_build.formats.compressed_config import config_problems, stored_as
-from carnice_build.formats.compressed_tensors.ops import PER_WORD, STORAGE, SUFFIXES
-from carnice_build.formats.folder import ModelFolder
-from carnice_build.formats.scheme import Scheme
-from carnice_build.formats.statements import as_scheme, only_group
-from carnice_build.formats.values import (
-    HALF_PLACE,
-    HALF_SMALLEST,
-    Floats,
-    Incomparable,
-    as_float32,
-    matrix,
-    read_rows,
+from carnice_build.formats.checks import (
+    FolderReader,
+    QuantizedValues,
+    Rounding,
+    Tensors,
+    TorchChecks,
 )
-from carnice_build.graph import ActionOutput, TensorData
-from carnice_build.kernels import compressed, elementwise
+from carnice_build.formats.compressed_config import METHOD, Stated, grouped_problems
+from carnice_build.formats.compressed_tensors.inputs import rounding, rounds
+from carnice_build.formats.compressed_tensors.schemes import SCALE_TYPES, ConfigGroup, Weights
+from carnice_build.formats.compressed_tensors.storages import all_suffixes, storage_of
+from carnice_build.formats.compressed_tensors.storages.base import Storage
+from carnice_build.formats.compressed_tensors.targets import Targets
+from carnice_build.formats.folder import ModelFolder, section
+from carnice_build.formats.scheme import Scheme
+from carnice_build.formats.statements import as_scheme, names
+from carnice_build.formats.values import Floats, Incomparable, Values
+from carnice_build.graph import ActionOutput
 from carnice_build.models.base import Architecture
-
-_SMALLEST_SHARE = {"mse": 0.81, "memoryless_minmax": 1.0}
-_PERMUTATION = "weight_g_idx"
-
-Observer = Literal["mse", "memoryless_minmax"]
 
 
 class CompressedReader(FolderReader):
-    """Folders in the format pack-quantized; the numbers of asymmetric INT4 can be told."""
+    """Folders of compressed-tensors, whose groups say how each module is stored."""
 
-    suffixes = (*SUFFIXES, _PERMUTATION)
+    suffixes = (*all_suffixes(), "weight_g_idx")
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Folders of compressed-tensors whose integers are packed."""
-        return stored_as(config, STORAGE)
+        """Folders that name compressed-tensors as their method."""
+        return section(config, "quantization_config").get("quant_method") == METHOD
 
     def scheme(self, module: str) -> Scheme | None:
-        """That of the only config group."""
-        return as_scheme(only_group(self.config))
+        """That of its group."""
+        return as_scheme(section(self._group(module), "weights"))
 
-    def values(self, tensors: Tensors, module: str) -> PackedValues:
+    def values(self, tensors: Tensors, module: str) -> Values:
         """See `FolderReader.values`."""
-        scheme = self.scheme(module)
-        if scheme is None or (scheme.bits, scheme.kind) != (4, "int"):
+        storage = _stored(self._group(module))
+        if storage is None:
             raise Incomparable(f"{module} is stored in a way not known")
-        if f"{module}.{_PERMUTATION}" in tensors:
-            raise Incomparable(f"the columns of {module} are in another order")
-        return PackedValues(tensors, module, scheme)
+        return storage.values(tensors, module)
+
+    def _group(self, module: str) -> Mapping[str, Any]:
+        groups = section(section(self.config, "quantization_config"), "config_groups")
+        found = [section(groups, name) for name in groups]
+        try:
+            targets = Targets([names(group.get("targets")) for group in found])
+        except ValueError:  # of what is no pattern
+            return {}
+        fitting = targets.named(module) or targets.classes
+        # Of several the engine takes one, which is not guessed.
+        return found[fitting[0]] if len(fitting) == 1 else {}
+
+
+def _stored(group: Mapping[str, Any]) -> Storage | None:
+    """How a folder stores what a group is about; None for what is not known here."""
+    stated = section(group, "weights")
+    # Which observer found the scales is not seen in them.
+    known = Weights.model_fields.keys() & stated.keys() - {"observer", "dynamic"}
+    given = {name: stated[name] for name in known}
+    if given.get("strategy") is None:
+        given["strategy"] = "group" if given.get("group_size") else "tensor"
+    if given.get("scale_dtype") not in SCALE_TYPES:
+        given["scale_dtype"] = None  # a float, which the tensor itself says
+    try:
+        weights = Weights.model_validate(given)
+    except ValidationError:
+        return None
+    has_inputs = bool(section(group, "input_activations"))
+    return storage_of(weights, quantized_inputs=has_inputs)
 
 
 class CompressedChecks(TorchChecks):
-    """Folders in the format pack-quantized."""
+    """Folders of compressed-tensors that a recipe describes."""
 
-    def __init__(self, observer: Observer, group_size: int) -> None:
-        """`observer` says how the range of a group was found."""
-        self._observer = observer
-        self._group = group_size
+    def __init__(self, groups: Sequence[ConfigGroup]) -> None:
+        self._groups = groups
+        self._targets = Targets([group.targets for group in groups])
+
+    @property
+    def activations(self) -> str:  # type: ignore[override]
+        """See `TorchChecks.activations`."""
+        return rounds([group.input_activations for group in self._groups])
 
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
-        """The scheme is that of the tensors, and every plain linear is ignored."""
-        scheme = {"num_bits": 4, "type": "int", "symmetric": False, "group_size": self._group}
-        return config_problems(folder, architecture, STORAGE, scheme)
+        """Each scheme is that of the tensors, and every plain linear is ignored."""
+        return grouped_problems(folder, architecture, [stated(group) for group in self._groups])
 
     def compared(self, tensors: Sequence[OutputTensor]) -> None:
         """Raise Incomparable for what AWQ smoothed."""
         origin = tensors[0].ref.origin
-        if isinstance(origin, ActionOutput) and len(origin.action.inputs) > 1:
+        if isinstance(origin, ActionOutput) and any(
+            isinstance(ref.origin, ActionOutput) and ref.spec.dtype == "F64"
+            for ref in origin.action.inputs[1:]
+        ):
             raise Incomparable(f"{tensors[0].name} was smoothed")
 
-    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> BoundedValues:
+    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> QuantizedValues:
         """See `FormatChecks.values`."""
-        return BoundedValues(tensors, module, scheme, self._observer)
+        return self._storage(module).bounded(tensors, module)
+
+    def input_rounding(self, tensors: Tensors, module: str) -> Rounding | None:
+        """See `TorchChecks.input_rounding`."""
+        return rounding(self._group(module).input_activations)
 
     def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
-        """See `TorchChecks.rounded`: in BF16, by the recipe's observer, not smoothed."""
-        return [self._round_trip(weight) for weight in weights]
+        """See `TorchChecks.rounded`: by the group that is about most."""
+        main = self._targets.classes or [0]
+        return stored(self._groups[main[0]]).rounded(weights)
 
-    def _round_trip(self, weight: Floats) -> Floats:
-        rows, columns = weight.shape
-        raw = np.empty(weight.shape, NUMPY_NAME["BF16"])
-        elementwise.cast(weight, "F32", "BF16", raw)
-        scales = np.empty((rows, columns // self._group), raw.dtype)
-        zeros = np.empty(scales.shape, np.int8)
-        packed = np.empty((rows, columns // PER_WORD), np.int32)
-        observe = {"mse": compressed.mse_qparams, "memoryless_minmax": compressed.minmax_qparams}
-        observe[self._observer](raw, "BF16", self._group, scales, zeros)
-        compressed.quantize_affine(raw, "BF16", self._group, scales, zeros, packed)
-        return _dequantized(packed, as_float32(TensorData("BF16", scales)), zeros)
+    def _group(self, module: str) -> ConfigGroup:
+        index = self._targets.group(module)
+        assert index is not None, "a quantized module is in a group"
+        return self._groups[index]
+
+    def _storage(self, module: str) -> Storage:
+        return stored(self._group(module))
 
 
-class PackedValues:
-    """A module dequantized by scale * (code - zero point)."""
-
-    def __init__(self, tensors: Tensors, module: str, scheme: Scheme) -> None:
-        """Take `module`'s tensors; Incomparable when they do not fit together."""
-        group = scheme.group_size
-        if group is None:
-            raise Incomparable(f"{module} is not in groups")
-        try:
-            self._tensors = [tensors[f"{module}.{suffix}"] for suffix in SUFFIXES[:3]]
-        except KeyError:
-            raise Incomparable(f"{module} is not in the format pack-quantized") from None
-        rows, words = matrix(self._tensors[0].spec)
-        self.shape = rows, words * PER_WORD
-        self.dtype = self._tensors[1].spec.dtype
-        grid = (rows, self.shape[1] // group)
-        if self._tensors[1].spec.shape != grid:
-            raise Incomparable(f"{module} is not of groups of {group}")
-        if self._tensors[2].spec != TensorSpec("I32", (-(-rows // PER_WORD), grid[1])):
-            raise Incomparable(f"{module} has no zero point for each group")
-        whole = read_rows(self._tensors[2], self._tensors[2].spec, 0, -(-rows // PER_WORD)).array
-        # Zero points are packed along rows, codes along columns.
-        self._zeros = np.ascontiguousarray(_unpacked(whole.T)[:, :rows].T)
-        self._group = group
-
-    def rows(self, start: int, stop: int) -> Floats:
-        """The rows from `start` to `stop`, dequantized."""
-        packed, scales = (
-            read_rows(tensor, tensor.spec, start, stop) for tensor in self._tensors[:2]
-        )
-        return _dequantized(packed.array, as_float32(scales), self._zeros[start:stop])
+def stored(group: ConfigGroup) -> Storage:
+    """How a group of a recipe is stored, which was checked when it was read."""
+    found = storage_of(group.weights, quantized_inputs=group.input_activations is not None)
+    assert found is not None
+    return found
 
 
-class BoundedValues(PackedValues):
-    """Values with their bound."""
-
-    tolerated = 0.0
-
-    def __init__(self, tensors: Tensors, module: str, scheme: Scheme, observer: Observer) -> None:
-        """As `PackedValues`; `observer` says how the range of a group was found."""
-        super().__init__(tensors, module, scheme)
-        self._observer = observer
-
-    def allowance(self, source: Floats, start: int) -> Floats:
-        """See `QuantizedValues.allowance`."""
-        groups = source.reshape(-1, self._group)
-        return allowance(groups, self._observer, self.dtype).reshape(source.shape)
-
-
-def allowance(groups: Floats, observer: str, dtype: str) -> Floats:
-    """The most that each weight of `groups` [n, group size] may be off; see the module's text."""
-    place, share = HALF_PLACE[dtype], _SMALLEST_SHARE[observer]
-    low = np.minimum(groups.min(axis=1), 0)[:, None]
-    high = np.maximum(groups.max(axis=1), 0)[:, None]
-    step = (high - low) / 15
-    rounding = 3 * 16 * place * step
-    cut = np.maximum(groups - share * high, share * low - groups)
-    # The ends of the codes lie up to half a step inside those of the range.
-    allowed: Floats = np.maximum(cut, 0) + step / 2 + rounding + 32 * HALF_SMALLEST[dtype]
-    return allowed.astype(np.float32)
-
-
-def _unpacked(words: NDArray[np.int32]) -> NDArray[np.int8]:
-    """Codes of -8..7, eight of each word along the last axis, the first one lowest."""
-    shifts = np.arange(0, 32, 4, dtype=np.uint32)
-    nibbles = (words.view(np.uint32)[..., None] >> shifts) & np.uint32(15)
-    return (nibbles.astype(np.int8) - np.int8(8)).reshape(*words.shape[:-1], -1)
-
-
-def _dequantized(packed: NDArray[np.int32], scales: Floats, zeros: NDArray[np.int8]) -> Floats:
-    codes = _unpacked(packed).astype(np.float32).reshape(*scales.shape, -1)
-    values: Floats = (codes - zeros.astype(np.float32)[..., None]) * scales[..., None]
-    return values.reshape(len(scales), -1)
+def stated(group: ConfigGroup) -> Stated:
+    """What config.json says of a group."""
+    inputs = group.input_activations
+    return Stated(
+        stored(group).name,
+        group.weights.stated(),
+        inputs.stated() if inputs else None,
+        group.targets,
+    )

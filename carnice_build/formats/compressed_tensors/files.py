@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.formats.compressed_config import arguments, compressed_config, recipe_file
-from carnice_build.formats.compressed_tensors.ops import STORAGE
+from carnice_build.formats.compressed_config import grouped_config, recipe_file
+from carnice_build.formats.compressed_tensors.schemes import ConfigGroup
 from carnice_build.formats.exclusions import plain_modules
 from carnice_build.formats.variant import Variant
 from carnice_build.models.base import LINEARS
-from carnice_build.recipe.patterns import Patterns
+from carnice_build.recipe.patterns import Patterns, expression
 from carnice_build.tensors import STACK
 
 if TYPE_CHECKING:
@@ -22,14 +22,9 @@ _NUMBER = r"\d+"
 def compressed_files(knobs: CompressedFormat, variant: Variant) -> dict[str, bytes]:
     """config.json and recipe.yaml."""
     return {
-        "config.json": to_json(compressed_config(variant, STORAGE, _weights(knobs))),
+        "config.json": to_json(grouped_config(variant, variant.stated["groups"])),
         "recipe.yaml": _recipe(knobs, variant),
     }
-
-
-def _weights(knobs: CompressedFormat) -> dict[str, Any]:
-    """The scheme, with every entry that compressed-tensors writes."""
-    return arguments({**knobs.weights.model_dump(), "zp_dtype": "torch.int8"})
 
 
 def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:
@@ -42,16 +37,8 @@ def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:
             "n_grid": knobs.smoothing.n_grid,
         }
     modifiers["QuantizationModifier"] = {
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": _weights(knobs),
-                "input_activations": None,
-                "output_activations": None,
-                "format": None,
-            }
-        },
-        "targets": knobs.targets,
+        **_schemes(knobs),
+        "targets": _spelled(knobs.targets),
         "ignore": _ignored(knobs, variant),
         "bypass_divisibility_checks": False,
         "requires_calibration_data": False,
@@ -59,17 +46,43 @@ def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:
     return recipe_file(modifiers)
 
 
-def _ignored(knobs: CompressedFormat, variant: Variant) -> list[str]:
-    """The patterns of the recipe, and what they do not match of modules that transformers respells.
+def _schemes(knobs: CompressedFormat) -> dict[str, Any]:
+    if isinstance(knobs.scheme, str):
+        return {"scheme": knobs.scheme}
+    if knobs.scheme is not None:
+        return {"scheme": {name: _spelled(found) for name, found in knobs.scheme.items()}}
+    groups = knobs.config_groups or {}
+    return {"config_groups": {name: _group(group) for name, group in groups.items()}}
 
-    The library looks for them in a model of transformers.
+
+def _group(group: ConfigGroup) -> dict[str, Any]:
+    inputs = group.input_activations
+    return {
+        "targets": _spelled(group.targets),
+        "weights": group.weights.stated(),
+        "input_activations": inputs and inputs.stated(),
+        "output_activations": None,
+        "format": None,
+    }
+
+
+def _spelled(targets: list[str]) -> list[str]:
+    return [expression(target) for target in targets]
+
+
+def _ignored(knobs: CompressedFormat, variant: Variant) -> list[str]:
+    """The patterns of the recipe, and what they do not match of modules that stay.
+
+    The library looks for them in a model of transformers, which may respell them.
     """
     patterns, architecture = Patterns(knobs.ignore), variant.architecture
-    plain = plain_modules(architecture, variant.quantized, LINEARS)
-    respelled = [
-        name for module in plain if (name := architecture.engine_names(module)[0]) != module
+    left = [
+        name
+        for module in plain_modules(architecture, variant.quantized, LINEARS)
+        for name in architecture.engine_names(module)[:1]
+        if not patterns.matches(name)
     ]
-    return [*knobs.ignore, *(name for name in respelled if not patterns.matches(name))]
+    return [*_spelled(knobs.ignore), *left]
 
 
 def _mappings(variant: Variant) -> list[dict[str, Any]]:

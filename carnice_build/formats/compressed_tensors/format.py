@@ -1,4 +1,4 @@
-"""Format `compressed-tensors`: asymmetric INT4 in groups, as llm-compressor writes it.
+"""Format `compressed-tensors`: what llm-compressor writes, one scheme or several in a folder.
 
 Weights are rounded to nearest, as they are or after AWQ has smoothed them.  Where nothing is
 smoothed norms stay as they are, as `model_free_ptq` leaves them; `oneshot` rounds their gains.
@@ -9,72 +9,41 @@ beside the weights.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from carnice_build.calibration.plan import Calibration
-from carnice_build.errors import PlanError
-from carnice_build.formats.base import (
-    Conversion,
-    Format,
-    OutputTensor,
-    check_fusions,
-    in_stated_dtype,
-)
-from carnice_build.formats.blame import about_module, refuse_unfit, uneven
+from carnice_build.errors import PlanError, nearest
+from carnice_build.formats.base import Conversion, Format, OutputTensor, in_stated_dtype
+from carnice_build.formats.blame import about_module, refuse_unfit
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.compressed_config import ignored_modules
 from carnice_build.formats.compressed_tensors.awq import Scales, search
 from carnice_build.formats.compressed_tensors.files import compressed_files
-from carnice_build.formats.compressed_tensors.ops import (
-    SUFFIXES,
-    GroupQuantize,
-    SmoothNorm,
-    SmoothWeight,
+from carnice_build.formats.compressed_tensors.grouping import Grouping
+from carnice_build.formats.compressed_tensors.ops import SmoothNorm, SmoothWeight
+from carnice_build.formats.compressed_tensors.schemes import (
+    ALIASES,
+    LINEAR,
+    PRESETS,
+    ConfigGroup,
+    group_in_words,
+    preset,
 )
-from carnice_build.formats.scheme import Scheme
+from carnice_build.formats.compressed_tensors.storages import storage_of
+from carnice_build.formats.compressed_tensors.storages.base import NOT_SMOOTHED, Smoothing
 from carnice_build.formats.variant import Variant
-from carnice_build.graph import ArrayOp, Stacked, TensorRef, View
+from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, Part, Role, TensorFact
 from carnice_build.recipe.patterns import Patterns, expression
-from carnice_build.recipe.schema import AnyPatterns, Strict
+from carnice_build.recipe.schema import AnyPatterns, PatternList, Strict
 from carnice_build.serving.profile import Serving, ServingProfiles
 from carnice_build.steps.base import PlanContext
 
 if TYPE_CHECKING:
     from carnice_build.formats.compressed_tensors.checks import CompressedChecks, CompressedReader
-
-_WEIGHTS = ("config_groups", "group_0", "weights")
-
-
-class Weights(Strict):
-    """How the integers of a weight are chosen, in the words of compressed-tensors."""
-
-    num_bits: Literal[4] = Field(4, description="Bits per weight.")
-    type: Literal["int"] = Field("int", description="Integers.")
-    symmetric: Literal[False] = Field(False, description="Each group has a zero point.")
-    strategy: Literal["group"] = Field("group", description="A scale for each group of inputs.")
-    group_size: Literal[32, 64, 128] = Field(128, description="Weights that share a scale.")
-    dynamic: Literal[False] = Field(False, description="Scales are stored.")
-    observer: Literal["mse", "memoryless_minmax"] = Field(
-        "mse",
-        description="The range of a group: where the error is least, or from the smallest to the "
-        "largest weight.",
-    )
-
-
-class ConfigGroup(Strict):
-    """Modules that share a scheme."""
-
-    targets: list[Literal["Linear"]] = Field(description="Classes of modules.")
-    weights: Weights = Field(description="The scheme of their weights.")
-
-
-class ConfigGroups(Strict):
-    """The one group of modules."""
-
-    group_0: ConfigGroup = Field(description="What is quantized.")
 
 
 class AwqSpec(Strict):
@@ -92,17 +61,26 @@ class AwqSpec(Strict):
 
 
 class CompressedFormat(Format):
-    """W4A16 in the format pack-quantized."""
+    """Weights in schemes of compressed-tensors."""
 
     format: Literal["compressed-tensors"]
+    scheme: str | dict[str, PatternList] | None = Field(
+        None,
+        description="A preset of llm-compressor by name, such as `FP8_DYNAMIC`, for all of "
+        "`targets`; or names of presets and the modules that each is for.",
+    )
+    config_groups: dict[str, ConfigGroup] | None = Field(
+        None, description="Groups of modules and their schemes, in place of `scheme`."
+    )
+    targets: PatternList = Field(
+        default_factory=lambda: [LINEAR], description="What a single `scheme` is for."
+    )
+    ignore: AnyPatterns = Field(default_factory=list, description="Modules that stay as they are.")
     algorithm: Literal["awq", "nearest"] = Field(
-        "awq",
+        "nearest",
         description="What happens before the rounding to nearest: AWQ's smoothing, for which the "
         "recipe needs a calibration, or nothing.",
     )
-    targets: list[Literal["Linear"]] = Field(description="Classes of modules that are quantized.")
-    config_groups: ConfigGroups = Field(description="Groups of modules and their schemes.")
-    ignore: AnyPatterns = Field(description="Modules that stay as they are.")
     awq: AwqSpec | None = Field(None, description="For algorithm `awq`.")
 
     retired: ClassVar[Mapping[str, str]] = {
@@ -114,11 +92,46 @@ class CompressedFormat(Format):
         "moe_calibrate_all_experts": "nothing in its place: every expert reads every token",
     }
 
+    @field_validator("scheme")
+    @classmethod
+    def _is_known(cls, value: str | dict[str, list[str]] | None) -> Any:
+        known = [*PRESETS, *ALIASES]
+        for name in [value] if isinstance(value, str) else value or ():
+            if name not in known:
+                near = nearest(name, known)
+                hint = f"; did you mean {near!r}?" if near else ""
+                raise ValueError(f"{name!r} is no scheme that is made here{hint}")
+        return value
+
     @model_validator(mode="after")
     def _fits(self) -> CompressedFormat:
+        if (self.scheme is None) == (self.config_groups is None):
+            raise ValueError("needs either `scheme` or `config_groups`")
         if self.algorithm != "awq" and self.awq is not None:
             raise ValueError(f"algorithm {self.algorithm} has no use for `awq`")
+        for path, group in self.groups.items():
+            where = ".".join(map(str, path))
+            storage = storage_of(
+                group.weights, quantized_inputs=group.input_activations is not None
+            )
+            if storage is None:
+                raise ValueError(f"{where}: weights of this scheme are not made here")
+            if self.algorithm == "awq" and not storage.smooths:
+                raise ValueError(f"{where}: {storage.name} is not smoothed by AWQ here")
+        if sum(LINEAR in group.targets for group in self.groups.values()) > 1:
+            raise ValueError(f"two groups are for {LINEAR}")
         return self
+
+    @cached_property
+    def groups(self) -> Mapping[tuple[str, ...], ConfigGroup]:
+        """The groups of modules, by where the recipe has them."""
+        if isinstance(self.scheme, str):
+            return {("scheme",): preset(self.scheme, self.targets)}
+        if self.scheme is not None:
+            return {("scheme", name): preset(name, found) for name, found in self.scheme.items()}
+        return {
+            ("config_groups", name): group for name, group in (self.config_groups or {}).items()
+        }
 
     @property
     def smoothing(self) -> AwqSpec | None:
@@ -128,9 +141,33 @@ class CompressedFormat(Format):
         return self.awq or AwqSpec.model_validate({})
 
     @property
-    def weights(self) -> Weights:
-        """The scheme of all weights."""
-        return self.config_groups.group_0.weights
+    def title(self) -> str:
+        """The schemes in a word, as a card calls them."""
+        return " and ".join(
+            dict.fromkeys(_tags(group)[0].upper() for group in self.groups.values())
+        )
+
+    @property
+    def described(self) -> list[tuple[str, str]]:
+        """For a card: the targets of each group, and what becomes of them."""
+        return [(", ".join(group.targets), group_in_words(group)) for group in self.groups.values()]
+
+    @property
+    def observers(self) -> str:
+        """For a card: the observers of weights."""
+        found = dict.fromkeys(group.weights.observer for group in self.groups.values())
+        return " and ".join(f"`{name}`" for name in found)
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether there are zero points."""
+        return any(not group.weights.symmetric for group in self.groups.values())
+
+    @property
+    def needs_fp8(self) -> bool:
+        """Whether inputs are to be multiplied in FP8."""
+        inputs = (group.input_activations for group in self.groups.values())
+        return any(item and (item.type, item.num_bits) == ("float", 8) for item in inputs)
 
     def files(self, variant: Variant) -> Mapping[str, bytes]:
         """As llm-compressor saves them."""
@@ -143,15 +180,17 @@ class CompressedFormat(Format):
     def card(self) -> Card:
         """See `Format.card`."""
         algorithm = ("awq",) if self.smoothing else ()
-        tags = ("compressed-tensors", *algorithm, "w4a16", "int4", "vllm")
+        kinds = dict.fromkeys(tag for group in self.groups.values() for tag in _tags(group))
+        tags = ("compressed-tensors", *algorithm, *kinds, "vllm")
         # transformers leaves the zero points of experts aside, and then cannot do without them.
-        return Card(own_template(__package__), "transformers", tags, with_experts="vllm")
+        experts = "vllm" if self.asymmetric else None
+        return Card(own_template(__package__), "transformers", tags, with_experts=experts)
 
     def checks(self) -> CompressedChecks:
         """See `Format.checks`."""
         from carnice_build.formats.compressed_tensors.checks import CompressedChecks
 
-        return CompressedChecks(self.weights.observer, self.weights.group_size)
+        return CompressedChecks(list(self.groups.values()))
 
     @classmethod
     def reader(cls) -> type[CompressedReader]:
@@ -178,62 +217,78 @@ class CompressedFormat(Format):
         return in_stated_dtype(view, context)
 
     def convert(self, view: View, context: PlanContext) -> Conversion:
-        """Every tensor of the view, smoothed by AWQ's scales if any, and the linears quantized."""
+        """Every tensor of the view, smoothed by AWQ's scales if any, and the linears quantized.
+
+        What is in no decoder layer stays as it is.
+        """
         architecture = context.architecture
         facts = [fact for name, fact in architecture.tensors.items() if name in view]
-        chosen = {fact.module: fact for fact in self._quantized(facts)}
-        try:
-            check_fusions(chosen, view, architecture)
-        except PlanError as error:
-            raise error.revised(at=("ignore",)) from None
-        columns = {module: view[fact.name].spec.shape[-1] for module, fact in chosen.items()}
-        refuse_unfit(
-            {module: uneven(count, self.weights.group_size) for module, count in columns.items()},
-            "a pattern for it under `ignore`",
-            (*_WEIGHTS, "group_size"),
-        )
-        published = _Published(self, chosen, self._scales(chosen, view, context), context)
-        tensors = [item for fact in facts for item in published.of(fact, view[fact.name])]
+        grouping = Grouping(self.groups, list(self._candidates(facts)))
+        grouping.check_fusions(view, architecture)
+        for path, modules in grouping.by_path().items():
+            storage = grouping.storage(path)
+            unfit = {fact.module: storage.unfit(view[fact.name].spec) for fact in modules}
+            refuse_unfit(unfit, "a pattern for it under `ignore`", path)
+        scales = self._scales(grouping.facts, view, context)
+        published = _Published(self, grouping, scales, view, context)
+        tensors = [item for fact in facts for item in published.of(fact)]
         return Conversion(
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
-            quantized=dict.fromkeys(chosen, Scheme(4, self.weights.group_size)),
-            causes=self._causes(facts, chosen),
-            ignored=ignored_modules(architecture, chosen),
+            quantized={module: grouping.group(module).weights.scheme for module in grouping.facts},
+            causes=self._causes(facts, grouping),
+            ignored=ignored_modules(architecture, grouping.facts),
+            stated={"groups": grouping.stated(architecture)},
         )
 
+    def _candidates(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
+        """The linears that groups may be about."""
+        patterns = Patterns(self.ignore)
+        for fact in facts:
+            inside = fact.part in (Part.LAYERS, Part.BODY)
+            if inside and fact.role is Role.LINEAR and not patterns.matches(fact.module):
+                yield fact
+
     def _causes(
-        self, facts: Sequence[TensorFact], chosen: Mapping[str, TensorFact]
+        self, facts: Sequence[TensorFact], grouping: Grouping
     ) -> dict[str, Mapping[str, tuple[str, ...]]]:
         found: dict[str, Mapping[str, tuple[str, ...]]] = {}
         for fact in facts:
-            if chosen.get(fact.module) is fact:
-                weights = {name: (*_WEIGHTS, name) for name in ("observer", "group_size")}
-                found[f"{fact.module}.{SUFFIXES[0]}"] = weights
+            if grouping.facts.get(fact.module) is fact:
+                path = grouping.path(fact.module)
+                storage = grouping.storage(path)
+                at = (*path, "weights") if path[0] == "config_groups" else path
+                ends = {
+                    name: (*at, knob) if path[0] == "config_groups" else at
+                    for name, knob in storage.knobs.items()
+                }
+                found[f"{fact.module}.{storage.suffixes[0]}"] = ends
             elif fact.role is Role.NORM and self.smoothing:
                 found[fact.name] = {"exact": ("awq", "norms")}
         return found
-
-    def _quantized(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
-        patterns = Patterns(self.ignore)
-        for fact in facts:
-            if fact.role is Role.LINEAR and not patterns.matches(fact.module):
-                if fact.part not in (Part.LAYERS, Part.BODY):
-                    raise PlanError(
-                        f"{fact.module} would be quantized, and is in no decoder layer",
-                        expected="a pattern for it under `ignore`",
-                        at=("ignore",),
-                    )
-                yield fact
 
     def _scales(self, quantized: Container[str], view: View, context: PlanContext) -> Scales:
         """What AWQ finds; nothing without it."""
         if self.smoothing is None:
             return Scales()
-        scheme = {"num_bits": 4, "group_size": self.weights.group_size, "symmetric": False}
+        (weights, *others) = {group.weights for group in self.groups.values()}
+        if others:
+            raise PlanError("AWQ searches for one scheme", at=("config_groups",))
+        scheme = {
+            "num_bits": weights.num_bits,
+            "group_size": weights.group_size,
+            "symmetric": weights.symmetric,
+        }
         settings = {"scheme": scheme, **self.smoothing.model_dump()}
         calibration = Calibration(view, context.calibrated(), "longest")
         return search(calibration, context.architecture, quantized, settings)
+
+
+def _tags(group: ConfigGroup) -> tuple[str, ...]:
+    """What the hub calls a scheme."""
+    weights, inputs = group.weights, group.input_activations
+    kind = f"{'fp' if weights.type == 'float' else 'int'}{weights.num_bits}"
+    return (f"w{weights.num_bits}a{inputs.num_bits if inputs else 16}", kind)
 
 
 class _Published:
@@ -242,31 +297,39 @@ class _Published:
     def __init__(
         self,
         knobs: CompressedFormat,
-        quantized: Mapping[str, TensorFact],
+        grouping: Grouping,
         scales: Scales,
+        view: View,
         context: PlanContext,
     ) -> None:
         self._knobs = knobs
-        self._quantized = quantized
+        self._grouping = grouping
         self._scales = scales
+        self._view = view
         self._graph = context.graph
         self._architecture = context.architecture
+        self._made: dict[str, Sequence[TensorRef]] = {}
 
-    def of(self, fact: TensorFact, ref: TensorRef) -> list[OutputTensor]:
+    def of(self, fact: TensorFact) -> list[OutputTensor]:
         """What is published of a source tensor."""
-        module = fact.module
-        # A bias is part of what the module gives out, and has nothing to do with what it reads.
-        columns = self._scales.columns.get(module) if fact.name == f"{module}.weight" else None
+        module, ref = fact.module, self._view[fact.name]
         rows = self._scales.rows.get(module)
         if fact.role is Role.NORM and self._architecture.offset_norm(fact.name):
             return [OutputTensor(fact.name, self._norm(fact, ref, rows), fact)]
-        vectors = [scales for scales in (columns, rows) if scales is not None]
-        used = {"columns": columns is not None, "rows": rows is not None}
-        if self._quantized.get(module) is fact:
-            return self._packed(fact, ref, vectors, used)
-        if vectors and fact.name.endswith((".weight", ".bias")):
-            (ref,) = self._graph.add(_of_each(SmoothWeight(), fact, vectors), used, ref, *vectors)
+        if self._grouping.facts.get(module) is fact:
+            return self._quantized(fact)
+        smoothing = self._smoothing(fact)
+        if smoothing.vectors and fact.name.endswith((".weight", ".bias")):
+            op = smoothing.of_each(SmoothWeight())
+            (ref,) = self._graph.add(op, smoothing.used, ref, *smoothing.vectors)
         return [OutputTensor(fact.name, ref, fact)]
+
+    def _smoothing(self, fact: TensorFact) -> Smoothing:
+        module = fact.module
+        # A bias is part of what the module gives out, and has nothing to do with what it reads.
+        own = fact.name == f"{module}.weight"
+        columns = self._scales.columns.get(module) if own else None
+        return Smoothing(columns, self._scales.rows.get(module), fact.stacked)
 
     def _norm(self, fact: TensorFact, ref: TensorRef, scales: TensorRef | None) -> TensorRef:
         smoothing = self._knobs.smoothing
@@ -279,26 +342,19 @@ class _Published:
         (norm,) = self._graph.add(SmoothNorm(), {"exact": exact}, ref, *vectors)
         return norm
 
-    def _packed(
-        self,
-        fact: TensorFact,
-        ref: TensorRef,
-        vectors: Sequence[TensorRef],
-        used: Mapping[str, Any],
-    ) -> list[OutputTensor]:
-        weights = self._knobs.weights
-        params = {**used, "observer": weights.observer, "group_size": weights.group_size}
-        with about_module(fact.module, _WEIGHTS):
-            op = _of_each(GroupQuantize(), fact, vectors)
-            made = self._graph.add(op, params, ref, *vectors)
+    def _quantized(self, fact: TensorFact) -> list[OutputTensor]:
+        path = self._grouping.path(fact.module)
+        storage = self._grouping.storage(path)
+        if fact.module not in self._made:
+            sharing = self._grouping.sharing(fact, self._view, self._architecture)
+            refs = [self._view[item.name] for item in sharing]
+            smoothing = self._smoothing(fact) if storage.smooths else NOT_SMOOTHED
+            with about_module(", ".join(item.module for item in sharing), path):
+                made = storage.add(self._graph, refs, smoothing)
+            self._made |= {
+                item.module: outputs for item, outputs in zip(sharing, made, strict=True)
+            }
         return [
             OutputTensor(f"{fact.module}.{suffix}", output, fact)
-            for suffix, output in zip(SUFFIXES, made, strict=True)
+            for suffix, output in zip(storage.suffixes, self._made[fact.module], strict=True)
         ]
-
-
-def _of_each(op: ArrayOp, fact: TensorFact, scales: Sequence[TensorRef]) -> ArrayOp:
-    """`op` on a tensor and its scales; on each expert of a stack, who may share some."""
-    if not fact.stacked:
-        return op
-    return Stacked(op, [number for number, ref in enumerate(scales, 1) if len(ref.spec.shape) < 2])

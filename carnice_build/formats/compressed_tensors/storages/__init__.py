@@ -1,1 +1,23 @@
-"""The ways in which compressed-tensors stores weights."""
+"""The ways in which compressed-tensors stores weights, and which of them a scheme takes."""
+
+from __future__ import annotations
+
+from carnice_build.formats.compressed_tensors.schemes import Weights
+from carnice_build.formats.compressed_tensors.storages.base import Storage
+from carnice_build.formats.compressed_tensors.storages.packed import Packed
+from carnice_build.formats.compressed_tensors.storages.row_floats import RowFloats
+
+STORAGES: tuple[type[Storage], ...] = (RowFloats, Packed)
+
+
+def storage_of(weights: Weights, *, quantized_inputs: bool) -> Storage | None:
+    """How the library stores weights of a scheme, which inputs decide too; None if not here."""
+    for kind in STORAGES:
+        if kind.takes(weights, quantized_inputs):
+            return kind(weights)
+    return None
+
+
+def all_suffixes() -> tuple[str, ...]:
+    """The ends of the names of a module's tensors in whatever storage."""
+    return tuple(dict.fromkeys(end for kind in STORAGES for end in kind.ends))

@@ -1,4 +1,4 @@
-"""Format `fp8-dynamic`: what config.json must state, and the bound of E4M3 under a scale a row.
+"""The numbers of `row_floats`, and the bound of E4M3 under a scale a row.
 
 A row of largest magnitude A has the scale s = A / 448, rounded to its type, and each weight w
 becomes s times the code nearest to w / s.
@@ -13,18 +13,10 @@ becomes s times the code nearest to w / s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
 import numpy as np
 
-from carnice_build.formats.checks import FolderReader, Rounding, Tensors, TorchChecks
-from carnice_build.formats.compressed_config import config_problems, stored_as
-from carnice_build.formats.folder import ModelFolder
-from carnice_build.formats.fp8_dynamic.files import INPUTS, STORAGE, WEIGHTS
-from carnice_build.formats.fp8_dynamic.ops import SUFFIXES
-from carnice_build.formats.scheme import Scheme
-from carnice_build.formats.statements import as_scheme, only_group, states
+from carnice_build.formats.checks import Tensors
+from carnice_build.formats.compressed_tensors.storages.row_floats_ops import SUFFIXES
 from carnice_build.formats.values import (
     HALF_PLACE,
     HALF_SMALLEST,
@@ -35,55 +27,11 @@ from carnice_build.formats.values import (
     read_rows,
 )
 from carnice_build.kernels import fp8
-from carnice_build.models.base import Architecture
 
 _LARGEST_CODE = 448.0
 
 _FLOAT32_SLACK = 1.001
 """A weight halfway between codes may go either way."""
-
-
-class Fp8Reader(FolderReader):
-    """Folders of compressed-tensors in FP8; those with a scale a row can be told."""
-
-    suffixes = SUFFIXES
-
-    @classmethod
-    def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Folders of compressed-tensors whose floats are stored as such."""
-        return stored_as(config, STORAGE)
-
-    def scheme(self, module: str) -> Scheme | None:
-        """That of the only config group."""
-        return as_scheme(only_group(self.config))
-
-    def values(self, tensors: Tensors, module: str) -> RowValues:
-        """See `FolderReader.values`."""
-        if not states(only_group(self.config), WEIGHTS):
-            raise Incomparable(f"{module} is stored in a way not known")
-        return RowValues(tensors, module)
-
-
-class Fp8Checks(TorchChecks):
-    """Folders in the scheme FP8_DYNAMIC."""
-
-    activations = "activations in FP8"
-
-    def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
-        """The scheme is that of the tensors, and every plain linear is ignored."""
-        return config_problems(folder, architecture, STORAGE, WEIGHTS, INPUTS)
-
-    def values(self, tensors: Tensors, module: str, scheme: Scheme) -> BoundedValues:
-        """See `FormatChecks.values`."""
-        return BoundedValues(tensors, module)
-
-    def input_rounding(self, tensors: Tensors, module: str) -> Rounding:
-        """See `TorchChecks.input_rounding`: each token under a scale of its own."""
-        return _round_trip
-
-    def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
-        """See `TorchChecks.rounded`."""
-        return [_round_trip(weight) for weight in weights]
 
 
 class RowValues:
@@ -132,7 +80,8 @@ def allowance(rows: Floats, dtype: str) -> Floats:
     return (np.where(vanishes, magnitude, allowed) + smallest).astype(np.float32)
 
 
-def _round_trip(rows: Floats) -> Floats:
+def round_trip(rows: Floats) -> Floats:
+    """Rows, float32, quantized with a scale for each and dequantized."""
     codes, scales = np.empty(rows.shape, np.uint8), np.empty((len(rows), 1), np.float32)
     out = np.empty_like(rows)
     # Numbers that are not finite shall be seen where the model says them.

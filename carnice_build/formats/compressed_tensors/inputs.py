@@ -1,0 +1,41 @@
+"""What engines make of the inputs of linears, of schemes that quantize these too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from carnice_build.formats.checks import Rounding
+from carnice_build.formats.compressed_tensors.schemes import Activations, Weights
+from carnice_build.formats.compressed_tensors.storages import storage_of
+
+
+def rounding(inputs: Activations | None) -> Rounding | None:
+    """What is made of rows of inputs, each of which is a token; None where they stay.
+
+    A scale that is found for a token is found as that of a row of a weight is.
+    """
+    if inputs is None or inputs.dynamic is not True:
+        return None
+    strategy = "channel" if inputs.strategy == "token" else inputs.strategy
+    alike = Weights.model_validate(
+        {
+            "num_bits": inputs.num_bits,
+            "type": inputs.type,
+            "symmetric": inputs.symmetric,
+            "group_size": inputs.group_size,
+            "scale_dtype": inputs.scale_dtype,
+            "strategy": strategy,
+        }
+    )
+    storage = storage_of(alike, quantized_inputs=True)
+    return None if storage is None else (lambda rows: storage.rounded([rows])[0])
+
+
+def rounds(groups: Sequence[Activations | None]) -> str:
+    """What tables call a model whose inputs are rounded; nothing where none are."""
+    kinds = {
+        f"{'FP' if inputs.type == 'float' else 'INT'}{inputs.num_bits}"
+        for inputs in groups
+        if inputs and rounding(inputs)
+    }
+    return f"activations in {' and '.join(sorted(kinds))}" if kinds else ""

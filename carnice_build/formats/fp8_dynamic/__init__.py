@@ -1,1 +1,0 @@
-"""FP8 weights with a scale a row and activations scaled a token, as llm-compressor saves them."""
