@@ -18,7 +18,7 @@ from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.formats.autoround.checks import nearest_allowance
-from carnice_build.formats.compressed_tensors.storages.packed_values import allowance
+from carnice_build.formats.compressed_tensors.storages.integers_values import Integers, allowance
 from carnice_build.kernels import autoround, compressed, elementwise
 from carnice_build.verification.result import Outcome
 
@@ -195,4 +195,6 @@ def test_the_bound_of_asymmetric_groups_holds(kind: str, observer: str, dtype: s
 
     off = np.abs((grouped * wide[..., None]).reshape(-1, 128) - values.reshape(-1, 128))
 
-    assert (off <= allowance(values.reshape(-1, 128), observer, dtype)).all()
+    assert (
+        off <= allowance(values.reshape(-1, 128), Integers(4, 128, False, observer), dtype)
+    ).all()

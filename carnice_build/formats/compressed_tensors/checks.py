@@ -111,7 +111,7 @@ class CompressedChecks(TorchChecks):
 
     def values(self, tensors: Tensors, module: str, scheme: Scheme) -> QuantizedValues:
         """See `FormatChecks.values`."""
-        return self._storage(module).bounded(tensors, module)
+        return self._storage(module).values(tensors, module)
 
     def input_rounding(self, tensors: Tensors, module: str) -> Rounding | None:
         """See `TorchChecks.input_rounding`."""

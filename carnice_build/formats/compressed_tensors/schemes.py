@@ -23,7 +23,7 @@ LINEAR = "Linear"
 class Arguments(Strict):
     """How numbers are quantized: the library's `QuantizationArgs`, as far as recipes choose."""
 
-    num_bits: Literal[4, 8] = Field(description="Bits a number.")
+    num_bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(description="Bits a number.")
     type: Literal["int", "float"] = Field("int", description="Integers, or floats.")
     symmetric: bool = Field(True, description="Whether zero is the middle of the codes.")
     group_size: Literal[16, 32, 64, 128] | None = Field(
@@ -138,8 +138,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "weights": _integers(8, "channel"),
         "input_activations": _integers(8, "token"),
     },
-    "W8A16": {"weights": _integers(8, "group", group_size=128)},
-    "W4A16": {"weights": _integers(4, "group", group_size=128)},
+    **{
+        f"W{bits}A16": {"weights": _integers(bits, "group", group_size=128)} for bits in range(2, 9)
+    },
+    **{
+        f"W{bits}A8": {
+            "weights": _integers(bits, "group", group_size=128),
+            "input_activations": _integers(8, "token"),
+        }
+        for bits in range(2, 8)
+    },
+    "W4AFP8": {
+        "weights": _integers(4, "group", group_size=128),
+        "input_activations": _floats(8, "token"),
+    },
     "W4A16_ASYM": {"weights": _integers(4, "group", group_size=128, symmetric=False)},
     "NVFP4A16": {"weights": _floats(4, "tensor_group", **_NV)},
     "NVFP4": {
@@ -176,12 +188,13 @@ _SHARED = {
     "channel": "a scale for each output",
     "token": "a scale for each token",
 }
-_CODES = {("float", 8): "E4M3", ("float", 4): "E2M1", ("int", 8): "INT8", ("int", 4): "INT4"}
+_FLOATS = {8: "E4M3", 4: "E2M1"}
 
 
 def in_words(arguments: Weights | Activations) -> str:
     """A scheme of numbers in the words of a model card."""
-    codes = _CODES[arguments.type, arguments.num_bits]
+    bits = arguments.num_bits
+    codes = f"INT{bits}" if arguments.type == "int" else _FLOATS[bits]
     kind = codes if arguments.symmetric else f"asymmetric {codes}"
     if arguments.block_structure is not None:
         return "{} with a scale for each block of {} x {}".format(kind, *arguments.block_structure)

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from carnice_build.formats.compressed_tensors.schemes import Weights
 from carnice_build.formats.compressed_tensors.storages.base import Storage
-from carnice_build.formats.compressed_tensors.storages.packed import Packed
-from carnice_build.formats.compressed_tensors.storages.row_floats import RowFloats
+from carnice_build.formats.compressed_tensors.storages.floats import BlockFloats, RowFloats
+from carnice_build.formats.compressed_tensors.storages.mx import Mxfp4, Mxfp8
+from carnice_build.formats.compressed_tensors.storages.nvfp4 import Nvfp4
+from carnice_build.formats.compressed_tensors.storages.packed import Bytes, Packed
 
-STORAGES: tuple[type[Storage], ...] = (RowFloats, Packed)
+STORAGES: tuple[type[Storage], ...] = (
+    RowFloats,
+    BlockFloats,
+    Bytes,
+    Packed,
+    Nvfp4,
+    Mxfp4,
+    Mxfp8,
+)
 
 
 def storage_of(weights: Weights, *, quantized_inputs: bool) -> Storage | None:

@@ -14,7 +14,7 @@ from carnice_build.graph import ActionGraph, ArrayOp, Stacked, TensorRef
 if TYPE_CHECKING:
     # These bring numpy.
     from carnice_build.formats.checks import QuantizedValues, Tensors
-    from carnice_build.formats.values import Floats, Values
+    from carnice_build.formats.values import Floats
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,11 @@ class Storage(ABC):
         """The tensors of each of `refs`, which share what is to be shared; each may be a stack."""
 
     @abstractmethod
-    def values(self, tensors: Tensors, module: str) -> Values:
-        """A module of a folder, whoever made it; Incomparable when its numbers cannot be told."""
+    def values(self, tensors: Tensors, module: str) -> QuantizedValues:
+        """A module of a folder; Incomparable when its numbers cannot be told.
 
-    @abstractmethod
-    def bounded(self, tensors: Tensors, module: str) -> QuantizedValues:
-        """A module of a folder of ours, with the bound of each weight."""
+        The bounds of its weights hold where its scales are what the scheme makes of the source.
+        """
 
     @abstractmethod
     def rounded(self, weights: Sequence[Floats]) -> list[Floats]:

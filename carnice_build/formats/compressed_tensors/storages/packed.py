@@ -1,4 +1,4 @@
-"""Storage `pack-quantized`: integers, several of them in a word of 32 bits."""
+"""Storages of integers: `pack-quantized`, several in a word of 32 bits, and `int-quantized`."""
 
 from __future__ import annotations
 
@@ -7,65 +7,115 @@ from typing import TYPE_CHECKING, ClassVar
 
 from carnice_build.dtypes import TensorSpec
 from carnice_build.formats.blame import uneven
-from carnice_build.formats.compressed_tensors.ops import STORAGE, SUFFIXES, GroupQuantize
+from carnice_build.formats.compressed_tensors import ops
 from carnice_build.formats.compressed_tensors.schemes import Weights
+from carnice_build.formats.compressed_tensors.storages import ints_ops
 from carnice_build.formats.compressed_tensors.storages.base import NOT_SMOOTHED, Smoothing, Storage
 from carnice_build.graph import ActionGraph, TensorRef
 
 if TYPE_CHECKING:
     from carnice_build.formats.checks import QuantizedValues, Tensors
-    from carnice_build.formats.values import Floats, Values
+    from carnice_build.formats.compressed_tensors.storages.integers_values import Integers
+    from carnice_build.formats.values import Floats
 
 
-class Packed(Storage):
-    """Asymmetric INT4 in groups."""
+class _Integers(Storage):
+    """Integers of 2 to 8 bits, in groups or with a scale for each row."""
 
-    name = STORAGE
-    ends = SUFFIXES
-    knobs: ClassVar[Mapping[str, str]] = {"observer": "observer", "group_size": "group_size"}
-    smooths = True
+    knobs: ClassVar[Mapping[str, str]] = {
+        "bits": "num_bits",
+        "group_size": "group_size",
+        "symmetric": "symmetric",
+    }
+    packed: ClassVar[bool]
+    quantized_inputs: ClassVar[bool]
+    """Integers whose inputs are quantized too are stored otherwise than others."""
 
     @classmethod
     def takes(cls, weights: Weights, quantized_inputs: bool) -> bool:
         """See `Storage.takes`."""
-        kind = (weights.type, weights.num_bits, weights.strategy, weights.symmetric)
-        return kind == ("int", 4, "group", False) and not quantized_inputs
+        kind = weights.type == "int" and weights.strategy in ("group", "channel")
+        return kind and quantized_inputs == cls.quantized_inputs
 
     @property
-    def _group(self) -> int:
-        assert self.weights.group_size is not None
-        return self.weights.group_size
+    def suffixes(self) -> tuple[str, ...]:
+        """See `Storage.suffixes`."""
+        found = self.ends
+        if self.weights.symmetric:
+            found = tuple(end for end in found if end != "weight_zero_point")
+        return found
 
     def unfit(self, spec: TensorSpec) -> str:
         """See `Storage.unfit`."""
-        return uneven(spec.shape[-1], self._group)
+        group = self.weights.group_size
+        return "" if group is None else uneven(spec.shape[-1], group)
+
+    def values(self, tensors: Tensors, module: str) -> QuantizedValues:
+        """See `Storage.values`."""
+        from carnice_build.formats.compressed_tensors.storages.integers_values import IntegerValues
+
+        return IntegerValues(tensors, module, self._scheme(), packed=self.packed)
+
+    def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
+        """See `Storage.rounded`: by the recipe's observer, not smoothed."""
+        from carnice_build.formats.compressed_tensors.storages.integers_values import round_trip
+
+        return [round_trip(weight, self._scheme()) for weight in weights]
+
+    def _scheme(self) -> Integers:
+        from carnice_build.formats.compressed_tensors.storages.integers_values import Integers
+
+        known = self.weights
+        return Integers(known.num_bits, known.group_size, known.symmetric, known.observer)
+
+
+class Packed(_Integers):
+    """Codes that share words of 32 bits."""
+
+    name = ops.STORAGE
+    ends = ops.SUFFIXES
+    knobs: ClassVar[Mapping[str, str]] = {**_Integers.knobs, "observer": "observer"}
+    packed = True
+    quantized_inputs = False
+    smooths = True
 
     def add(
         self, graph: ActionGraph, refs: Sequence[TensorRef], smoothing: Smoothing = NOT_SMOOTHED
     ) -> list[Sequence[TensorRef]]:
         """See `Storage.add`."""
+        known = self.weights
         params = {
             **smoothing.used,
-            "observer": self.weights.observer,
-            "group_size": self._group,
+            "observer": known.observer,
+            "group_size": known.group_size,
+            **({} if known.num_bits == 4 else {"bits": known.num_bits}),
+            **({"symmetric": True} if known.symmetric else {}),
         }
-        op = smoothing.of_each(GroupQuantize())
+        op = smoothing.of_each(ops.GroupQuantize())
         return [graph.add(op, params, ref, *smoothing.vectors) for ref in refs]
 
-    def values(self, tensors: Tensors, module: str) -> Values:
-        """See `Storage.values`."""
-        from carnice_build.formats.compressed_tensors.storages.packed_values import PackedValues
 
-        return PackedValues(tensors, module, self._group)
+class Bytes(_Integers):
+    """Codes of a byte each."""
 
-    def bounded(self, tensors: Tensors, module: str) -> QuantizedValues:
-        """See `Storage.bounded`."""
-        from carnice_build.formats.compressed_tensors.storages.packed_values import BoundedValues
+    name = "int-quantized"
+    ends = ints_ops.SUFFIXES
+    packed = False
+    quantized_inputs = True
 
-        return BoundedValues(tensors, module, self._group, self.weights.observer)
+    @classmethod
+    def takes(cls, weights: Weights, quantized_inputs: bool) -> bool:
+        """See `Storage.takes`."""
+        return super().takes(weights, quantized_inputs) and weights.observer != "mse"
 
-    def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
-        """See `Storage.rounded`: in BF16, by the recipe's observer, not smoothed."""
-        from carnice_build.formats.compressed_tensors.storages.packed_values import round_trip
-
-        return [round_trip(weight, self._group, self.weights.observer) for weight in weights]
+    def add(
+        self, graph: ActionGraph, refs: Sequence[TensorRef], smoothing: Smoothing = NOT_SMOOTHED
+    ) -> list[Sequence[TensorRef]]:
+        """See `Storage.add`."""
+        known = self.weights
+        params = {
+            "bits": known.num_bits,
+            "group_size": known.group_size,
+            "symmetric": known.symmetric,
+        }
+        return [graph.add_each(ints_ops.IntQuantize(), params, ref) for ref in refs]

@@ -1,0 +1,194 @@
+"""Schemes of compressed-tensors by name and by group, held against llm-compressor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from family_builds import build_checked, options_of, write_family
+from tiny import Tensor, read_all_tensors, read_json
+
+from carnice_build.commands.plan import plan_variants
+from carnice_build.errors import CarniceError
+from carnice_build.formats.compressed_config import Stated
+from carnice_build.formats.compressed_tensors.checks import CompressedReader, stated
+from carnice_build.formats.compressed_tensors.schemes import ALIASES, PRESETS, preset
+
+CALIBRATED = ("FP8", "NVFP4")
+"""Schemes whose inputs have stored scales, which `model_free_ptq` does not make."""
+
+FREE = [name for name in PRESETS if name not in CALIBRATED]
+WIDTHS = ("W4A16", "W4A16_ASYM", "W4AFP8", "W8A8", "W8A16")
+"""Of the schemes of integers, those that are built here; kernels are tested for each width."""
+
+BUILT = [name for name in FREE if not name.startswith("W") or name in WIDTHS]
+
+ATTENTION, MLP = "*.self_attn.*", "*.mlp.*"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of a family whose linears engines fuse."""
+    return write_family(tmp_path_factory.mktemp("source") / "source", "qwen3", {})
+
+
+def library(source: Path, folder: Path, **config: Any) -> dict[str, Tensor]:
+    """What `model_free_ptq` makes of all but the head."""
+    from llmcompressor import model_free_ptq
+
+    model_free_ptq(source, folder, ignore=["lm_head", "re:.*embed_tokens"], **config)
+    return read_all_tensors(folder)
+
+
+def quantization(folder: Path) -> dict[str, Any]:
+    """What config.json states."""
+    found: dict[str, Any] = read_json(folder / "config.json")["quantization_config"]
+    return found
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
+def test_a_preset_is_the_librarys(name: str) -> None:
+    """Every argument of weights and inputs, as the library dumps them."""
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    theirs = preset_name_to_scheme(name, ["Linear"]).model_dump(mode="json")
+    ours = stated(preset(name, ["Linear"])).entry()
+
+    for part in ("weights", "input_activations"):
+        mine, wanted = dict(ours[part] or {}), dict(theirs[part] or {})
+        # Who finds the ranges of weights, and the type of zero points, follow when it runs.
+        for loose in ("zp_dtype", *(["observer"] if part == "weights" else [])):
+            mine.pop(loose, None)
+            wanted.pop(loose, None)
+        assert wanted == mine, part
+
+
+def test_the_library_has_no_other_presets_that_could_be_made() -> None:
+    """Beside those whose inputs have four bits, which no engine runs."""
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+    others = set(PRESET_SCHEMES) - set(PRESETS) - set(ALIASES)
+    assert {"UNQUANTIZED", "W2A4", "W3A4", "W4A4"} == others
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_scheme_by_name_is_what_model_free_ptq_makes(
+    source: Path, tmp_path: Path, name: str
+) -> None:
+    """Every tensor, and what config.json says of them; verify finds nothing wrong."""
+    recipe = f"quantize: {{format: compressed-tensors, scheme: {name}}}\n"
+    folder = build_checked(tmp_path, source, "mine", recipe)
+    theirs = library(source, tmp_path / "theirs", scheme=name)
+    ours = quantization(folder)
+    (group,) = ours["config_groups"].values()
+
+    assert theirs == read_all_tensors(folder)
+    assert ours["format"] == group["format"]
+    (wanted,) = quantization(tmp_path / "theirs")["config_groups"].values()
+    assert {**wanted, "weights": None} == {**group, "weights": None}
+    reader = CompressedReader(read_json(folder / "config.json"))
+    assert reader.scheme("model.layers.0.mlp.up_proj") == preset(name, ["Linear"]).weights.scheme
+
+
+MIXED = f"""
+quantize:
+  format: compressed-tensors
+  scheme:
+    FP8_DYNAMIC: ['{ATTENTION}']
+    NVFP4A16: ['{MLP}']
+"""
+
+
+def test_modules_are_given_to_schemes_by_pattern(source: Path, tmp_path: Path) -> None:
+    """FP8 attention beside NVFP4 MLPs, each as the library makes it."""
+    from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+
+    folder = build_checked(tmp_path, source, "mine", MIXED)
+    groups = {
+        "group_0": preset_name_to_scheme("FP8_DYNAMIC", [r"re:.*\.self_attn\..*"]),
+        "group_1": preset_name_to_scheme("NVFP4A16", [r"re:.*\.mlp\..*"]),
+    }
+    config = QuantizationConfig(config_groups=groups)
+    ours = quantization(folder)
+
+    assert library(source, tmp_path / "theirs", config=config) == read_all_tensors(folder)
+    assert "mixed-precision" == ours["format"]
+    assert ["float-quantized", "nvfp4-pack-quantized"] == [
+        group["format"] for group in ours["config_groups"].values()
+    ]
+    assert [[r"re:.*\.self_attn\..*"], [r"re:.*\.mlp\..*"]] == [
+        group["targets"] for group in ours["config_groups"].values()
+    ]
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    modifier = recipe["default_stage"]["default_modifiers"]["QuantizationModifier"]
+    assert {
+        "FP8_DYNAMIC": [r"re:.*\.self_attn\..*"],
+        "NVFP4A16": [r"re:.*\.mlp\..*"],
+    } == modifier["scheme"]
+
+
+def test_a_group_for_linears_takes_what_no_other_names(source: Path, tmp_path: Path) -> None:
+    """As the library does, whichever is first; and fragile modules stay as they are."""
+    (tmp_path / "recipes").mkdir()
+    recipe = (
+        "quantize:\n  format: compressed-tensors\n"
+        "  scheme: {W4A16: Linear, W8A16: '*.layers.0.mlp.*'}\n  ignore: '*.layers.1.mlp.*'\n"
+    )
+    build_checked(tmp_path, source, "mine", recipe)
+    (plan,) = plan_variants(["mine"], options_of(tmp_path, source)).variants
+    bits = {module: scheme.bits for module, scheme in plan.conversion.quantized.items()}
+
+    assert 8 == bits["model.layers.0.mlp.down_proj"]
+    assert 4 == bits["model.layers.0.self_attn.q_proj"]
+    assert "model.layers.1.mlp.down_proj" not in bits
+
+
+REFUSED = [
+    ("scheme: FP8_DYNAMC", "is no scheme that is made here; did you mean 'FP8_DYNAMIC'?"),
+    ("ignore: '*.q_proj'", "needs either `scheme` or `config_groups`"),
+    ("scheme: {FP8_BLOCK: Linear, W8A8: Linear}", "two groups are for Linear"),
+    (
+        "scheme: {FP8_BLOCK: '*.mlp.*', W8A8: '*_proj'}",
+        "is named by two groups, scheme.FP8_BLOCK and scheme.W8A8",
+    ),
+    (
+        "scheme: {FP8_BLOCK: '*.q_proj', W8A8: Linear}",
+        "have different schemes; expected one, because serving engines fuse them",
+    ),
+    ("scheme: {FP8_BLOCK: '*.q_prj'}", "did you mean 'q_proj'?"),
+    ("{scheme: MXFP4A16, algorithm: awq}", "mxfp4-pack-quantized is not smoothed by AWQ here"),
+    (
+        "config_groups: {a: {targets: Linear, weights: {num_bits: 4, type: float, "
+        "strategy: channel}}}",
+        "config_groups.a: weights of this scheme are not made here",
+    ),
+    (
+        "config_groups: {a: {targets: Linear, weights: {num_bits: 8, strategy: block}}}",
+        "strategy block needs a block_structure",
+    ),
+]
+
+
+@pytest.mark.parametrize(("knobs", "reason"), REFUSED)
+def test_what_cannot_be_is_refused_when_it_is_planned(
+    source: Path, tmp_path: Path, knobs: str, reason: str
+) -> None:
+    """With the reason, before any weight is read."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "_profiles.yaml").write_text("demo: {}\n")
+    inner = knobs.strip("{}") if knobs.startswith("{") else knobs
+    (tmp_path / "recipes" / "mine.yaml").write_text(
+        "variant: mine\ndescription: A\nsources: {body: {model: a/b}}\n"
+        f"quantize: {{format: compressed-tensors, {inner}}}\n"
+    )
+    with pytest.raises(CarniceError) as error:
+        plan_variants(["mine"], options_of(tmp_path, source))
+    assert reason in str(error.value)
+
+
+def test_engines_are_told_names_where_a_pattern_says_something_else_to_them() -> None:
+    """A group of one storage has one entry, whatever the order of its keys."""
+    one = Stated("float-quantized", {"b": 1, "a": 2}, None, ["re:x"])
+    assert ["a", "b"] == list(one.entry()["weights"])
