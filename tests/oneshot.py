@@ -79,6 +79,7 @@ def run_oneshot(
     layer: str = "Qwen3_5DecoderLayer",
     mappings: Sequence[tuple[str, Sequence[str]]] | None = None,
     ignore: Sequence[str] = IGNORE,
+    modifiers: Sequence[Any] | None = None,
 ) -> Reference:
     """Smooth, quantize and save a whole model with one thread, one sample at a time.
 
@@ -86,6 +87,7 @@ def run_oneshot(
     are of the class `layer`, that of the demo.
     `mappings` are what is smoothed and what is balanced, the library's own if none are given;
     `ignore` are patterns for modules that stay as they are.
+    `modifiers`, where they are given, are what is done in place of all that.
     """
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -107,7 +109,8 @@ def run_oneshot(
         oneshot(
             model=model,
             processor=tokenizer(),
-            recipe=[
+            recipe=modifiers
+            or [
                 AWQModifier(mappings=given),
                 QuantizationModifier(config_groups={"group_0": group}, ignore=list(ignore)),
             ],

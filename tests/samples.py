@@ -26,6 +26,7 @@ from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.formats.autoround.ops import Merge, Nearest, packed_specs
 from carnice_build.formats.autoround.tune import Advance, Tune
 from carnice_build.formats.compressed_tensors.awq import Smooth
+from carnice_build.formats.compressed_tensors.calibrated import InputScales as StaticScales
 from carnice_build.formats.compressed_tensors.ops import GroupQuantize, SmoothNorm, SmoothWeight
 from carnice_build.formats.compressed_tensors.storages.floats_ops import FloatQuantize
 from carnice_build.formats.compressed_tensors.storages.ints_ops import IntQuantize
@@ -415,6 +416,14 @@ OPS: Sequence[OpSample] = [
     OpSample(FloatQuantize(), {"block": [4, 32]}, drawn(("BF16", (9, 60)))),
     OpSample(GlobalQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 32)))),
     OpSample(InverseScale(), {}, drawn(("F32", ()), around=5)),
+    *(
+        OpSample(
+            StaticScales(),
+            {"indices": [0, 2], "bits": bits, "dtype": "BF16"},
+            drawn(("F32", (3,)), around=5),
+        )
+        for bits in (4, 8)
+    ),
     OpSample(
         Stacked(GlobalQuantize()), {}, drawn(("BF16", (9, 4, 32)), ("BF16", (9, 2, 32))), _STACKED
     ),

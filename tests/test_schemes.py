@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
-from family_builds import build_checked, options_of, write_family
+from family_builds import build_checked, options_of, write_family, write_texts
+from oneshot import run_oneshot, tokenizer
 from tiny import Tensor, read_all_tensors, read_json
 
-from carnice_build.commands.plan import plan_variants
+from carnice_build.commands.plan import plan_and_survey, plan_variants
 from carnice_build.errors import CarniceError
 from carnice_build.formats.compressed_config import Stated
 from carnice_build.formats.compressed_tensors.checks import CompressedReader, stated
 from carnice_build.formats.compressed_tensors.schemes import ALIASES, PRESETS, preset
+from carnice_build.planning.status import Status
 
 CALIBRATED = ("FP8", "NVFP4")
 """Schemes whose inputs have stored scales, which `model_free_ptq` does not make."""
@@ -92,6 +95,48 @@ def test_a_scheme_by_name_is_what_model_free_ptq_makes(
     assert reader.scheme("model.layers.0.mlp.up_proj") == preset(name, ["Linear"]).weights.scheme
 
 
+CALIBRATION = """
+quantize: {{format: compressed-tensors, scheme: {}}}
+calibration: {{dataset: rows.jsonl, samples: 3, threads: 1, attention: eager}}
+"""
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_scales_of_inputs_are_those_of_oneshot(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """From the passes that NVFP4 of modelopt has too; every tensor, and config.json."""
+    import torch
+    from driving import Checkpoint
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    from carnice_build.calibration.driver import Arithmetic, decoder_layers
+
+    monkeypatch.chdir(tmp_path)
+    texts = write_texts(tmp_path / "rows.jsonl")
+    folder = build_checked(tmp_path, source, "mine", CALIBRATION.format(name))
+    model = Checkpoint(source).whole(Arithmetic("bfloat16", "eager", threads=1))
+    run_oneshot(
+        "mse",
+        tmp_path / "theirs",
+        [torch.tensor(tokenizer()(text)["input_ids"]) for text in texts],
+        model,
+        type(decoder_layers(model)[1][0]).__name__,
+        modifiers=[QuantizationModifier(scheme=name, ignore=["lm_head"])],
+    )
+
+    assert read_all_tensors(tmp_path / "theirs") == read_all_tensors(folder)
+    assert quantization(tmp_path / "theirs") == quantization(folder)
+
+
+def test_scales_of_experts_inputs_are_refused(tmp_path: Path) -> None:
+    """The library shows every expert all tokens, the passes those that it is sent."""
+    source = write_family(tmp_path / "source", "qwen3_moe", {})
+    write_texts(tmp_path / "rows.jsonl")
+    with pytest.raises(CarniceError, match="inputs of experts are calibrated on the tokens"):
+        build_checked(tmp_path, source, "mine", CALIBRATION.format("FP8"))
+
+
 MIXED = f"""
 quantize:
   format: compressed-tensors
@@ -127,6 +172,44 @@ def test_modules_are_given_to_schemes_by_pattern(source: Path, tmp_path: Path) -
         "FP8_DYNAMIC": [r"re:.*\.self_attn\..*"],
         "NVFP4A16": [r"re:.*\.mlp\..*"],
     } == modifier["scheme"]
+
+
+MODELOPT = """
+quantize: {format: nvfp4}
+calibration: {dataset: rows.jsonl, samples: 3, threads: 1, attention: eager}
+"""
+
+
+def test_modelopts_codes_are_published_without_quantizing_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal codes and scales, under the inverse of its scale; and no weight is read for it."""
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "rows.jsonl")
+    first = build_checked(tmp_path, source, "first", MODELOPT)
+    recipe = CALIBRATION.format("NVFP4").replace("NVFP4}", "NVFP4, nvfp4: modelopt}")
+    (tmp_path / "recipes" / "second.yaml").write_text(
+        f"variant: second\ndescription: A\nsources: {{body: {{model: a/b}}}}\n{recipe}"
+    )
+    options = options_of(tmp_path, source)
+    result = plan_and_survey(["second"], options)
+    ran = {
+        action.op.name
+        for action in result.plan.graph
+        if result.status.actions.get(action.identity) in (Status.RUN, Status.READ)
+    }
+    second = build_checked(tmp_path, source, "second", recipe)
+    theirs, ours = read_all_tensors(first), read_all_tensors(second)
+    module = "model.layers.0.mlp.up_proj"
+    scales = [
+        np.frombuffer(tensors[f"{module}.{end}"].data, np.float32)[0]
+        for tensors, end in ((theirs, "weight_scale_2"), (ours, "weight_global_scale"))
+    ]
+
+    assert {"nvfp4.inverse", "compressed.input_scales"} == ran
+    assert theirs[f"{module}.weight"].data == ours[f"{module}.weight_packed"].data
+    assert theirs[f"{module}.weight_scale"] == ours[f"{module}.weight_scale"]
+    assert np.float32(1) / scales[0] == scales[1]
 
 
 def test_a_group_for_linears_takes_what_no_other_names(source: Path, tmp_path: Path) -> None:

@@ -20,9 +20,13 @@ from carnice_build.formats.checks import (
     TorchChecks,
 )
 from carnice_build.formats.compressed_config import METHOD, Stated, grouped_problems
-from carnice_build.formats.compressed_tensors.inputs import rounding, rounds
+from carnice_build.formats.compressed_tensors.inputs import read_scale, rounding, rounds
 from carnice_build.formats.compressed_tensors.schemes import SCALE_TYPES, ConfigGroup, Weights
-from carnice_build.formats.compressed_tensors.storages import all_suffixes, storage_of
+from carnice_build.formats.compressed_tensors.storages import (
+    INPUT_SUFFIXES,
+    all_suffixes,
+    storage_of,
+)
 from carnice_build.formats.compressed_tensors.storages.base import Storage
 from carnice_build.formats.compressed_tensors.targets import Targets
 from carnice_build.formats.folder import ModelFolder, section
@@ -36,7 +40,7 @@ from carnice_build.models.base import Architecture
 class CompressedReader(FolderReader):
     """Folders of compressed-tensors, whose groups say how each module is stored."""
 
-    suffixes = (*all_suffixes(), "weight_g_idx")
+    suffixes = (*all_suffixes(), *INPUT_SUFFIXES.values(), "weight_g_idx")
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -115,7 +119,11 @@ class CompressedChecks(TorchChecks):
 
     def input_rounding(self, tensors: Tensors, module: str) -> Rounding | None:
         """See `TorchChecks.input_rounding`."""
-        return rounding(self._group(module).input_activations)
+        inputs = self._group(module).input_activations
+        scale = None
+        if inputs and inputs.dynamic == "local":
+            scale = 1 / read_scale(tensors, f"{module}.{INPUT_SUFFIXES[inputs.num_bits]}")
+        return rounding(inputs, scale)
 
     def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
         """See `TorchChecks.rounded`: by the group that is about most."""

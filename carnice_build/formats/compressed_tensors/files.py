@@ -41,7 +41,7 @@ def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:
         "targets": _spelled(knobs.targets),
         "ignore": _ignored(knobs, variant),
         "bypass_divisibility_checks": False,
-        "requires_calibration_data": False,
+        "requires_calibration_data": knobs.calibrates_inputs,
     }
     return recipe_file(modifiers)
 

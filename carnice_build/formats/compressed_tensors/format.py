@@ -21,6 +21,7 @@ from carnice_build.formats.blame import about_module, refuse_unfit
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.compressed_config import ignored_modules
 from carnice_build.formats.compressed_tensors.awq import Scales, search
+from carnice_build.formats.compressed_tensors.calibrated import input_scales, is_stored
 from carnice_build.formats.compressed_tensors.files import compressed_files
 from carnice_build.formats.compressed_tensors.grouping import Grouping
 from carnice_build.formats.compressed_tensors.ops import SmoothNorm, SmoothWeight
@@ -82,6 +83,9 @@ class CompressedFormat(Format):
         "recipe needs a calibration, or nothing.",
     )
     awq: AwqSpec | None = Field(None, description="For algorithm `awq`.")
+    nvfp4: Literal["library", "modelopt"] | None = Field(
+        None, description="For a `scheme` of NVFP4: what `arithmetic` of its weights is."
+    )
 
     retired: ClassVar[Mapping[str, str]] = {
         "n_grid": "`awq: {n_grid: ...}`",
@@ -126,12 +130,20 @@ class CompressedFormat(Format):
     def groups(self) -> Mapping[tuple[str, ...], ConfigGroup]:
         """The groups of modules, by where the recipe has them."""
         if isinstance(self.scheme, str):
-            return {("scheme",): preset(self.scheme, self.targets)}
+            return {("scheme",): self._preset(self.scheme, self.targets)}
         if self.scheme is not None:
-            return {("scheme", name): preset(name, found) for name, found in self.scheme.items()}
+            found = self.scheme.items()
+            return {("scheme", name): self._preset(name, targets) for name, targets in found}
         return {
             ("config_groups", name): group for name, group in (self.config_groups or {}).items()
         }
+
+    def _preset(self, name: str, targets: list[str]) -> ConfigGroup:
+        group = preset(name, targets)
+        if self.nvfp4 is None or group.weights.strategy != "tensor_group":
+            return group
+        weights = group.weights.model_copy(update={"arithmetic": self.nvfp4})
+        return group.model_copy(update={"weights": weights})
 
     @property
     def smoothing(self) -> AwqSpec | None:
@@ -175,7 +187,7 @@ class CompressedFormat(Format):
 
     def takes_untabled(self, model_type: str) -> bool:
         """See `Format.takes_untabled`."""
-        return self.smoothing is None
+        return self.smoothing is None and not self.calibrates_inputs
 
     def card(self) -> Card:
         """See `Format.card`."""
@@ -199,9 +211,16 @@ class CompressedFormat(Format):
 
         return CompressedReader
 
+    @property
+    def calibrates_inputs(self) -> bool:
+        """Whether scales of inputs are stored."""
+        return any(is_stored(group.input_activations) for group in self.groups.values())
+
     def extras(self) -> tuple[str, ...]:
-        """The search is llm-compressor's."""
-        return ("llmcompressor",) if self.smoothing else ()
+        """The search is llm-compressor's; a calibration alone runs in torch."""
+        if self.smoothing:
+            return ("llmcompressor",)
+        return ("torch",) if self.calibrates_inputs else ()
 
     def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
         """Expressions under `ignore`, as llm-compressor reads them."""
@@ -230,7 +249,8 @@ class CompressedFormat(Format):
             unfit = {fact.module: storage.unfit(view[fact.name].spec) for fact in modules}
             refuse_unfit(unfit, "a pattern for it under `ignore`", path)
         scales = self._scales(grouping.facts, view, context)
-        published = _Published(self, grouping, scales, view, context)
+        inputs = input_scales(grouping, view, context)
+        published = _Published(self, grouping, scales, inputs, view, context)
         tensors = [item for fact in facts for item in published.of(fact)]
         return Conversion(
             tensors=tensors,
@@ -299,12 +319,14 @@ class _Published:
         knobs: CompressedFormat,
         grouping: Grouping,
         scales: Scales,
+        inputs: Mapping[str, tuple[str, TensorRef]],
         view: View,
         context: PlanContext,
     ) -> None:
         self._knobs = knobs
         self._grouping = grouping
         self._scales = scales
+        self._inputs = inputs
         self._view = view
         self._graph = context.graph
         self._architecture = context.architecture
@@ -354,7 +376,7 @@ class _Published:
             self._made |= {
                 item.module: outputs for item, outputs in zip(sharing, made, strict=True)
             }
-        return [
-            OutputTensor(f"{fact.module}.{suffix}", output, fact)
-            for suffix, output in zip(storage.suffixes, self._made[fact.module], strict=True)
-        ]
+        parts = [*zip(storage.suffixes, self._made[fact.module], strict=True)]
+        if fact.module in self._inputs:
+            parts.append(self._inputs[fact.module])
+        return [OutputTensor(f"{fact.module}.{suffix}", output, fact) for suffix, output in parts]

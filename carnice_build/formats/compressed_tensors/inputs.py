@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from carnice_build.formats.checks import Rounding
+import numpy as np
+
+from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.formats.checks import Rounding, Tensors
 from carnice_build.formats.compressed_tensors.schemes import Activations, Weights
 from carnice_build.formats.compressed_tensors.storages import storage_of
+from carnice_build.formats.values import Floats, Incomparable, as_float32, read_rows
+from carnice_build.kernels import nvfp4
 
 
-def rounding(inputs: Activations | None) -> Rounding | None:
+def rounding(inputs: Activations | None, scale_2: float | None = None) -> Rounding | None:
     """What is made of rows of inputs, each of which is a token; None where they stay.
 
     A scale that is found for a token is found as that of a row of a weight is.
+    Under a stored global scale NVFP4 is rounded as modelopt's `scale_2`, its inverse, has it; what
+    is under one stored scale in FP8 counts as it is.
     """
-    if inputs is None or inputs.dynamic is not True:
+    if inputs is None or inputs.dynamic is False:
         return None
+    if inputs.dynamic == "local":
+        return None if scale_2 is None else partial(_in_blocks, scale_2)
     strategy = "channel" if inputs.strategy == "token" else inputs.strategy
     alike = Weights.model_validate(
         {
@@ -31,11 +41,30 @@ def rounding(inputs: Activations | None) -> Rounding | None:
     return None if storage is None else (lambda rows: storage.rounded([rows])[0])
 
 
+def _in_blocks(scale_2: float, rows: Floats) -> Floats:
+    out = np.empty_like(rows)
+    bad_index = nvfp4.round_rows(rows, scale_2, out)
+    # Numbers that are not finite shall be seen where the model says them.
+    return out if bad_index < 0 else rows
+
+
 def rounds(groups: Sequence[Activations | None]) -> str:
     """What tables call a model whose inputs are rounded; nothing where none are."""
     kinds = {
         f"{'FP' if inputs.type == 'float' else 'INT'}{inputs.num_bits}"
         for inputs in groups
-        if inputs and rounding(inputs)
+        if inputs and rounding(inputs, 1.0)
     }
     return f"activations in {' and '.join(sorted(kinds))}" if kinds else ""
+
+
+def read_scale(tensors: Tensors, name: str) -> float:
+    """A stored scale of inputs; Incomparable when there is none, or it is no positive number."""
+    tensor = tensors.get(name)
+    if tensor is None or tensor.spec.size != 1 or tensor.spec.dtype not in WIDE_FLOATS:
+        raise Incomparable(f"{name} is no number")
+    data = read_rows(tensor, TensorSpec(tensor.spec.dtype, (1, 1)), 0, 1)
+    value = float(as_float32(data)[0, 0])
+    if not value > 0:
+        raise Incomparable(f"{name} is no positive number")
+    return value

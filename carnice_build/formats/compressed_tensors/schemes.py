@@ -68,12 +68,25 @@ class Weights(Arguments):
         "where the error is least.",
     )
 
+    arithmetic: Literal["library", "modelopt"] = Field(
+        "library",
+        description="For NVFP4: whose codes and scales these are, llm-compressor's, which computes "
+        "the global scale in the type of the weights, or modelopt's of the format `nvfp4`, which "
+        "takes float32 for it; with these, one of both formats quantizes nothing after the other.",
+    )
+
+    def stated(self) -> dict[str, Any]:
+        """See `Arguments.stated`: whose arithmetic it was is seen in nothing."""
+        return {name: value for name, value in super().stated().items() if name != "arithmetic"}
+
     @model_validator(mode="after")
     def _fits(self) -> Weights:
         grouped = self.strategy in ("group", "tensor_group")
         if grouped != (self.group_size is not None):
             what = "needs a" if grouped else "has no"
             raise ValueError(f"strategy {self.strategy} {what} group_size")
+        if self.arithmetic != "library" and self.strategy != "tensor_group":
+            raise ValueError("arithmetic is for NVFP4")
         if (self.strategy == "block") != (self.block_structure is not None):
             what = "needs a" if self.strategy == "block" else "has no"
             raise ValueError(f"strategy {self.strategy} {what} block_structure")

@@ -31,3 +31,7 @@ def storage_of(weights: Weights, *, quantized_inputs: bool) -> Storage | None:
 def all_suffixes() -> tuple[str, ...]:
     """The ends of the names of a module's tensors in whatever storage."""
     return tuple(dict.fromkeys(end for kind in STORAGES for end in kind.ends))
+
+
+INPUT_SUFFIXES = {8: "input_scale", 4: "input_global_scale"}
+"""By the bits of inputs, the end of the name of a module's stored scale."""

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 from carnice_build.dtypes import TensorSpec
 from carnice_build.formats.compressed_tensors.schemes import Weights
 from carnice_build.formats.compressed_tensors.storages.base import NOT_SMOOTHED, Smoothing, Storage
-from carnice_build.formats.compressed_tensors.storages.nvfp4_ops import SUFFIXES, GlobalQuantize
-from carnice_build.formats.nvfp4.ops import BLOCK, unfit
-from carnice_build.graph import ActionGraph, TensorRef
+from carnice_build.formats.compressed_tensors.storages.nvfp4_ops import (
+    SUFFIXES,
+    GlobalQuantize,
+    InverseScale,
+)
+from carnice_build.formats.nvfp4.ops import BLOCK, BlockQuantize, unfit
+from carnice_build.graph import ActionGraph, Stacked, TensorRef
 
 if TYPE_CHECKING:
     from carnice_build.formats.checks import QuantizedValues, Tensors
@@ -39,7 +43,12 @@ class Nvfp4(Storage):
         self, graph: ActionGraph, refs: Sequence[TensorRef], smoothing: Smoothing = NOT_SMOOTHED
     ) -> list[Sequence[TensorRef]]:
         """See `Storage.add`."""
-        *made, scale = graph.add_each(GlobalQuantize(), {}, *refs)
+        if self.weights.arithmetic == "modelopt":
+            *made, scale_2 = graph.add_each(BlockQuantize(), {}, *refs)
+            inverse = InverseScale() if len(scale_2.spec.shape) == 0 else Stacked(InverseScale())
+            (scale,) = graph.add(inverse, {}, scale_2)
+        else:
+            *made, scale = graph.add_each(GlobalQuantize(), {}, *refs)
         return [(*made[2 * index : 2 * index + 2], scale) for index in range(len(refs))]
 
     def values(self, tensors: Tensors, module: str) -> QuantizedValues:
