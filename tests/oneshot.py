@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,8 @@ import pytest
 import torch
 from demo_model import BASE, whole_model
 from safetensors.torch import load_file
+from tiny import Tensor as StoredTensor
+from tiny import read_all_tensors
 from torch import Tensor
 
 IGNORE = [
@@ -79,7 +81,6 @@ def run_oneshot(
     layer: str = "Qwen3_5DecoderLayer",
     mappings: Sequence[tuple[str, Sequence[str]]] | None = None,
     ignore: Sequence[str] = IGNORE,
-    modifiers: Sequence[Any] | None = None,
 ) -> Reference:
     """Smooth, quantize and save a whole model with one thread, one sample at a time.
 
@@ -87,18 +88,57 @@ def run_oneshot(
     are of the class `layer`, that of the demo.
     `mappings` are what is smoothed and what is balanced, the library's own if none are given;
     `ignore` are patterns for modules that stay as they are.
-    `modifiers`, where they are given, are what is done in place of all that.
     """
-    from datasets import Dataset
-    from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+
+    given = mappings and [AWQMapping(smooth, list(balance)) for smooth, balance in mappings]
+    group = {"targets": ["Linear"], "weights": {**WEIGHTS, "observer": observer}}
+    modifiers = [
+        AWQModifier(mappings=given),
+        QuantizationModifier(config_groups={"group_0": group}, ignore=list(ignore)),
+    ]
+    return run_modifiers(modifiers, folder, token_rows, model, layer)
+
+
+def run_gptq(
+    weights: Mapping[str, Any],
+    folder: Path,
+    token_rows: Sequence[Tensor] | None = None,
+    model: Any = None,
+    layer: str = "Qwen3_5DecoderLayer",
+    ignore: Sequence[str] = IGNORE,
+    propagate_error: bool = True,
+    **knobs: Any,
+) -> Reference:
+    """As `run_oneshot`, by GPTQ: `weights` are what is other than in `WEIGHTS`.
+
+    `knobs` are those of the library's modifier.
+    """
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    group = {"targets": ["Linear"], "weights": {**WEIGHTS, **weights}}
+    modifier = GPTQModifier(config_groups={"group_0": group}, ignore=list(ignore), **knobs)
+    return run_modifiers(
+        [modifier], folder, token_rows, model, layer, propagate_error=propagate_error
+    )
+
+
+def run_modifiers(
+    modifiers: Sequence[Any],
+    folder: Path,
+    token_rows: Sequence[Tensor] | None,
+    model: Any,
+    layer: str,
+    **settings: Any,
+) -> Reference:
+    """What `oneshot` makes with these modifiers, with one thread, one sample at a time."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
     from llmcompressor.pipelines.cache import IntermediatesCache
 
     torch.set_num_threads(1)
     model = model or whole_model("bfloat16", "eager")
-    given = mappings and [AWQMapping(smooth, list(balance)) for smooth, balance in mappings]
-    group = {"targets": ["Linear"], "weights": {**WEIGHTS, "observer": observer}}
     rows = [
         {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)}
         for ids in token_rows or samples()
@@ -109,14 +149,11 @@ def run_oneshot(
         oneshot(
             model=model,
             processor=tokenizer(),
-            recipe=modifiers
-            or [
-                AWQModifier(mappings=given),
-                QuantizationModifier(config_groups={"group_0": group}, ignore=list(ignore)),
-            ],
+            recipe=list(modifiers),
             dataset=Dataset.from_list(rows),
             sequential_targets=[layer],
             shuffle_calibration_samples=False,
+            **settings,
         )
     smoothed = {
         name.replace("model.", "model.language_model.", 1): tensor.detach().clone()
@@ -130,3 +167,33 @@ def run_oneshot(
         for name, tensor in load_file(path).items()
     }
     return Reference(smoothed, written, folder)
+
+
+def write_rows(path: Path, count: int = 3) -> list[Tensor]:
+    """The shortest dialogues, of several lengths, as `oneshot` would not take them."""
+    roles = {"human": "user", "gpt": "assistant"}
+    rows = []
+    for line in (BASE.parent / "calibration.jsonl").read_text().splitlines():
+        dialogue = json.loads(line)
+        turns = [
+            {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
+            for turn in dialogue["conversations"]
+        ]
+        text = tokenizer().apply_chat_template(turns, tools=dialogue["tools"], tokenize=False)
+        rows.append((torch.tensor(tokenizer()(text)["input_ids"]), line))
+    rows.sort(key=lambda row: len(row[0]))
+    chosen = [rows[1], rows[0], *rows[2:count]]
+    assert len({len(tokens) for tokens, _ in chosen}) == count
+    path.write_text("".join(f"{line}\n" for _, line in chosen))
+    return [tokens for tokens, _ in chosen]
+
+
+def written(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder of `oneshot`, as checkpoints call them."""
+    return {canonical(name): tensor for name, tensor in read_all_tensors(folder).items()}
+
+
+def canonical(name: str) -> str:
+    """The name of a module or tensor of its layers, as checkpoints have it."""
+    plain = name.startswith("model.layers.")
+    return name.replace("model.", "model.language_model.", 1) if plain else name

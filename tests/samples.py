@@ -27,7 +27,13 @@ from carnice_build.formats.autoround.ops import Merge, Nearest, packed_specs
 from carnice_build.formats.autoround.tune import Advance, Tune
 from carnice_build.formats.compressed_tensors.awq import Smooth
 from carnice_build.formats.compressed_tensors.calibrated import InputScales as StaticScales
-from carnice_build.formats.compressed_tensors.ops import GroupQuantize, SmoothNorm, SmoothWeight
+from carnice_build.formats.compressed_tensors.gptq_ops import GptqAdvance, GptqQuantize, Hessians
+from carnice_build.formats.compressed_tensors.ops import (
+    SUFFIXES,
+    GroupQuantize,
+    SmoothNorm,
+    SmoothWeight,
+)
 from carnice_build.formats.compressed_tensors.storages.floats_ops import FloatQuantize
 from carnice_build.formats.compressed_tensors.storages.ints_ops import IntQuantize
 from carnice_build.formats.compressed_tensors.storages.mx_ops import MxQuantize
@@ -331,6 +337,51 @@ _SEARCH = {
     "duo_scaling": True,
     "norms": "library",
 }
+_HESSIANS = {"hands_on": False, "norms": "library"}
+_GPTQ = {
+    "num_bits": 4,
+    "symmetric": False,
+    "strategy": "group",
+    "group_size": 64,
+    "observer": "mse",
+    "block_size": 32,
+    "dampening_frac": 0.01,
+    "actorder": "weight",
+    **{name: _layer().params[name] for name in ("threads", "device", "processor")},
+}
+
+
+def _with_hessian(*weight: int, each: bool = False) -> Inputs:
+    """A weight and the Hessian of some inputs, or a stack and one for all or for each."""
+
+    def draw() -> list[TensorData]:
+        tensor, inputs = drawn(("BF16", weight), ("F32", (*weight[:-2], 200, weight[-1])))()
+        given = inputs.array if each or len(weight) == 2 else inputs.array[0]
+        return [tensor, data("F32", given.swapaxes(-1, -2) @ given)]
+
+    return draw
+
+
+def _packed_layer(linear: str) -> tuple[Mapping[str, Any], Inputs]:
+    """`_layer` with a linear of integers: parameters of a pass, and inputs."""
+    layer, index = _layer(), _layer().params["names"].index(f"{linear}.weight")
+    names = list(layer.params["names"])
+    names[index : index + 1] = [f"{linear}.{suffix}" for suffix in SUFFIXES]
+
+    def draw() -> list[TensorData]:
+        found = layer.inputs(1)()
+        weight = found[2 + index]
+        params = {**_GROUPED, "columns": False, "rows": False}
+        specs = GroupQuantize().infer(params, [TensorSpec(weight.dtype, weight.array.shape)])
+        parts = [TensorData(s.dtype, np.empty(s.shape, NUMPY_NAME[s.dtype])) for s in specs]
+        GroupQuantize().apply(params, [weight], parts)
+        return [*found[: 2 + index], *parts, *found[3 + index :]]
+
+    scheme = {name: _GPTQ[name] for name in ("num_bits", "symmetric", "strategy", "group_size")}
+    own = {"names": names, "schemes": {linear: scheme}, "norms": "exact"}
+    return {**layer.params, **own}, draw
+
+
 _PASSING = ("names", "layer", "config", "threads", "processor")
 _WORKSPACE = frozenset({"workspace", "transient"})
 _FORWARD = frozenset({*_WORKSPACE, "first"})
@@ -522,6 +573,65 @@ OPS: Sequence[OpSample] = [
             **_SEARCH,
         },
         _layer().inputs(1),
+        _WORKSPACE,
+    ),
+    OpSample(
+        Hessians(workspace=1 << 20, transient=frozenset({0, 1})),
+        {
+            **_layer().params,
+            "groups": [[["mlp.gate_proj", "mlp.up_proj"], False], [["mlp.down_proj"], False]],
+            **_HESSIANS,
+        },
+        _layer().inputs(1),
+        _WORKSPACE,
+    ),
+    OpSample(
+        Hessians(workspace=1 << 20),
+        {
+            **_experts_layer().params,
+            "groups": [
+                [["mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"], False],
+                [["mlp.experts.*.down_proj"], True],
+            ],
+            **_HESSIANS,
+        },
+        _experts_layer().inputs(1),
+        _WORKSPACE,
+    ),
+    *(
+        OpSample(
+            Hessians(workspace=1 << 20, transient=frozenset({0} if hands_on else ())),
+            {
+                **_passing_layer(number).params,
+                "groups": [[["mlp.down_proj"], False]],
+                "hands_on": hands_on,
+                "norms": "exact",
+            },
+            _passing_layer(number).inputs(1),
+            _WORKSPACE,
+        )
+        for number in range(2)
+        for hands_on in (True, False)
+    ),
+    OpSample(GptqQuantize(), _GPTQ, _with_hessian(16, 128), frozenset({"transient"})),
+    OpSample(
+        GptqQuantize(frozenset({4})),
+        {**_GPTQ, "symmetric": True, "strategy": "channel", "group_size": None, "num_bits": 8},
+        _with_hessian(3, 16, 64, each=True),
+        frozenset({"transient"}),
+        bounded=True,
+    ),
+    # One expert after the other takes the same memory, however many there are.
+    OpSample(
+        GptqQuantize(),
+        {**_GPTQ, "actorder": None},
+        _with_hessian(3, 16, 128),
+        frozenset({"transient"}),
+        bounded=True,
+    ),
+    OpSample(
+        GptqAdvance(workspace=1 << 20),
+        *_packed_layer("mlp.up_proj"),
         _WORKSPACE,
     ),
     OpSample(

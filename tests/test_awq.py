@@ -13,8 +13,9 @@ from oneshot import Reference, run_oneshot, samples
 from qwen import BODY
 from torch import Tensor
 
-from carnice_build.backends.awq import AwqSettings, apply_smoothing, offset_norms, smooth_layer
+from carnice_build.backends.awq import AwqSettings, apply_smoothing, smooth_layer
 from carnice_build.backends.compressed import Observer, WeightScheme, quantize_module
+from carnice_build.backends.compressed_layer import offset_norms
 from carnice_build.backends.tensors import as_data, as_tensor
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.errors import BackendError

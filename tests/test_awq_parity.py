@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -13,8 +12,8 @@ import torch
 import yaml
 from calibrating import tie
 from conftest import REPOSITORY, Project
-from oneshot import IGNORE, run_oneshot, tokenizer
-from tiny import Tensor, read_all_tensors, read_json
+from oneshot import IGNORE, canonical, run_oneshot, tokenizer, write_rows, written
+from tiny import read_all_tensors, read_json
 
 from carnice_build.backends.compressed import WeightScheme, quantize_module
 from carnice_build.backends.tensors import as_data
@@ -25,7 +24,6 @@ from carnice_build.commands.plan import plan_variants
 
 pytest_plugins = ["calibrating"]
 
-SAMPLES = 3
 OBSERVERS = {"w4a16": "mse", "w4a16-minmax": "memoryless_minmax"}
 
 RECIPE = """
@@ -85,43 +83,15 @@ def _project(root: Path, *overrides: str) -> tuple[Options, list[torch.Tensor]]:
     ):
         (recipes / f"{name}.yaml").write_text(text)
     (root / "demo").symlink_to(REPOSITORY / "demo" / "qwen3.6-27b")
-    tokens = _write_rows(root / "rows.jsonl")
+    tokens = write_rows(root / "rows.jsonl")
     options = Options(recipes=recipes, out=root / "ours", cache=root / "cache", overrides=overrides)
     return options, tokens
-
-
-def _write_rows(path: Path) -> list[torch.Tensor]:
-    """The shortest dialogues, of several lengths, as `oneshot` would not take them."""
-    roles = {"human": "user", "gpt": "assistant"}
-    rows = []
-    for line in (REPOSITORY / "demo" / "calibration.jsonl").read_text().splitlines():
-        dialogue = json.loads(line)
-        turns = [
-            {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-            for turn in dialogue["conversations"]
-        ]
-        text = tokenizer().apply_chat_template(turns, tools=dialogue["tools"], tokenize=False)
-        rows.append((torch.tensor(tokenizer()(text)["input_ids"]), line))
-    rows.sort(key=lambda row: len(row[0]))
-    chosen = [rows[1], rows[0], *rows[2:SAMPLES]]
-    assert len({len(tokens) for tokens, _ in chosen}) == SAMPLES
-    path.write_text("".join(f"{line}\n" for _, line in chosen))
-    return [tokens for tokens, _ in chosen]
-
-
-def _written(folder: Path) -> dict[str, Tensor]:
-    return {
-        name.replace("model.", "model.language_model.", 1)
-        if name.startswith("model.layers.")
-        else name: tensor
-        for name, tensor in read_all_tensors(folder).items()
-    }
 
 
 @pytest.mark.parametrize("name", OBSERVERS)
 def test_every_tensor_that_oneshot_writes_is_ours_bit_for_bit(parity: Parity, name: str) -> None:
     """Packed weights, scales, zero points, norms and what stays plain; the MTP head is copied."""
-    ours, theirs = read_all_tensors(parity.ours[name]), _written(parity.theirs[name])
+    ours, theirs = read_all_tensors(parity.ours[name]), written(parity.theirs[name])
     different = [key for key, tensor in theirs.items() if ours.get(key) != tensor]
 
     assert [] == different
@@ -140,7 +110,7 @@ def test_a_gpu_finds_what_oneshot_finds_there(tmp_path: Path, name: str) -> None
     options, tokens = _project(tmp_path, "calibration.device=cuda")
     build_variants([name], options)
     library = run_oneshot(OBSERVERS[name], tmp_path / name, tokens)
-    ours, theirs = read_all_tensors(tmp_path / "ours" / name), _written(tmp_path / name)
+    ours, theirs = read_all_tensors(tmp_path / "ours" / name), written(tmp_path / name)
     packed = [
         key.removesuffix(".weight_packed") for key in theirs if key.endswith(".weight_packed")
     ]
@@ -187,7 +157,7 @@ def test_the_config_is_the_librarys(parity: Parity, name: str) -> None:
 
     assert theirs == ours
     text = {entry for entry in ignored if not entry.startswith("model.visual.")}
-    assert {_canonical(entry) for entry in library} | {"re:^mtp.*"} == text
+    assert {canonical(entry) for entry in library} | {"re:^mtp.*"} == text
     assert len(ignored) - len(text) == 3 * 4 + 2
 
 
@@ -211,11 +181,6 @@ def test_a_tied_head_is_ignored_as_llm_compressor_does(small: Project) -> None:
     assert "lm_head" in theirs
     assert not any("lm_head" in name for name in read_all_tensors(small.root / "theirs"))
     assert set(theirs) == set(plan.conversion.ignored)
-
-
-def _canonical(name: str) -> str:
-    plain = name.startswith("model.layers.")
-    return name.replace("model.", "model.language_model.", 1) if plain else name
 
 
 @pytest.mark.parametrize("name", OBSERVERS)

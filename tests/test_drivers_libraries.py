@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, set_seed
 from zoo import FAMILIES, TOKENIZER, write_zoo
 
 from carnice_build.backends.autoround import AutoRoundSettings, tune_layer
-from carnice_build.backends.awq import AwqSettings, apply_smoothing, offset_norms, smooth_layer
+from carnice_build.backends.awq import AwqSettings, apply_smoothing, smooth_layer
 from carnice_build.backends.compressed import quantize_module
+from carnice_build.backends.compressed_layer import offset_norms
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.models.base import SmoothingMapping
 

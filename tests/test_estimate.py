@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, Finished, Project
 
-from carnice_build.calibration.work import pass_work, search_work, tuning_work
+from carnice_build.calibration.work import (
+    compensation_work,
+    hessian_work,
+    pass_work,
+    search_work,
+    tuning_work,
+)
 from carnice_build.commands.plan import plan_variants
 from carnice_build.dtypes import TensorSpec
 from carnice_build.planning.estimate import Load, Resource
@@ -290,6 +296,18 @@ def test_an_expert_works_for_the_tokens_that_it_is_sent() -> None:
     assert Work(Kind.FORWARD, 2 * once) == pass_work(params, inputs)
     search = search_work({**params, "mappings": [], "n_grid": 20}, inputs)
     assert Work(Kind.AWQ, 2 * 8 * once) == search
+
+
+def test_gptq_works_on_hessians_and_columns() -> None:
+    """All experts work for all tokens; what is in float32 counts 3.5 times."""
+    params = {"names": ["mlp.up_proj.weight"], "layer": 0, "config": {}}
+    weight = TensorSpec("BF16", (64, 128))
+    inputs = [TensorSpec("I32", (3, 10)), TensorSpec("BF16", (3, 10, 128)), weight]
+    found = hessian_work(params, inputs, [TensorSpec("F32", (128, 128))])
+    experts = TensorSpec("BF16", (8, 64, 128))
+
+    assert Work(Kind.FORWARD, 2 * 30 * (64 * 128 + 3.5 * 128 * 128)) == found
+    assert 8 * compensation_work(weight, 128).amount == compensation_work(experts, 128).amount
 
 
 def test_kernels_of_stacks_work_on_all_experts(full_size: Project) -> None:

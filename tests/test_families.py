@@ -23,7 +23,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from carnice_build.backends.awq import offset_norms
+from carnice_build.backends.compressed_layer import offset_norms
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.text_model import ModelSource, OpenModel, ResidentModel
 from carnice_build.commands.build import build_variants

@@ -111,6 +111,17 @@ def test_chains_side_by_side_say_how_long_each_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_repository")
+def test_modules_of_a_layer_are_in_the_chain_of_layers(tmp_path: Path) -> None:
+    """GPTQ's weights lie between a layer's Hessians and the pass to the next layer."""
+    graph = folded(["w4a16-gptq"], at_size("demo", tmp_path / "none"))
+    (chain,) = (node for node in graph.nodes.values() if node.chain > 1)
+
+    assert chain.title.startswith("gptq.hessians bfloat16 + gptq.quantize g128 + gptq.advance")
+    # 8 layers, of which the last is not advanced, with 32 linears; two passes and a linear each.
+    assert "47 actions in chains of 23" == chain.label
+
+
+@pytest.mark.usefixtures("in_repository")
 def test_parts_of_the_samples_are_chains_side_by_side(tmp_path: Path) -> None:
     """The layers of all parts are in one node, and so is what puts together what they find."""
     options = replace(at_size("demo", tmp_path / "none"), overrides=("calibration.parts=2",))

@@ -262,6 +262,7 @@ def test_a_pass_knows_which_samples_it_has(
 
 REFUSED = {
     "w4a16-awq": "AWQ's search takes all samples together",
+    "w4a16-gptq": "GPTQ takes all samples together",
     "int4-autoround": "method tune takes all samples together",
 }
 

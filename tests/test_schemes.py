@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import yaml
 from family_builds import build_checked, options_of, write_family, write_texts
-from oneshot import run_oneshot, tokenizer
+from oneshot import run_modifiers, tokenizer
 from tiny import Tensor, read_all_tensors, read_json
 
 from carnice_build.commands.plan import plan_and_survey, plan_variants
 from carnice_build.errors import CarniceError
 from carnice_build.formats.compressed_config import Stated
-from carnice_build.formats.compressed_tensors.checks import CompressedReader, stated
+from carnice_build.formats.compressed_tensors.checks import CompressedReader
+from carnice_build.formats.compressed_tensors.format import CompressedFormat
 from carnice_build.formats.compressed_tensors.schemes import ALIASES, PRESETS, preset
 from carnice_build.planning.status import Status
 
@@ -57,7 +58,8 @@ def test_a_preset_is_the_librarys(name: str) -> None:
     from compressed_tensors.quantization import preset_name_to_scheme
 
     theirs = preset_name_to_scheme(name, ["Linear"]).model_dump(mode="json")
-    ours = stated(preset(name, ["Linear"])).entry()
+    knobs = CompressedFormat(format="compressed-tensors", scheme=name)
+    ours = knobs.stated(preset(name, ["Linear"])).entry()
 
     for part in ("weights", "input_activations"):
         mine, wanted = dict(ours[part] or {}), dict(theirs[part] or {})
@@ -116,13 +118,12 @@ def test_scales_of_inputs_are_those_of_oneshot(
     texts = write_texts(tmp_path / "rows.jsonl")
     folder = build_checked(tmp_path, source, "mine", CALIBRATION.format(name))
     model = Checkpoint(source).whole(Arithmetic("bfloat16", "eager", threads=1))
-    run_oneshot(
-        "mse",
+    run_modifiers(
+        [QuantizationModifier(scheme=name, ignore=["lm_head"])],
         tmp_path / "theirs",
         [torch.tensor(tokenizer()(text)["input_ids"]) for text in texts],
         model,
         type(decoder_layers(model)[1][0]).__name__,
-        modifiers=[QuantizationModifier(scheme=name, ignore=["lm_head"])],
     )
 
     assert read_all_tensors(tmp_path / "theirs") == read_all_tensors(folder)
@@ -241,7 +242,7 @@ REFUSED = [
         "have different schemes; expected one, because serving engines fuse them",
     ),
     ("scheme: {FP8_BLOCK: '*.q_prj'}", "did you mean 'q_proj'?"),
-    ("{scheme: MXFP4A16, algorithm: awq}", "mxfp4-pack-quantized is not smoothed by AWQ here"),
+    ("{scheme: MXFP4A16, algorithm: awq}", "scheme: AWQ is for integers in groups without inputs"),
     (
         "config_groups: {a: {targets: Linear, weights: {num_bits: 4, type: float, "
         "strategy: channel}}}",

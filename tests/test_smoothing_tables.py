@@ -15,7 +15,8 @@ from tiny import read_json
 from torch import Tensor
 from zoo import FAMILIES, write_zoo
 
-from carnice_build.backends.awq import AwqSettings, apply_smoothing, offset_norms
+from carnice_build.backends.awq import AwqSettings, apply_smoothing
+from carnice_build.backends.compressed_layer import offset_norms
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Architecture

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from zoo import FAMILIES, Layout
 
-from carnice_build.backends.awq import offset_norms
+from carnice_build.backends.compressed_layer import offset_norms
 from carnice_build.errors import PlanError
 from carnice_build.models import architecture_of, known_types
 from carnice_build.models.base import OPTIONAL_PARTS, Architecture, Part, Role

@@ -14,18 +14,13 @@ import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count, takewhile
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from compressed_tensors.registry import standardize_lookup_name
 from llmcompressor.core import LifecycleCallbacks, create_session
-from llmcompressor.modeling.moe.context import moe_calibration_context
-from llmcompressor.modeling.moe.linearize import linearize_moe
-from llmcompressor.modeling.offset_norm import NormCalibrationModule, norm_calibration_context
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
@@ -36,6 +31,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from carnice_build.backends.compressed import WeightScheme, quiet
+from carnice_build.backends.compressed_layer import (
+    calibrating,
+    hold_exactly,
+    linear_layer,
+    of_each_expert,
+    offset_norms,
+    put_outputs,
+)
 from carnice_build.backends.layer import LayerRunner, module_paths
 from carnice_build.backends.tensors import as_data, as_tensor
 from carnice_build.errors import BackendError
@@ -95,9 +98,9 @@ def smooth_layer(
     """
     # A layer that the library has hooked is held by reference cycles: let the last one go first.
     gc.collect()
-    layer = _linear_layer(runner, {name: tensor.clone() for name, tensor in tensors.items()})
+    layer = linear_layer(runner, {name: tensor.clone() for name, tensor in tensors.items()})
     paths = module_paths(runner, tensors)
-    chosen = list(_each(quantized, paths))
+    chosen = list(of_each_expert(quantized, paths))
     mappings = [
         mapping
         for stacked in settings.mappings
@@ -105,12 +108,11 @@ def smooth_layer(
     ]
     norms = offset_norms(layer)
     if settings.norms == "exact":
-        for name in norms:
-            layer.get_submodule(name).float()
+        hold_exactly(layer)
     keep = _kept_in(scratch) if scratch else _kept_as_is
     search = _Search.of(mappings, paths, settings, keep, runner.device)
     quantizer = _quantizer(settings.scheme, [paths[name] for name in chosen])
-    with quiet(), _calibrating(layer, [search, quantizer]):
+    with quiet(), _session(layer, [search, quantizer]):
         for index, hidden in enumerate(inputs):
             runner.run(layer, hidden, beside(index))
         LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
@@ -120,43 +122,24 @@ def smooth_layer(
         _check_all_found(mappings, scales)
         if settings.norms == "library":
             with HooksMixin.disable_hooks():
-                _put_outputs(runner, layer, inputs, beside, put_output)
+                put_outputs(runner, layer, inputs, beside, put_output)
     if settings.norms == "exact":
         del layer
         smoothed = apply_smoothing(tensors, _stacked(settings.mappings, scales), settings, norms)
-        _put_outputs(runner, _linear_layer(runner, smoothed), inputs, beside, put_output)
+        put_outputs(runner, linear_layer(runner, smoothed), inputs, beside, put_output)
     return _stacked(settings.mappings, scales)
-
-
-def _linear_layer(runner: LayerRunner, tensors: Mapping[str, Tensor]) -> Any:
-    """The layer as the library wants it: every expert's linears modules of their own."""
-    layer: Any = runner.layer(tensors)
-    # The library asks its model for a config, and passes it on unread.
-    layer.config = runner.config
-    with quiet():
-        return linearize_moe(layer)
-
-
-def _each(names: Iterable[str], modules: Collection[str]) -> Iterator[str]:
-    """`names`, stacks of experts replaced by what each expert has."""
-    for name in names:
-        if STACK in name:
-            numbered = (name.replace(STACK, str(number)) for number in count())
-            yield from takewhile(modules.__contains__, numbered)
-        else:
-            yield name
 
 
 def _each_mapping(
     mapping: SmoothingMapping, modules: Collection[str]
 ) -> Iterator[SmoothingMapping]:
     """`mapping` of single modules: one for each expert if it smooths what experts have."""
-    for number, smooth in enumerate(_each([mapping.smooth], modules)):
+    for number, smooth in enumerate(of_each_expert([mapping.smooth], modules)):
         own = STACK in mapping.smooth
         balance = (
             [name.replace(STACK, str(number)) for name in mapping.balance]
             if own
-            else _each(mapping.balance, modules)
+            else of_each_expert(mapping.balance, modules)
         )
         yield SmoothingMapping(smooth, tuple(balance))
 
@@ -167,23 +150,11 @@ def _stacked(
     """`scales` by the modules that `mappings` smooth, those of a stack [E, channels]."""
     result = {}
     for mapping in mappings:
-        found = [scales[name] for name in _each([mapping.smooth], scales) if name in scales]
+        names = of_each_expert([mapping.smooth], scales)
+        found = [scales[name] for name in names if name in scales]
         if found:
             result[mapping.smooth] = torch.stack(found) if STACK in mapping.smooth else found[0]
     return result
-
-
-def offset_norms(layer: nn.Module) -> list[str]:
-    """The norms of a layer that store w for a gain of 1 + w, as far as the library knows."""
-    known = {
-        *NormCalibrationModule.registered_names(),
-        *NormCalibrationModule.registered_aliases(),
-    }
-    return [
-        name
-        for name, module in layer.named_modules()
-        if standardize_lookup_name(type(module).__name__) in known
-    ]
 
 
 def apply_smoothing(
@@ -346,9 +317,9 @@ def _quantizer(scheme: WeightScheme, quantized: Collection[str]) -> Quantization
 
 
 @contextmanager
-def _calibrating(layer: Any, recipe: list[Any]) -> Iterator[None]:
+def _session(layer: Any, recipe: list[Any]) -> Iterator[None]:
     """A session of llm-compressor around passes through `layer`, as `oneshot` sets it up."""
-    with create_session() as session, norm_calibration_context(layer), moe_calibration_context():
+    with create_session() as session, calibrating(layer):
         session.initialize(model=layer, start=-1, recipe=recipe)
         LifecycleCallbacks.calibration_start()
         with calibration_forward_context(layer), DisableQuantization(layer):
@@ -367,17 +338,6 @@ def _check_all_found(mappings: Iterable[SmoothingMapping], scales: Mapping[str, 
                 f"{', '.join(mapping.balance)}",
                 expected="finite hidden states and layers whose shapes fit each other",
             )
-
-
-def _put_outputs(
-    runner: LayerRunner,
-    layer: nn.Module,
-    inputs: Iterable[Tensor],
-    beside: Callable[[int], Mapping[str, Any]],
-    put_output: Callable[[int, Tensor], None],
-) -> None:
-    for index, hidden in enumerate(inputs):
-        put_output(index, runner.run(layer, hidden, beside(index)))
 
 
 def _rewrite(

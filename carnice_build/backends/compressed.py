@@ -34,8 +34,8 @@ class WeightScheme:
     """How the integers of a weight are chosen, in the words of compressed-tensors."""
 
     num_bits: int = 4
-    group_size: int = 128
-    strategy: Literal["group"] = "group"
+    group_size: int | None = 128
+    strategy: Literal["group", "channel"] = "group"
     symmetric: bool = False
 
     def group(self, targets: list[str], observer: Observer) -> dict[str, Any]:

@@ -37,8 +37,7 @@ class Chain:
         `kind` takes `workspace` and `transient`.
         Its inputs are those of `Forward`, its outputs begin and end as those do.
         """
-        given = (ref for item in layer.given for ref in self._given(layer.params["layer"], item))
-        inputs = self._samples.tokens, self._hidden, *layer.weights, *given
+        inputs = self._inputs(layer)
         params |= layer.params
         specs = [ref.spec for ref in inputs]
         count = len(kind(layer.workspace, frozenset()).infer(params, specs))
@@ -50,6 +49,17 @@ class Chain:
             key = layer.params["layer"], item.argument, item.key
             self._made[key] = [next(made) for _ in item.shapes]
         return outputs[1:end]
+
+    def look(self, op: ProcessOp, layer: LayerPart, **params: Any) -> Sequence[TensorRef]:
+        """What `op`, whose inputs are those of `Forward`, makes of what the next layer is given.
+
+        The chain stays where it is.
+        """
+        return self._graph.add(op, {**params, **layer.params}, *self._inputs(layer))
+
+    def _inputs(self, layer: LayerPart) -> Sequence[TensorRef]:
+        given = (ref for item in layer.given for ref in self._given(layer.params["layer"], item))
+        return self._samples.tokens, self._hidden, *layer.weights, *given
 
     def _given(self, layer: int, item: Passed) -> Sequence[TensorRef]:
         if item.maker is None:

@@ -51,13 +51,7 @@ def run_layer(
 def _load(
     params: Mapping[str, Any], weights: Sequence[TensorFile]
 ) -> tuple[LayerDriver, torch.nn.Module, Mapping[str, Owners]]:
-    device = params["device"]
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:  # torch raises AssertionError, RuntimeError or what a driver raises
-        raise BackendError(
-            f"torch cannot use calibration.device {device}: {error}", expected="such as cpu or cuda"
-        ) from None
+    check_device(params["device"])
     tensors = layer_tensors(params, weights)
     try:
         driver = LayerDriver(params["config"], params["layer"], Arithmetic.of(params))
@@ -68,4 +62,14 @@ def _load(
         raise CheckpointError(
             f"transformers makes no layer of it: {type(error).__name__}: {error}",
             where=f"{layer_name(params, weights)[:-1]}: config.json",
+        ) from None
+
+
+def check_device(device: str) -> None:
+    """BackendError when torch has no such device."""
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises AssertionError, RuntimeError or what a driver raises
+        raise BackendError(
+            f"torch cannot use calibration.device {device}: {error}", expected="such as cpu or cuda"
         ) from None

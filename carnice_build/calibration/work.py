@@ -136,3 +136,32 @@ def tuning_work(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Work
     once = layer_operations(params, inputs, 3)
     batch = min(1.0, settings["batch_size"] / samples) * settings["gradient_accumulate_steps"]
     return Work(Kind.AUTOROUND, (3 * settings["iters"] * batch + 2) * once)
+
+
+_FLOAT32 = 3.5
+"""Products in BF16 that a core computes in the time of one in float32."""
+
+_IN_BLOCK = 200
+"""Operations in the time that one column of a block takes to bring a weight of it up to date."""
+
+
+def hessian_work(
+    params: Mapping[str, Any], inputs: Sequence[TensorSpec], hessians: Sequence[TensorSpec]
+) -> Work:
+    """GPTQ's statistics: a pass with all experts for all tokens, and products of inputs."""
+    samples, length = inputs[0].shape
+    products = sum(2.0 * spec.size for spec in hessians) * samples * length
+    once = layer_operations(params, inputs, everyone=True)
+    return Work(Kind.FORWARD, once + _FLOAT32 * products)
+
+
+def compensation_work(weight: TensorSpec, block_size: int) -> Work:
+    """GPTQ of a weight: the factors of its Hessian, then its columns, in blocks.
+
+    Memory bounds what happens in a block, products what follows each.
+    """
+    rows, columns = weight.shape[-2:]
+    matrices = weight.size // (rows * columns)
+    products = 4 / 3 * columns**3 + rows * columns**2
+    in_blocks = float(_IN_BLOCK * block_size * rows * columns)
+    return Work(Kind.FORWARD, matrices * (_FLOAT32 * products + in_blocks))

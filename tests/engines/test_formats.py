@@ -35,6 +35,7 @@ FOR_VLLM = (
     "int4-rtn",
     "w4a16-awq",
     "w4a16-awq-minmax",
+    "w4a16-gptq",
     "w4a16-rtn",
 )
 FOR_MLX = ("mlx-6bit", "mlx-4bit", "mlx-mixed_3_6")

@@ -2,6 +2,7 @@
 
 The bound of a weight is derived beside the storage that has it, in `storages`.
 What AWQ smoothed is not compared: the folder does not tell by what its weights were multiplied.
+Nor is what GPTQ quantized: it moves a weight by what its error costs those after it, however far.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from carnice_build.formats.checks import (
     TorchChecks,
 )
 from carnice_build.formats.compressed_config import METHOD, Stated, grouped_problems
+from carnice_build.formats.compressed_tensors.gptq_ops import GptqQuantize
 from carnice_build.formats.compressed_tensors.inputs import read_scale, rounding, rounds
 from carnice_build.formats.compressed_tensors.schemes import SCALE_TYPES, ConfigGroup, Weights
 from carnice_build.formats.compressed_tensors.storages import (
@@ -91,9 +93,11 @@ def _stored(group: Mapping[str, Any]) -> Storage | None:
 class CompressedChecks(TorchChecks):
     """Folders of compressed-tensors that a recipe describes."""
 
-    def __init__(self, groups: Sequence[ConfigGroup]) -> None:
-        self._groups = groups
-        self._targets = Targets([group.targets for group in groups])
+    def __init__(self, groups: Sequence[tuple[ConfigGroup, Stated]]) -> None:
+        """The groups of a recipe, and what config.json is to say of each, its targets apart."""
+        self._groups = [group for group, _ in groups]
+        self._stated = [stated for _, stated in groups]
+        self._targets = Targets([group.targets for group in self._groups])
 
     @property
     def activations(self) -> str:  # type: ignore[override]
@@ -102,11 +106,13 @@ class CompressedChecks(TorchChecks):
 
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
         """Each scheme is that of the tensors, and every plain linear is ignored."""
-        return grouped_problems(folder, architecture, [stated(group) for group in self._groups])
+        return grouped_problems(folder, architecture, self._stated)
 
     def compared(self, tensors: Sequence[OutputTensor]) -> None:
-        """Raise Incomparable for what AWQ smoothed."""
+        """Raise Incomparable for what AWQ smoothed, and what makes up for others' errors."""
         origin = tensors[0].ref.origin
+        if isinstance(origin, ActionOutput) and isinstance(origin.action.op, GptqQuantize):
+            raise Incomparable(f"{tensors[0].name} was quantized by GPTQ")
         if isinstance(origin, ActionOutput) and any(
             isinstance(ref.origin, ActionOutput) and ref.spec.dtype == "F64"
             for ref in origin.action.inputs[1:]
@@ -144,14 +150,3 @@ def stored(group: ConfigGroup) -> Storage:
     found = storage_of(group.weights, quantized_inputs=group.input_activations is not None)
     assert found is not None
     return found
-
-
-def stated(group: ConfigGroup) -> Stated:
-    """What config.json says of a group."""
-    inputs = group.input_activations
-    return Stated(
-        stored(group).name,
-        group.weights.stated(),
-        inputs.stated() if inputs else None,
-        group.targets,
-    )

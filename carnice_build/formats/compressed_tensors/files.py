@@ -36,13 +36,18 @@ def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:
             "duo_scaling": knobs.smoothing.duo_scaling,
             "n_grid": knobs.smoothing.n_grid,
         }
-    modifiers["QuantizationModifier"] = {
+    quantization = {
         **_schemes(knobs),
         "targets": _spelled(knobs.targets),
         "ignore": _ignored(knobs, variant),
         "bypass_divisibility_checks": False,
-        "requires_calibration_data": knobs.calibrates_inputs,
+        "requires_calibration_data": knobs.calibrates_inputs or bool(knobs.compensating),
     }
+    if knobs.compensating:
+        own = knobs.compensating.model_dump(include={"block_size", "dampening_frac", "actorder"})
+        modifiers["GPTQModifier"] = {**quantization, **own, "batched_quantization": "auto"}
+    else:
+        modifiers["QuantizationModifier"] = quantization
     return recipe_file(modifiers)
 
 
@@ -52,15 +57,15 @@ def _schemes(knobs: CompressedFormat) -> dict[str, Any]:
     if knobs.scheme is not None:
         return {"scheme": {name: _spelled(found) for name, found in knobs.scheme.items()}}
     groups = knobs.config_groups or {}
-    return {"config_groups": {name: _group(group) for name, group in groups.items()}}
+    return {"config_groups": {name: _group(knobs, group) for name, group in groups.items()}}
 
 
-def _group(group: ConfigGroup) -> dict[str, Any]:
-    inputs = group.input_activations
+def _group(knobs: CompressedFormat, group: ConfigGroup) -> dict[str, Any]:
+    stated = knobs.stated(group)
     return {
         "targets": _spelled(group.targets),
-        "weights": group.weights.stated(),
-        "input_activations": inputs and inputs.stated(),
+        "weights": dict(stated.weights),
+        "input_activations": stated.inputs and dict(stated.inputs),
         "output_activations": None,
         "format": None,
     }

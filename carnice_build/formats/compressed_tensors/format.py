@@ -1,7 +1,7 @@
 """Format `compressed-tensors`: what llm-compressor writes, one scheme or several in a folder.
 
-Weights are rounded to nearest, as they are or after AWQ has smoothed them.  Where nothing is
-smoothed norms stay as they are, as `model_free_ptq` leaves them; `oneshot` rounds their gains.
+Weights are rounded to nearest, as they are or after AWQ has smoothed them, or by GPTQ.  Where
+neither is norms stay as they are, as `model_free_ptq` leaves them; `oneshot` rounds their gains.
 The section speaks llm-compressor's language, so that its recipe can be read off it and is written
 beside the weights.
 """
@@ -19,10 +19,12 @@ from carnice_build.errors import PlanError, nearest
 from carnice_build.formats.base import Conversion, Format, OutputTensor, in_stated_dtype
 from carnice_build.formats.blame import about_module, refuse_unfit
 from carnice_build.formats.card import Card, own_template
-from carnice_build.formats.compressed_config import ignored_modules
+from carnice_build.formats.compressed_config import Stated, ignored_modules
 from carnice_build.formats.compressed_tensors.awq import Scales, search
 from carnice_build.formats.compressed_tensors.calibrated import input_scales, is_stored
 from carnice_build.formats.compressed_tensors.files import compressed_files
+from carnice_build.formats.compressed_tensors.gptq import Quantized, quantized
+from carnice_build.formats.compressed_tensors.gptq_spec import NORMS, GptqSpec, Norms
 from carnice_build.formats.compressed_tensors.grouping import Grouping
 from carnice_build.formats.compressed_tensors.ops import SmoothNorm, SmoothWeight
 from carnice_build.formats.compressed_tensors.schemes import (
@@ -30,6 +32,7 @@ from carnice_build.formats.compressed_tensors.schemes import (
     LINEAR,
     PRESETS,
     ConfigGroup,
+    Weights,
     group_in_words,
     preset,
 )
@@ -54,11 +57,7 @@ class AwqSpec(Strict):
     duo_scaling: bool | Literal["both"] = Field(
         True, description="Use the weights' magnitudes beside those of activations."
     )
-    norms: Literal["library", "exact"] = Field(
-        "library",
-        description="Hold gains 1 + w in the model's type, as llm-compressor does, which alters "
-        "norms that nothing smoothed; or in float32, which leaves those alone.",
-    )
+    norms: Norms = NORMS
 
 
 class CompressedFormat(Format):
@@ -77,12 +76,13 @@ class CompressedFormat(Format):
         default_factory=lambda: [LINEAR], description="What a single `scheme` is for."
     )
     ignore: AnyPatterns = Field(default_factory=list, description="Modules that stay as they are.")
-    algorithm: Literal["awq", "nearest"] = Field(
+    algorithm: Literal["awq", "gptq", "nearest"] = Field(
         "nearest",
-        description="What happens before the rounding to nearest: AWQ's smoothing, for which the "
-        "recipe needs a calibration, or nothing.",
+        description="What happens before the rounding to nearest: AWQ's smoothing, or nothing; or "
+        "GPTQ in its place.  For AWQ and GPTQ the recipe needs a calibration.",
     )
     awq: AwqSpec | None = Field(None, description="For algorithm `awq`.")
+    gptq: GptqSpec | None = Field(None, description="For algorithm `gptq`.")
     nvfp4: Literal["library", "modelopt"] | None = Field(
         None, description="For a `scheme` of NVFP4: what `arithmetic` of its weights is."
     )
@@ -111,8 +111,9 @@ class CompressedFormat(Format):
     def _fits(self) -> CompressedFormat:
         if (self.scheme is None) == (self.config_groups is None):
             raise ValueError("needs either `scheme` or `config_groups`")
-        if self.algorithm != "awq" and self.awq is not None:
-            raise ValueError(f"algorithm {self.algorithm} has no use for `awq`")
+        for name, given in (("awq", self.awq), ("gptq", self.gptq)):
+            if self.algorithm != name and given is not None:
+                raise ValueError(f"algorithm {self.algorithm} has no use for `{name}`")
         for path, group in self.groups.items():
             where = ".".join(map(str, path))
             storage = storage_of(
@@ -120,8 +121,9 @@ class CompressedFormat(Format):
             )
             if storage is None:
                 raise ValueError(f"{where}: weights of this scheme are not made here")
-            if self.algorithm == "awq" and not storage.smooths:
-                raise ValueError(f"{where}: {storage.name} is not smoothed by AWQ here")
+            if self.algorithm != "nearest" and not storage.smooths:
+                kind = self.algorithm.upper()
+                raise ValueError(f"{where}: {kind} is for integers in groups without inputs")
         if sum(LINEAR in group.targets for group in self.groups.values()) > 1:
             raise ValueError(f"two groups are for {LINEAR}")
         return self
@@ -181,17 +183,39 @@ class CompressedFormat(Format):
         inputs = (group.input_activations for group in self.groups.values())
         return any(item and (item.type, item.num_bits) == ("float", 8) for item in inputs)
 
+    @property
+    def compensating(self) -> GptqSpec | None:
+        """How GPTQ works, with the defaults where the recipe says nothing; None without GPTQ."""
+        if self.algorithm != "gptq":
+            return None
+        return self.gptq or GptqSpec.model_validate({})
+
+    @property
+    def norms(self) -> Norms | None:
+        """How gains 1 + w are held; None where neither AWQ nor GPTQ calibrates."""
+        spec = self.smoothing or self.compensating
+        return spec.norms if spec else None
+
+    def stated(self, group: ConfigGroup) -> Stated:
+        """What config.json says of a group, but for its targets."""
+        storage = storage_of(group.weights, quantized_inputs=group.input_activations is not None)
+        assert storage is not None, "checked when the recipe was read"
+        weights, inputs = group.weights.stated(), group.input_activations
+        if self.compensating:
+            weights["actorder"] = self.compensating.actorder
+        return Stated(storage.name, weights, inputs.stated() if inputs else None)
+
     def files(self, variant: Variant) -> Mapping[str, bytes]:
         """As llm-compressor saves them."""
         return compressed_files(self, variant)
 
     def takes_untabled(self, model_type: str) -> bool:
         """See `Format.takes_untabled`."""
-        return self.smoothing is None and not self.calibrates_inputs
+        return self.algorithm == "nearest" and not self.calibrates_inputs
 
     def card(self) -> Card:
         """See `Format.card`."""
-        algorithm = ("awq",) if self.smoothing else ()
+        algorithm = () if self.algorithm == "nearest" else (self.algorithm,)
         kinds = dict.fromkeys(tag for group in self.groups.values() for tag in _tags(group))
         tags = ("compressed-tensors", *algorithm, *kinds, "vllm")
         # transformers leaves the zero points of experts aside, and then cannot do without them.
@@ -202,7 +226,7 @@ class CompressedFormat(Format):
         """See `Format.checks`."""
         from carnice_build.formats.compressed_tensors.checks import CompressedChecks
 
-        return CompressedChecks(list(self.groups.values()))
+        return CompressedChecks([(group, self.stated(group)) for group in self.groups.values()])
 
     @classmethod
     def reader(cls) -> type[CompressedReader]:
@@ -217,8 +241,8 @@ class CompressedFormat(Format):
         return any(is_stored(group.input_activations) for group in self.groups.values())
 
     def extras(self) -> tuple[str, ...]:
-        """The search is llm-compressor's; a calibration alone runs in torch."""
-        if self.smoothing:
+        """AWQ's search and GPTQ are llm-compressor's; a calibration alone runs in torch."""
+        if self.algorithm != "nearest":
             return ("llmcompressor",)
         return ("torch",) if self.calibrates_inputs else ()
 
@@ -250,7 +274,8 @@ class CompressedFormat(Format):
             refuse_unfit(unfit, "a pattern for it under `ignore`", path)
         scales = self._scales(grouping.facts, view, context)
         inputs = input_scales(grouping, view, context)
-        published = _Published(self, grouping, scales, inputs, view, context)
+        compensated = self._compensated(grouping, view, context)
+        published = _Published(self, grouping, scales, inputs, compensated, view, context)
         tensors = [item for fact in facts for item in published.of(fact)]
         return Conversion(
             tensors=tensors,
@@ -258,7 +283,9 @@ class CompressedFormat(Format):
             quantized={module: grouping.group(module).weights.scheme for module in grouping.facts},
             causes=self._causes(facts, grouping),
             ignored=ignored_modules(architecture, grouping.facts),
-            stated={"groups": grouping.stated(architecture)},
+            stated={"groups": grouping.stated(self.stated, architecture)},
+            figures=compensated.figures,
+            notices=compensated.notices,
         )
 
     def _candidates(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
@@ -282,9 +309,12 @@ class CompressedFormat(Format):
                     name: (*at, knob) if path[0] == "config_groups" else at
                     for name, knob in storage.knobs.items()
                 }
+                if self.compensating:
+                    own = ("block_size", "dampening_frac", "actorder")
+                    ends |= {name: ("gptq", name) for name in own}
                 found[f"{fact.module}.{storage.suffixes[0]}"] = ends
-            elif fact.role is Role.NORM and self.smoothing:
-                found[fact.name] = {"exact": ("awq", "norms")}
+            elif fact.role is Role.NORM and self.norms:
+                found[fact.name] = {"exact": (self.algorithm, "norms")}
         return found
 
     def _scales(self, quantized: Container[str], view: View, context: PlanContext) -> Scales:
@@ -303,6 +333,20 @@ class CompressedFormat(Format):
         calibration = Calibration(view, context.calibrated(), "longest")
         return search(calibration, context.architecture, quantized, settings)
 
+    def _compensated(self, grouping: Grouping, view: View, context: PlanContext) -> Quantized:
+        """What GPTQ makes of the weights; nothing without it."""
+        if self.compensating is None:
+            return Quantized()
+        schemes = {module: _scheme(grouping.group(module).weights) for module in grouping.facts}
+        calibration = Calibration(view, context.calibrated(), "longest")
+        return quantized(calibration, context.architecture, schemes, self.compensating)
+
+
+def _scheme(weights: Weights) -> dict[str, Any]:
+    """A scheme as GPTQ is told it."""
+    known = {"num_bits", "symmetric", "strategy", "group_size", "observer"}
+    return weights.model_dump(include=known)
+
 
 def _tags(group: ConfigGroup) -> tuple[str, ...]:
     """What the hub calls a scheme."""
@@ -320,6 +364,7 @@ class _Published:
         grouping: Grouping,
         scales: Scales,
         inputs: Mapping[str, tuple[str, TensorRef]],
+        compensated: Quantized,
         view: View,
         context: PlanContext,
     ) -> None:
@@ -330,7 +375,7 @@ class _Published:
         self._view = view
         self._graph = context.graph
         self._architecture = context.architecture
-        self._made: dict[str, Sequence[TensorRef]] = {}
+        self._made: dict[str, Sequence[TensorRef]] = dict(compensated.parts)
 
     def of(self, fact: TensorFact) -> list[OutputTensor]:
         """What is published of a source tensor."""
@@ -354,10 +399,9 @@ class _Published:
         return Smoothing(columns, self._scales.rows.get(module), fact.stacked)
 
     def _norm(self, fact: TensorFact, ref: TensorRef, scales: TensorRef | None) -> TensorRef:
-        smoothing = self._knobs.smoothing
-        if smoothing is None or fact.part is Part.MTP:
+        if self._knobs.norms is None or fact.part is Part.MTP:
             return ref
-        exact = smoothing.norms == "exact"
+        exact = self._knobs.norms == "exact"
         if exact and scales is None:
             return ref
         vectors = () if scales is None else (scales,)

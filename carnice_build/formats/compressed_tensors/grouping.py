@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from carnice_build.errors import PlanError
@@ -107,18 +107,17 @@ class Grouping:
                 return [self.facts[part] for part in fusion.parts if part in self.facts]
         return [fact]
 
-    def stated(self, architecture: Architecture) -> list[Stated]:
-        """What config.json says of the groups that have linears, in the order of the model."""
-        found = []
-        for path, facts in self.by_path().items():
-            group = self._groups[path]
-            inputs = group.input_activations
-            storage = self.storage(path).name
-            found.append(
-                Stated(storage, group.weights.stated(), inputs.stated() if inputs else None)
-            )
-            found[-1] = replace(found[-1], targets=self._targets(path, facts, architecture))
-        return found
+    def stated(
+        self, of: Callable[[ConfigGroup], Stated], architecture: Architecture
+    ) -> list[Stated]:
+        """What config.json says of the groups that have linears, in the order of the model.
+
+        `of` says of each all but its targets.
+        """
+        return [
+            replace(of(self._groups[path]), targets=self._targets(path, facts, architecture))
+            for path, facts in self.by_path().items()
+        ]
 
     def _targets(
         self, path: Path, facts: Sequence[TensorFact], architecture: Architecture
