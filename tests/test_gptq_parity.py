@@ -128,10 +128,7 @@ def test_the_recipe_beside_the_weights_is_the_librarys_but_for_its_tag(
 
 @pytest.mark.gpu
 def test_a_gpu_finds_what_oneshot_finds_there(tmp_path: Path) -> None:
-    """Norms and what stays plain are equal, and nearly all words of codes.
-
-    Matrices are quantized one by one, where the library takes equal shapes together.
-    """
+    """Every tensor is equal where the library, too, takes matrices one by one."""
     options, tokens = _project(tmp_path, "calibration.device=cuda")
     build_variants(["w4a16"], options)
     run_gptq({"observer": "mse"}, tmp_path / "theirs", tokens, batched_quantization=None)
