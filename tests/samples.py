@@ -34,7 +34,9 @@ from carnice_build.formats.compressed_tensors.ops import (
     SmoothNorm,
     SmoothWeight,
 )
-from carnice_build.formats.compressed_tensors.storages.floats_ops import FloatQuantize
+from carnice_build.formats.compressed_tensors.storages.floats_ops import (
+    FloatQuantize as StoredFloats,
+)
 from carnice_build.formats.compressed_tensors.storages.ints_ops import IntQuantize
 from carnice_build.formats.compressed_tensors.storages.mx_ops import MxQuantize
 from carnice_build.formats.compressed_tensors.storages.nvfp4_ops import (
@@ -463,8 +465,8 @@ OPS: Sequence[OpSample] = [
         {"bits": 4, "group_size": 32, "symmetric": False},
         drawn(("F16", (9, 64))),
     ),
-    OpSample(FloatQuantize(), {"block": None}, drawn(("BF16", (9, 60)))),
-    OpSample(FloatQuantize(), {"block": [4, 32]}, drawn(("BF16", (9, 60)))),
+    OpSample(StoredFloats(), {"block": None}, drawn(("BF16", (9, 60)))),
+    OpSample(StoredFloats(), {"block": [4, 32]}, drawn(("BF16", (9, 60)))),
     OpSample(GlobalQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 32)))),
     OpSample(InverseScale(), {}, drawn(("F32", ()), around=5)),
     *(
@@ -478,7 +480,7 @@ OPS: Sequence[OpSample] = [
     OpSample(
         Stacked(GlobalQuantize()), {}, drawn(("BF16", (9, 4, 32)), ("BF16", (9, 2, 32))), _STACKED
     ),
-    OpSample(Stacked(FloatQuantize()), {"block": None}, drawn(("BF16", (9, 4, 32))), _STACKED),
+    OpSample(Stacked(StoredFloats()), {"block": None}, drawn(("BF16", (9, 4, 32))), _STACKED),
     *(OpSample(MxQuantize(), {"bits": bits}, drawn(("BF16", (9, 64)))) for bits in (4, 8)),
     OpSample(SmoothWeight(), {"columns": False, "rows": True}, _scaled(9, 128, axis=0)),
     OpSample(

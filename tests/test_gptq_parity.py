@@ -145,7 +145,10 @@ quantize:
   format: compressed-tensors
   algorithm: gptq
   targets: [Linear]
-  config_groups: {{group_0: {{targets: [Linear], weights: {{observer: memoryless_minmax}}}}}}
+  config_groups:
+    group_0:
+      targets: [Linear]
+      weights: {{num_bits: 4, symmetric: false, strategy: group, group_size: 128}}
   ignore: {ignore}
   gptq: {{propagate_error: false}}
 """

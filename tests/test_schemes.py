@@ -10,11 +10,11 @@ import pytest
 import yaml
 from family_builds import build_checked, options_of, write_family, write_texts
 from oneshot import run_modifiers, tokenizer
-from tiny import Tensor, read_all_tensors, read_json
+from tiny import Tensor, read_all_tensors, read_json, write_json
 
 from carnice_build.commands.plan import plan_and_survey, plan_variants
+from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.errors import CarniceError
-from carnice_build.formats.compressed_config import Stated
 from carnice_build.formats.compressed_tensors.checks import CompressedReader
 from carnice_build.formats.compressed_tensors.format import CompressedFormat
 from carnice_build.formats.compressed_tensors.schemes import ALIASES, PRESETS, preset
@@ -213,6 +213,24 @@ def test_modelopts_codes_are_published_without_quantizing_again(
     assert np.float32(1) / scales[0] == scales[1]
 
 
+def test_verify_tells_a_group_that_engines_would_not_find(source: Path, tmp_path: Path) -> None:
+    """Groups are in the order of the model, and each module in the one whose scheme it has."""
+    recipe = MIXED.replace("    FP8_DYNAMIC", "    X").replace("NVFP4A16", "FP8_DYNAMIC")
+    folder = build_checked(tmp_path, source, "mine", recipe.replace("X", "NVFP4A16"))
+    config = read_json(folder / "config.json")
+    groups = config["quantization_config"]["config_groups"]
+    assert ["nvfp4-pack-quantized", "float-quantized"] == [one["format"] for one in groups.values()]
+    groups["group_1"]["targets"] = ["re:nothing"]
+    (folder / "config.json").unlink()
+    write_json(folder / "config.json", config)
+    (result,) = verify_variants(
+        ["mine"], options_of(tmp_path, source), VerifySettings(run=False)
+    ).variants
+    said = "\n".join(line for check in result.checks for line in check.problems)
+
+    assert "config.json does not give model.layers.0.mlp.gate_proj to group_1" in said
+
+
 def test_a_group_for_linears_takes_what_no_other_names(source: Path, tmp_path: Path) -> None:
     """As the library does, whichever is first; and fragile modules stay as they are."""
     (tmp_path / "recipes").mkdir()
@@ -270,9 +288,3 @@ def test_what_cannot_be_is_refused_when_it_is_planned(
     with pytest.raises(CarniceError) as error:
         plan_variants(["mine"], options_of(tmp_path, source))
     assert reason in str(error.value)
-
-
-def test_engines_are_told_names_where_a_pattern_says_something_else_to_them() -> None:
-    """A group of one storage has one entry, whatever the order of its keys."""
-    one = Stated("float-quantized", {"b": 1, "a": 2}, None, ["re:x"])
-    assert ["a", "b"] == list(one.entry()["weights"])

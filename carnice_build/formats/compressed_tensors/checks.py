@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from carnice_build.dtypes import WIDE_FLOATS
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.checks import (
     FolderReader,
@@ -31,12 +32,13 @@ from carnice_build.formats.compressed_tensors.storages import (
 )
 from carnice_build.formats.compressed_tensors.storages.base import Storage
 from carnice_build.formats.compressed_tensors.targets import Targets
+from carnice_build.formats.exclusions import engine_names, modules_of
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme, names
 from carnice_build.formats.values import Floats, Incomparable, Values
 from carnice_build.graph import ActionOutput
-from carnice_build.models.base import Architecture
+from carnice_build.models.base import Architecture, Role
 
 
 class CompressedReader(FolderReader):
@@ -106,7 +108,33 @@ class CompressedChecks(TorchChecks):
 
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
         """Each scheme is that of the tensors, and every plain linear is ignored."""
-        return grouped_problems(folder, architecture, self._stated)
+        found = self._grouped(folder, architecture)
+        yield from grouped_problems(folder, architecture, [self._stated[index] for index in found])
+        groups = section(section(folder.config, "quantization_config"), "config_groups")
+        try:
+            targets = Targets([names(section(groups, name).get("targets")) for name in groups])
+        except ValueError as error:
+            yield f"config.json has a target that is no pattern: {error}"
+            return
+        for number, modules in enumerate(found.values()):
+            for name in engine_names(architecture, modules):
+                if targets.group(name) != number:
+                    yield f"config.json does not give {name} to group_{number}, whose scheme it has"
+
+    def _grouped(self, folder: ModelFolder, architecture: Architecture) -> dict[int, list[str]]:
+        """The quantized modules of a folder by the numbers of the recipe's groups.
+
+        They are in the order of the model, in which config.json has the groups.
+        """
+        found: dict[int, list[str]] = {}
+        for fact in architecture.built.values():
+            index = self._targets.group(fact.module) if fact.role is Role.LINEAR else None
+            if index is None:
+                continue
+            modules = [one for one in modules_of(fact) if is_quantized(folder.tensors, one)]
+            if modules:
+                found.setdefault(index, []).extend(modules)
+        return found
 
     def compared(self, tensors: Sequence[OutputTensor]) -> None:
         """Raise Incomparable for what AWQ smoothed, and what makes up for others' errors."""
@@ -150,3 +178,11 @@ def stored(group: ConfigGroup) -> Storage:
     found = storage_of(group.weights, quantized_inputs=group.input_activations is not None)
     assert found is not None
     return found
+
+
+def is_quantized(tensors: Tensors, module: str) -> bool:
+    """Whether a folder holds a module's weight as something else than floats."""
+    weight = tensors.get(f"{module}.weight")
+    if weight is not None:
+        return weight.spec.dtype not in WIDE_FLOATS
+    return f"{module}.weight_packed" in tensors
