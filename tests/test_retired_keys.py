@@ -79,6 +79,28 @@ def test_all_that_were_retired_are_told_at_once(tmp_path: Path) -> None:
     assert "--set quantize.items_first=true: quantize.items_first is gone" in message
 
 
+@pytest.mark.parametrize(
+    ("format", "instead"),
+    [("fp8-dynamic", "`format: compressed-tensors` with `scheme: FP8_DYNAMIC`")],
+)
+def test_a_format_that_was_retired_says_what_to_write_instead(
+    tmp_path: Path, format: str, instead: str
+) -> None:
+    """In one sentence, whatever keys it had: none of those is called unknown beside it."""
+    quantize = f"quantize: {{format: {format}, keep: '*.mlp.*'}}\n"
+    message = refused(tmp_path, quantize, vocabulary())
+
+    place = tmp_path / "old.yaml"
+    assert f"{place}:4:20: the format {format!r} is gone; expected {instead}" == message
+
+
+def test_every_format_that_was_retired_is_one_no_more() -> None:
+    """One that came back would be taken, and its sentence never said."""
+    words = vocabulary()
+
+    assert set() == set(words.retired) & set(words.formats)
+
+
 def sections() -> Iterator[type[Strict]]:
     """Every model that a shipped recipe is checked by."""
     assert vocabulary().formats

@@ -29,6 +29,11 @@ FORMATS: Extensible[Format] = Extensible(
     named_by="format",
 )
 
+RETIRED: Mapping[str, str] = {
+    "fp8-dynamic": "`format: compressed-tensors` with `scheme: FP8_DYNAMIC`",
+}
+"""What recipes say in place of a format that there was once, as an error expects it."""
+
 
 def readers() -> list[type[FolderReader]]:
     """What reads the folders of each format, ours first; what cannot be used reads nothing."""

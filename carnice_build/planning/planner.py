@@ -276,7 +276,7 @@ def _way_out(error: UnknownFamily, model_type: object) -> str:
     return (
         f"{known}; `carnice family {model_type[:100]}` writes a table to begin with "
         "(docs/adding-a-family.md), and formats without calibration that rename nothing, such as "
-        "fp8-dynamic, build without one"
+        "that of the preset fp8-dynamic, build without one"
     )
 
 

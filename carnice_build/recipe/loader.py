@@ -179,6 +179,10 @@ class _Check:
             self.note(RecipeError("has no format", where=node.where, expected=known))
             return None
         model = self._vocabulary.formats.get(node.value)
+        if model is None and (instead := self._vocabulary.retired.get(node.value)):
+            what = f"the format {node.value!r} is gone"
+            self.note(RecipeError(what, where=node.where, expected=instead))
+            return None
         if model is None:
             self._unknown("format", node.value, node, self._vocabulary.formats)
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -248,10 +248,14 @@ class RecipeBody(Strict):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The steps and formats that recipes may name, each a pydantic model of its parameters."""
+    """The steps and formats that recipes may name, each a pydantic model of its parameters.
+
+    `retired` maps formats that there were once to what a recipe says instead.
+    """
 
     steps: Mapping[str, type[BaseModel]]
     formats: Mapping[str, type[BaseModel]]
+    retired: Mapping[str, str] = field(default_factory=dict)
 
 
 def json_schema(vocabulary: Vocabulary) -> dict[str, Any]:
