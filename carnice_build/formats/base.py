@@ -145,6 +145,10 @@ class Format(Strict):
         """What serving engines call the format and how it is launched; None when none serves it."""
         return None
 
+    def schemes(self) -> tuple[str, ...]:
+        """What the format's serving profiles call the schemes of a folder; () where it has one."""
+        return ()
+
     def engine_reads(self) -> Collection[Reads]:
         """What the engine reads of a folder: it is copied from the source, and must be there."""
         return (Reads.TOKENIZER, Reads.PROCESSOR)

@@ -31,6 +31,7 @@ def plan_serving(
     assert isinstance(recipe.quantize, Format)
     with failures_blamed(recipe.quantize):
         serving = returned(recipe.quantize.serving(), (Serving, NoneType), "serving")
+        schemes = returned(recipe.quantize.schemes(), tuple, "schemes")
     if serving is None:
         raise PlanError("no serving engine that we know loads this format")
     parts = {tensor.fact.part for tensor in conversion.tensors}
@@ -42,6 +43,8 @@ def plan_serving(
         variant=recipe.variant,
         quantization=serving.quantization,
         profiles=serving.profiles,
+        schemes=schemes,
+        support=serving.support,
         tool_call_parser=found.tool_call_parser if found else None,
         reasoning_parser=found.reasoning_parser if found else None,
         has_mtp=Part.MTP in parts,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from carnice_build.models.base import KvGeometry
-from carnice_build.serving.profile import ServingProfile
+from carnice_build.serving.profile import ServingProfile, Support
 from carnice_build.serving.sharding import Sharding
 
 
@@ -16,6 +16,8 @@ class ServingFacts:
 
     `repo` is where it is published, as owner/name; `quantization` is the engine's name for its
     format (`modelopt`, `compressed-tensors`, `inc`), `profiles` are its launches;
+    `schemes` are the format's schemes that it has, none where the format has but one, and `support`
+    is what engines make of each;
     the parsers are those that read what the packaged chat template makes the model write, None
     where it has no such form;
     `text_only` says that the model has a vision tower which the folder lacks;
@@ -39,3 +41,5 @@ class ServingFacts:
     sharding: Sharding
     packaged_sampling: Mapping[str, int | float]
     stated_sampling: Mapping[str, int | float]
+    schemes: tuple[str, ...] = ()
+    support: Mapping[str, Mapping[str, Support]] = field(default_factory=dict)

@@ -102,6 +102,14 @@ def resolve_launches(spec: ServeSpec, facts: ServingFacts) -> tuple[Launch, ...]
             nearest=nearest(spec.profile, facts.profiles),
             at=("profile",),
         )
+    if not profile.fits(facts.schemes):
+        others = [name for name in facts.profiles if facts.profiles[name].fits(facts.schemes)]
+        raise PlanError(
+            f"the profile {spec.profile!r} is for {' or '.join(profile.schemes)}, "
+            f"and this folder is in {' and '.join(facts.schemes)}",
+            expected=" or ".join(others) or None,
+            at=("profile",),
+        )
     if not is_model_name(facts.repo):
         raise PlanError(f"the repository {facts.repo!r} is no name that a command can take")
     for name in spec.launches:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -143,9 +143,22 @@ class Container(Strict):
     ipc: str = "host"
 
 
+class Support(Strict):
+    """What an engine makes of a scheme.
+
+    `runs` says on which cards and how, `since` where support came from, as far as that was found,
+    and `source` where both were read.
+    """
+
+    runs: str
+    since: str
+    source: str
+
+
 class ServingProfile(Strict):
     """Launches for folders of one format; the first launch is the recommended one.
 
+    `schemes` are the format's schemes that they are for, none where they are for all of them;
     `cards` are the model cards that the figures come from; `parsers` are other tool-call parsers
     of the same form that the format is served with; `left_out` says why an option of those cards
     is not used.
@@ -153,6 +166,7 @@ class ServingProfile(Strict):
 
     title: str
     cards: tuple[str, ...]
+    schemes: tuple[str, ...] = ()
     launches: dict[str, LaunchData] = Field(min_length=1)
     parsers: dict[str, str] = Field(default_factory=dict)
     container: Container = Field(default_factory=Container)
@@ -165,6 +179,10 @@ class ServingProfile(Strict):
     checklists: tuple[Checklist, ...] = ()
     caveats: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
+
+    def fits(self, schemes: Collection[str]) -> bool:
+        """Whether it is for a folder of these schemes."""
+        return not self.schemes or set(schemes) <= set(self.schemes)
 
 
 class Retired(Strict):
@@ -238,10 +256,23 @@ class ServingProfiles(Mapping[str, ServingProfile]):
 
 @dataclass(frozen=True)
 class Serving:
-    """How folders of one format are served: what engines call it, and its profiles."""
+    """How folders of one format are served: what engines call it, and its profiles.
+
+    `support` is what is known of its schemes, by engine and scheme.
+    """
 
     quantization: str
     profiles: Mapping[str, ServingProfile]
+    support: Mapping[str, Mapping[str, Support]] = field(default_factory=dict)
+
+
+@cache
+def read_support(package: str, name: str) -> Mapping[str, Mapping[str, Support]]:
+    """A file of a format's package: what engines make of its schemes."""
+    return {
+        engine: {scheme: Support.model_validate(item) for scheme, item in schemes.items()}
+        for engine, schemes in _read(package, name).items()
+    }
 
 
 def load_engine(name: str) -> Engine:

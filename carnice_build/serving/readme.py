@@ -16,12 +16,14 @@ from carnice_build.serving.sampling import launch_sampling
 
 def readme(launches: Sequence[Launch], facts: ServingFacts, place: Place) -> str:
     """The page for these launches of a folder, to lie at `place`."""
+    support = facts.support.get(launches[0].data.engine, {})
     return _render(
         "serve.md.j2",
         launches=launches,
         by_name={launch.name: launch for launch in launches},
         profile=launches[0].profile,
         release=launches[0].engine.release,
+        known={name: support[name] for name in facts.schemes if name in support},
         facts=facts,
         place=place,
         drafts=any("speculative-config" in launch.flags for launch in launches),

@@ -35,6 +35,7 @@ from carnice_build.formats.compressed_tensors.schemes import (
     Weights,
     group_in_words,
     preset,
+    preset_of,
 )
 from carnice_build.formats.compressed_tensors.storages import storage_of
 from carnice_build.formats.compressed_tensors.storages.base import NOT_SMOOTHED, Smoothing
@@ -43,7 +44,7 @@ from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, Part, Role, TensorFact
 from carnice_build.recipe.patterns import Patterns, expression
 from carnice_build.recipe.schema import AnyPatterns, PatternList, Strict
-from carnice_build.serving.profile import Serving, ServingProfiles
+from carnice_build.serving.profile import Serving, ServingProfiles, read_support
 from carnice_build.steps.base import PlanContext
 
 if TYPE_CHECKING:
@@ -209,6 +210,10 @@ class CompressedFormat(Format):
         """As llm-compressor saves them."""
         return compressed_files(self, variant)
 
+    def schemes(self) -> tuple[str, ...]:
+        """The presets that its groups are of, or are nearest to."""
+        return tuple(dict.fromkeys(preset_of(group) for group in self.groups.values()))
+
     def takes_untabled(self, model_type: str) -> bool:
         """See `Format.takes_untabled`."""
         return self.algorithm == "nearest" and not self.calibrates_inputs
@@ -253,7 +258,8 @@ class CompressedFormat(Format):
     @classmethod
     def serving(cls) -> Serving:
         """As vLLM's `--quantization` has it."""
-        return Serving("compressed-tensors", ServingProfiles(__package__))
+        support = read_support(__package__, "engines.yaml")
+        return Serving("compressed-tensors", ServingProfiles(__package__), support)
 
     def prepare(self, view: View, context: PlanContext) -> View:
         """In the type that the library loads the model in."""

@@ -196,6 +196,27 @@ def preset(name: str, targets: list[str]) -> ConfigGroup:
     return ConfigGroup.model_validate({"targets": targets, **known})
 
 
+def preset_of(group: ConfigGroup) -> str:
+    """The preset that a group is of, or the nearest one; what is in none is called `custom`.
+
+    Engines choose by the kinds of numbers; who found the ranges does not matter to them, and
+    integers may be in groups of other sizes, or in none.
+    """
+    inputs = group.input_activations
+    weights = group.weights.model_copy(update={"observer": "memoryless_minmax"})
+    made = {name: preset(name, group.targets) for name in PRESETS}
+    like = {name: known for name, known in made.items() if known.input_activations == inputs}
+    near = [name for name, known in like.items() if known.weights == weights]
+    loose = [
+        name
+        for name, known in like.items()
+        if known.weights.type == weights.type == "int"
+        and known.weights.num_bits == weights.num_bits
+        and known.weights.symmetric == weights.symmetric
+    ]
+    return next(iter([*near, *loose]), "custom")
+
+
 _SHARED = {
     "tensor": "one scale",
     "channel": "a scale for each output",
