@@ -66,6 +66,8 @@ AWQ40B = replace(
     variant="w4a16",
     quantization="compressed-tensors",
     profiles=CompressedFormat.serving().profiles,
+    schemes=("W4A16_ASYM",),
+    support=CompressedFormat.serving().support,
     has_mtp=False,
     text_only=False,
     weights_bytes=38_200_000_000,
@@ -77,11 +79,23 @@ FP8 = replace(
     variant="fp8-dynamic",
     quantization="compressed-tensors",
     profiles=CompressedFormat.serving().profiles,
+    schemes=("FP8_DYNAMIC",),
+    support=CompressedFormat.serving().support,
     weights_bytes=30_300_000_000,
+)
+INT8 = replace(FP8, repo="owner/Carnice-V2-27b-W8A8", variant="w8a8", schemes=("W8A8",))
+FP4 = replace(
+    FP8,
+    repo="owner/Carnice-V2-27b-FP8-NVFP4",
+    variant="fp8-nvfp4",
+    schemes=("NVFP4A16", "FP8_DYNAMIC"),
+    weights_bytes=22_830_000_000,
 )
 FACTS = {
     "nvfp4-vllm": NVFP4,
     "fp8-vllm": FP8,
+    "int8-vllm": INT8,
+    "fp4-vllm": FP4,
     "int4-autoround-vllm": INT4,
     "w4a16-v100": AWQ40B,
     "w4a16-vllm": AWQ40B,

@@ -10,10 +10,24 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from pydantic import ValidationError
-from serving_cases import AWQ40B, FACTS, INT4, NVFP4, PROFILES, launch_of, refused, spec_of
+from serving_cases import (
+    AWQ40B,
+    FACTS,
+    FP4,
+    FP8,
+    INT4,
+    INT8,
+    NVFP4,
+    PROFILES,
+    launch_of,
+    refused,
+    spec_of,
+)
 
 from carnice_build.chat.tool_format import tool_format
 from carnice_build.errors import PlanError
+from carnice_build.formats.compressed_tensors.format import CompressedFormat
+from carnice_build.formats.compressed_tensors.schemes import PRESETS
 from carnice_build.recipe.serve import ServeSpec
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import resolve_launches, setting
@@ -377,7 +391,49 @@ def test_a_profile_for_another_format_is_refused() -> None:
     error = refused(spec_of("nvfp4-vllm"), AWQ40B)
 
     assert "no serving profile 'nvfp4-vllm' for compressed-tensors" in error.what
-    assert "fp8-vllm or w4a16-v100 or w4a16-vllm or vllm" == error.expected
+    assert "w4a16-v100 or w4a16-vllm or vllm" == error.expected
+
+
+@pytest.mark.parametrize(
+    ("profile", "facts", "said", "fitting"),
+    [
+        ("w4a16-v100", FP8, "FP8_DYNAMIC", "fp4-vllm or fp8-vllm or vllm"),
+        ("fp8-vllm", FP4, "NVFP4A16 and FP8_DYNAMIC", "fp4-vllm or vllm"),
+        ("fp8-vllm", INT8, "W8A8", "int8-vllm or vllm"),
+    ],
+)
+def test_a_profile_for_other_schemes_is_refused(
+    profile: str, facts: ServingFacts, said: str, fitting: str
+) -> None:
+    """A folder of several schemes needs a profile for all of them; the error names some."""
+    error = refused(spec_of(profile), facts)
+
+    assert (
+        f"the profile {profile!r} is for {' or '.join(PROFILES[profile].schemes)}, " in error.what
+    )
+    assert f"and this folder is in {said}" in error.what
+    assert fitting == error.expected
+    assert ("profile",) == error.at
+
+
+SUPPORT = CompressedFormat.serving().support["vllm"]
+
+
+def test_profiles_and_facts_of_engines_name_schemes_that_exist() -> None:
+    """Every scheme that a profile is for is one of the format, and is spoken of."""
+    named = {name for profile in PROFILES.values() for name in profile.schemes}
+
+    assert named <= set(SUPPORT) <= set(PRESETS)
+
+
+def test_a_page_says_which_cards_run_its_schemes() -> None:
+    """Of each scheme of the folder, whichever the profile; a format without schemes says none."""
+    page = serve_files(spec_of("vllm"), FP4)["serve/README.md"].decode()
+    other = serve_files(spec_of("vllm"), NVFP4)["serve/README.md"].decode()
+
+    for name in FP4.schemes:
+        assert f"| `{name}` | {SUPPORT[name].runs} | {SUPPORT[name].since} |" in page
+    assert "## Cards" not in other
 
 
 @pytest.mark.parametrize("repo", ["--help", "", "a b", "a\nb", "$(id)"])

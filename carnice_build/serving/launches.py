@@ -95,19 +95,19 @@ def resolve_launches(spec: ServeSpec, facts: ServingFacts) -> tuple[Launch, ...]
     PlanError names what the profile or the engine does not know, or what follows from the folder.
     """
     profile = facts.profiles.get(spec.profile)
+    fitting = [name for name in facts.profiles if facts.profiles[name].fits(facts.schemes)]
     if profile is None:
         raise PlanError(
             f"there is no serving profile {spec.profile!r} for {facts.quantization}",
-            expected=" or ".join(facts.profiles) or None,
-            nearest=nearest(spec.profile, facts.profiles),
+            expected=" or ".join(fitting) or None,
+            nearest=nearest(spec.profile, fitting),
             at=("profile",),
         )
-    if not profile.fits(facts.schemes):
-        others = [name for name in facts.profiles if facts.profiles[name].fits(facts.schemes)]
+    if spec.profile not in fitting:
         raise PlanError(
             f"the profile {spec.profile!r} is for {' or '.join(profile.schemes)}, "
             f"and this folder is in {' and '.join(facts.schemes)}",
-            expected=" or ".join(others) or None,
+            expected=" or ".join(fitting) or None,
             at=("profile",),
         )
     if not is_model_name(facts.repo):
