@@ -25,7 +25,7 @@ from llmcompressor.observers import Observer
 from rich.console import Console
 from rich.table import Table
 
-from carnice_build.kernels import autoround, autoround_merge, compressed
+from carnice_build.kernels import autoround, autoround_merge, compressed, integers
 
 GROUP_SIZE = 128
 
@@ -135,17 +135,13 @@ def compressed_cases(weight: torch.Tensor) -> list[Case]:
         return PackedQuantizationCompressor.compress(state, scheme)
 
     def quantize() -> None:
-        compressed.quantize_affine(bits, "BF16", GROUP_SIZE, their_scales, their_zeros, packed)
-        compressed.pack_zero_points(their_zeros, packed_zeros)
+        grid = their_scales, their_zeros
+        integers.quantize_rows(bits, "BF16", 4, GROUP_SIZE, packed, *grid, given=True)
+        integers.pack_zero_points(their_zeros, 4, packed_zeros)
 
     qparams = observe("memoryless_minmax")
     their_scales, their_zeros = bf16_bits(qparams["scale"]), qparams["zero_point"].numpy()
     return [
-        Case(
-            "pack-quantized: observer memoryless_minmax",
-            lambda: compressed.minmax_qparams(bits, "BF16", GROUP_SIZE, scales, zero_points),
-            lambda: observe("memoryless_minmax"),
-        ),
         Case(
             "pack-quantized: observer mse",
             lambda: compressed.mse_qparams(bits, "BF16", GROUP_SIZE, scales, zero_points),

@@ -19,7 +19,7 @@ from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VerifySettings, verify_variants
 from carnice_build.formats.autoround.checks import nearest_allowance
 from carnice_build.formats.compressed_tensors.storages.integers_values import Integers, allowance
-from carnice_build.kernels import autoround, compressed, elementwise
+from carnice_build.kernels import autoround, compressed, elementwise, integers
 from carnice_build.verification.result import Outcome
 
 NEAREST, MERGED, AWQ = "int4-rtn", "int4-bf16-mtp", "w4a16-awq-minmax"
@@ -185,9 +185,10 @@ def test_the_bound_of_asymmetric_groups_holds(kind: str, observer: str, dtype: s
     elementwise.cast(raw, dtype, "F32", values)
     scales, zeros = np.empty((64, 4), raw.dtype), np.empty((64, 4), np.int8)
     packed = np.empty((64, 64), np.int32)
-    observe = {"mse": compressed.mse_qparams, "memoryless_minmax": compressed.minmax_qparams}
-    observe[observer](raw, dtype, 128, scales, zeros)
-    compressed.quantize_affine(raw, dtype, 128, scales, zeros, packed)
+    searched = observer == "mse"
+    if searched:
+        compressed.mse_qparams(raw, dtype, 128, scales, zeros)
+    integers.quantize_rows(raw, dtype, 4, 128, packed, scales, zeros, given=searched)
     wide = np.empty(scales.shape, np.float32)
     elementwise.cast(scales, dtype, "F32", wide)
     codes = (packed.view(np.uint32)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15

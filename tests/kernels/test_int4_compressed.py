@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -32,17 +31,9 @@ from int4_weights import (
 )
 from llmcompressor.observers import Observer
 
-from carnice_build.kernels.compressed import (
-    _powers,
-    minmax_qparams,
-    mse_qparams,
-    pack_zero_points,
-    quantize_affine,
-)
+from carnice_build.kernels.compressed import _powers, mse_qparams
+from carnice_build.kernels.integers import pack_zero_points, quantize_rows
 
-every_setting = pytest.mark.parametrize(
-    ("dtype", "group_size"), [(d, g) for d in STORAGE for g in GROUP_SIZES]
-)
 every_dtype = pytest.mark.parametrize("dtype", STORAGE)
 sixteen_bits = ("BF16", "F16")
 every_searched_setting = pytest.mark.parametrize(
@@ -76,12 +67,6 @@ def grid(weight: Array, group_size: int) -> tuple[Array, Array]:
     return np.empty(shape, weight.dtype), np.full(shape, 99, np.int8)
 
 
-def minmax(weight: Array, dtype: str, group_size: int) -> tuple[Array, Array]:
-    results = grid(weight, group_size)
-    assert all_fine == minmax_qparams(weight, dtype, group_size, *results)
-    return results
-
-
 def mse(weight: Array, dtype: str, group_size: int) -> tuple[Array, Array]:
     results = grid(weight, group_size)
     assert all_fine == mse_qparams(weight, dtype, group_size, *results)
@@ -109,8 +94,9 @@ def quantize(
     rows, columns = weight.shape
     packed = np.empty((rows, columns // 8), np.int32)
     packed_zeros = np.empty((-(-rows // 8), columns // group_size), np.int32)
-    found = quantize_affine(weight, dtype, group_size, scales, zero_points, packed)
-    pack_zero_points(zero_points, packed_zeros)
+    grid = scales, zero_points
+    found = quantize_rows(weight, dtype, 4, group_size, packed, *grid, given=True)
+    pack_zero_points(zero_points, 4, packed_zeros)
     assert all_fine == found
     return [packed.tobytes(), packed_zeros.tobytes()]
 
@@ -122,32 +108,6 @@ def as_bytes(results: tuple[Array, Array]) -> list[bytes]:
 def assorted(dtype: str) -> Array:
     return np.concatenate(
         [ordinary(dtype, (67, 128)), corners(dtype), random_patterns(dtype, (60, 128))]
-    )
-
-
-@every_setting
-def test_extremes_give_the_qparams_of_llm_compressor(dtype: str, group_size: int) -> None:
-    """Scales and zero points equal those of ``memoryless_minmax`` bit for bit, on ordinary
-    weights, on the corners of the rule and on random bit patterns."""
-    weight = assorted(dtype)
-
-    assert as_bytes(observed(weight, dtype, group_size, "memoryless_minmax")) == as_bytes(
-        minmax(weight, dtype, group_size)
-    )
-
-
-@settings(max_examples=100, deadline=None)
-@given(data=st.data())
-def test_extremes_of_any_finite_bit_patterns_give_the_qparams_of_llm_compressor(
-    data: st.DataObject,
-) -> None:
-    """Whatever finite floats a weight holds, the result equals llm-compressor's."""
-    dtype = data.draw(st.sampled_from(list(STORAGE)))
-    group_size = data.draw(st.sampled_from(GROUP_SIZES))
-    weight = data.draw(any_finite(dtype, group_size, 2))
-
-    assert as_bytes(observed(weight, dtype, group_size, "memoryless_minmax")) == as_bytes(
-        minmax(weight, dtype, group_size)
     )
 
 
@@ -212,18 +172,6 @@ def test_powers_are_those_of_torch(dtype: str) -> None:
         np.testing.assert_array_equal(powers.numpy(), _powers(dtype)[: values.numel()])
 
 
-@every_setting
-def test_every_setting_gives_the_bytes_of_compressed_tensors(dtype: str, group_size: int) -> None:
-    """Packed codes and zero points equal those of the compressor, given the scales and zero
-    points of the extremes."""
-    weight = np.concatenate([ordinary(dtype, (67, 128)), corners(dtype)])
-    qparams = minmax(weight, dtype, group_size)
-
-    assert compress(weight, dtype, group_size, *qparams) == quantize(
-        weight, dtype, group_size, *qparams
-    )
-
-
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_qparams_give_the_bytes_of_compressed_tensors(data: st.DataObject) -> None:
@@ -265,71 +213,39 @@ def test_zero_points_of_any_number_of_rows_are_packed(rows: int) -> None:
     zero_points = np.random.default_rng(1).integers(-8, 8, (rows, 5), np.int8)
     packed = np.empty((-(-rows // 8), 5), np.int32)
 
-    pack_zero_points(zero_points, packed)
+    pack_zero_points(zero_points, 4, packed)
 
     expected = pack_to_int32(torch.from_numpy(zero_points), 4, packed_dim=0)
     np.testing.assert_array_equal(expected.numpy(), packed)
 
 
-@every_dtype
-def test_blocks_of_rows_on_threads_give_the_bytes_of_the_whole(dtype: str) -> None:
-    """Uneven blocks of rows, through both functions on four threads, leave what one call for
-    all the rows leaves."""
-    weight = ordinary(dtype, (301, 640))
-    scales, zero_points = grid(weight, 64)
-    packed = np.empty((301, 80), np.int32)
-    edges = [0, 1, 8, 40, 41, 127, 200, 300, 301]
-
-    def one_block(start: int, stop: int) -> tuple[int, int]:
-        rows = slice(start, stop)
-        qparams = scales[rows], zero_points[rows]
-        return (
-            minmax_qparams(weight[rows], dtype, 64, *qparams),
-            quantize_affine(weight[rows], dtype, 64, *qparams, packed[rows]),
-        )
-
-    with ThreadPoolExecutor(4) as pool:
-        found = set(pool.map(one_block, edges[:-1], edges[1:]))
-
-    qparams = minmax(weight, dtype, 64)
-    assert {(all_fine, all_fine)} == found
-    assert as_bytes(qparams) == [scales.tobytes(), zero_points.tobytes()]
-    assert quantize(weight, dtype, 64, *qparams)[0] == packed.tobytes()
-
-
-@every_dtype
+@pytest.mark.parametrize("dtype", sixteen_bits)
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 128, 12345, 256 * 128 - 1])
 def test_the_first_non_finite_element_is_found(dtype: str, value: float, place: int) -> None:
-    """Each function gives the flat index of the first NaN or Inf, though others follow."""
+    """The search gives the flat index of the first NaN or Inf, though others follow."""
     weight = ordinary(dtype, (256, 128))
-    scales, zero_points = minmax(weight, dtype, 64)
     bad = from_float(np.full(1, value), dtype)[0]
     weight.reshape(-1)[[place, min(place + 500, weight.size - 1), -1]] = bad
-    packed = np.empty((256, 16), np.int32)
 
-    assert place == quantize_affine(weight, dtype, 64, scales, zero_points, packed)
-    assert place == minmax_qparams(weight, dtype, 64, scales, zero_points)
-    if dtype in sixteen_bits:
-        assert place == mse_qparams(weight, dtype, 64, scales, zero_points)
+    assert place == mse_qparams(weight, dtype, 64, *grid(weight, 64))
 
 
 def test_a_weight_may_be_read_only_unaligned_or_strided() -> None:
-    """A view of file bytes at an odd offset, or every second row, is quantized the same."""
+    """A view of file bytes at an odd offset, or every second row, is searched the same."""
     weight = ordinary("BF16", (6, 128))
-    qparams = minmax(weight, "BF16", 64)
     unaligned = np.frombuffer(b"x" + weight.tobytes(), np.uint16, offset=1).reshape(6, 128)
     strided = np.repeat(weight, 2, axis=0)[::2]
 
-    expected = quantize(weight, "BF16", 64, *qparams)
-    assert expected == quantize(unaligned, "BF16", 64, *qparams)
-    assert expected == quantize(strided, "BF16", 64, *qparams)
+    expected = as_bytes(mse(weight, "BF16", 64))
+    assert expected == as_bytes(mse(unaligned, "BF16", 64))
+    assert expected == as_bytes(mse(strided, "BF16", 64))
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"dtype": "F64"}, "dtype is 'F64', expected one of BF16, F16, F32"),
+        ({"dtype": "F64"}, "dtype is 'F64', expected one of BF16, F16"),
         ({"dtype": "F16"}, "weight is uint16[2, 128], expected float16[2, 128]"),
         ({"group_size": 48}, "group_size is 48, expected one of (32, 64, 128)"),
         ({"weight": np.zeros((2, 96), np.uint16)}, "shape [2, 96] is not [rows, a multiple of 64]"),
@@ -337,16 +253,9 @@ def test_a_weight_may_be_read_only_unaligned_or_strided() -> None:
             {"scales": np.zeros((2, 2), np.float32)},
             "scales is float32[2, 2], expected uint16[2, 2]",
         ),
-        ({"scales": np.full((2, 2), 0x8000, np.uint16)}, "a scale is 0 or not finite"),
-        ({"scales": np.full((2, 2), 0x7F80, np.uint16)}, "a scale is 0 or not finite"),
         (
             {"zero_points": np.zeros((2, 2), np.uint8)},
             "zero_points is uint8[2, 2], expected int8[2, 2]",
-        ),
-        ({"zero_points": np.full((2, 2), 8, np.int8)}, "a zero point is not in -8..7"),
-        (
-            {"packed": np.zeros((2, 12), np.int32)},
-            "packed is int32[2, 12], expected int32[2, 16]",
         ),
     ],
 )
@@ -358,11 +267,10 @@ def test_arguments_that_do_not_fit_are_named(change: dict[str, Any], sentence: s
         "group_size": 64,
         "scales": np.full((2, 2), 0x3F80, np.uint16),
         "zero_points": np.zeros((2, 2), np.int8),
-        "packed": np.empty((2, 16), np.int32),
     }
 
     with pytest.raises(ValueError) as raised:
-        quantize_affine(**(given_arguments | change))
+        mse_qparams(**(given_arguments | change))
 
     assert sentence == str(raised.value)
 
