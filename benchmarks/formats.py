@@ -37,6 +37,7 @@ from carnice_build.formats.compressed_tensors.storages import (
     ints_ops,
     mx_ops,
     nvfp4_ops,
+    row_floats_ops,
 )
 from carnice_build.graph import ArrayOp, TensorData
 
@@ -69,6 +70,7 @@ def integers(bits: int, *, symmetric: bool = True) -> Case:
 
 
 CASES = (
+    Case("FP8_DYNAMIC", row_floats_ops.RowQuantize(), {}, row_floats_ops.SUFFIXES),
     Case("FP8", floats_ops.FloatQuantize(), {"block": None}, floats_ops.SUFFIXES),
     Case("FP8_BLOCK", floats_ops.FloatQuantize(), {"block": [128, 128]}, floats_ops.SUFFIXES),
     Case(
