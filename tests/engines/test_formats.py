@@ -37,6 +37,8 @@ FOR_VLLM = (
     "w4a16-awq-minmax",
     "w4a16-gptq",
     "w4a16-rtn",
+    "w4a16",
+    "w8a8",
 )
 FOR_MLX = ("mlx-6bit", "mlx-4bit", "mlx-mixed_3_6")
 TEXT = REPOSITORY / "demo" / "heldout.txt"

@@ -203,7 +203,9 @@ def preset_of(group: ConfigGroup) -> str:
     integers may be in groups of other sizes, or in none.
     """
     inputs = group.input_activations
-    weights = group.weights.model_copy(update={"observer": "memoryless_minmax"})
+    weights = group.weights.model_copy(
+        update={"observer": "memoryless_minmax", "arithmetic": "library"}
+    )
     made = {name: preset(name, group.targets) for name in PRESETS}
     like = {name: known for name, known in made.items() if known.input_activations == inputs}
     near = [name for name, known in like.items() if known.weights == weights]
