@@ -297,6 +297,41 @@ def test_every_profile_is_told() -> None:
     assert {name: set(serving.profiles) for name, serving in served.items() if serving} == listed
 
 
+def test_the_schemes_of_profiles_are_told() -> None:
+    """serving.md lists those of each profile that is not for all of its format."""
+    servings = [serving for kind in FORMATS.values() if (serving := kind.serving())]
+    told = {
+        name: ", ".join(profile.schemes)
+        for serving in servings
+        for name, profile in serving.profiles.items()
+        if profile.schemes
+    }
+
+    assert told == dict(re.findall(r"^- `([^`]+)`: (.+)$", shown("serving.md"), re.M))
+
+
+def test_what_engines_make_of_schemes_is_told() -> None:
+    """compressed-tensors.md has what pages in `serve/` say of cards."""
+    serving = FORMATS["compressed-tensors"].serving()
+    assert serving is not None
+    rows = [
+        f"| `{name}` | {support.runs} | {support.since} |"
+        for name, support in serving.support["vllm"].items()
+    ]
+    page = shown("compressed-tensors.md").splitlines()
+
+    assert [] == [row for row in rows if row not in page]
+
+
+def test_every_variant_of_the_demo_is_in_the_table_of_formats() -> None:
+    """formats.md has each recipe of Carnice, once."""
+    found = re.findall(r"^\| `[^`]+` \| [^|]+ \| ([^|]+) \|", shown("formats.md"), re.M)
+    named = re.findall(r"`([^`]+)`", " ".join(found))
+    shipped = {path.stem for path in (REPOSITORY / "recipes").glob("[!_]*.yaml")}
+
+    assert sorted(named) == sorted(shipped - {"qwen3.6-35b-a3b-mlx-4bit"})
+
+
 def test_every_fact_of_a_family_is_told() -> None:
     """adding-a-family.md names all that an `Architecture` must say."""
     page = shown("adding-a-family.md")

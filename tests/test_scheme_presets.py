@@ -82,7 +82,7 @@ def test_groups_may_be_in_another_order_than_modules(tmp_path: Path) -> None:
     """The config has them as the model does, and verify finds nothing wrong with that."""
     source = write_family(tmp_path / "source", "qwen3", {})
     recipe = "extends: preset:fp8-nvfp4\n"
-    folder = build_checked(tmp_path / "project", source, "mine", recipe)
+    folder = build_checked(tmp_path, source, "mine", recipe)
     groups = read_json(folder / "config.json")["quantization_config"]["config_groups"]
 
     assert [["Linear"], [r"re:.*\.mlp\..*"]] == [group["targets"] for group in groups.values()]
