@@ -52,14 +52,13 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
     profiles = {"demo": {"owner/model": "demo/qwen3.6-27b"}}
     (project.recipes / "_profiles.yaml").write_text(yaml.safe_dump(profiles))
     for kind, sample in SAMPLES.items():
-        serving = FORMATS[kind].serving()
         recipe = {
             "variant": kind,
             "description": f"A model in the format {kind}",
             "sources": {"body": {"model": "owner/model"}},
             "quantize": {"format": kind, **sample.quantize},
             "calibration": {"dataset": "rows.txt", "samples": 2, "length": 16, "threads": 1},
-            "package": {"serve": list(serving.profiles) if serving else []},
+            "package": {"serve": fitting(kind)},
             "card": {"repo": f"owner/{kind}"},
         }
         (project.recipes / f"{kind}.yaml").write_text(yaml.safe_dump(recipe))
@@ -170,6 +169,15 @@ def test_the_card_says_what_it_is(kind: str, options: Options, built: Built) -> 
         assert f"{scheme.bits}" in body
 
 
+def fitting(kind: str) -> list[str]:
+    """The serving profiles that are for the schemes of a format's sample."""
+    number_format = FORMATS[kind].model_validate({"format": kind, **SAMPLES[kind].quantize})
+    serving = number_format.serving()
+    profiles = serving.profiles if serving else {}
+    schemes = number_format.schemes()
+    return [name for name, profile in profiles.items() if profile.fits(schemes)]
+
+
 def plain(tag: str) -> str:
     """A tag as it may stand in a text."""
     return tag.replace("-", "")
@@ -177,15 +185,14 @@ def plain(tag: str) -> str:
 
 @every_format
 def test_every_serving_profile_is_rendered(kind: str, options: Options, built: Built) -> None:
-    """Each profile that the format offers becomes launches that say how the engine calls it."""
+    """Each profile that fits the folder becomes launches that say how the engine calls it."""
     built(kind)
-    serving = FORMATS[kind].serving()
     scripts = {
         path.relative_to(options.out / kind).parts: path.read_text()
         for path in (options.out / kind / "serve").rglob("*.sh")
     }
 
-    profiles = list(serving.profiles) if serving else []
+    profiles = fitting(kind)
     # A profile that is alone has no folder of its own.
     launches = {
         profile: [text for path, text in scripts.items() if len(profiles) == 1 or profile in path]
