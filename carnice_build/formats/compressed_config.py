@@ -25,6 +25,7 @@ METHOD = "compressed-tensors"
 """What config.json calls all that the library writes."""
 
 _MIXED = "mixed-precision"
+_PARTS = ("weights", "input_activations")
 
 _ARGUMENTS: Mapping[str, Any] = {
     "actorder": None,
@@ -125,6 +126,7 @@ def grouped_problems(
 ) -> Iterator[str]:
     """What config.json states otherwise than `groups`, and plain linears that it does not list.
 
+    `groups` are in the order of config.json, which is that of the model.
     This format's engines look for the parts of a fused linear, so none is listed.
     """
     stated = section(folder.config, "quantization_config")
@@ -133,22 +135,14 @@ def grouped_problems(
     entries = section(stated, "config_groups")
     if len(entries) != len(groups):
         yield f"config.json has {len(entries)} groups instead of {len(groups)}"
-    left = [section(entries, name) for name in entries]
-    for group in groups:
-        # Their order says nothing, so a group is held against the entry that is nearest to it.
-        found = [list(_entry_problems(entry, group)) for entry in left]
-        if found:
-            best = min(range(len(found)), key=lambda index: len(found[index]))
-            del left[best]
-            yield from found[best]
+    for name, group in zip(entries, groups, strict=False):
+        entry = section(entries, name)
+        yield from statements("config.json", section(entry, "weights"), group.weights)
+        yield from statements(
+            "config.json", section(entry, "input_activations"), group.inputs or {}
+        )
     ignore = names(stated.get("ignore"))
     yield from ignore_problems(folder, architecture, ignore, LINEARS, fused=False)
-
-
-def _entry_problems(entry: Mapping[str, Any], group: Stated) -> Iterator[str]:
-    """What an entry of `config_groups` states otherwise than the group."""
-    yield from statements("config.json", section(entry, "weights"), group.weights)
-    yield from statements("config.json", section(entry, "input_activations"), group.inputs or {})
 
 
 def recipe_file(modifiers: Mapping[str, Any]) -> bytes:
