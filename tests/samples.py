@@ -54,6 +54,7 @@ from carnice_build.formats.mlx.ops import (
     TransformFloatQuantize,
     TransformQuantize,
 )
+from carnice_build.formats.nvfp4.fp8_ops import Fp8InputScales, MxQuantize, TensorQuantize
 from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales, TakeTurns, TurnsQuantize
 from carnice_build.graph import Op, Stacked, TensorData
 from carnice_build.models import architecture_of
@@ -434,6 +435,15 @@ OPS: Sequence[OpSample] = [
         {"groups": [[0, 2], [1]], "shapes": [[], [2]]},
         drawn(("F32", (3,)), around=5),
     ),
+    OpSample(
+        Fp8InputScales(),
+        {"groups": [[0, 2], [1]], "shapes": [[], [2]]},
+        drawn(("F32", (3,)), around=5),
+    ),
+    OpSample(TensorQuantize(), {}, drawn(("BF16", (9, 32)))),
+    OpSample(MxQuantize(), {}, drawn(("BF16", (9, 64)))),
+    OpSample(Stacked(TensorQuantize()), {}, drawn(("BF16", (9, 4, 32))), _STACKED),
+    OpSample(Stacked(MxQuantize()), {}, drawn(("BF16", (9, 4, 64))), _STACKED),
     OpSample(Nearest(), {"group_size": 64}, drawn(("BF16", (24, 128)))),
     OpSample(Merge(), {"group_size": 64, "rounding": "delta"}, _merged),
     OpSample(Merge(), {"group_size": 64, "rounding": "nearest"}, _merged),

@@ -209,11 +209,16 @@ class InputScales(ArrayOp):
     ) -> None:
         """Fill the outputs; raises NonFiniteValue, and BadInput for what is no magnitude."""
         from carnice_build.kernels.elementwise import non_finite_index
-        from carnice_build.kernels.nvfp4 import input_scale
 
         amax = inputs[0].array
         require_finite(non_finite_index(amax, inputs[0].dtype))
         if (amax < 0).any():
             raise BadInput(0, "was given a negative magnitude")
         for group, output in zip(params["groups"], outputs, strict=True):
-            output.array[...] = input_scale(float(amax[group].max()))
+            output.array[...] = self.scale(float(amax[group].max()))
+
+    def scale(self, amax: float) -> Any:
+        """The scale of inputs whose largest magnitude is `amax`, float32."""
+        from carnice_build.kernels.nvfp4 import input_scale
+
+        return input_scale(amax)
