@@ -1,8 +1,9 @@
-"""The demo's text model quantized to NVFP4 and exported by modelopt itself."""
+"""The demo's text model quantized and exported by modelopt itself."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ SAMPLES, LENGTH = 3, 96
 BASE = REPOSITORY / "demo" / "qwen3.6-27b"
 
 
-def export(folder: Path, keep: list[str] | None, base: Path = BASE, device: str = "cpu") -> None:
+def export(
+    folder: Path,
+    keep: list[str] | None,
+    base: Path = BASE,
+    device: str = "cpu",
+    preset: str = "NVFP4_DEFAULT_CFG",
+    others: Mapping[str, str] | None = None,
+) -> None:
     """Quantize the text model of `base` on `device` and write it to `folder`.
 
-    `keep` are patterns of what stays as it is, the library's own if None.
+    `keep` are patterns of what stays as it is, the library's own if None; `preset` is the name of
+    the library's settings, and `others` those of modules by patterns.
     """
     import modelopt.torch.quantization as mtq
     import torch
@@ -47,7 +56,7 @@ def export(folder: Path, keep: list[str] | None, base: Path = BASE, device: str 
             ids = tokenizer.apply_chat_template(turns, tools=row["tools"], return_dict=False)
             model(torch.tensor([ids[:LENGTH]], device=device))
 
-    settings = mtq.NVFP4_DEFAULT_CFG
+    settings = with_others(getattr(mtq, preset), others or {})
     if keep is not None:
         enabled = [
             entry
@@ -59,3 +68,24 @@ def export(folder: Path, keep: list[str] | None, base: Path = BASE, device: str 
         settings = {**settings, "quant_cfg": [*enabled, *disabled, embedding]}
     mtq.quantize(model, settings, loop)
     export_hf_checkpoint(model, export_dir=folder)
+
+
+def with_others(settings: dict[str, Any], others: Mapping[str, str]) -> dict[str, Any]:
+    """The library's `settings`, but other ones of its own for modules that match patterns."""
+    import modelopt.torch.quantization as mtq
+
+    kinds = ("weight_quantizer", "input_quantizer")
+    entries: list[dict[str, Any]] = []
+    for pattern, preset in others.items():
+        quantizers = {
+            entry["quantizer_name"].removeprefix("*"): entry["cfg"]
+            for entry in getattr(mtq, preset)["quant_cfg"]
+            if "cfg" in entry
+        }
+        for kind in kinds:
+            wanted = {"cfg": quantizers[kind]} if kind in quantizers else {"enable": False}
+            entries.append({"quantizer_name": f"{pattern}{kind}", **wanted})
+    first, *rest = settings["quant_cfg"]
+    enabled = [entry for entry in rest if "cfg" in entry]
+    disabled = [entry for entry in rest if "cfg" not in entry]
+    return {**settings, "quant_cfg": [first, *enabled, *entries, *disabled]}

@@ -440,9 +440,11 @@ OPS: Sequence[OpSample] = [
         {"groups": [[0, 2], [1]], "shapes": [[], [2]]},
         drawn(("F32", (3,)), around=5),
     ),
-    OpSample(TensorQuantize(), {}, drawn(("BF16", (9, 32)))),
+    OpSample(TensorQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 40)))),
     OpSample(MxQuantize(), {}, drawn(("BF16", (9, 64)))),
-    OpSample(Stacked(TensorQuantize()), {}, drawn(("BF16", (9, 4, 32))), _STACKED),
+    OpSample(
+        Stacked(TensorQuantize()), {}, drawn(("BF16", (9, 4, 32)), ("BF16", (9, 2, 32))), _STACKED
+    ),
     OpSample(Stacked(MxQuantize()), {}, drawn(("BF16", (9, 4, 64))), _STACKED),
     OpSample(Nearest(), {"group_size": 64}, drawn(("BF16", (24, 128)))),
     OpSample(Merge(), {"group_size": 64, "rounding": "delta"}, _merged),

@@ -27,7 +27,7 @@ from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VariantResult, VerifyResult, VerifySettings
 from carnice_build.commands.verify import verify_variants as verify
 from carnice_build.extras import pip_install
-from carnice_build.formats.nvfp4.checks import allowance
+from carnice_build.formats.nvfp4.stored import allowance
 from carnice_build.kernels import nvfp4
 from carnice_build.report.verify_table import verify_json
 from carnice_build.verification import run_torch

@@ -96,7 +96,7 @@ class TorchChecks(FormatChecks):
     """A format whose tensors have canonical names, and which torch runs dequantized."""
 
     library = Library.TRANSFORMERS
-    activations: ClassVar[str] = ""
+    activations: str = ""
     """What the engine does to the inputs of quantized linears; empty when nothing."""
 
     def input_rounding(self, tensors: Tensors, module: str) -> Rounding | None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from carnice_build.checkpoint.json import to_json
-from carnice_build.formats.nvfp4.ops import BLOCK
+from carnice_build.formats.nvfp4.algorithms import ALGORITHMS, MIXED
 from carnice_build.formats.variant import Variant
 
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 """Whose format the files are in; engines tell it by this name."""
+
+DEFAULT = "quant_algo"
+"""Of `Conversion.stated`: the algorithm where no rule says otherwise."""
+
+LAYERS = "quantized_layers"
+"""Of `Conversion.stated` and of both files: the name of the algorithm of each quantized module."""
 
 
 def modelopt_files(variant: Variant) -> dict[str, bytes]:
@@ -18,41 +25,46 @@ def modelopt_files(variant: Variant) -> dict[str, bytes]:
     Modules are spelled as the checkpoint's tensors: so the library spells them, turning the names
     of transformers back, and its engines read them so.
     """
-    ignore = list(variant.ignored)
+    layers = variant.stated[LAYERS]
+    name, *others = {*layers.values()} or {variant.stated[DEFAULT]}
+    said = _mixed(layers) if others else _uniform(name, variant.ignored)
+    twin = {"kv_cache_quant_algo": None, **said}
     return {
-        "config.json": to_json(_config(variant, ignore)),
-        "hf_quant_config.json": to_json(_quantization(ignore)),
+        "config.json": to_json({**variant.config, "quantization_config": _config(said)}),
+        "hf_quant_config.json": to_json({"producer": PRODUCER, "quantization": twin}),
     }
 
 
-def _quantization(ignore: list[str]) -> dict[str, Any]:
+def _uniform(name: str, ignore: Sequence[str]) -> dict[str, Any]:
+    """A folder of one algorithm names the modules that are plain."""
+    return {**ALGORITHMS[name].of_layer, "exclude_modules": list(ignore)}
+
+
+def _mixed(layers: Mapping[str, str]) -> dict[str, Any]:
+    """A folder of several names the modules that are quantized, and no others."""
+    of_layers = {module: ALGORITHMS[name].of_layer for module, name in layers.items()}
+    return {"quant_algo": MIXED, LAYERS: of_layers}
+
+
+def _config(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The `quantization_config` that says the same, as the library derives it."""
+    name = said["quant_algo"]
+    groups: dict[str, Any] = {}
+    if name != MIXED and ALGORITHMS[name].grouped:
+        groups = {"group_0": {**ALGORITHMS[name].group, "targets": ["Linear"]}}
+    elif name == MIXED:
+        targets: dict[str, list[str]] = {}
+        for module, stated in said[LAYERS].items():
+            targets.setdefault(stated["quant_algo"], []).append(module)
+        groups = {
+            f"group_{index}": {**ALGORITHMS[algorithm].group, "targets": sorted(modules)}
+            for index, (algorithm, modules) in enumerate(targets.items())
+        }
     return {
+        **({"config_groups": groups} if groups else {}),
+        **({LAYERS: said[LAYERS]} if name == MIXED else {}),
+        "ignore": said.get("exclude_modules", []),
+        "quant_algo": name,
         "producer": PRODUCER,
-        "quantization": {
-            "quant_algo": "NVFP4",
-            "kv_cache_quant_algo": None,
-            "group_size": BLOCK,
-            "exclude_modules": ignore,
-        },
-    }
-
-
-def _config(variant: Variant, ignore: list[str]) -> dict[str, Any]:
-    """The model's config with its quantization."""
-    numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
-    return {
-        **variant.config,
-        "quantization_config": {
-            "config_groups": {
-                "group_0": {
-                    "input_activations": numbers,
-                    "weights": numbers,
-                    "targets": ["Linear"],
-                }
-            },
-            "ignore": ignore,
-            "quant_algo": "NVFP4",
-            "producer": PRODUCER,
-            "quant_method": "modelopt",
-        },
+        "quant_method": "modelopt",
     }

@@ -1,21 +1,24 @@
-"""Format `nvfp4`: 4-bit floats in blocks of 16, as NVIDIA ModelOpt exports them.
+"""Format `nvfp4`: 4-bit floats in blocks of 16, and 8-bit ones, as NVIDIA ModelOpt exports them.
 
-A linear weight becomes packed E2M1 codes, an E4M3 scale a block and one float32 scale a tensor.
-Linears that read the same input share the latter, and the scale of that input, which comes from
-a calibration: serving engines run them as one.
+In NVFP4 a linear weight becomes packed E2M1 codes, an E4M3 scale a block and one float32 scale a
+tensor.  Linears that read the same input share the latter, and the scale of that input, which
+comes from a calibration: serving engines run them as one.
 Each expert of a layer has scales of its own for its weights; that of the input is one for all
 experts, whichever of them a token was sent to.
+`algorithms` has the others; rules give some modules another one than the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from carnice_build.calibration.chain import Activations
 from carnice_build.calibration.plan import Calibration
+from carnice_build.errors import PlanError
 from carnice_build.formats.base import (
     Conversion,
     Format,
@@ -23,43 +26,53 @@ from carnice_build.formats.base import (
     check_fusions,
     in_stated_dtype,
 )
-from carnice_build.formats.blame import about_module, refuse_unfit
+from carnice_build.formats.blame import refuse_unfit
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
 from carnice_build.formats.keep import kept, weights_of
-from carnice_build.formats.nvfp4.files import modelopt_files
-from carnice_build.formats.nvfp4.ops import (
-    BLOCK,
-    BlockQuantize,
-    InputScales,
-    TakeTurns,
-    TurnsQuantize,
-    unfit,
-)
-from carnice_build.formats.scheme import Scheme
+from carnice_build.formats.nvfp4.algorithms import ALGORITHMS, QuantAlgo
+from carnice_build.formats.nvfp4.files import DEFAULT, LAYERS, modelopt_files
+from carnice_build.formats.nvfp4.made import Linears, turned, turned_biases
+from carnice_build.formats.rules import Rule, choose, fitted
 from carnice_build.formats.variant import Variant
-from carnice_build.graph import TensorRef, View
+from carnice_build.graph import View
 from carnice_build.models.base import LINEARS, Architecture, Part, Role, TensorFact
 from carnice_build.models.kept import KEEP_LISTS, MTP_HEADS
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import AnyPatterns
 from carnice_build.serving.profile import Serving, ServingProfiles
 from carnice_build.steps.base import PlanContext
+from carnice_build.tensors import STACK
 
 if TYPE_CHECKING:
     from carnice_build.formats.nvfp4.checks import Nvfp4Checks, Nvfp4Reader
 
-SCHEME = Scheme(4, BLOCK, "float")
+_EIGHT = 8
 
 _PLAIN_ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
 
-_UNCALIBRATED = "no decoder layer has it, so its input is not calibrated"
+
+class ModelOptRule(Rule):
+    """Another algorithm for some modules."""
+
+    quant_algo: QuantAlgo | None = Field(None, description="How these modules are quantized.")
 
 
 class Nvfp4Format(Format):
-    """NVFP4 weights and activations, as modelopt's `export_hf_checkpoint` writes them."""
+    """NVFP4, FP8 and MXFP8, as modelopt's `export_hf_checkpoint` writes them."""
 
     format: Literal["nvfp4"]
+    quant_algo: QuantAlgo = Field(
+        "NVFP4",
+        description="How linears are quantized where no rule says otherwise, by the library's own "
+        "name: `NVFP4` and `FP8` round activations too, under scales from a calibration, `MXFP8` "
+        "under scales that engines find as they go, and `W4A16_NVFP4` leaves them alone.",
+    )
+    rules: list[ModelOptRule] = Field(
+        default_factory=list,
+        description="Exceptions; the last rule that fits a module wins. Linears that engines fuse, "
+        "that read one input, or that are a layer's experts, take one algorithm.",
+    )
     defaults: Literal["modelopt-0.47", "modelopt-0.43"] = Field(
         "modelopt-0.47",
         description="Whose NVFP4_DEFAULT_CFG says what stays in BF16; 0.43, unlike 0.47, "
@@ -81,7 +94,7 @@ class Nvfp4Format(Format):
         """See `Format.checks`."""
         from carnice_build.formats.nvfp4.checks import Nvfp4Checks
 
-        return Nvfp4Checks()
+        return Nvfp4Checks(self.quant_algo, mixed=any(rule.quant_algo for rule in self.rules))
 
     @classmethod
     def reader(cls) -> type[Nvfp4Reader]:
@@ -96,8 +109,8 @@ class Nvfp4Format(Format):
         return Serving("modelopt", ServingProfiles(__package__))
 
     def extras(self) -> tuple[str, ...]:
-        """The calibration runs in torch."""
-        return ("torch",)
+        """A calibration runs in torch."""
+        return ("torch",) if self._calibrated else ()
 
     def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
         """See `Format.leaving`."""
@@ -110,18 +123,15 @@ class Nvfp4Format(Format):
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """Every tensor of the view under its own name, the linears quantized."""
         facts = [fact for name, fact in context.architecture.tensors.items() if name in view]
-        chosen = {fact.module: fact for fact in self._chosen(facts)}
-        found = {module: unfit(view[fact.name].spec) for module, fact in chosen.items()}
+        algorithms = self._algorithms({fact.module: fact for fact in self._open(facts)}, context)
+        chosen = {fact.module: fact for fact in self._open(facts) if fact.module in algorithms}
+        check_fusions(chosen, view, context.architecture)
+        check_algorithms(algorithms, context.architecture)
+        found = {module: _unfit(fact, algorithms[module], view) for module, fact in chosen.items()}
         refuse_unfit(found, "it among `keep`")
-        activations = Activations(Calibration(view, context.calibrated()))
-        made: dict[str, list[OutputTensor]] = {}
-        for layer in range(context.architecture.num_layers):
-            groups = _chosen(context.architecture.shared_inputs(layer), chosen)
-            if groups:
-                made |= _quantized(groups, *activations.amax(layer), view, context)
-        if left := [module for module in chosen if module not in made]:
-            made |= _outside(left, chosen, view, activations, context)
-        biases = _turned_biases(facts, chosen, view, context)
+        activations = cache(lambda: Activations(Calibration(view, context.calibrated())))
+        made = Linears(chosen, algorithms, activations, view, context).made()
+        biases = turned_biases(facts, chosen, view, context)
         tensors: list[OutputTensor] = []
         for fact in facts:
             if chosen.get(fact.module) is fact:
@@ -130,20 +140,49 @@ class Nvfp4Format(Format):
                 tensors += biases[fact.name]
             else:
                 tensors.append(OutputTensor(fact.name, view[fact.name], fact))
-        check_fusions(chosen, view, context.architecture)
         figures = {
             f"tokens sent to each expert of layer {layer}": counts
-            for layer, counts in activations.experts.items()
+            for layer, counts in (activations().experts if self._calibrated else {}).items()
         }
         return Conversion(
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
-            quantized=dict.fromkeys(chosen, SCHEME),
+            quantized={module: ALGORITHMS[algorithms[module]].scheme for module in chosen},
             ignored=unquantized_modules(context.architecture, chosen, _PLAIN_ROLES),
             figures=figures,
+            stated={
+                DEFAULT: self.quant_algo,
+                LAYERS: {_stated(module): algorithms[module] for module in chosen},
+            },
         )
 
-    def _chosen(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
+    @property
+    def _calibrated(self) -> bool:
+        """Whether any module may need the largest of its inputs."""
+        names = {self.quant_algo, *(rule.quant_algo for rule in self.rules)}
+        return any(name is not None and ALGORITHMS[name].calibrated for name in names)
+
+    def _algorithms(
+        self, facts: Mapping[str, TensorFact], context: PlanContext
+    ) -> dict[str, QuantAlgo]:
+        """The algorithm of each module that no rule skips."""
+        layers = {module: fact.layer for module, fact in facts.items()}
+        chosen: dict[str, list[tuple[int, ModelOptRule]]] = {module: [] for module in facts}
+        for index, rule in enumerate(self.rules):
+            try:
+                found = fitted(rule, layers, [], context)
+            except PlanError as error:
+                raise error.revised(at=("rules", index)) from None
+            for module in found:
+                chosen[module].append((index, rule))
+        settings = {
+            module: choose({"quant_algo": self.quant_algo}, rules)
+            for module, rules in chosen.items()
+        }
+        return {module: item.values["quant_algo"] for module, item in settings.items() if item}
+
+    def _open(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
+        """The linears that neither the library nor `keep` leaves alone."""
         names, patterns = [fact.name for fact in facts], KEEP_LISTS[self.defaults]
         left = set(Patterns(list(patterns)).select(names)) | kept(self.keep, names)
         if MTP_HEADS in patterns:
@@ -154,109 +193,36 @@ class Nvfp4Format(Format):
                 yield fact
 
 
-def _chosen(
-    groups: Sequence[Sequence[str]], chosen: Mapping[str, TensorFact]
-) -> list[list[TensorFact]]:
-    """Of groups of modules, the facts of those that are `chosen`."""
-    found = ([chosen[module] for module in group if module in chosen] for group in groups)
-    return [group for group in found if group]
+def check_algorithms(algorithms: Mapping[str, str], architecture: Architecture) -> None:
+    """Raise PlanError where rules part what an engine, or the library's export, takes together."""
+    groups = [
+        (fusion.parts, f"serving engines fuse them to {fusion.module}")
+        for fusion in architecture.fusions
+    ]
+    for layer in range(architecture.num_layers):
+        inputs = architecture.shared_inputs(layer)
+        groups += [
+            (tuple(group), "modelopt scales linears of one input together") for group in inputs
+        ]
+        experts = tuple(module for group in inputs for module in group if STACK in module)
+        groups.append((experts, "engines run a layer's experts as one"))
+    for parts, why in groups:
+        found = {algorithms[module] for module in parts if module in algorithms}
+        if len(found) > 1:
+            raise PlanError(
+                f"{', '.join(parts)} are given {' and '.join(sorted(found))}",
+                expected=f"one algorithm, because {why}",
+                at=("rules",),
+            )
 
 
-def _outside(
-    modules: Sequence[str],
-    chosen: Mapping[str, TensorFact],
-    view: View,
-    activations: Activations,
-    context: PlanContext,
-) -> dict[str, list[OutputTensor]]:
-    """The tensors of each of `modules`, which are in no decoder layer; each has its own input."""
-    amax, linears = activations.outside
-    left = [module for module in modules if module not in linears]
-    refuse_unfit(dict.fromkeys(left, _UNCALIBRATED), "it among `keep`")
-    assert amax is not None
-    return _quantized([[chosen[module]] for module in modules], amax, linears, view, context)
+def _unfit(fact: TensorFact, algorithm: str, view: View) -> str:
+    """Why a linear cannot be quantized so, nothing where it can."""
+    if turned(fact) and ALGORITHMS[algorithm].scheme.bits == _EIGHT:
+        return f"experts that are one tensor with columns for rows are not quantized to {algorithm}"
+    return ALGORITHMS[algorithm].unfit(view[fact.name].spec.shape[-1])
 
 
-def _quantized(
-    groups: Sequence[Sequence[TensorFact]],
-    amax: TensorRef,
-    linears: Sequence[str],
-    view: View,
-    context: PlanContext,
-) -> dict[str, list[OutputTensor]]:
-    """The tensors of each module of `groups`, each of which reads one input.
-
-    `amax` are the largest inputs of `linears`; of a stack there is one for each expert.
-    """
-    places: dict[str, list[int]] = {}
-    for index, linear in enumerate(linears):
-        places.setdefault(linear, []).append(index)
-    params = {
-        "groups": [[index for fact in group for index in places[fact.module]] for group in groups],
-        "shapes": [
-            () if _turned(group[0]) else view[group[0].name].spec.shape[:-2] for group in groups
-        ],
-    }
-    scales = context.graph.add(InputScales(), params, amax)
-    return {
-        fact.module: tensors
-        for group, scale in zip(groups, scales, strict=True)
-        for fact, tensors in _group(group, scale, view, context)
-    }
-
-
-def _group(
-    group: Sequence[TensorFact], input_scale: TensorRef, view: View, context: PlanContext
-) -> Iterator[tuple[TensorFact, list[OutputTensor]]]:
-    inputs = [view[fact.name] for fact in group]
-    if name := _turned(group[0]):
-        with about_module(", ".join(fact.module for fact in group)):
-            packed, scales, scale_2 = context.graph.add(TurnsQuantize(), {}, *inputs)
-        parts = {
-            f"{name}_input_scale": input_scale,
-            name: packed,
-            f"{name}_weight_scale": scales,
-            f"{name}_weight_scale_2": scale_2,
-        }
-        yield group[0], [OutputTensor(part, ref, group[0]) for part, ref in parts.items()]
-        yield from ((fact, []) for fact in group[1:])
-        return
-    with about_module(", ".join(fact.module for fact in group)):
-        made = context.graph.add_each(BlockQuantize(), {}, *inputs)
-    for number, fact in enumerate(group):
-        parts = {
-            "input_scale": input_scale,
-            "weight": made[2 * number],
-            "weight_scale": made[2 * number + 1],
-            "weight_scale_2": made[-1],
-        }
-        yield (
-            fact,
-            [OutputTensor(f"{fact.module}.{suffix}", ref, fact) for suffix, ref in parts.items()],
-        )
-
-
-def _turned(fact: TensorFact) -> str | None:
-    """The one tensor that the library publishes experts as, where transformers has them so."""
-    return fact.fused.turned if fact.fused else None
-
-
-def _turned_biases(
-    facts: Sequence[TensorFact],
-    chosen: Mapping[str, TensorFact],
-    view: View,
-    context: PlanContext,
-) -> dict[str, list[OutputTensor]]:
-    """What is published of the biases of such experts, by the names of their facts."""
-    fused: dict[str, list[TensorFact]] = {}
-    for fact in facts:
-        owner = chosen.get(fact.module)
-        if fact.role is Role.BIAS and fact.fused and owner and _turned(owner):
-            fused.setdefault(fact.fused.name, []).append(fact)
-    found: dict[str, list[OutputTensor]] = {}
-    for name, group in fused.items():
-        refs = [view[fact.name] for fact in group]
-        ref = refs[0] if len(refs) == 1 else context.graph.add(TakeTurns(), {}, *refs)[0]
-        found |= {fact.name: [] for fact in group}
-        found[group[0].name] = [OutputTensor(name, ref, group[0])]
-    return found
+def _stated(module: str) -> str:
+    """What configs call a module: the experts of a layer are one in the library."""
+    return module.partition(f".{STACK}")[0]

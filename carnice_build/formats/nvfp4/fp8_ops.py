@@ -8,17 +8,18 @@ from typing import Any
 from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.blame import uneven
-from carnice_build.formats.nvfp4.ops import InputScales
+from carnice_build.formats.nvfp4.ops import InputScales, peak
 from carnice_build.graph import ArrayOp, TensorData, require_finite
 
 MX_BLOCK = 32
 
 
 class TensorQuantize(ArrayOp):
-    """A weight in FP8 with one scale, bit for bit modelopt's.
+    """FP8 weights under one scale, bit for bit modelopt's.
 
-    Input: a weight [rows, columns].
-    Outputs: F8_E4M3 [rows, columns]; its scale F32 [], the largest magnitude / 448.
+    Inputs: weights [rows, columns].
+    Outputs: F8_E4M3 [rows, columns] for each; then the scale they share, F32 [], the largest
+    magnitude among them / 448.
     """
 
     name = "modelopt.fp8"
@@ -29,21 +30,22 @@ class TensorQuantize(ArrayOp):
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
         """Specs of codes and scale."""
-        (spec,) = inputs
-        _require_float(spec)
-        return TensorSpec("F8_E4M3", spec.shape), TensorSpec("F32", ())
+        for spec in inputs:
+            _require_float(spec)
+        return (*(TensorSpec("F8_E4M3", spec.shape) for spec in inputs), TensorSpec("F32", ()))
 
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Quantize all rows; raises NonFiniteValue."""
-        from carnice_build.kernels import modelopt_fp8, nvfp4
+        """Quantize all rows; raises NonFiniteValue, with the number of the weight."""
+        from carnice_build.kernels.modelopt_fp8 import quantize_tensor, weight_scale
 
-        weight, (codes, scale) = inputs[0], (output.array for output in outputs)
-        amax, bad_index = nvfp4.amax(weight.array, weight.dtype)
-        require_finite(bad_index)
-        scale[...] = modelopt_fp8.weight_scale(amax)
-        modelopt_fp8.quantize_tensor(weight.array, weight.dtype, float(scale), codes)
+        scale = weight_scale(
+            max(peak(item.array, item.dtype, number) for number, item in enumerate(inputs))
+        )
+        outputs[-1].array[...] = scale
+        for weight, codes in zip(inputs, outputs, strict=False):
+            quantize_tensor(weight.array, weight.dtype, float(scale), codes.array)
 
 
 class MxQuantize(ArrayOp):

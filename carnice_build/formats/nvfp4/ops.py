@@ -72,11 +72,11 @@ def _shared_scale(weights: Sequence[TensorData]) -> Any:
     """The second-level scale of all `weights`, float32; NonFiniteValue with the weight's number."""
     from carnice_build.kernels import nvfp4
 
-    peaks = (_peak(weight.array, weight.dtype, operand) for operand, weight in enumerate(weights))
+    peaks = (peak(weight.array, weight.dtype, operand) for operand, weight in enumerate(weights))
     return nvfp4.weight_scale_2(max(peaks))
 
 
-def _peak(array: Any, dtype: str, operand: int, first: int = 0) -> float:
+def peak(array: Any, dtype: str, operand: int, first: int = 0) -> float:
     """The largest magnitude of what begins at flat index `first` of input `operand`."""
     from carnice_build.kernels import nvfp4
 
@@ -138,7 +138,7 @@ class TurnsQuantize(ProcessOp):
         experts, _, columns = inputs[0].spec.shape
         size = inputs[0].spec.size // experts
         peaks = (
-            _peak(stack.read_row(index), stack.spec.dtype, number, index * size)
+            peak(stack.read_row(index), stack.spec.dtype, number, index * size)
             for number, stack in enumerate(inputs)
             for index in range(experts)
         )
