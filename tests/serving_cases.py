@@ -93,6 +93,7 @@ FP4 = replace(
 )
 FACTS = {
     "nvfp4-vllm": NVFP4,
+    "modelopt-vllm": replace(NVFP4, weights_bytes=30_300_000_000),
     "fp8-vllm": FP8,
     "int8-vllm": INT8,
     "fp4-vllm": FP4,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import fnmatch
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from modelopt_export import with_others
 from quantizing import decoded_folder, floats_of_gpt_oss
 from tiny import Tensor, read_all_tensors, read_json
 from zoo import FAMILIES, TOKENIZER, Layout, write_zoo
@@ -120,7 +121,13 @@ def build(
     return result.checks
 
 
-def export(root: Path, family: str, source: str = "source") -> None:
+def export(
+    root: Path,
+    family: str,
+    source: str = "source",
+    preset: str = "NVFP4_DEFAULT_CFG",
+    others: Mapping[str, str] | None = None,
+) -> None:
     """What modelopt makes of `root`/`source`, in `root`/theirs."""
     import modelopt.torch.quantization as mtq
     import torch
@@ -144,7 +151,8 @@ def export(root: Path, family: str, source: str = "source") -> None:
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        mtq.quantize(model.eval(), copy.deepcopy(mtq.NVFP4_DEFAULT_CFG), loop)
+        settings = with_others(getattr(mtq, preset), others or {})
+        mtq.quantize(model.eval(), copy.deepcopy(settings), loop)
         export_hf_checkpoint(model, export_dir=root / "theirs")
 
 
@@ -304,3 +312,38 @@ def test_heads_are_kept_whatever_their_names(tmp_path: Path) -> None:
     head = {tensor.dtype for name, tensor in tensors.items() if name.startswith("model.layers.4.")}
 
     assert {"BF16", "F32"} == head
+
+
+OTHER_ALGORITHMS = {
+    "FP8": ("quant_algo: FP8", "FP8_DEFAULT_CFG", {}),
+    "MXFP8": ("quant_algo: MXFP8", "MXFP8_DEFAULT_CFG", {}),
+    "W4A16_NVFP4": ("quant_algo: W4A16_NVFP4", "W4A16_NVFP4_CFG", {}),
+    "FP8 beside experts in NVFP4": (
+        "rules: [{match: '*.self_attn.*', quant_algo: FP8}]",
+        "NVFP4_DEFAULT_CFG",
+        {"*self_attn*": "FP8_DEFAULT_CFG"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ALGORITHMS)
+def test_experts_in_other_algorithms(tmp_path: Path, name: str) -> None:
+    """Each expert's gate and up share the scale of FP8 too, for transformers has them as one.
+
+    Where there are several algorithms, the configs name the experts of a layer as one module.
+    """
+    knobs, preset, others = OTHER_ALGORITHMS[name]
+    write_zoo(tmp_path / "source", "qwen3_moe", "transformers")
+    export(tmp_path, "qwen3_moe", preset=preset, others=others)
+    checks = build(tmp_path, "qwen3_moe", f"format: nvfp4, {knobs}")
+    folders = tmp_path / "out" / "v", tmp_path / "theirs"
+    ours, theirs = map(read_all_tensors, folders)
+    layers = [
+        read_json(folder / "config.json")["quantization_config"].get("quantized_layers")
+        for folder in folders
+    ]
+
+    assert theirs.keys() == ours.keys()
+    assert [] == [item for item in theirs if theirs[item] != ours[item]]
+    assert layers[1] == layers[0]
+    assert [] == [check for check in checks if check.outcome is Outcome.FAILED]

@@ -19,6 +19,7 @@ from carnice_build.calibration.tokens import Tokens
 from carnice_build.commands.plan import plan_variants
 from carnice_build.dtypes import TensorSpec
 from carnice_build.formats.nvfp4.format import Nvfp4Format
+from carnice_build.formats.nvfp4.fp8_ops import Fp8InputScales, MxQuantize, TensorQuantize
 from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales
 from carnice_build.graph import Action, ActionGraph, Op, TensorRef
 from carnice_build.keys import canonical_json
@@ -63,6 +64,9 @@ OPS: list[tuple[Op, dict[str, Any], tuple[TensorSpec, ...]]] = [
     (Forward(), FORWARD_PARAMS, (IDS, HIDDEN, WEIGHT)),
     (BlockQuantize(), {}, (WEIGHT, WEIGHT)),
     (InputScales(), {"groups": [[0, 1], [2]], "shapes": [[], [4]]}, (AMAX,)),
+    (Fp8InputScales(), {"groups": [[0, 1], [2]], "shapes": [[], [4]]}, (AMAX,)),
+    (TensorQuantize(), {}, (WEIGHT, WEIGHT)),
+    (MxQuantize(), {}, (WEIGHT,)),
 ]
 OTHER_VALUES = {
     "samples": 3,
@@ -143,15 +147,15 @@ def test_no_key_of_a_forward_pass_holds_anything_of_the_quantizer(small: Project
     plain = forwards(planned(small))
     keep = 'quantize.keep=["*.layers.0.mlp.*", "mtp.*"]'
     changed = [planned(small, "quantize.defaults=modelopt-0.43", "quantize.keep=mtp.*")]
-    changed += [planned(small, keep)]
+    changed += [planned(small, keep), planned(small, "quantize.quant_algo=FP8")]
     spelled = [
         canonical_json(dict(item.params))
         for item in planned(small, keep)
         if isinstance(item.op, Forward)
     ]
 
-    assert {"format", "defaults", "keep"} == set(Nvfp4Format.model_fields)
-    assert [plain, plain] == [forwards(actions) for actions in changed]
+    assert {"format", "quant_algo", "rules", "defaults", "keep"} == set(Nvfp4Format.model_fields)
+    assert [plain] * 3 == [forwards(actions) for actions in changed]
     assert not any(word in text for text in spelled for word in ("nvfp4", "modelopt", "keep"))
 
 
@@ -306,6 +310,22 @@ OVERRIDES = {
     "0.43 with an MTP head": (
         "quantize.defaults=modelopt-0.43",
         ("module mtp.fc: no decoder layer has it, so its input is not calibrated", "among `keep`"),
+    ),
+    "rules that part what engines fuse": (
+        "quantize.rules=[{match: '*.q_proj', quant_algo: FP8}]",
+        ("quantize.rules", "q_proj", "are given FP8 and NVFP4", "one algorithm, because serving"),
+    ),
+    "a rule that skips a part of what engines fuse": (
+        "quantize.rules=[{match: '*.layers.0.mlp.up_proj', skip: true}]",
+        ("layers.0.mlp.gate_proj", "are quantized and some are not", "expected all or none"),
+    ),
+    "a rule that matches nothing": (
+        "quantize.rules=[{match: '*.mlp.dwon_proj', quant_algo: FP8}]",
+        ("quantize.rules", "*.mlp.dwon_proj matches no module"),
+    ),
+    "an algorithm of another name": (
+        "quantize.quant_algo=NVFP4A16",
+        ("quantize.quant_algo", "got 'NVFP4A16'"),
     ),
     "samples for another profile": (
         "calibration.samples={full: 20}",

@@ -28,7 +28,7 @@ def modelopt_files(variant: Variant) -> dict[str, bytes]:
     layers = variant.stated[LAYERS]
     name, *others = {*layers.values()} or {variant.stated[DEFAULT]}
     said = _mixed(layers) if others else _uniform(name, variant.ignored)
-    twin = {"kv_cache_quant_algo": None, **said}
+    twin = {"quant_algo": said["quant_algo"], "kv_cache_quant_algo": None, **said}
     return {
         "config.json": to_json({**variant.config, "quantization_config": _config(said)}),
         "hf_quant_config.json": to_json({"producer": PRODUCER, "quantization": twin}),

@@ -30,7 +30,7 @@ from carnice_build.formats.blame import refuse_unfit
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
 from carnice_build.formats.keep import kept, weights_of
-from carnice_build.formats.nvfp4.algorithms import ALGORITHMS, QuantAlgo
+from carnice_build.formats.nvfp4.algorithms import ALGORITHMS, Algorithm, QuantAlgo
 from carnice_build.formats.nvfp4.files import DEFAULT, LAYERS, modelopt_files
 from carnice_build.formats.nvfp4.made import Linears, turned, turned_biases
 from carnice_build.formats.rules import Rule, choose, fitted
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from carnice_build.formats.nvfp4.checks import Nvfp4Checks, Nvfp4Reader
 
 _EIGHT = 8
+
+_TAGS = {"NVFP4": "nvfp4", "FP8": "fp8", "W4A16_NVFP4": "nvfp4", "MXFP8": "mxfp8"}
 
 _PLAIN_ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
 
@@ -88,13 +90,14 @@ class Nvfp4Format(Format):
 
     def card(self) -> Card:
         """See `Format.card`."""
-        return Card(own_template(__package__), "vllm", ("modelopt", "nvfp4", "vllm"))
+        kinds = dict.fromkeys(_TAGS[algorithm.name] for algorithm in self.used)
+        return Card(own_template(__package__), "vllm", ("modelopt", *kinds, "vllm"))
 
     def checks(self) -> Nvfp4Checks:
         """See `Format.checks`."""
         from carnice_build.formats.nvfp4.checks import Nvfp4Checks
 
-        return Nvfp4Checks(self.quant_algo, mixed=any(rule.quant_algo for rule in self.rules))
+        return Nvfp4Checks(self.quant_algo, mixed=len(self.used) > 1)
 
     @classmethod
     def reader(cls) -> type[Nvfp4Reader]:
@@ -157,10 +160,16 @@ class Nvfp4Format(Format):
         )
 
     @property
+    def used(self) -> tuple[Algorithm, ...]:
+        """The algorithms that the recipe names, that of most modules first."""
+        names = {self.quant_algo: None}
+        names |= {rule.quant_algo: None for rule in self.rules if rule.quant_algo}
+        return tuple(ALGORITHMS[name] for name in names)
+
+    @property
     def _calibrated(self) -> bool:
-        """Whether any module may need the largest of its inputs."""
-        names = {self.quant_algo, *(rule.quant_algo for rule in self.rules)}
-        return any(name is not None and ALGORITHMS[name].calibrated for name in names)
+        """Whether modules may need the largest of their inputs."""
+        return any(algorithm.calibrated for algorithm in self.used)
 
     def _algorithms(
         self, facts: Mapping[str, TensorFact], context: PlanContext
