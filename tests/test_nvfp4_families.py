@@ -23,6 +23,7 @@ from zoo import FAMILIES, TOKENIZER, Layout, write_zoo
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.errors import PlanError
 from carnice_build.verification.result import Check, Outcome
 
 TEXT = (
@@ -314,11 +315,13 @@ def test_heads_are_kept_whatever_their_names(tmp_path: Path) -> None:
     assert {"BF16", "F32"} == head
 
 
-OTHER_ALGORITHMS = {
-    "FP8": ("quant_algo: FP8", "FP8_DEFAULT_CFG", {}),
-    "MXFP8": ("quant_algo: MXFP8", "MXFP8_DEFAULT_CFG", {}),
-    "W4A16_NVFP4": ("quant_algo: W4A16_NVFP4", "W4A16_NVFP4_CFG", {}),
+OTHER_ALGORITHMS: dict[str, tuple[str, str, str, dict[str, str]]] = {
+    "FP8": ("qwen3_moe", "quant_algo: FP8", "FP8_DEFAULT_CFG", {}),
+    "MXFP8": ("qwen3_moe", "quant_algo: MXFP8", "MXFP8_DEFAULT_CFG", {}),
+    "W4A16_NVFP4": ("qwen3_moe", "quant_algo: W4A16_NVFP4", "W4A16_NVFP4_CFG", {}),
+    "W4A16_NVFP4 of gpt-oss": ("gpt_oss", "quant_algo: W4A16_NVFP4", "W4A16_NVFP4_CFG", {}),
     "FP8 beside experts in NVFP4": (
+        "qwen3_moe",
         "rules: [{match: '*.self_attn.*', quant_algo: FP8}]",
         "NVFP4_DEFAULT_CFG",
         {"*self_attn*": "FP8_DEFAULT_CFG"},
@@ -332,10 +335,10 @@ def test_experts_in_other_algorithms(tmp_path: Path, name: str) -> None:
 
     Where there are several algorithms, the configs name the experts of a layer as one module.
     """
-    knobs, preset, others = OTHER_ALGORITHMS[name]
-    write_zoo(tmp_path / "source", "qwen3_moe", "transformers")
-    export(tmp_path, "qwen3_moe", preset=preset, others=others)
-    checks = build(tmp_path, "qwen3_moe", f"format: nvfp4, {knobs}")
+    family, knobs, preset, others = OTHER_ALGORITHMS[name]
+    write_zoo(tmp_path / "source", family, "transformers")
+    export(tmp_path, family, preset=preset, others=others)
+    checks = build(tmp_path, family, f"format: nvfp4, {knobs}")
     folders = tmp_path / "out" / "v", tmp_path / "theirs"
     ours, theirs = map(read_all_tensors, folders)
     layers = [
@@ -347,3 +350,24 @@ def test_experts_in_other_algorithms(tmp_path: Path, name: str) -> None:
     assert [] == [item for item in theirs if theirs[item] != ours[item]]
     assert layers[1] == layers[0]
     assert [] == [check for check in checks if check.outcome is Outcome.FAILED]
+
+
+@pytest.mark.parametrize(
+    ("family", "knobs", "words"),
+    [
+        ("gpt_oss", "quant_algo: FP8", "one tensor with columns for rows are not quantized to FP8"),
+        (
+            "qwen3_moe",
+            "rules: [{match: '*.experts.*.down_proj', quant_algo: FP8}]",
+            "because engines run a layer's experts as one",
+        ),
+    ],
+)
+def test_experts_that_no_engine_could_run_are_refused(
+    tmp_path: Path, family: str, knobs: str, words: str
+) -> None:
+    """Eight bits of gpt-oss's, and two algorithms in one layer."""
+    write_zoo(tmp_path / "source", family, "transformers")
+
+    with pytest.raises(PlanError, match=words):
+        build(tmp_path, family, f"format: nvfp4, {knobs}")

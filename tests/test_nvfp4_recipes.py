@@ -510,12 +510,37 @@ def test_a_device_of_no_known_kind_is_refused(small: Project, carnice: Carnice) 
     check_refused(finished, small, "'gpu' is none of auto, cpu, cuda, and cuda:N")
 
 
-def test_weights_that_are_not_finite_are_named(small: Project, carnice: Carnice) -> None:
+@pytest.mark.parametrize("algorithm", ["NVFP4", "FP8", "MXFP8", "W4A16_NVFP4"])
+def test_weights_that_are_not_finite_are_named(
+    small: Project, carnice: Carnice, algorithm: str
+) -> None:
     """The last linear of the last layer feeds no other: the quantizer itself finds its NaN."""
     name = LAYER(1) + "mlp.down_proj.weight"
     poison(small, name)
 
-    check_refused(build(carnice), small, name)
+    check_refused(build(carnice, f"quantize.quant_algo={algorithm}"), small, name)
+
+
+def test_blocks_of_mxfp8_have_to_divide_a_row(small: Project, carnice: Carnice) -> None:
+    """Into 32s, where those of NVFP4 are 16s; FP8 has none."""
+    narrow(small)
+    finished = build(carnice, "quantize.quant_algo=MXFP8")
+
+    check_refused_at_once(finished, small, "blocks of 32 do not divide the 200 inputs")
+
+
+@pytest.mark.parametrize("algorithm", ["MXFP8", "W4A16_NVFP4"])
+def test_what_rounds_no_activation_under_a_scale_needs_no_calibration(
+    small: Project, algorithm: str
+) -> None:
+    """Nor a section about one."""
+    text = f"quantize: {{format: nvfp4, quant_algo: {algorithm}}}\n"
+    head = "extends: _base/carnice-text.yaml\nvariant: mine\ndescription: x\n"
+    small.recipe("mine", head + text)
+    plan = plan_variants(["mine"], small.options())
+
+    assert not any(isinstance(item.op, Forward) for item in plan.graph)
+    assert plan.variants[0].conversion.quantized
 
 
 def test_the_tokens_of_the_plan_are_those_of_the_recipe(small: Project) -> None:
