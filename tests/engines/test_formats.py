@@ -29,6 +29,9 @@ pytestmark = pytest.mark.engine
 FOR_VLLM = (
     "nvfp4-text-mtp",
     "qwen-nvfp4-text-mtp",
+    "fp8-modelopt",
+    "mxfp8-modelopt",
+    "nvfp4-fp8-attention",
     "fp8-dynamic",
     "int4-autoround",
     "int4-bf16-mtp",

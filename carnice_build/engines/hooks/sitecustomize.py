@@ -28,15 +28,36 @@ def declare_operators(extension: Any) -> None:
 
 
 def register_kernels(linear: Any) -> None:
-    """Have NVFP4 computed as on cards that have no FP4: dequantized, inputs rounded as well."""
+    """Have NVFP4 and MXFP8 computed as on cards that lack them: dequantized, inputs rounded too."""
     from vllm.platforms import PlatformEnum  # type: ignore[import-not-found]
 
     linear._POSSIBLE_NVFP4_KERNELS.setdefault(PlatformEnum.CPU, [linear.EmulationNvFp4LinearKernel])
+    linear._POSSIBLE_MXFP8_KERNELS.setdefault(PlatformEnum.CPU, [linear.EmulationMxfp8LinearKernel])
+
+
+def quantize_under_a_scale(operators: Any) -> None:
+    """Let linears in FP8 be fused, whose weights are then put under one scale.
+
+    The build for CPUs declares the operator for that without an argument.
+    """
+    compiled = operators.scaled_fp8_quant
+
+    def scaled_fp8_quant(inputs: Any, scale: Any = None, *rest: Any, **more: Any) -> Any:
+        if scale is None or scale.numel() != 1:
+            return compiled(inputs, scale, *rest, **more)
+        import torch
+
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        codes = (inputs.float() / scale.float()).clamp(-largest, largest)
+        return codes.to(torch.float8_e4m3fn), scale
+
+    operators.scaled_fp8_quant = scaled_fp8_quant
 
 
 AFTER: dict[str, Callable[[Any], None]] = {
     "torchvision.extension": declare_operators,
     "vllm.model_executor.kernels.linear": register_kernels,
+    "vllm._custom_ops": quantize_under_a_scale,
 }
 """What is called with a module when it has been imported."""
 
