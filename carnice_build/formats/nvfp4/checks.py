@@ -89,7 +89,7 @@ class Nvfp4Checks(TorchChecks):
     """
 
     def __init__(self, default: str = "NVFP4", *, mixed: bool = False) -> None:
-        self.default = default
+        self.default, self.mixed = default, mixed
         kind = ALGORITHMS[default].activations
         if mixed:
             self.activations = "activations as each linear has them"
@@ -102,8 +102,8 @@ class Nvfp4Checks(TorchChecks):
         twin = section(read_object(folder.path / _TWIN), "quantization")
         folder = replace(folder, tensors=self.by_module(folder.tensors, architecture))
         yield from statements(_CONFIG, stated, {"quant_method": "modelopt"})
-        yield from statements(_TWIN, twin, {"quant_algo": stated.get("quant_algo")})
-        if stated.get("quant_algo") == MIXED:
+        if self.mixed and stated.get("quant_algo") == MIXED:
+            yield from statements(_TWIN, twin, {"quant_algo": MIXED})
             if section(stated, LAYERS) != section(twin, LAYERS):
                 yield f"{_CONFIG} and {_TWIN} differ in {LAYERS}"
             yield from _layer_problems(folder, architecture, section(stated, LAYERS))
@@ -124,8 +124,12 @@ class Nvfp4Checks(TorchChecks):
         stated: Mapping[str, Any],
         twin: Mapping[str, Any],
     ) -> Iterator[str]:
-        """One algorithm is stated, and all modules that do not have it."""
-        algorithm = ALGORITHMS.get(str(stated.get("quant_algo")), ALGORITHMS[self.default])
+        """One algorithm is stated, and all modules that do not have it.
+
+        It is the recipe's; where rules have others, they may be about all modules.
+        """
+        name = str(stated.get("quant_algo")) if self.mixed else self.default
+        algorithm = ALGORITHMS.get(name, ALGORITHMS[self.default])
         yield from statements(_CONFIG, stated, {"quant_algo": algorithm.name})
         yield from statements(_TWIN, twin, algorithm.of_layer)
         if algorithm.grouped:

@@ -131,11 +131,7 @@ class Mxfp8Values:
 
     def allowance(self, source: Floats, start: int) -> Floats:
         """See `QuantizedValues.allowance`."""
-        blocks = source.reshape(-1, MX_BLOCK)
-        # The least power of two under which nothing is cut; 2^-127 at least.
-        ratio = np.maximum(np.abs(blocks).max(axis=1, keepdims=True) / 448.0, 2.0**-127)
-        steps = np.exp2(np.ceil(np.log2(ratio.astype(np.float64))))
-        return fp8_allowance(blocks, steps, 0.0).reshape(source.shape)
+        return mxfp8_allowance(source)
 
 
 def stored_values(tensors: Tensors, module: str, scheme: Scheme) -> QuantizedValues:
@@ -159,6 +155,15 @@ def fp8_allowance(magnitudes: Floats, scale: Any, rounded: float) -> Floats:
     allowed = np.maximum(gap + code * rounded, code - 448.0) * scale * _FLOAT32_SLACK
     within: Floats = allowed.astype(np.float32)
     return within
+
+
+def mxfp8_allowance(rows: Floats) -> Floats:
+    """The most that weights may be off in MXFP8; see the module's text."""
+    blocks = rows.reshape(-1, MX_BLOCK)
+    # The least power of two under which nothing is cut; 2^-127 at least.
+    ratio = np.maximum(np.abs(blocks).max(axis=1, keepdims=True) / 448.0, 2.0**-127)
+    steps = np.exp2(np.ceil(np.log2(ratio.astype(np.float64))))
+    return fp8_allowance(blocks, steps, 0.0).reshape(rows.shape)
 
 
 def allowance(blocks: Floats, scale_2: float) -> Floats:
