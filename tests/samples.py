@@ -38,7 +38,7 @@ from carnice_build.formats.compressed_tensors.storages.floats_ops import (
     FloatQuantize as StoredFloats,
 )
 from carnice_build.formats.compressed_tensors.storages.ints_ops import IntQuantize
-from carnice_build.formats.compressed_tensors.storages.mx_ops import MxQuantize
+from carnice_build.formats.compressed_tensors.storages.mx_ops import MxQuantize as StoredMx
 from carnice_build.formats.compressed_tensors.storages.nvfp4_ops import (
     GlobalQuantize,
     InverseScale,
@@ -493,7 +493,7 @@ OPS: Sequence[OpSample] = [
         Stacked(GlobalQuantize()), {}, drawn(("BF16", (9, 4, 32)), ("BF16", (9, 2, 32))), _STACKED
     ),
     OpSample(Stacked(StoredFloats()), {"block": None}, drawn(("BF16", (9, 4, 32))), _STACKED),
-    *(OpSample(MxQuantize(), {"bits": bits}, drawn(("BF16", (9, 64)))) for bits in (4, 8)),
+    *(OpSample(StoredMx(), {"bits": bits}, drawn(("BF16", (9, 64)))) for bits in (4, 8)),
     OpSample(SmoothWeight(), {"columns": False, "rows": True}, _scaled(9, 128, axis=0)),
     OpSample(
         Tokens(),
