@@ -22,11 +22,13 @@ def export(
     device: str = "cpu",
     preset: str = "NVFP4_DEFAULT_CFG",
     others: Mapping[str, str] | None = None,
+    kv_cache: bool = False,
 ) -> None:
     """Quantize the text model of `base` on `device` and write it to `folder`.
 
     `keep` are patterns of what stays as it is, the library's own if None; `preset` is the name of
-    the library's settings, and `others` those of modules by patterns.
+    the library's settings, and `others` those of modules by patterns; with `kv_cache` keys and
+    values are quantized to FP8.
     """
     import modelopt.torch.quantization as mtq
     import torch
@@ -66,6 +68,8 @@ def export(
         disabled = [{"quantizer_name": name, "enable": False} for name in keep]
         embedding = {"parent_class": "nn.Embedding", "quantizer_name": "*", "enable": False}
         settings = {**settings, "quant_cfg": [*enabled, *disabled, embedding]}
+    if kv_cache:
+        settings = {**settings, "quant_cfg": [*settings["quant_cfg"], *mtq.FP8_KV_CFG["quant_cfg"]]}
     mtq.quantize(model, settings, loop)
     export_hf_checkpoint(model, export_dir=folder)
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from tiny import bf16, tiny_config
 
 from carnice_build.calibration.beside import Beside, passed_specs, told
-from carnice_build.calibration.parts import Combine, CombineExperts, Cut
+from carnice_build.calibration.parts import Combine, CombineExperts, Cut, Join
 from carnice_build.calibration.passes import Embed, Forward, ForwardExperts
-from carnice_build.calibration.tokens import LongestFirst, Tokens
+from carnice_build.calibration.tokens import LongestFirst, LongestOrder, Tokens
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.formats.autoround.ops import Merge, Nearest, packed_specs
 from carnice_build.formats.autoround.tune import Advance, Tune
@@ -45,6 +45,7 @@ from carnice_build.formats.compressed_tensors.storages.nvfp4_ops import (
 )
 from carnice_build.formats.compressed_tensors.storages.row_floats_ops import RowQuantize
 from carnice_build.formats.elementwise import Elementwise
+from carnice_build.formats.kv_cache import CacheScales
 from carnice_build.formats.mlx.ops import (
     AffineQuantize,
     FloatQuantize,
@@ -147,6 +148,12 @@ def _counts(dtype: str, shape: tuple[int, ...]) -> list[TensorData]:
 def _magnitudes(parts: int) -> list[TensorData]:
     """The largest inputs of five linears, over each of some parts."""
     return [data("F32", np.abs(item.array)) for item in drawn(*[("F32", (5,))] * parts)()]
+
+
+def _ranges() -> TensorData:
+    """The least and the largest keys and values of three samples."""
+    (found,) = drawn(("F32", (3, 4)))()
+    return data("F32", np.abs(found.array) * np.array([-1, 1, -1, 1], np.float32))
 
 
 def _file(content: str) -> TensorData:
@@ -510,6 +517,16 @@ OPS: Sequence[OpSample] = [
         bounded=True,
     ),
     OpSample(LongestFirst(), {"processor": "x86_64 avx2"}, lambda: [_tokens()]),
+    OpSample(LongestOrder(), {"processor": "x86_64 avx2"}, lambda: [_tokens()]),
+    OpSample(Join(), {}, lambda: [_ranges(), _ranges()]),
+    *(
+        OpSample(
+            CacheScales(),
+            {"observer": observer, "dtype": "BF16", "shape": [1]},
+            lambda: [_ranges()],
+        )
+        for observer in ("minmax", "static_minmax")
+    ),
     OpSample(Cut(), {"sizes": [2, 1]}, lambda: _counts("I32", (3, LENGTH))),
     OpSample(Combine(), {}, lambda: _magnitudes(3)),
     OpSample(
@@ -532,6 +549,12 @@ OPS: Sequence[OpSample] = [
         ForwardExperts(workspace=1 << 20),
         {**_experts_layer().params, "linears": list(_experts_layer().linears)},
         _experts_layer().inputs(1),
+        _FORWARD,
+    ),
+    OpSample(
+        Forward(workspace=1 << 20),
+        {**_layer().params, "linears": list(_layer().linears), "caches": True},
+        _layer().inputs(1),
         _FORWARD,
     ),
     *(

@@ -147,15 +147,20 @@ def test_no_key_of_a_forward_pass_holds_anything_of_the_quantizer(small: Project
     plain = forwards(planned(small))
     keep = 'quantize.keep=["*.layers.0.mlp.*", "mtp.*"]'
     changed = [planned(small, "quantize.defaults=modelopt-0.43", "quantize.keep=mtp.*")]
-    changed += [planned(small, keep), planned(small, "quantize.quant_algo=FP8")]
+    changed += [
+        planned(small, keep),
+        planned(small, "quantize.quant_algo=FP8"),
+        planned(small, "quantize.kv_cache.format=fp8"),
+    ]
     spelled = [
         canonical_json(dict(item.params))
         for item in planned(small, keep)
         if isinstance(item.op, Forward)
     ]
 
-    assert {"format", "quant_algo", "rules", "defaults", "keep"} == set(Nvfp4Format.model_fields)
-    assert [plain] * 3 == [forwards(actions) for actions in changed]
+    own = {"format", "quant_algo", "rules", "defaults", "keep", "kv_cache"}
+    assert own == set(Nvfp4Format.model_fields)
+    assert [plain] * 4 == [forwards(actions) for actions in changed]
     assert not any(word in text for text in spelled for word in ("nvfp4", "modelopt", "keep"))
 
 

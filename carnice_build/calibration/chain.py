@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from carnice_build.calibration.parts import Combine, CombineExperts
+from carnice_build.calibration.parts import Combine, CombineExperts, Join
 from carnice_build.calibration.passes import (
     Forward,
     ForwardExperts,
@@ -74,12 +74,16 @@ _COMBINED: Mapping[type[Forward], type[Combine]] = {
 
 
 class Activations:
-    """The largest inputs of linears, layer by layer, as far as somebody asks for them."""
+    """The largest inputs of linears, layer by layer, as far as somebody asks for them.
+
+    And the ranges of keys and values, which come from the same passes.
+    """
 
     def __init__(self, calibration: Calibration) -> None:
         self._calibration = calibration
         self._parts = [(part, Chain(calibration.graph, part)) for part in calibration.parts]
         self._amax: list[tuple[TensorRef, tuple[str, ...]]] = []
+        self._ranges: dict[int, list[TensorRef]] = {}
         self.experts: dict[int, TensorRef] = {}
         """How many tokens each expert was sent, I64 [experts], in those layers that have experts.
 
@@ -103,15 +107,32 @@ class Activations:
             self._forward(len(self._amax))
         return self._amax[layer]
 
+    def ranges(self, layer: int) -> TensorRef:
+        """The ranges of the keys and values of a layer that caches its own, F32 [samples, 4].
+
+        See `Forward`; samples are in the order in which they pass.
+        """
+        self.amax(layer)
+        found = self._ranges[layer]
+        return found[0] if len(found) == 1 else self._calibration.graph.add(Join(), {}, *found)[0]
+
+    @property
+    def longest_order(self) -> TensorRef | None:
+        """See `Calibration.longest_order`."""
+        return self._calibration.longest_order()
+
     def _forward(self, number: int) -> None:
         layer = self._calibration.layer(number)
         linears = list(layer.linears)
         op = ForwardExperts if any(STACK in name for name in linears) else Forward
-        found = [
-            ref
+        more = {"caches": True} if layer.caches else {}
+        kept = [
+            list(chain.add(partial(op, first=part.first), layer, linears=linears, **more))
             for part, chain in self._parts
-            for ref in chain.add(partial(op, first=part.first), layer, linears=linears)
         ]
+        if layer.caches:
+            self._ranges[number] = [outputs.pop() for outputs in kept]
+        found = [ref for outputs in kept for ref in outputs]
         amax, *experts = self._combined(found, _COMBINED[op]())
         params = {"names": layer.names, "linears": linears}
         counts = linear_counts(params, [ref.spec for ref in layer.weights])

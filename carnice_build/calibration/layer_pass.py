@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from carnice_build.backends.tensors import as_data
 from carnice_build.calibration.beside_files import BesideFiles
 from carnice_build.calibration.driver import Arithmetic, LayerDriver
 from carnice_build.calibration.layer_files import HiddenStates, layer_name, layer_tensors
-from carnice_build.calibration.watch import NonFiniteInput, Seen, seen_inputs
+from carnice_build.calibration.watch import NonFiniteInput, Seen, seen_caches, seen_inputs
 from carnice_build.calibration.weights import Owners
 from carnice_build.errors import BackendError, CarniceError, CheckpointError
 from carnice_build.tensor_file import TensorFile
@@ -32,16 +33,20 @@ def run_layer(
     What comes out goes to `out`: hidden states, and what the layer makes for others.
     `first` is what number the first of `samples` has among all.
     Raises CheckpointError when one is NaN or infinity, or when transformers refuses the config;
-    BackendError when torch has no such device.
+    BackendError when torch has no such device, or keys and values are not seen where they must be.
     """
     driver, layer, owners = _load(params, weights)
     beside = BesideFiles(params, samples, given, out[1:])
-    with seen_inputs(layer, owners) as seen:
+    name = layer_name(params, weights)
+    caching = seen_caches(layer) if params.get("caches") else nullcontext()
+    with seen_inputs(layer, owners) as seen, caching as caches:
         for index, state in enumerate(HiddenStates(hidden, samples, driver.enter)):
             try:
                 result = driver.run(layer, state, beside.given(index))
             except NonFiniteInput as error:
-                raise error.by_sample(first + index, layer_name(params, weights)) from None
+                raise error.by_sample(first + index, name) from None
+            if caches:
+                seen.ranges.append(caches.of_sample(name))
             out[0].write_row(index, as_data(result[0]).array)
             beside.put(index)
             progress()

@@ -104,6 +104,32 @@ class Combine(ArrayOp):
             np.maximum(output.array, amax.array, out=output.array)
 
 
+class Join(ArrayOp):
+    """The ranges of keys and values of all samples, from those of the samples of each part.
+
+    Inputs: for each part, F32 [size, 4] of `Forward`.  Output: F32 [samples, 4], in their order.
+    """
+
+    name = "calibration.join"
+    version = 1
+    libraries = ("numpy",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """All rows."""
+        rows = sum(spec.shape[0] for spec in inputs)
+        return (TensorSpec(inputs[0].dtype, (rows, *inputs[0].shape[1:])),)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Put them one below the other."""
+        import numpy as np
+
+        np.concatenate([part.array for part in inputs], out=outputs[0].array)
+
+
 class CombineExperts(Combine):
     """`Combine` of a layer with stacks of experts.
 

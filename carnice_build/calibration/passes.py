@@ -1,9 +1,9 @@
 """Ops of a calibration: forward passes, cut at the decoder layer.
 
-tokens -> hidden(0) -> for each layer *i*: forward(i) -> hidden(i + 1), amax(i)
+tokens -> hidden(0) -> for each layer *i*: forward(i) -> hidden(i + 1), amax(i), ranges(i)
 
 The hidden states are large and go when the next layer is done; what is kept of a layer are the
-largest magnitudes that its linears were given.
+largest magnitudes that its linears were given, and the ranges of the keys and values that it made.
 No key holds anything of the quantizer, so all recipes of one body and one dataset share them.
 """
 
@@ -81,11 +81,13 @@ class Forward(ProcessOp):
     Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors; then what it is
     given beside them (`beside.passed_specs`).
     Outputs: the layer's own hidden states; amax F32 [linears], the largest magnitude of each
-    linear's inputs over all samples, as modelopt's max calibrator has it; last, what the layer
-    makes for others to be given.
+    linear's inputs over all samples, as modelopt's max calibrator has it; of a layer that `caches`
+    F32 [samples, 4], the least and the largest key of each sample, and value, as they enter a
+    cache; last, what the layer makes for others to be given.
     A stack of experts is as many linears; one that no token was sent to has 0.
     Parameters: `names` (of the tensors, within the layer), `linears` (of the modules in amax),
-    `layer` (its number), `given` and `made` (`beside.told`, where there is any), `config` of the
+    `layer` (its number), `given` and `made` (`beside.told`, where there is any), `caches` (true
+    where the layer keeps keys and values of its own, and else not there), `config` of the
     text model, and `dtype`, `attention`, `threads`, `device` and `processor` of the arithmetic;
     `gpus`, the kinds that the machine has, where `device` is not the processor.
 
@@ -106,9 +108,9 @@ class Forward(ProcessOp):
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
-        """Hidden states, amax, and what is made."""
+        """Hidden states, amax, the ranges if there are any, and what is made."""
         amax = TensorSpec("F32", (sum(linear_counts(params, inputs[2:])),))
-        return inputs[1], amax, *made_specs(params, inputs)
+        return inputs[1], amax, *_ranges(params, inputs), *made_specs(params, inputs)
 
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """One for each sample."""
@@ -138,7 +140,9 @@ class Forward(ProcessOp):
         from carnice_build.calibration.layer_files import layer_name
         from carnice_build.calibration.layer_pass import run_layer
 
-        made = len(outputs) - len(made_specs(params, [file.spec for file in inputs]))
+        specs = [file.spec for file in inputs]
+        made = len(outputs) - len(made_specs(params, specs))
+        ranges = made - len(_ranges(params, specs))
         weights, given = layer_inputs(params, inputs)
         seen = run_layer(
             params,
@@ -154,7 +158,9 @@ class Forward(ProcessOp):
         linears = map(numbered, params["linears"], counts)
         prefix = layer_name(params, weights)
         outputs[1].write(np.array(seen.largest(linears, prefix), np.float32))
-        for file in outputs[2:made]:
+        for file in outputs[ranges:made]:
+            file.write(np.array(seen.ranges, np.float32))
+        for file in outputs[2:ranges]:
             stack = next(name for name in params["linears"] if STACK in name)
             experts = numbered(stack, file.spec.size)
             file.write(np.array([seen.tokens.get(name, 0) for name in experts], np.int64))
@@ -172,10 +178,16 @@ class ForwardExperts(Forward):
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
-        """Hidden states, amax, counts, and what is made."""
-        hidden, amax, *made = super().infer(params, inputs)
+        """Hidden states, amax, counts, the ranges if there are any, and what is made."""
+        hidden, amax, *rest = super().infer(params, inputs)
         counts = TensorSpec("I64", (max(linear_counts(params, inputs[2:])),))
-        return hidden, amax, counts, *made
+        return hidden, amax, counts, *rest
+
+
+def _ranges(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Of the keys and values of each sample, where the layer caches its own."""
+    samples = inputs[0].shape[0]
+    return [TensorSpec("F32", (samples, 4))] if params.get("caches") else []
 
 
 def layer_inputs(params: Mapping[str, Any], inputs: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:

@@ -15,7 +15,7 @@ from carnice_build.calibration.beside import Beside, told
 from carnice_build.calibration.parts import Cut, shares
 from carnice_build.calibration.passes import Embed
 from carnice_build.calibration.source import CalibrationSource
-from carnice_build.calibration.tokens import LongestFirst, Tokens
+from carnice_build.calibration.tokens import LongestFirst, LongestOrder, Tokens
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.checkpoint.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from carnice_build.dtypes import FLOAT_NAMES, ITEM_SIZE, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import ANY_GPU, TensorRef, View
 from carnice_build.models.base import Part, Passed, Role, TensorFact
+from carnice_build.models.caches import key_linears
 from carnice_build.processor import gpus, vector_instructions
 from carnice_build.recipe.schema import ByProfile, Order, count_for
 from carnice_build.tensors import SourceTensor
@@ -44,6 +45,7 @@ class LayerPart:
     `params` holds what every forward pass through the layer depends on.
     `given` and `made` are what it is given beside hidden states, and makes for others.
     `workspace` are the bytes that one sample of full length needs inside the layer.
+    `caches` says that it keeps keys and values of its own.
     """
 
     prefix: str
@@ -55,6 +57,7 @@ class LayerPart:
     given: tuple[Passed, ...]
     made: tuple[Passed, ...]
     workspace: int
+    caches: bool
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,9 @@ class Calibration:
         self.graph = source.graph
         layers = range(self._architecture.num_layers)
         self._passed = [tuple(self._architecture.passed(layer)) for layer in layers]
-        tokens = self._tokens()
+        self._caching = key_linears(architecture).keys()
+        self._given_tokens = tokens = self._tokens()
+        self._ordered = bool(self._spec.order) or order == "longest"
         if (self._spec.order or order) == "longest":
             params = {"processor": vector_instructions()}
             (tokens,) = self.graph.add(LongestFirst(), params, tokens)
@@ -121,6 +126,17 @@ class Calibration:
                 expected="1",
             )
         return self.parts[0]
+
+    def longest_order(self) -> TensorRef | None:
+        """The numbers of samples as llm-compressor would take them, I32 [samples].
+
+        None where they pass in it, or the recipe says in which order they do.
+        """
+        if self._ordered:
+            return None
+        params = {"processor": vector_instructions()}
+        (order,) = self.graph.add(LongestOrder(), params, self._given_tokens)
+        return order
 
     def layer(self, layer: int) -> LayerPart:
         """Decoder layer number `layer`."""
@@ -150,6 +166,7 @@ class Calibration:
             given,
             made,
             self._workspace(architecture.layer_kind(layer)),
+            layer in self._caching,
         )
 
     def _cut(self, tokens: TensorRef) -> Iterator[tuple[int, TensorRef]]:

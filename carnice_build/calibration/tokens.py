@@ -90,3 +90,40 @@ class LongestFirst(ProcessOp):
 
         rows = inputs[0].read()
         outputs[0].write(rows[longest_first((rows != PADDING).sum(axis=1).tolist())])
+
+
+class LongestOrder(ProcessOp):
+    """The numbers of samples in the order of `LongestFirst`, where they pass in another.
+
+    Input: tokens I32 [samples, length], padded with -1.  Output: I32 [samples].
+    Parameter: `processor`, as there.
+    """
+
+    name = "calibration.longest_order"
+    version = 1
+    libraries = ("torch",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """One number a sample."""
+        return (TensorSpec("I32", inputs[0].shape[:1]),)
+
+    def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
+        """The tokens."""
+        return inputs[0].nbytes
+
+    def run(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorFile],
+        outputs: Sequence[TensorFile],
+        progress: Callable[[], None],
+    ) -> None:
+        """Sort them by length."""
+        import numpy as np
+
+        from carnice_build.calibration.tokenizing import longest_first
+
+        lengths = (inputs[0].read() != PADDING).sum(axis=1).tolist()
+        outputs[0].write(np.array(longest_first(lengths), np.int32))

@@ -1,10 +1,11 @@
-"""What the linears of a decoder layer are given while samples run through it.
+"""What the linears of a decoder layer, and its cache, are given while samples run through it.
 
 Needs the `torch` extra; to be imported in worker processes alone.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from carnice_build.calibration.weights import Owners
 from carnice_build.errors import BackendError, CheckpointError
@@ -60,11 +62,12 @@ class Seen:
     """What linears were given, by their names within the layer; those given nothing are not there.
 
     `amax` is the largest magnitude, as modelopt's max calibrator has it, per tensor; `tokens` how
-    many vectors there were.
+    many vectors there were.  `ranges` are those of keys and values, by sample; see `Caches`.
     """
 
     amax: dict[str, float] = field(default_factory=dict)
     tokens: Counter[str] = field(default_factory=Counter)
+    ranges: list[tuple[float, float, float, float]] = field(default_factory=list)
 
     def largest(self, linears: Iterable[Sequence[str]], prefix: str = "") -> list[float]:
         """The amax of all `linears` in turn, those of one stack of experts, or one, in one entry.
@@ -107,6 +110,63 @@ def seen_inputs(layer: nn.Module, owners: Mapping[str, Owners]) -> Iterator[Seen
 
     with Watch(WeightPlaces(layer, owners), watch):
         yield seen
+
+
+class Caches:
+    """The keys and values that attention is given, which are those that enter a cache.
+
+    Keys after their norm and their rotary embedding, and values, before heads are repeated: what
+    both modelopt and compressed-tensors observe.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[float, float, float, float]] = []
+
+    def see(self, name: str, keys: Tensor, values: Tensor) -> None:
+        """Take what the attention `name` is given; NonFiniteInput for NaN or infinity."""
+        bounds = [end.item() for part in (keys, values) for end in torch.aminmax(part)]
+        if not all(map(math.isfinite, bounds)):
+            raise NonFiniteInput(name)
+        least_key, largest_key, least_value, largest_value = bounds
+        self._found.append((least_key, largest_key, least_value, largest_value))
+
+    def of_sample(self, layer: str) -> tuple[float, float, float, float]:
+        """The least and the largest key, and value, since this was asked before.
+
+        BackendError unless attention was computed once, by a function of transformers.
+        """
+        found, self._found = self._found, []
+        if len(found) != 1:
+            raise BackendError(
+                f"transformers computed attention {len(found)} times in {layer[:-1]}",
+                expected="once, by a function that ALL_ATTENTION_FUNCTIONS has",
+            )
+        return found[0]
+
+
+@contextmanager
+def seen_caches(layer: nn.Module) -> Iterator[Caches]:
+    """While this is open, collect what attention in `layer` is given."""
+    caches, names = Caches(), {id(module): name for name, module in layer.named_modules()}
+    get_interface = ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def watched(implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        attend = get_interface(implementation, default)
+
+        def attention(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any
+        ) -> Any:
+            caches.see(names.get(id(module), "attention"), key, value)
+            return attend(module, query, key, value, *rest, **named)
+
+        return attention
+
+    # Of this instance alone, which all models of transformers share.
+    vars(ALL_ATTENTION_FUNCTIONS)["get_interface"] = watched
+    try:
+        yield caches
+    finally:
+        del vars(ALL_ATTENTION_FUNCTIONS)["get_interface"]
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Conversion:
     `dtype` is what config.json states for the model, None where that is as the source has it.
     `figures` are small tensors whose numbers build.json states, by what they are of.
     `stated` is what else the format's `files` state; its form is the format's own.
+    `kv_cache` is what engines call the type of a cache whose scales are stored, None without any.
     `notices` are sentences that a person may want to know before a build.
     `causes` says, by the name of an action's first output and by parameter, which entry below
     `quantize` in the recipe chose the value; by `OP`, which chose the op itself.
@@ -77,6 +78,7 @@ class Conversion:
     dtype: str | None = None
     figures: Mapping[str, TensorRef] = field(default_factory=dict)
     stated: Mapping[str, Any] = field(default_factory=dict)
+    kv_cache: str | None = None
     notices: Sequence[str] = ()
 
 

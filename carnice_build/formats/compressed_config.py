@@ -14,6 +14,7 @@ from carnice_build.formats.exclusions import (
     plain_modules,
 )
 from carnice_build.formats.folder import ModelFolder, section
+from carnice_build.formats.kv_cache import scale_problems
 from carnice_build.formats.statements import names, statements, states
 from carnice_build.formats.variant import Variant
 from carnice_build.models.base import LINEARS, Architecture, Part
@@ -23,6 +24,9 @@ VERSION = "0.19.0"
 
 METHOD = "compressed-tensors"
 """What config.json calls all that the library writes."""
+
+SCALES = "{attention}.{part}_scale"
+"""What the scales of a cache are called."""
 
 _MIXED = "mixed-precision"
 _PARTS = ("weights", "input_activations")
@@ -74,8 +78,13 @@ def compressed_config(
     return grouped_config(variant, [Stated(storage, weights, input_activations)])
 
 
-def grouped_config(variant: Variant, groups: Sequence[Stated]) -> dict[str, Any]:
-    """config.json of a folder whose quantized linears are in one of `groups` each."""
+def grouped_config(
+    variant: Variant, groups: Sequence[Stated], kv_cache: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """config.json of a folder whose quantized linears are in one of `groups` each.
+
+    `kv_cache` is the scheme of the cache whose scales are there, None without any.
+    """
     return {
         **variant.config,
         "quantization_config": {
@@ -85,7 +94,7 @@ def grouped_config(variant: Variant, groups: Sequence[Stated]) -> dict[str, Any]
             "format": _flattened(groups),
             "global_compression_ratio": None,
             "ignore": engine_names(variant.architecture, variant.ignored),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": kv_cache and dict(sorted(kv_cache.items())),
             "quant_method": METHOD,
             "quantization_status": "compressed",
             "sparsity_config": {},
@@ -122,11 +131,15 @@ def config_problems(
 
 
 def grouped_problems(
-    folder: ModelFolder, architecture: Architecture, groups: Sequence[Stated]
+    folder: ModelFolder,
+    architecture: Architecture,
+    groups: Sequence[Stated],
+    kv_cache: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """What config.json states otherwise than `groups`, and plain linears that it does not list.
 
     `groups` are in the order of config.json, which is that of the model.
+    And what is wrong with the scales of a cache of which it says `kv_cache`.
     This format's engines look for the parts of a fused linear, so none is listed.
     """
     stated = section(folder.config, "quantization_config")
@@ -141,6 +154,9 @@ def grouped_problems(
         yield from statements(
             "config.json", section(entry, "input_activations"), group.inputs or {}
         )
+    if kv_cache:
+        yield from statements("config.json", section(stated, "kv_cache_scheme"), kv_cache)
+        yield from scale_problems(folder, architecture, SCALES)
     ignore = names(stated.get("ignore"))
     yield from ignore_problems(folder, architecture, ignore, LINEARS, fused=False)
 

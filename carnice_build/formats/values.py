@@ -5,7 +5,8 @@ A tensor counts as a matrix of its first axis against all others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Protocol
 
@@ -155,3 +156,15 @@ def square_sum(values: Floats) -> float:
     """The sum of squares of a block, short enough to be taken in float32."""
     flat = values.reshape(-1)
     return float(np.dot(flat, flat))
+
+
+def read_scale(tensors: Mapping[str, SourceTensor], name: str) -> float:
+    """A stored scale; Incomparable when there is none, or it is no positive number."""
+    tensor = tensors.get(name)
+    if tensor is None or tensor.spec.size != 1 or tensor.spec.dtype not in WIDE_FLOATS:
+        raise Incomparable(f"{name} is no number")
+    data = read_rows(tensor, TensorSpec(tensor.spec.dtype, (1, 1)), 0, 1)
+    value = float(as_float32(data)[0, 0])
+    if not 0 < value < math.inf:
+        raise Incomparable(f"{name} is no positive number")
+    return value

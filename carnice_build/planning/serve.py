@@ -56,6 +56,7 @@ def plan_serving(
         # vLLM does not look whether the file asks for sampling at all.
         packaged_sampling=sampling({**generation_entries(files), "do_sample": True}),
         stated_sampling={str(name): item for name, item in (recipe.card.sampling or {}).items()},
+        kv_cache_dtype=conversion.kv_cache,
     )
     _check_sections(recipe, facts)
     return facts

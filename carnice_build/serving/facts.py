@@ -24,7 +24,8 @@ class ServingFacts:
     `weights_bytes` counts all shards; `max_positions` is the longest context in tokens;
     `sharding` is what several cards share;
     `packaged_sampling` is what its generation_config.json says of sampling, as vLLM reads it, and
-    `stated_sampling` what the recipe says, which is none where it says nothing.
+    `stated_sampling` what the recipe says, which is none where it says nothing;
+    `kv_cache_dtype` is the type of a cache whose scales are in the folder, None without any.
     """
 
     repo: str
@@ -43,3 +44,4 @@ class ServingFacts:
     stated_sampling: Mapping[str, int | float]
     schemes: tuple[str, ...] = ()
     support: Mapping[str, Mapping[str, Support]] = field(default_factory=dict)
+    kv_cache_dtype: str | None = None

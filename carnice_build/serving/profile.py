@@ -16,7 +16,9 @@ from carnice_build.serving.options import OptionFact, OptionTable, option_table
 
 M = TypeVar("M", bound=BaseModel)
 
-FactName = Literal["quantization", "text_only", "tools", "tool_call_parser", "reasoning_parser"]
+FactName = Literal[
+    "quantization", "text_only", "tools", "tool_call_parser", "reasoning_parser", "kv_cache_dtype"
+]
 Range = float | tuple[float, float]
 
 

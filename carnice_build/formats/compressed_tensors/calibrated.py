@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from carnice_build.calibration.chain import Activations as Maxima
-from carnice_build.calibration.plan import Calibration
 from carnice_build.dtypes import TensorSpec
 from carnice_build.formats.blame import refuse_unfit
 from carnice_build.formats.compressed_tensors.grouping import Grouping
@@ -76,10 +75,11 @@ def is_stored(inputs: Activations | None) -> bool:
 
 
 def input_scales(
-    grouping: Grouping, view: View, context: PlanContext
+    grouping: Grouping, view: View, context: PlanContext, passes: Callable[[], Maxima]
 ) -> dict[str, tuple[str, TensorRef]]:
     """By module, the end of the name of its input's scale, and that scale.
 
+    `passes` are those of the calibration, which are asked for where there are such scales.
     PlanError for modules whose inputs no calibration tells.
     """
     wanted = {
@@ -93,7 +93,7 @@ def input_scales(
         {module: _EXPERTS if STACK in module else "" for module in wanted},
         "a scheme with dynamic inputs, or a pattern for it under `ignore`",
     )
-    maxima = Maxima(Calibration(view, context.calibrated()))
+    maxima = passes()
     found: dict[str, tuple[str, TensorRef]] = {}
     for layer in range(context.architecture.num_layers):
         modules = [module for module in wanted if _layer(grouping, module) == layer]

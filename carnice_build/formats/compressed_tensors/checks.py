@@ -23,7 +23,7 @@ from carnice_build.formats.checks import (
 )
 from carnice_build.formats.compressed_config import METHOD, Stated, grouped_problems
 from carnice_build.formats.compressed_tensors.gptq_ops import GptqQuantize
-from carnice_build.formats.compressed_tensors.inputs import read_scale, rounding, rounds
+from carnice_build.formats.compressed_tensors.inputs import rounding, rounds
 from carnice_build.formats.compressed_tensors.schemes import SCALE_TYPES, ConfigGroup, Weights
 from carnice_build.formats.compressed_tensors.storages import (
     INPUT_SUFFIXES,
@@ -36,7 +36,7 @@ from carnice_build.formats.exclusions import engine_names, modules_of
 from carnice_build.formats.folder import ModelFolder, section
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.statements import as_scheme, names
-from carnice_build.formats.values import Floats, Incomparable, Values
+from carnice_build.formats.values import Floats, Incomparable, Values, read_scale
 from carnice_build.graph import ActionOutput
 from carnice_build.models.base import Architecture, Role
 
@@ -95,10 +95,18 @@ def _stored(group: Mapping[str, Any]) -> Storage | None:
 class CompressedChecks(TorchChecks):
     """Folders of compressed-tensors that a recipe describes."""
 
-    def __init__(self, groups: Sequence[tuple[ConfigGroup, Stated]]) -> None:
-        """The groups of a recipe, and what config.json is to say of each, its targets apart."""
+    def __init__(
+        self,
+        groups: Sequence[tuple[ConfigGroup, Stated]],
+        kv_cache: Mapping[str, Any] | None = None,
+    ) -> None:
+        """The groups of a recipe, and what config.json is to say of each, its targets apart.
+
+        `kv_cache` is what it is to say of the cache.
+        """
         self._groups = [group for group, _ in groups]
         self._stated = [stated for _, stated in groups]
+        self._kv_cache = kv_cache
         self._targets = Targets([group.targets for group in self._groups])
 
     @property
@@ -109,7 +117,8 @@ class CompressedChecks(TorchChecks):
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
         """Each scheme is that of the tensors, and every plain linear is ignored."""
         found = self._grouped(folder, architecture)
-        yield from grouped_problems(folder, architecture, [self._stated[index] for index in found])
+        stated = [self._stated[index] for index in found]
+        yield from grouped_problems(folder, architecture, stated, self._kv_cache)
         groups = section(section(folder.config, "quantization_config"), "config_groups")
         try:
             targets = Targets([names(section(groups, name).get("targets")) for name in groups])

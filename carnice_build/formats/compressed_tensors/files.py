@@ -22,7 +22,9 @@ _NUMBER = r"\d+"
 def compressed_files(knobs: CompressedFormat, variant: Variant) -> dict[str, bytes]:
     """config.json and recipe.yaml."""
     return {
-        "config.json": to_json(grouped_config(variant, variant.stated["groups"])),
+        "config.json": to_json(
+            grouped_config(variant, variant.stated["groups"], knobs.kv_cache_scheme)
+        ),
         "recipe.yaml": _recipe(knobs, variant),
     }
 
@@ -38,10 +40,11 @@ def _recipe(knobs: CompressedFormat, variant: Variant) -> bytes:
         }
     quantization = {
         **_schemes(knobs),
+        **({"kv_cache_scheme": knobs.kv_cache_scheme} if knobs.kv_cache_scheme else {}),
         "targets": _spelled(knobs.targets),
         "ignore": _ignored(knobs, variant),
         "bypass_divisibility_checks": False,
-        "requires_calibration_data": knobs.calibrates_inputs or bool(knobs.compensating),
+        "requires_calibration_data": knobs.calibrates or bool(knobs.compensating),
     }
     if knobs.compensating:
         own = knobs.compensating.model_dump(include={"block_size", "dampening_frac", "actorder"})

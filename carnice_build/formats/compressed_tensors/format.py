@@ -8,18 +8,19 @@ beside the weights.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from carnice_build.calibration.chain import Activations as Maxima
 from carnice_build.calibration.plan import Calibration
 from carnice_build.errors import PlanError, nearest
 from carnice_build.formats.base import Conversion, Format, OutputTensor, in_stated_dtype
 from carnice_build.formats.blame import about_module, refuse_unfit
 from carnice_build.formats.card import Card, own_template
-from carnice_build.formats.compressed_config import Stated, ignored_modules
+from carnice_build.formats.compressed_config import SCALES, Stated, arguments, ignored_modules
 from carnice_build.formats.compressed_tensors.awq import Scales, search
 from carnice_build.formats.compressed_tensors.calibrated import input_scales, is_stored
 from carnice_build.formats.compressed_tensors.files import compressed_files
@@ -39,6 +40,7 @@ from carnice_build.formats.compressed_tensors.schemes import (
 )
 from carnice_build.formats.compressed_tensors.storages import storage_of
 from carnice_build.formats.compressed_tensors.storages.base import NOT_SMOOTHED, Smoothing
+from carnice_build.formats.kv_cache import KvCache, Observer, cache_scales, check_caches
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Architecture, Part, Role, TensorFact
@@ -59,6 +61,33 @@ class AwqSpec(Strict):
         True, description="Use the weights' magnitudes beside those of activations."
     )
     norms: Norms = NORMS
+
+
+class CompressedKvCache(KvCache):
+    """A cache whose scales are found by an observer of llm-compressor."""
+
+    observer: Observer = Field(
+        "minmax",
+        description="`minmax`, which the library takes where its recipe names none: an average of "
+        "the ranges of samples that moves by a hundredth with each, so that it is nearly that of "
+        "the first; or `static_minmax`, the widest of all samples.",
+    )
+
+    def stated(self) -> dict[str, Any]:
+        """The entry `kv_cache_scheme` of config.json."""
+        observer = None if self.observer == "minmax" else self.observer
+        return arguments(
+            {
+                "dynamic": False,
+                "group_size": None,
+                "num_bits": 8,
+                "observer": observer,
+                "strategy": "tensor",
+                "symmetric": True,
+                "type": "float",
+                "zp_dtype": None,
+            }
+        )
 
 
 class CompressedFormat(Format):
@@ -86,6 +115,10 @@ class CompressedFormat(Format):
     gptq: GptqSpec | None = Field(None, description="For algorithm `gptq`.")
     nvfp4: Literal["library", "modelopt"] | None = Field(
         None, description="For a `scheme` of NVFP4: what `arithmetic` of its weights is."
+    )
+    kv_cache: CompressedKvCache | None = Field(
+        None,
+        description="Store scales for a cache of FP8, for which the recipe needs a calibration.",
     )
 
     retired: ClassVar[Mapping[str, str]] = {
@@ -115,6 +148,8 @@ class CompressedFormat(Format):
         for name, given in (("awq", self.awq), ("gptq", self.gptq)):
             if self.algorithm != name and given is not None:
                 raise ValueError(f"algorithm {self.algorithm} has no use for `{name}`")
+        if self.algorithm != "nearest" and self.kv_cache is not None:
+            raise ValueError(f"kv_cache is not made here beside algorithm {self.algorithm}")
         for path, group in self.groups.items():
             where = ".".join(map(str, path))
             storage = storage_of(
@@ -216,7 +251,7 @@ class CompressedFormat(Format):
 
     def takes_untabled(self, model_type: str) -> bool:
         """See `Format.takes_untabled`."""
-        return self.algorithm == "nearest" and not self.calibrates_inputs
+        return self.algorithm == "nearest" and not self.calibrates
 
     def card(self) -> Card:
         """See `Format.card`."""
@@ -231,7 +266,8 @@ class CompressedFormat(Format):
         """See `Format.checks`."""
         from carnice_build.formats.compressed_tensors.checks import CompressedChecks
 
-        return CompressedChecks([(group, self.stated(group)) for group in self.groups.values()])
+        groups = [(group, self.stated(group)) for group in self.groups.values()]
+        return CompressedChecks(groups, self.kv_cache_scheme)
 
     @classmethod
     def reader(cls) -> type[CompressedReader]:
@@ -241,15 +277,21 @@ class CompressedFormat(Format):
         return CompressedReader
 
     @property
-    def calibrates_inputs(self) -> bool:
-        """Whether scales of inputs are stored."""
-        return any(is_stored(group.input_activations) for group in self.groups.values())
+    def kv_cache_scheme(self) -> dict[str, Any] | None:
+        """What config.json states of the cache."""
+        return self.kv_cache.stated() if self.kv_cache else None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether scales of inputs, or of keys and values, are stored."""
+        inputs = (group.input_activations for group in self.groups.values())
+        return self.kv_cache is not None or any(map(is_stored, inputs))
 
     def extras(self) -> tuple[str, ...]:
         """AWQ's search and GPTQ are llm-compressor's; a calibration alone runs in torch."""
         if self.algorithm != "nearest":
             return ("llmcompressor",)
-        return ("torch",) if self.calibrates_inputs else ()
+        return ("torch",) if self.calibrates else ()
 
     def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
         """Expressions under `ignore`, as llm-compressor reads them."""
@@ -279,10 +321,14 @@ class CompressedFormat(Format):
             unfit = {fact.module: storage.unfit(view[fact.name].spec) for fact in modules}
             refuse_unfit(unfit, "a pattern for it under `ignore`", path)
         scales = self._scales(grouping.facts, view, context)
-        inputs = input_scales(grouping, view, context)
+        passes = cache(lambda: Maxima(Calibration(view, context.calibrated())))
+        inputs = input_scales(grouping, view, context, passes)
         compensated = self._compensated(grouping, view, context)
         published = _Published(self, grouping, scales, inputs, compensated, view, context)
-        tensors = [item for fact in facts for item in published.of(fact)]
+        cached = self._cache_scales(view, context, passes)
+        tensors = [
+            item for fact in facts for item in (*published.of(fact), *cached.get(fact.name, ()))
+        ]
         return Conversion(
             tensors=tensors,
             parameters=sum(view[fact.name].spec.size for fact in facts),
@@ -292,6 +338,7 @@ class CompressedFormat(Format):
             stated={"groups": grouping.stated(self.stated, architecture)},
             figures=compensated.figures,
             notices=compensated.notices,
+            kv_cache=self.kv_cache.dtype if self.kv_cache else None,
         )
 
     def _candidates(self, facts: Sequence[TensorFact]) -> Iterator[TensorFact]:
@@ -322,6 +369,17 @@ class CompressedFormat(Format):
             elif fact.role is Role.NORM and self.norms:
                 found[fact.name] = {"exact": (self.algorithm, "norms")}
         return found
+
+    def _cache_scales(
+        self, view: View, context: PlanContext, passes: Callable[[], Maxima]
+    ) -> dict[str, list[OutputTensor]]:
+        """The scales of caches, by the names of the facts that they come after."""
+        if self.kv_cache is None:
+            return {}
+        check_caches(context.architecture)
+        return cache_scales(
+            context, view, passes(), SCALES, observer=self.kv_cache.observer, shape=(1,)
+        )
 
     def _scales(self, quantized: Container[str], view: View, context: PlanContext) -> Scales:
         """What AWQ finds; nothing without it."""

@@ -7,11 +7,10 @@ from functools import partial
 
 import numpy as np
 
-from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
-from carnice_build.formats.checks import Rounding, Tensors
+from carnice_build.formats.checks import Rounding
 from carnice_build.formats.compressed_tensors.schemes import Activations, Weights
 from carnice_build.formats.compressed_tensors.storages import storage_of
-from carnice_build.formats.values import Floats, Incomparable, as_float32, read_rows
+from carnice_build.formats.values import Floats
 from carnice_build.kernels import nvfp4
 
 
@@ -56,15 +55,3 @@ def rounds(groups: Sequence[Activations | None]) -> str:
         if inputs and rounding(inputs, 1.0)
     }
     return f"activations in {' and '.join(sorted(kinds))}" if kinds else ""
-
-
-def read_scale(tensors: Tensors, name: str) -> float:
-    """A stored scale of inputs; Incomparable when there is none, or it is no positive number."""
-    tensor = tensors.get(name)
-    if tensor is None or tensor.spec.size != 1 or tensor.spec.dtype not in WIDE_FLOATS:
-        raise Incomparable(f"{name} is no number")
-    data = read_rows(tensor, TensorSpec(tensor.spec.dtype, (1, 1)), 0, 1)
-    value = float(as_float32(data)[0, 0])
-    if not value > 0:
-        raise Incomparable(f"{name} is no positive number")
-    return value

@@ -24,8 +24,9 @@ from carnice_build.formats.checks import (
 )
 from carnice_build.formats.exclusions import ignore_problems, modules_of
 from carnice_build.formats.folder import ModelFolder, read_object, section
+from carnice_build.formats.kv_cache import scale_problems
 from carnice_build.formats.nvfp4.algorithms import ALGORITHMS, MIXED
-from carnice_build.formats.nvfp4.files import LAYERS
+from carnice_build.formats.nvfp4.files import KV_CACHE_SCHEME, LAYERS, SCALES
 from carnice_build.formats.nvfp4.stored import (
     fp8_round_trip,
     is_scale,
@@ -85,11 +86,13 @@ class Nvfp4Checks(TorchChecks):
     """Folders as modelopt exports them.
 
     `default` is the algorithm of modules that no rule is about, `mixed` says that there may be
-    others.
+    others, and `kv_cache` that there are to be scales for a cache of FP8.
     """
 
-    def __init__(self, default: str = "NVFP4", *, mixed: bool = False) -> None:
-        self.default, self.mixed = default, mixed
+    def __init__(
+        self, default: str = "NVFP4", *, mixed: bool = False, kv_cache: bool = False
+    ) -> None:
+        self.default, self.mixed, self.kv_cache = default, mixed, kv_cache
         kind = ALGORITHMS[default].activations
         if mixed:
             self.activations = "activations as each linear has them"
@@ -100,6 +103,10 @@ class Nvfp4Checks(TorchChecks):
         """Both configs say one thing, and say it of the tensors; fused linears share scales."""
         stated = section(folder.config, "quantization_config")
         twin = section(read_object(folder.path / _TWIN), "quantization")
+        if self.kv_cache:
+            yield from statements(_CONFIG, section(stated, "kv_cache_scheme"), KV_CACHE_SCHEME)
+            yield from statements(_TWIN, twin, {"kv_cache_quant_algo": "FP8"})
+            yield from scale_problems(folder, architecture, SCALES, borrowed=True)
         folder = replace(folder, tensors=self.by_module(folder.tensors, architecture))
         yield from statements(_CONFIG, stated, {"quant_method": "modelopt"})
         if self.mixed and stated.get("quant_algo") == MIXED:

@@ -19,8 +19,15 @@ LAYERS = "quantized_layers"
 """Of `Conversion.stated` and of both files: the name of the algorithm of each quantized module."""
 
 
-def modelopt_files(variant: Variant) -> dict[str, bytes]:
-    """config.json and hf_quant_config.json.
+KV_CACHE_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
+"""What config.json says of a cache of FP8."""
+
+SCALES = "{attention}.{part}_proj.{part}_scale"
+"""What its scales are called."""
+
+
+def modelopt_files(variant: Variant, kv_cache: bool = False) -> dict[str, bytes]:
+    """config.json and hf_quant_config.json; `kv_cache` says that there are scales for one of FP8.
 
     Modules are spelled as the checkpoint's tensors: so the library spells them, turning the names
     of transformers back, and its engines read them so.
@@ -28,9 +35,13 @@ def modelopt_files(variant: Variant) -> dict[str, bytes]:
     layers = variant.stated[LAYERS]
     name, *others = {*layers.values()} or {variant.stated[DEFAULT]}
     said = _mixed(layers) if others else _uniform(name, variant.ignored)
-    twin = {"quant_algo": said["quant_algo"], "kv_cache_quant_algo": None, **said}
+    twin = {
+        "quant_algo": said["quant_algo"],
+        "kv_cache_quant_algo": "FP8" if kv_cache else None,
+        **said,
+    }
     return {
-        "config.json": to_json({**variant.config, "quantization_config": _config(said)}),
+        "config.json": to_json({**variant.config, "quantization_config": _config(said, kv_cache)}),
         "hf_quant_config.json": to_json({"producer": PRODUCER, "quantization": twin}),
     }
 
@@ -46,7 +57,7 @@ def _mixed(layers: Mapping[str, str]) -> dict[str, Any]:
     return {"quant_algo": MIXED, LAYERS: of_layers}
 
 
-def _config(said: Mapping[str, Any]) -> dict[str, Any]:
+def _config(said: Mapping[str, Any], kv_cache: bool) -> dict[str, Any]:
     """The `quantization_config` that says the same, as the library derives it."""
     name = said["quant_algo"]
     groups: dict[str, Any] = {}
@@ -65,6 +76,7 @@ def _config(said: Mapping[str, Any]) -> dict[str, Any]:
         **({LAYERS: said[LAYERS]} if name == MIXED else {}),
         "ignore": said.get("exclude_modules", []),
         "quant_algo": name,
+        **({"kv_cache_scheme": KV_CACHE_SCHEME} if kv_cache else {}),
         "producer": PRODUCER,
         "quant_method": "modelopt",
     }

@@ -10,7 +10,7 @@ experts, whichever of them a token was sent to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,8 +30,9 @@ from carnice_build.formats.blame import refuse_unfit
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.exclusions import unquantized_modules
 from carnice_build.formats.keep import kept, weights_of
+from carnice_build.formats.kv_cache import KvCache, cache_scales, check_caches
 from carnice_build.formats.nvfp4.algorithms import ALGORITHMS, Algorithm, QuantAlgo
-from carnice_build.formats.nvfp4.files import DEFAULT, LAYERS, modelopt_files
+from carnice_build.formats.nvfp4.files import DEFAULT, LAYERS, SCALES, modelopt_files
 from carnice_build.formats.nvfp4.made import Linears, turned, turned_biases
 from carnice_build.formats.rules import Rule, choose, fitted
 from carnice_build.formats.variant import Variant
@@ -83,10 +84,13 @@ class Nvfp4Format(Format):
     keep: AnyPatterns = Field(
         default_factory=list, description="Further weights to keep in BF16, by name."
     )
+    kv_cache: KvCache | None = Field(
+        None, description="Store scales for a cache of FP8, as modelopt's FP8_KV_CFG does."
+    )
 
     def files(self, variant: Variant) -> Mapping[str, bytes]:
         """As modelopt exports them and vLLM loads them."""
-        return modelopt_files(variant)
+        return modelopt_files(variant, self.kv_cache is not None)
 
     def card(self) -> Card:
         """See `Format.card`."""
@@ -97,7 +101,9 @@ class Nvfp4Format(Format):
         """See `Format.checks`."""
         from carnice_build.formats.nvfp4.checks import Nvfp4Checks
 
-        return Nvfp4Checks(self.quant_algo, mixed=len(self.used) > 1)
+        return Nvfp4Checks(
+            self.quant_algo, mixed=len(self.used) > 1, kv_cache=self.kv_cache is not None
+        )
 
     @classmethod
     def reader(cls) -> type[Nvfp4Reader]:
@@ -135,6 +141,7 @@ class Nvfp4Format(Format):
         activations = cache(lambda: Activations(Calibration(view, context.calibrated())))
         made = Linears(chosen, algorithms, activations, view, context).made()
         biases = turned_biases(facts, chosen, view, context)
+        cached = self._cache_scales(view, activations, context)
         tensors: list[OutputTensor] = []
         for fact in facts:
             if chosen.get(fact.module) is fact:
@@ -143,6 +150,7 @@ class Nvfp4Format(Format):
                 tensors += biases[fact.name]
             else:
                 tensors.append(OutputTensor(fact.name, view[fact.name], fact))
+            tensors += cached.get(fact.name, ())
         figures = {
             f"tokens sent to each expert of layer {layer}": counts
             for layer, counts in (activations().experts if self._calibrated else {}).items()
@@ -157,7 +165,17 @@ class Nvfp4Format(Format):
                 DEFAULT: self.quant_algo,
                 LAYERS: {_stated(module): algorithms[module] for module in chosen},
             },
+            kv_cache=self.kv_cache.dtype if self.kv_cache else None,
         )
+
+    def _cache_scales(
+        self, view: View, activations: Callable[[], Activations], context: PlanContext
+    ) -> dict[str, list[OutputTensor]]:
+        """The scales of caches, by the names of the facts that they come after."""
+        if self.kv_cache is None:
+            return {}
+        check_caches(context.architecture)
+        return cache_scales(context, view, activations(), SCALES, dtype="F32", borrowed=True)
 
     @property
     def used(self) -> tuple[Algorithm, ...]:
@@ -168,8 +186,8 @@ class Nvfp4Format(Format):
 
     @property
     def _calibrated(self) -> bool:
-        """Whether modules may need the largest of their inputs."""
-        return any(algorithm.calibrated for algorithm in self.used)
+        """Whether modules may need the largest of their inputs, or caches those of theirs."""
+        return self.kv_cache is not None or any(item.calibrated for item in self.used)
 
     def _algorithms(
         self, facts: Mapping[str, TensorFact], context: PlanContext
