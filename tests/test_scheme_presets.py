@@ -1,4 +1,4 @@
-"""The presets of schemes that need no data: what they make of any model, and of several groups."""
+"""The presets of schemes: what they make of any model, and of several groups."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ NAMED = {
     "w4a16": ("W4A16",),
     "w4a16-rtn": ("W4A16_ASYM",),
     "nvfp4a16": ("NVFP4A16",),
+    "fp8-static": ("FP8",),
+    "nvfp4-ct": ("NVFP4",),
     "mxfp4a16": ("MXFP4A16",),
     "mxfp4": ("MXFP4",),
     "mxfp8a16": ("MXFP8A16",),
