@@ -124,9 +124,15 @@ class Join(ArrayOp):
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Put them one below the other."""
+        """Put them one below the other; raises NonFiniteValue, with the part's number."""
         import numpy as np
 
+        from carnice_build.kernels.elementwise import non_finite_index
+
+        for number, part in enumerate(inputs):
+            bad_index = non_finite_index(part.array, part.dtype)
+            if bad_index >= 0:
+                raise NonFiniteValue(bad_index, number)
         np.concatenate([part.array for part in inputs], out=outputs[0].array)
 
 
