@@ -22,12 +22,16 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmarks.checkpoints import DEMO, TEXT_FILES
-from benchmarks.hub import CARNICE, VARIANT, Answer, fake_hub, sparse_checkpoint
+from benchmarks.hub import CARNICE, VARIANT, fake_hub, sparse_checkpoint
 from benchmarks.run import WORK, run, start_over
+
+if TYPE_CHECKING:
+    from fake_hub import Answer
 
 POOL_BYTES = (64 << 20) + 4098
 """No multiple of a row's bytes, so that no two tensors are equal."""
