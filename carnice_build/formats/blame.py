@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 from carnice_build.errors import PlanError
 
+UNCALIBRATED = "no decoder layer has it, so its input is not calibrated"
+"""Why a linear beside the layers cannot have a stored scale of its inputs."""
+
 
 @contextmanager
 def about_module(module: str, at: tuple[str | int, ...] = ()) -> Iterator[None]:

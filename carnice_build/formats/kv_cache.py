@@ -75,7 +75,8 @@ class CacheScales(ArrayOp):
         """Fill the outputs; raises NonFiniteValue, and BadInput for what are no ranges."""
         import numpy as np
 
-        from carnice_build.kernels.elementwise import narrow, non_finite_index
+        from carnice_build.kernels.elementwise import non_finite_index
+        from carnice_build.kernels.fp8_scale import tensor_scale
 
         ranges, dtype = inputs[0].array, params["dtype"]
         require_finite(non_finite_index(ranges, inputs[0].dtype))
@@ -87,13 +88,7 @@ class CacheScales(ArrayOp):
             ends = _average(ranges if len(inputs) == 1 else ranges[inputs[1].array], dtype)
         for output, least, largest in zip(outputs, ends[::2], ends[1::2], strict=True):
             # Zero is in each range.
-            amax = max(-least, largest, np.float32(0))
-            scale = amax / np.float32(448) if amax else np.float32(_EPSILON[dtype])
-            output.array[...] = narrow(np.array([scale], np.float32), dtype)[0]
-
-
-_EPSILON = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
-"""torch's, by type, which compressed-tensors takes for a scale of 0."""
+            output.array[...] = tensor_scale(max(-least, largest, np.float32(0)), dtype)[0]
 
 
 def _average(ranges: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from carnice_build.calibration.chain import Activations as Maxima
 from carnice_build.dtypes import TensorSpec
-from carnice_build.formats.blame import refuse_unfit
+from carnice_build.formats.blame import UNCALIBRATED, refuse_unfit
 from carnice_build.formats.compressed_tensors.grouping import Grouping
 from carnice_build.formats.compressed_tensors.schemes import Activations
 from carnice_build.formats.compressed_tensors.storages import INPUT_SUFFIXES
@@ -19,7 +19,6 @@ _EXPERTS = (
     "inputs of experts are calibrated on the tokens that they are sent, and llm-compressor does "
     "it on all tokens"
 )
-_OUTSIDE = "no decoder layer has it, so its input is not calibrated"
 
 
 class InputScales(ArrayOp):
@@ -48,7 +47,8 @@ class InputScales(ArrayOp):
         """Fill the outputs; raises NonFiniteValue, and BadInput for what is no magnitude."""
         import numpy as np
 
-        from carnice_build.kernels.elementwise import cast, non_finite_index
+        from carnice_build.kernels.elementwise import non_finite_index
+        from carnice_build.kernels.fp8_scale import tensor_scale
         from carnice_build.kernels.global_nvfp4 import global_scale
 
         amax = inputs[0].array
@@ -57,16 +57,8 @@ class InputScales(ArrayOp):
             raise BadInput(0, "was given a negative magnitude")
         for index, output in zip(params["indices"], outputs, strict=True):
             largest = np.float32(amax[index])
-            if params["bits"] == 4:
-                output.array[...] = global_scale(largest, params["dtype"])
-                continue
-            # A linear that is given zeros alone has the library's smallest step.
-            step = largest / np.float32(448) if largest else np.float32(_EPSILON[params["dtype"]])
-            cast(np.array([step], np.float32), "F32", params["dtype"], output.array)
-
-
-_EPSILON = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
-"""torch's, by type."""
+            scale = global_scale if params["bits"] == 4 else tensor_scale
+            output.array[...] = scale(largest, params["dtype"])
 
 
 def is_stored(inputs: Activations | None) -> bool:
@@ -100,7 +92,7 @@ def input_scales(
         if modules:
             found |= _of_layer(modules, wanted, *maxima.amax(layer), grouping, view, context)
     refuse_unfit(
-        {module: "" if module in found else _OUTSIDE for module in wanted},
+        {module: "" if module in found else UNCALIBRATED for module in wanted},
         "a pattern for it under `ignore`",
     )
     return found

@@ -28,6 +28,7 @@ from carnice_build.formats.compressed_tensors.schemes import SCALE_TYPES, Config
 from carnice_build.formats.compressed_tensors.storages import (
     INPUT_SUFFIXES,
     all_suffixes,
+    known_storage,
     storage_of,
 )
 from carnice_build.formats.compressed_tensors.storages.base import Storage
@@ -158,7 +159,7 @@ class CompressedChecks(TorchChecks):
 
     def values(self, tensors: Tensors, module: str, scheme: Scheme) -> QuantizedValues:
         """See `FormatChecks.values`."""
-        return self._storage(module).values(tensors, module)
+        return known_storage(self._group(module)).values(tensors, module)
 
     def input_rounding(self, tensors: Tensors, module: str) -> Rounding | None:
         """See `TorchChecks.input_rounding`."""
@@ -171,22 +172,12 @@ class CompressedChecks(TorchChecks):
     def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
         """See `TorchChecks.rounded`: by the group that is about most."""
         main = self._targets.classes or [0]
-        return stored(self._groups[main[0]]).rounded(weights)
+        return known_storage(self._groups[main[0]]).rounded(weights)
 
     def _group(self, module: str) -> ConfigGroup:
         index = self._targets.group(module)
         assert index is not None, "a quantized module is in a group"
         return self._groups[index]
-
-    def _storage(self, module: str) -> Storage:
-        return stored(self._group(module))
-
-
-def stored(group: ConfigGroup) -> Storage:
-    """How a group of a recipe is stored, which was checked when it was read."""
-    found = storage_of(group.weights, quantized_inputs=group.input_activations is not None)
-    assert found is not None
-    return found
 
 
 def is_quantized(tensors: Tensors, module: str) -> bool:

@@ -38,7 +38,7 @@ from carnice_build.formats.compressed_tensors.schemes import (
     preset,
     preset_of,
 )
-from carnice_build.formats.compressed_tensors.storages import storage_of
+from carnice_build.formats.compressed_tensors.storages import known_storage, stored
 from carnice_build.formats.compressed_tensors.storages.base import NOT_SMOOTHED, Smoothing
 from carnice_build.formats.kv_cache import KvCache, Observer, cache_scales, check_caches
 from carnice_build.formats.variant import Variant
@@ -152,9 +152,7 @@ class CompressedFormat(Format):
             raise ValueError(f"kv_cache is not made here beside algorithm {self.algorithm}")
         for path, group in self.groups.items():
             where = ".".join(map(str, path))
-            storage = storage_of(
-                group.weights, quantized_inputs=group.input_activations is not None
-            )
+            storage = stored(group)
             if storage is None:
                 raise ValueError(f"{where}: weights of this scheme are not made here")
             if self.algorithm != "nearest" and not storage.smooths:
@@ -234,12 +232,10 @@ class CompressedFormat(Format):
 
     def stated(self, group: ConfigGroup) -> Stated:
         """What config.json says of a group, but for its targets."""
-        storage = storage_of(group.weights, quantized_inputs=group.input_activations is not None)
-        assert storage is not None, "checked when the recipe was read"
         weights, inputs = group.weights.stated(), group.input_activations
         if self.compensating:
             weights["actorder"] = self.compensating.actorder
-        return Stated(storage.name, weights, inputs.stated() if inputs else None)
+        return Stated(known_storage(group).name, weights, inputs.stated() if inputs else None)
 
     def files(self, variant: Variant) -> Mapping[str, bytes]:
         """As llm-compressor saves them."""
@@ -476,7 +472,7 @@ class _Published:
         path = self._grouping.path(fact.module)
         storage = self._grouping.storage(path)
         if fact.module not in self._made:
-            sharing = self._grouping.sharing(fact, self._view, self._architecture)
+            sharing = self._grouping.sharing(fact, self._architecture)
             refs = [self._view[item.name] for item in sharing]
             smoothing = self._smoothing(fact) if storage.smooths else NOT_SMOOTHED
             with about_module(", ".join(item.module for item in sharing), path):

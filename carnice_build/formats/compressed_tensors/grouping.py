@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import check_fusions
 from carnice_build.formats.compressed_config import Stated
 from carnice_build.formats.compressed_tensors.schemes import LINEAR, ConfigGroup
-from carnice_build.formats.compressed_tensors.storages import storage_of
+from carnice_build.formats.compressed_tensors.storages import known_storage
 from carnice_build.formats.compressed_tensors.storages.base import Storage
-from carnice_build.formats.compressed_tensors.targets import Targets
+from carnice_build.formats.compressed_tensors.targets import Targets, first_of
 from carnice_build.formats.exclusions import engine_names, modules_of
 from carnice_build.graph import View
 from carnice_build.models.base import Architecture, TensorFact
@@ -32,11 +32,11 @@ class Grouping:
         self._groups = groups
         paths = list(groups)
         targets = Targets([group.targets for group in groups.values()])
-        modules = [fact.module for fact in linears]
+        modules = [first_of(fact.module) for fact in linears]
         for path, patterns in zip(paths, targets.patterns, strict=True):
             if patterns.texts:
                 try:
-                    require_match(patterns, [_first(module) for module in modules], "linear")
+                    require_match(patterns, modules, "linear")
                 except PlanError as error:
                     raise error.revised(at=path) from None
         self._paths: dict[str, Path] = {}
@@ -65,10 +65,7 @@ class Grouping:
 
     def storage(self, path: Path) -> Storage:
         """How the weights of a group are stored."""
-        group = self._groups[path]
-        found = storage_of(group.weights, quantized_inputs=group.input_activations is not None)
-        assert found is not None, "checked when the recipe was read"
-        return found
+        return known_storage(self._groups[path])
 
     def by_path(self) -> dict[Path, list[TensorFact]]:
         """The linears of each group that has some, in the order of the model."""
@@ -96,9 +93,7 @@ class Grouping:
                     at=list(paths.values())[-1],
                 )
 
-    def sharing(
-        self, fact: TensorFact, view: View, architecture: Architecture
-    ) -> Sequence[TensorFact]:
+    def sharing(self, fact: TensorFact, architecture: Architecture) -> Sequence[TensorFact]:
         """The linears that share what the storage of one has to share, which is one of them."""
         if not self.storage(self._paths[fact.module]).shares:
             return [fact]
@@ -131,19 +126,13 @@ class Grouping:
         if LINEAR in group.targets:
             return [LINEAR]
         patterns = [expression(target) for target in group.targets]
-        own = {name for fact in facts for name in _engine_names(fact, architecture)}
-        others = {
-            name for fact in self.facts.values() for name in _engine_names(fact, architecture)
-        } - own
+        own = _engine_names(facts, architecture)
+        others = _engine_names(self.facts.values(), architecture) - own
         targets = Targets([patterns])
         right = all(targets.named(name) for name in own)
         wrong = any(targets.named(name) for name in others)
         return patterns if right and not wrong else sorted(own)
 
 
-def _first(module: str) -> str:
-    return module.replace("*", "0")
-
-
-def _engine_names(fact: TensorFact, architecture: Architecture) -> Iterator[str]:
-    return iter(engine_names(architecture, modules_of(fact)))
+def _engine_names(facts: Iterable[TensorFact], architecture: Architecture) -> set[str]:
+    return {name for fact in facts for name in engine_names(architecture, modules_of(fact))}

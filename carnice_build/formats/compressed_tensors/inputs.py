@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
-
 from carnice_build.formats.checks import Rounding
 from carnice_build.formats.compressed_tensors.schemes import Activations, Weights
 from carnice_build.formats.compressed_tensors.storages import storage_of
-from carnice_build.formats.values import Floats
-from carnice_build.kernels import nvfp4
+from carnice_build.formats.nvfp4.stored import nvfp4_rounded
 
 
 def rounding(inputs: Activations | None, scale_2: float | None = None) -> Rounding | None:
@@ -24,7 +21,7 @@ def rounding(inputs: Activations | None, scale_2: float | None = None) -> Roundi
     if inputs is None or inputs.dynamic is False:
         return None
     if inputs.dynamic == "local":
-        return None if scale_2 is None else partial(_in_blocks, scale_2)
+        return None if scale_2 is None else partial(nvfp4_rounded, scale=scale_2)
     strategy = "channel" if inputs.strategy == "token" else inputs.strategy
     alike = Weights.model_validate(
         {
@@ -38,13 +35,6 @@ def rounding(inputs: Activations | None, scale_2: float | None = None) -> Roundi
     )
     storage = storage_of(alike, quantized_inputs=True)
     return None if storage is None else (lambda rows: storage.rounded([rows])[0])
-
-
-def _in_blocks(scale_2: float, rows: Floats) -> Floats:
-    out = np.empty_like(rows)
-    bad_index = nvfp4.round_rows(rows, scale_2, out)
-    # Numbers that are not finite shall be seen where the model says them.
-    return out if bad_index < 0 else rows
 
 
 def rounds(groups: Sequence[Activations | None]) -> str:

@@ -24,9 +24,14 @@ class Targets:
 
     def named(self, module: str) -> list[int]:
         """The numbers of the groups that name a module; a stack is named as its first expert."""
-        name = module.replace(STACK, "0")
+        name = first_of(module)
         return [index for index, found in enumerate(self.patterns) if found.matches(name)]
 
     def group(self, module: str) -> int | None:
         """The number of the group that a linear is in, None when no group is about it."""
         return next(iter([*self.named(module), *self.classes]), None)
+
+
+def first_of(module: str) -> str:
+    """A module's path; of a stack, that of its first expert."""
+    return module.replace(STACK, "0")

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 from carnice_build.calibration.chain import Activations
 from carnice_build.formats.base import OutputTensor
-from carnice_build.formats.blame import about_module, refuse_unfit
+from carnice_build.formats.blame import UNCALIBRATED, about_module, refuse_unfit
 from carnice_build.formats.nvfp4.algorithms import ALGORITHMS, Algorithm
 from carnice_build.formats.nvfp4.fp8_ops import Fp8InputScales, MxQuantize, TensorQuantize
 from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales, TakeTurns, TurnsQuantize
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import Role, TensorFact
 from carnice_build.steps.base import PlanContext
-
-_UNCALIBRATED = "no decoder layer has it, so its input is not calibrated"
 
 _INPUT_SCALES: Mapping[str, Callable[[], InputScales]] = {
     "NVFP4": InputScales,
@@ -80,7 +78,7 @@ class Linears:
         """The input scales of linears in no decoder layer, each of which has its own input."""
         amax, linears = self.activations().outside
         left = [fact.module for group in groups for fact in group if fact.module not in linears]
-        refuse_unfit(dict.fromkeys(left, _UNCALIBRATED), "it among `keep`")
+        refuse_unfit(dict.fromkeys(left, UNCALIBRATED), "it among `keep`")
         assert amax is not None
         return self._input_scales(algorithm, groups, amax, linears)
 

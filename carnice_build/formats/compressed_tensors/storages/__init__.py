@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from carnice_build.formats.compressed_tensors.schemes import Weights
+from carnice_build.formats.compressed_tensors.schemes import ConfigGroup, Weights
 from carnice_build.formats.compressed_tensors.storages.base import Storage
 from carnice_build.formats.compressed_tensors.storages.floats import BlockFloats, RowFloats
 from carnice_build.formats.compressed_tensors.storages.mx import Mxfp4, Mxfp8
@@ -26,6 +26,18 @@ def storage_of(weights: Weights, *, quantized_inputs: bool) -> Storage | None:
         if kind.takes(weights, quantized_inputs):
             return kind(weights)
     return None
+
+
+def stored(group: ConfigGroup) -> Storage | None:
+    """How weights of a group of a recipe are stored; see `storage_of`."""
+    return storage_of(group.weights, quantized_inputs=group.input_activations is not None)
+
+
+def known_storage(group: ConfigGroup) -> Storage:
+    """The same of a group that was checked when its recipe was read."""
+    found = stored(group)
+    assert found is not None, "checked when the recipe was read"
+    return found
 
 
 def all_suffixes() -> tuple[str, ...]:

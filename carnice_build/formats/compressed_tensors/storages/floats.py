@@ -41,11 +41,9 @@ class RowFloats(Storage):
 
     def values(self, tensors: Tensors, module: str) -> QuantizedValues:
         """See `Storage.values`."""
-        from carnice_build.formats.compressed_tensors.storages.row_floats_values import (
-            BoundedValues,
-        )
+        from carnice_build.formats.compressed_tensors.storages.row_floats_values import RowValues
 
-        return BoundedValues(tensors, module)
+        return RowValues(tensors, module)
 
     def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
         """See `Storage.rounded`."""

@@ -35,7 +35,9 @@ _FLOAT32_SLACK = 1.001
 
 
 class RowValues:
-    """A module in FP8, dequantized by code * scale."""
+    """A module in FP8, dequantized by code * scale, with its bound."""
+
+    tolerated = 0.0
 
     def __init__(self, tensors: Tensors, module: str) -> None:
         """Take `module`'s tensors; Incomparable when they do not fit together."""
@@ -54,12 +56,6 @@ class RowValues:
         out = np.empty((stop - start, self.shape[1]), np.float32)
         fp8.dequantize_rows(codes.array, scales, out)
         return out
-
-
-class BoundedValues(RowValues):
-    """Values with their bound."""
-
-    tolerated = 0.0
 
     def allowance(self, source: Floats, start: int) -> Floats:
         """See `QuantizedValues.allowance`."""
