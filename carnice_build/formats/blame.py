@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 
 UNCALIBRATED = "no decoder layer has it, so its input is not calibrated"
@@ -33,6 +34,17 @@ def refuse_unfit(unfit: Mapping[str, str], expected: str, at: tuple[str | int, .
     more = len(unfit) - 1
     others = f"; and {more} more cannot be quantized" if more else ""
     raise PlanError(f"module {module}: {why}{others}", expected=expected, at=at, unfit=unfit)
+
+
+def require_floats(spec: TensorSpec) -> None:
+    """Raise PlanError for weights that are no floats of a checkpoint."""
+    if spec.dtype not in WIDE_FLOATS:
+        raise PlanError(f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS))
+
+
+def blocks_unfit(columns: int, size: int) -> str:
+    """Why rows of so many weights cannot be cut into a format's own blocks; nothing if they can."""
+    return f"blocks of {size} do not divide the {columns} inputs" if columns % size else ""
 
 
 def uneven(columns: int, group_size: int) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.formats.blame import uneven
+from carnice_build.formats.blame import require_floats, uneven
 from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData
 
 SUFFIXES = ("qweight", "qzeros", "scales")
@@ -29,8 +29,7 @@ scale stored in F16 by 8 * 2^-11, together 0.0196.
 
 def packed_specs(spec: TensorSpec, group_size: int) -> tuple[TensorSpec, ...]:
     """Specs of qweight, qzeros and scales; PlanError when the weight does not fit the format."""
-    if spec.dtype not in WIDE_FLOATS:
-        raise PlanError(f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS))
+    require_floats(spec)
     if why := unfit(spec, group_size):
         raise PlanError(why)
     rows, columns = spec.shape

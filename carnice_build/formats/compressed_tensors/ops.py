@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.formats.blame import uneven
+from carnice_build.formats.blame import require_floats, uneven
 from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, require_finite
 from carnice_build.rates import Kind, Work
 
@@ -50,10 +50,7 @@ class GroupQuantize(ArrayOp):
     ) -> tuple[TensorSpec, ...]:
         """The parts of the packed weight."""
         spec = inputs[0]
-        if spec.dtype not in WIDE_FLOATS:
-            raise PlanError(
-                f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
-            )
+        require_floats(spec)
         rows, columns = spec.shape
         bits, symmetric = _integers(params)
         if params["observer"] == "mse":

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from carnice_build.dtypes import NUMPY_NAME, WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.formats.blame import uneven
+from carnice_build.formats.blame import require_floats, uneven
 from carnice_build.formats.elementwise import cast_finite
 from carnice_build.formats.mlx.modes import defaults
 from carnice_build.formats.mlx.trace import from_params, infer, replay_bytes
@@ -353,8 +353,7 @@ def _packed_specs(
 ) -> tuple[TensorSpec, TensorSpec]:
     """Specs of packed weight, and of scales of that type."""
     (spec,) = inputs
-    if spec.dtype not in WIDE_FLOATS:
-        raise PlanError(f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS))
+    require_floats(spec)
     rows, columns = spec.shape
     if why := uneven(columns, group):
         raise PlanError(why)

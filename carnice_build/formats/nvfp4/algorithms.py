@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from carnice_build.formats.blame import blocks_unfit
 from carnice_build.formats.nvfp4.fp8_ops import MX_BLOCK
 from carnice_build.formats.nvfp4.ops import BLOCK
 from carnice_build.formats.scheme import Scheme
@@ -36,9 +37,7 @@ class Algorithm:
     def unfit(self, columns: int) -> str:
         """Why rows of so many weights do not fit, nothing where they do."""
         size = self.scheme.group_size
-        if size is None or columns % size == 0:
-            return ""
-        return f"blocks of {size} do not divide the {columns} inputs"
+        return "" if size is None else blocks_unfit(columns, size)
 
     @property
     def of_layer(self) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.formats.blame import uneven
+from carnice_build.formats.blame import require_floats, uneven
 from carnice_build.formats.nvfp4.ops import InputScales, peak
 from carnice_build.graph import ArrayOp, TensorData, require_finite
 
@@ -31,7 +31,7 @@ class TensorQuantize(ArrayOp):
     ) -> tuple[TensorSpec, ...]:
         """Specs of codes and scale."""
         for spec in inputs:
-            _require_float(spec)
+            require_floats(spec)
         return (*(TensorSpec("F8_E4M3", spec.shape) for spec in inputs), TensorSpec("F32", ()))
 
     def apply(
@@ -65,7 +65,7 @@ class MxQuantize(ArrayOp):
     ) -> tuple[TensorSpec, ...]:
         """Specs of codes and scales."""
         (spec,) = inputs
-        _require_float(spec)
+        require_floats(spec)
         rows, columns = spec.shape
         if why := uneven(columns, MX_BLOCK):
             raise PlanError(why)
@@ -92,8 +92,3 @@ class Fp8InputScales(InputScales):
         from carnice_build.kernels.modelopt_fp8 import input_scale
 
         return input_scale(amax)
-
-
-def _require_float(spec: TensorSpec) -> None:
-    if spec.dtype not in WIDE_FLOATS:
-        raise PlanError(f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
+from carnice_build.formats.blame import blocks_unfit, require_floats
 from carnice_build.graph import (
     ArrayOp,
     BadInput,
@@ -22,8 +23,7 @@ BLOCK = 16
 
 def unfit(spec: TensorSpec) -> str:
     """What of the shape of a weight does not fit the format, if anything."""
-    columns = spec.shape[-1]
-    return f"blocks of {BLOCK} do not divide the {columns} inputs" if columns % BLOCK else ""
+    return blocks_unfit(spec.shape[-1], BLOCK)
 
 
 class BlockQuantize(ArrayOp):
@@ -44,10 +44,7 @@ class BlockQuantize(ArrayOp):
         """Packed weight and scales of each input, and the scale of all."""
         specs: list[TensorSpec] = []
         for spec in inputs:
-            if spec.dtype not in WIDE_FLOATS:
-                raise PlanError(
-                    f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
-                )
+            require_floats(spec)
             if why := unfit(spec):
                 raise PlanError(why)
             rows, columns = spec.shape

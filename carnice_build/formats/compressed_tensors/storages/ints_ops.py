@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.formats.blame import uneven
+from carnice_build.formats.blame import require_floats, uneven
 from carnice_build.graph import ArrayOp, BadInput, TensorData, require_finite
 
 SUFFIXES = ("weight", "weight_scale", "weight_zero_point")
@@ -36,10 +36,7 @@ class IntQuantize(ArrayOp):
     ) -> tuple[TensorSpec, ...]:
         """Specs of codes, scales and zero points."""
         (spec,) = inputs
-        if spec.dtype not in WIDE_FLOATS:
-            raise PlanError(
-                f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
-            )
+        require_floats(spec)
         rows, columns = spec.shape
         group = params["group_size"] or columns
         if why := uneven(columns, group):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
+from carnice_build.formats.blame import blocks_unfit, require_floats
 from carnice_build.graph import ArrayOp, BadInput, TensorData, require_finite
 
 BLOCK = 32
@@ -17,8 +18,7 @@ SUFFIXES = {4: ("weight_packed", "weight_scale"), 8: ("weight", "weight_scale")}
 
 def unfit(spec: TensorSpec) -> str:
     """What of the shape of a weight does not fit the format, if anything."""
-    columns = spec.shape[-1]
-    return f"blocks of {BLOCK} do not divide the {columns} inputs" if columns % BLOCK else ""
+    return blocks_unfit(spec.shape[-1], BLOCK)
 
 
 class MxQuantize(ArrayOp):
@@ -39,10 +39,7 @@ class MxQuantize(ArrayOp):
     ) -> tuple[TensorSpec, ...]:
         """Specs of codes and scales."""
         (spec,) = inputs
-        if spec.dtype not in WIDE_FLOATS:
-            raise PlanError(
-                f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
-            )
+        require_floats(spec)
         if why := unfit(spec):
             raise PlanError(why)
         rows, columns = spec.shape

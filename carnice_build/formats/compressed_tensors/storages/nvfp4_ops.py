@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.formats.nvfp4.ops import BLOCK, unfit
+from carnice_build.formats.nvfp4.ops import BlockQuantize, peak
 from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale")
@@ -30,22 +30,13 @@ class GlobalQuantize(ArrayOp):
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
         """Packed weight and scales of each input, and the scale of all."""
-        specs: list[TensorSpec] = []
+        *specs, _ = BlockQuantize().infer(params, inputs)
         for spec in inputs:
-            if spec.dtype not in WIDE_FLOATS:
-                raise PlanError(
-                    f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
-                )
             if spec.dtype != inputs[0].dtype:
                 raise PlanError(
                     f"{inputs[0].dtype} and {spec.dtype} weights cannot share a scale",
                     expected="one type",
                 )
-            if why := unfit(spec):
-                raise PlanError(why)
-            rows, columns = spec.shape
-            specs.append(TensorSpec("U8", (rows, columns // 2)))
-            specs.append(TensorSpec("F8_E4M3", (rows, columns // BLOCK)))
         return (*specs, TensorSpec("F32", (1,)))
 
     def apply(
@@ -56,14 +47,9 @@ class GlobalQuantize(ArrayOp):
         Raises BadInput for weights whose global scale overflows F16: the library takes 1 then, and
         makes zeros of most of them.
         """
-        from carnice_build.kernels import global_nvfp4, nvfp4
+        from carnice_build.kernels import global_nvfp4
 
-        peaks = []
-        for operand, weight in enumerate(inputs):
-            peak, bad_index = nvfp4.amax(weight.array, weight.dtype)
-            if bad_index >= 0:
-                raise NonFiniteValue(bad_index, operand)
-            peaks.append(float(peak))
+        peaks = [peak(item.array, item.dtype, operand) for operand, item in enumerate(inputs)]
         largest = max(peaks)
         dtype = inputs[0].dtype
         scale = global_nvfp4.global_scale(largest, dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
-from carnice_build.errors import PlanError
+from carnice_build.dtypes import TensorSpec
+from carnice_build.formats.blame import require_floats
 from carnice_build.graph import ArrayOp, TensorData, require_finite
 
 SUFFIXES = ("weight", "weight_scale")
@@ -30,10 +30,7 @@ class RowQuantize(ArrayOp):
     ) -> tuple[TensorSpec, ...]:
         """Specs of codes and scales."""
         (spec,) = inputs
-        if spec.dtype not in WIDE_FLOATS:
-            raise PlanError(
-                f"cannot quantize {spec.dtype} weights", expected=" or ".join(WIDE_FLOATS)
-            )
+        require_floats(spec)
         rows, columns = spec.shape
         return TensorSpec("F8_E4M3", (rows, columns)), TensorSpec(spec.dtype, (rows, 1))
 
