@@ -54,6 +54,30 @@ def first_non_finite(array: Array, form: FloatFormat) -> int:
     return int(bad.argmax()) if bad.any() else -1
 
 
+def read_only(array: Array, form: FloatFormat) -> Array:
+    """The bit patterns, never writable: numba would compile again for an array that is."""
+    view = array.view(form.bits)
+    view.flags.writeable = False
+    return view
+
+
+def blocks_per_row(shape: tuple[int, ...], size: int) -> int:
+    """Blocks of ``size`` values in a row; ValueError for what is not rows of whole blocks."""
+    if len(shape) != 2 or shape[1] % size:
+        raise ValueError(f"shape {list(shape)} is not [rows, a multiple of {size}]")
+    return shape[1] // size
+
+
+def bad_index(first_block: int, blocks: Array, form: FloatFormat) -> int:
+    """The flat index of the first NaN or Inf of ``blocks`` [n, size], from a block on; -1 for -1.
+
+    That is the block which a kernel returned.
+    """
+    if first_block < 0:
+        return -1
+    return int(first_block) * int(blocks.shape[1]) + first_non_finite(blocks[first_block:], form)
+
+
 def widen(array: Array, dtype: str) -> NDArray[np.float32]:
     """The same values in float32, which holds those of every format."""
     if dtype == "BF16":

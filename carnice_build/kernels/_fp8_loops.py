@@ -10,27 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ._affine_loops import (
-    BF16,
-    F16,
-    F32,
-    Floats,
-    Patterns,
-    _bits,
-    _inlined,
-    _kernel,
-    _narrow,
-    _widen,
-)
+from ._affine_loops import BF16, F16, F32, Floats, Patterns, _inlined, _kernel, _narrow, _widen
 from ._compressed_loops import _eps, _round_to
-from ._nvfp4_loops import (
-    E4M3_MAX,
-    Bytes,
-    _from_e4m3,
-    _magnitude_16,
-    _magnitude_32,
-    _to_e4m3,
-)
+from ._nvfp4_loops import E4M3_MAX, Bytes, _from_e4m3, _magnitude_16, _magnitude_32, _signed_e4m3
 
 
 @_inlined
@@ -44,11 +26,7 @@ def _scale(peak: np.float32, kind: int) -> np.float32:
 def _code(value: np.float32, scale: np.float32, kind: int) -> np.uint8:
     """The bits of E4M3.  Adding the zero point, 0, makes zero of negative zero, and of nothing
     else; a quotient that rounds to zero in E4M3 keeps its sign."""
-    quotient = _round_to(value / scale, kind) + np.float32(0)
-    magnitude = abs(quotient)
-    magnitude = magnitude if magnitude < E4M3_MAX else E4M3_MAX
-    sign = (_bits(quotient) >> np.uint32(24)) & np.uint32(0x80)
-    return np.uint8(_to_e4m3(magnitude) | sign)
+    return _signed_e4m3(_round_to(value / scale, kind) + np.float32(0))
 
 
 @_inlined

@@ -10,18 +10,13 @@ import numpy as np
 from ._affine_loops import BF16, F16, F32, Floats, Keys, Patterns, _inlined, _kernel, _widen
 from ._compressed_loops import _round_to
 from ._nvfp4_loops import (
-    BLOCK,
-    CHUNK_BLOCKS,
     E2M1_MAX,
     E4M3_MAX,
     Bytes,
-    _any_non_finite,
-    _encode,
-    _from_e2m1,
     _from_e4m3,
-    _magnitude_16,
-    _magnitude_32,
-    _peaks,
+    _numbers_of_e2m1,
+    _quantize,
+    _restore,
     _to_e4m3,
 )
 
@@ -45,67 +40,30 @@ def _scales(
         steps[b] = _from_e4m3(code) / global_scale
 
 
-@_inlined
-def _quantize(
-    blocks: Patterns,
-    global_scale: np.float32,
-    kind: int,
-    infinity: int,
-    packed: Bytes,
-    scales: Bytes,
-) -> int:
-    codes = np.empty((CHUNK_BLOCKS, BLOCK), np.uint8)
-    pairs = codes.reshape(-1).view(np.uint16)
-    peaks = np.empty(CHUNK_BLOCKS, np.int32)
-    steps = np.empty(CHUNK_BLOCKS, np.float32)
-    for first in range(0, blocks.shape[0], CHUNK_BLOCKS):
-        chunk = blocks[first : first + CHUNK_BLOCKS]
-        count = chunk.shape[0]
-        if kind == F32:
-            _peaks(chunk, _magnitude_32, peaks)
-        else:
-            _peaks(chunk, _magnitude_16, peaks)
-        if _any_non_finite(count, infinity, peaks):
-            return first
-        _scales(count, kind, global_scale, peaks, scales[first : first + count], steps)
-        _encode(chunk, kind, steps, codes)
-        out = packed[first * BLOCK // 2 : (first + count) * BLOCK // 2]
-        for i in range(out.size):
-            out[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
-    return -1
-
-
 @_kernel
 def quantize_bf16(blocks: Patterns, global_scale: np.float32, packed: Bytes, scales: Bytes) -> int:
     """Quantize blocks [n, 16] into flat outputs; -1, or the first block of the chunk that holds
     a NaN or an Inf."""
-    return _quantize(blocks, global_scale, BF16, 0x7F80, packed, scales)
+    return _quantize(blocks, global_scale, _scales, BF16, 0x7F80, packed, scales)
 
 
 @_kernel
 def quantize_f16(blocks: Patterns, global_scale: np.float32, packed: Bytes, scales: Bytes) -> int:
     """As ``quantize_bf16``, for F16."""
-    return _quantize(blocks, global_scale, F16, 0x7C00, packed, scales)
+    return _quantize(blocks, global_scale, _scales, F16, 0x7C00, packed, scales)
 
 
 @_kernel
 def quantize_f32(blocks: Patterns, global_scale: np.float32, packed: Bytes, scales: Bytes) -> int:
     """As ``quantize_bf16``, for F32."""
-    return _quantize(blocks, global_scale, F32, 0x7F800000, packed, scales)
+    return _quantize(blocks, global_scale, _scales, F32, 0x7F800000, packed, scales)
 
 
 @_kernel
 def dequantize(packed: Bytes, scales: Bytes, global_scale: np.float32, out: Floats) -> None:
     """Each code of ``packed`` [n, 8] times its block's scale over the global one, to blocks
     [n, 16]."""
-    values = np.empty(16, np.float32)
-    for code in range(8):
-        values[code] = _from_e2m1(np.uint32(code))
-        values[code + 8] = np.float32(0) - values[code]
+    values = _numbers_of_e2m1()
     for b in range(out.shape[0]):
         step = _from_e4m3(np.uint32(scales[b])) / global_scale
-        row = out[b]
-        for k in range(BLOCK // 2):
-            pair = packed[b, k]
-            row[2 * k] = values[pair & 0xF] * step
-            row[2 * k + 1] = values[pair >> 4] * step
+        _restore(packed[b], values, step, out[b])

@@ -30,9 +30,12 @@ from ._nvfp4_loops import (
     _any_non_finite,
     _from_e2m1,
     _from_e4m3,
+    _from_e8m0,
+    _join,
     _magnitude_16,
     _magnitude_32,
     _peaks,
+    _signed_e4m3,
     _to_e4m3,
 )
 
@@ -130,10 +133,7 @@ def _encode_mxfp8(groups: Patterns, kind: int, by: Floats, codes: Bytes) -> None
         factor = by[g]
         for k in range(32):
             value = _widen(group[k], kind)
-            units = abs(value) * factor
-            units = units if units < E4M3_MAX else E4M3_MAX
-            sign = (_bits(value) >> np.uint32(24)) & np.uint32(0x80)
-            row[k] = np.uint8(_to_e4m3(units) | sign)
+            row[k] = _signed_e4m3(value * factor)
 
 
 @_inlined
@@ -168,9 +168,7 @@ def _quantize(
         else:
             _steps(count, kind, peaks, own, steps)
             _encode_nvfp4(chunk, kind, steps, codes)
-        out = packed[first * size // 2 : (first + count) * size // 2]
-        for i in range(out.size):
-            out[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+        _join(pairs, packed[first * size // 2 : (first + count) * size // 2])
     return -1
 
 
@@ -205,9 +203,7 @@ def dequantize(codes: Bytes, scales: Bytes, mode: int, out: Floats) -> None:
         table[code + 8] = -table[code]
     for g in range(out.shape[0]):
         row = out[g]
-        byte = np.uint32(scales[g])
-        power = _float(byte << np.uint32(23) if byte > np.uint32(0) else np.uint32(0x400000))
-        step = numbers[scales[g]] if mode == NVFP4 else power
+        step = numbers[scales[g]] if mode == NVFP4 else _from_e8m0(np.uint32(scales[g]))
         if mode == MXFP8:
             for k in range(32):
                 row[k] = numbers[codes[g * 32 + k]] * step

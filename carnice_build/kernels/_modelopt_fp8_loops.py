@@ -24,13 +24,13 @@ from ._affine_loops import (
 )
 from ._compressed_loops import _round_to
 from ._nvfp4_loops import (
-    E4M3_MAX,
     Bytes,
     _from_e4m3,
+    _from_e8m0,
     _magnitude_16,
     _magnitude_32,
     _peaks,
-    _to_e4m3,
+    _signed_e4m3,
 )
 
 BLOCK = 32
@@ -44,19 +44,10 @@ _LARGEST_MANTISSA = np.uint32(0x600000)
 
 
 @_inlined
-def _code(quotient: np.float32) -> np.uint8:
-    """The bits of E4M3 nearest to a quotient, which keeps its sign where it becomes zero."""
-    magnitude = abs(quotient)
-    magnitude = magnitude if magnitude < E4M3_MAX else E4M3_MAX
-    sign = (_bits(quotient) >> np.uint32(24)) & np.uint32(0x80)
-    return np.uint8(_to_e4m3(magnitude) | sign)
-
-
-@_inlined
 def _quantize(values: Patterns, scale: np.float32, kind: int, codes: Bytes) -> None:
     """The quotient is rounded to the type of the weight: so torch divides by a scalar."""
     for i in range(values.size):
-        codes[i] = _code(_round_to(_widen(values[i], kind) / scale, kind))
+        codes[i] = _signed_e4m3(_round_to(_widen(values[i], kind) / scale, kind))
 
 
 @_kernel
@@ -95,13 +86,6 @@ def _exponent(peak: np.float32) -> np.uint32:
 
 
 @_inlined
-def _step(exponent: np.uint32) -> np.float32:
-    """2 ** (exponent - 127), where 0 stands for a denormal."""
-    normal = np.uint32(exponent) << np.uint32(23)
-    return _float(normal if exponent > np.uint32(0) else np.uint32(1 << 22))
-
-
-@_inlined
 def _quantize_blocks(
     blocks: Patterns,
     magnitude: Callable[[Any], Any],
@@ -123,7 +107,7 @@ def _quantize_blocks(
             inverse = _float(np.uint32(254 - exponent) << np.uint32(23))
             row, block = codes[first + b], chunk[b]
             for k in range(BLOCK):
-                row[k] = _code(_widen(block[k], kind) * inverse)
+                row[k] = _signed_e4m3(_widen(block[k], kind) * inverse)
     return -1
 
 
@@ -149,6 +133,6 @@ def quantize_blocks_f32(blocks: Patterns, codes: Bytes, scales: Bytes) -> int:
 def dequantize_blocks(codes: Bytes, scales: Bytes, out: Floats) -> None:
     """Each code of ``codes`` [n, 32] times its block's power of two, in float32."""
     for b in range(codes.shape[0]):
-        step = _step(np.uint32(scales[b]))
+        step = _from_e8m0(np.uint32(scales[b]))
         for k in range(BLOCK):
             out[b, k] = _from_e4m3(np.uint32(codes[b, k])) * step

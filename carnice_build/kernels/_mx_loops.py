@@ -11,27 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._affine_loops import (
-    BF16,
-    F16,
-    F32,
-    Floats,
-    Keys,
-    Patterns,
-    _float,
-    _inlined,
-    _kernel,
-    _widen,
-)
+from ._affine_loops import BF16, F16, F32, Floats, Keys, Patterns, _inlined, _kernel, _widen
 from ._compressed_loops import _round_to
 from ._fp8_loops import _code
 from ._nvfp4_loops import (
     Bytes,
-    _from_e2m1,
     _from_e4m3,
+    _from_e8m0,
     _magnitude_16,
     _magnitude_32,
+    _numbers_of_e2m1,
     _peaks,
+    _restore,
     _to_e2m1,
 )
 
@@ -41,13 +32,6 @@ BLOCK = 32
 CHUNK_BLOCKS = 128
 
 FP4, FP8 = 4, 8
-
-
-@_inlined
-def _step(exponent: int) -> np.float32:
-    """2 ** (exponent - 127), where 0 stands for a denormal."""
-    normal = np.uint32(exponent) << np.uint32(23)
-    return _float(normal if exponent > 0 else np.uint32(1 << 22))
 
 
 @_inlined
@@ -72,7 +56,7 @@ def _scales(
             # Half of the smallest F16, 2 ** -25, rounds to zero.
             exponent = exponent if exponent > 127 - 25 else 127
         scales[b] = np.uint8(exponent)
-        steps[b] = _step(exponent)
+        steps[b] = _from_e8m0(np.uint32(exponent))
     return fine
 
 
@@ -150,18 +134,12 @@ def quantize_f32(blocks: Patterns, bits: int, codes: Bytes, scales: Bytes) -> in
 @_kernel
 def dequantize(codes: Bytes, bits: int, scales: NDArray[np.uint8], out: Floats) -> None:
     """Each code (flat) times its block's scale, to blocks [n, 32]."""
-    values = np.empty(16, np.float32)
-    for code in range(8):
-        values[code] = _from_e2m1(np.uint32(code))
-        values[code + 8] = np.float32(0) - values[code]
+    values = _numbers_of_e2m1()
     for b in range(out.shape[0]):
-        step = _step(int(scales[b]))
+        step = _from_e8m0(np.uint32(scales[b]))
         row = out[b]
         if bits == FP4:
-            for k in range(BLOCK // 2):
-                pair = codes[b * (BLOCK // 2) + k]
-                row[2 * k] = values[pair & 0xF] * step
-                row[2 * k + 1] = values[pair >> 4] * step
+            _restore(codes[b * (BLOCK // 2) : (b + 1) * (BLOCK // 2)], values, step, row)
         else:
             for k in range(BLOCK):
                 row[k] = _from_e4m3(np.uint32(codes[b * BLOCK + k])) * step

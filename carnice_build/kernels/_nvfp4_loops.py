@@ -81,6 +81,24 @@ def _from_e2m1(code: np.uint32) -> np.float32:
 
 
 @_inlined
+def _numbers_of_e2m1() -> Floats:
+    """By a code of 4 bits, its number; negative zero is zero."""
+    values = np.empty(16, np.float32)
+    for code in range(8):
+        values[code] = _from_e2m1(np.uint32(code))
+        values[code + 8] = np.float32(0) - values[code]
+    return values
+
+
+@_inlined
+def _restore(pairs: Bytes, values: Floats, step: np.float32, out: Floats) -> None:
+    """The numbers of pairs of codes times a block's step."""
+    for k in range(pairs.size):
+        out[2 * k] = values[pairs[k] & 0xF] * step
+        out[2 * k + 1] = values[pairs[k] >> 4] * step
+
+
+@_inlined
 def _to_e4m3(value: np.float32) -> np.uint32:
     return _narrow(value, 3, 7)
 
@@ -93,6 +111,22 @@ def _from_e4m3(code: np.uint32) -> np.float32:
     value = denormal if magnitude < np.uint32(8) else normal
     value = value if magnitude < np.uint32(0x7F) else np.float32(np.nan)
     return np.float32(value if np.uint32(code) < np.uint32(0x80) else -value)
+
+
+@_inlined
+def _signed_e4m3(quotient: np.float32) -> np.uint8:
+    """The bits of E4M3 nearest to a quotient, which keeps its sign where it becomes zero."""
+    magnitude = abs(quotient)
+    magnitude = magnitude if magnitude < E4M3_MAX else E4M3_MAX
+    sign = (_bits(quotient) >> np.uint32(24)) & np.uint32(0x80)
+    return np.uint8(_to_e4m3(magnitude) | sign)
+
+
+@_inlined
+def _from_e8m0(exponent: np.uint32) -> np.float32:
+    """2 ** (exponent - 127), where 0 stands for a denormal."""
+    normal = np.uint32(exponent) << np.uint32(23)
+    return _float(normal if exponent > np.uint32(0) else np.uint32(1 << 22))
 
 
 @_inlined
@@ -160,14 +194,23 @@ def _encode(blocks: Patterns, kind: int, steps: Floats, codes: NDArray[np.uint8]
 
 
 @_inlined
+def _join(pairs: NDArray[np.uint16], out: Bytes) -> None:
+    """Two codes of 4 bits to a byte, the first one lowest; each has a byte of ``pairs``."""
+    for i in range(out.size):
+        out[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+
+
+@_inlined
 def _quantize(
     blocks: Patterns,
-    scale_2: np.float32,
+    whole: np.float32,
+    scales_of: Callable[..., None],
     kind: int,
     infinity: int,
     packed: Bytes,
     scales: Bytes,
 ) -> int:
+    """``scales_of`` finds the scales of blocks under ``whole``, that of the tensor."""
     codes = np.empty((CHUNK_BLOCKS, BLOCK), np.uint8)
     pairs = codes.reshape(-1).view(np.uint16)
     peaks = np.empty(CHUNK_BLOCKS, np.int32)
@@ -181,11 +224,9 @@ def _quantize(
             _peaks(chunk, _magnitude_16, peaks)
         if _any_non_finite(count, infinity, peaks):
             return first
-        _scales(count, kind, scale_2, peaks, scales[first : first + count], steps)
+        scales_of(count, kind, whole, peaks, scales[first : first + count], steps)
         _encode(chunk, kind, steps, codes)
-        out = packed[first * BLOCK // 2 : (first + count) * BLOCK // 2]
-        for i in range(out.size):
-            out[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+        _join(pairs, packed[first * BLOCK // 2 : (first + count) * BLOCK // 2])
     return -1
 
 
@@ -193,19 +234,19 @@ def _quantize(
 def quantize_bf16(blocks: Patterns, scale_2: np.float32, packed: Bytes, scales: Bytes) -> int:
     """Quantize blocks [n, 16] into flat outputs; -1, or the first block of the chunk that holds
     a NaN or an Inf."""
-    return _quantize(blocks, scale_2, BF16, 0x7F80, packed, scales)
+    return _quantize(blocks, scale_2, _scales, BF16, 0x7F80, packed, scales)
 
 
 @_kernel
 def quantize_f16(blocks: Patterns, scale_2: np.float32, packed: Bytes, scales: Bytes) -> int:
     """As ``quantize_bf16``, for F16."""
-    return _quantize(blocks, scale_2, F16, 0x7C00, packed, scales)
+    return _quantize(blocks, scale_2, _scales, F16, 0x7C00, packed, scales)
 
 
 @_kernel
 def quantize_f32(blocks: Patterns, scale_2: np.float32, packed: Bytes, scales: Bytes) -> int:
     """As ``quantize_bf16``, for F32."""
-    return _quantize(blocks, scale_2, F32, 0x7F800000, packed, scales)
+    return _quantize(blocks, scale_2, _scales, F32, 0x7F800000, packed, scales)
 
 
 @_kernel
@@ -229,17 +270,10 @@ def peak_32(patterns: Patterns) -> int:
 @_kernel
 def dequantize(packed: Bytes, scales: Bytes, scale_2: np.float32, out: Floats) -> None:
     """Each code of ``packed`` [n, 8] times its block's step, to blocks [n, 16]."""
-    values = np.empty(16, np.float32)
-    for code in range(8):
-        values[code] = _from_e2m1(np.uint32(code))
-        values[code + 8] = np.float32(0) - values[code]
+    values = _numbers_of_e2m1()
     for b in range(out.shape[0]):
         step = _from_e4m3(np.uint32(scales[b])) * scale_2
-        row = out[b]
-        for k in range(BLOCK // 2):
-            pair = packed[b, k]
-            row[2 * k] = values[pair & 0xF] * step
-            row[2 * k + 1] = values[pair >> 4] * step
+        _restore(packed[b], values, step, out[b])
 
 
 @_kernel

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _affine_loops as loops
-from ._floats import Array, FloatFormat, first_non_finite, float_format, require, widen
+from ._floats import Array, bad_index, float_format, read_only, require, widen
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -54,7 +54,7 @@ def quantize_rows(
     require("packed", packed, np.uint32, (rows, cols * bits // 32))
     require("scales", scales, form.storage, (rows, groups_per_row))
     require("biases", biases, form.storage, (rows, groups_per_row))
-    groups = _read_only(weight, form).reshape(-1, group_size)
+    groups = read_only(weight, form).reshape(-1, group_size)
     chunk = _KERNELS[dtype](
         groups,
         bits,
@@ -62,9 +62,7 @@ def quantize_rows(
         scales.reshape(-1).view(form.bits),
         biases.reshape(-1).view(form.bits),
     )
-    if chunk < 0:
-        return -1
-    return int(chunk) * group_size + first_non_finite(groups[chunk:], form)
+    return bad_index(chunk, groups, form)
 
 
 def dequantize_rows(
@@ -106,10 +104,3 @@ def _groups_per_row(shape: tuple[int, ...], bits: int, group_size: int) -> int:
     if len(shape) != 2 or shape[1] % group_size:
         raise ValueError(f"shape {list(shape)} is not [rows, a multiple of {group_size}]")
     return shape[1] // group_size
-
-
-def _read_only(weight: Array, form: FloatFormat) -> Array:
-    """The bit patterns, never writable: numba would compile again for an array that is."""
-    view = weight.view(form.bits)
-    view.flags.writeable = False
-    return view

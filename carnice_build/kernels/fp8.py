@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _fp8_loops as loops
-from ._floats import Array, first_non_finite, float_format, require
-from .affine import _read_only
+from ._floats import Array, bad_index, float_format, read_only, require
 
 _KERNELS = {"BF16": loops.quantize_bf16, "F16": loops.quantize_f16, "F32": loops.quantize_f32}
 
@@ -50,11 +49,9 @@ def quantize_rows(rows: Array, dtype: str, codes: NDArray[np.uint8], scales: Arr
     require("scales", scales, form.storage, (rows.shape[0], 1))
     if not rows.size:
         raise ValueError(f"shape {list(rows.shape)} has no weight")
-    patterns = _read_only(rows, form)
-    bad_row = int(_KERNELS[dtype](patterns, codes, scales.reshape(-1).view(form.bits)))
-    if bad_row < 0:
-        return -1
-    return bad_row * int(rows.shape[1]) + first_non_finite(patterns[bad_row:], form)
+    patterns = read_only(rows, form)
+    bad_row = _KERNELS[dtype](patterns, codes, scales.reshape(-1).view(form.bits))
+    return bad_index(bad_row, patterns, form)
 
 
 def dequantize_rows(
@@ -93,12 +90,10 @@ def quantize_blocks(
     require("rows", rows, form.storage, rows.shape)
     require("codes", codes, np.uint8, rows.shape)
     require("scales", scales, form.storage, block_grid(rows.shape, height, width))
-    patterns = _read_only(rows, form)
+    patterns = read_only(rows, form)
     kernel = _BLOCK_KERNELS[dtype]
-    bad_row = int(kernel(patterns, height, width, codes, scales.view(form.bits)))
-    if bad_row < 0:
-        return -1
-    return bad_row * int(rows.shape[1]) + first_non_finite(patterns[bad_row:], form)
+    bad_row = kernel(patterns, height, width, codes, scales.view(form.bits))
+    return bad_index(bad_row, patterns, form)
 
 
 def block_grid(shape: tuple[int, ...], height: int, width: int) -> tuple[int, int]:

@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _global_nvfp4_loops as loops
-from ._floats import Array, first_non_finite, float_format, require, widen
-from .affine import _read_only
+from ._floats import Array, bad_index, blocks_per_row, float_format, read_only, require, widen
 from .elementwise import narrow
-from .nvfp4 import BLOCK_SIZE, Scalar, _blocks_per_row
+from .nvfp4 import BLOCK_SIZE, Scalar
 
 _KERNELS = {"BF16": loops.quantize_bf16, "F16": loops.quantize_f16, "F32": loops.quantize_f32}
 
@@ -60,14 +59,14 @@ def quantize_rows(
     """
     form = float_format(dtype)
     rows = np.require(rows, requirements=["C", "A"])
-    blocks_per_row = _blocks_per_row(rows.shape)
+    per_row = blocks_per_row(rows.shape, BLOCK_SIZE)
     count, columns = rows.shape
     require("rows", rows, form.storage, rows.shape)
     require("packed", packed, np.uint8, (count, columns // 2))
-    require("scales", scales, np.uint8, (count, blocks_per_row))
-    blocks = _read_only(rows, form).reshape(-1, BLOCK_SIZE)
-    chunk = int(_KERNELS[dtype](blocks, _positive(scale), packed.reshape(-1), scales.reshape(-1)))
-    return chunk if chunk < 0 else chunk * BLOCK_SIZE + first_non_finite(blocks[chunk:], form)
+    require("scales", scales, np.uint8, (count, per_row))
+    blocks = read_only(rows, form).reshape(-1, BLOCK_SIZE)
+    chunk = _KERNELS[dtype](blocks, _positive(scale), packed.reshape(-1), scales.reshape(-1))
+    return bad_index(chunk, blocks, form)
 
 
 def dequantize_rows(
@@ -80,11 +79,11 @@ def dequantize_rows(
 
     It is [rows, columns]; the rest is as in ``quantize_rows``.
     """
-    blocks_per_row = _blocks_per_row(out_float32.shape)
+    per_row = blocks_per_row(out_float32.shape, BLOCK_SIZE)
     count, columns = out_float32.shape
     require("out_float32", out_float32, np.float32, (count, columns))
     require("packed", packed, np.uint8, (count, columns // 2))
-    require("scales", scales, np.uint8, (count, blocks_per_row))
+    require("scales", scales, np.uint8, (count, per_row))
     loops.dequantize(
         packed.reshape(-1, BLOCK_SIZE // 2),
         scales.reshape(-1),

@@ -27,8 +27,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _integer_loops as loops
-from ._floats import Array, FloatFormat, first_non_finite, float_format, require
-from .affine import _read_only
+from ._floats import (
+    Array,
+    FloatFormat,
+    bad_index,
+    first_non_finite,
+    float_format,
+    read_only,
+    require,
+)
 
 Codes = NDArray[np.int8]
 Packed = NDArray[np.int32]
@@ -86,12 +93,12 @@ def quantize_rows(
         require("zero_points", zeros, np.int8, grid)
     if given and not _are_scales(scales, form):
         raise ValueError("a scale is 0 or not finite")
-    patterns = _read_only(rows, form)
+    patterns = read_only(rows, form)
     outputs = codes.view(np.uint8), scales.view(form.bits), zeros
     how = group_size, bits, symmetric, packs, given
-    bad_row = int(_KERNELS[dtype](patterns, *how, *outputs))
+    bad_row = _KERNELS[dtype](patterns, *how, *outputs)
     if bad_row >= 0:
-        return bad_row * int(columns) + first_non_finite(patterns[bad_row:], form)
+        return bad_index(bad_row, patterns, form)
     if not symmetric and first_non_finite(scales, form) >= 0:
         raise ValueError("a range of weights overflows their type")
     return -1

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _mlx_float_loops as loops
-from ._floats import Array, first_non_finite, float_format, require
+from ._floats import Array, bad_index, blocks_per_row, float_format, read_only, require
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +66,11 @@ def quantize_rows(
     weight = np.require(weight, requirements=["C", "A"])
     found = _fitting(weight.shape, mode, packed, scales)
     require("weight", weight, form.storage, weight.shape)
-    view = weight.view(form.bits)
-    # Never writable: numba would compile again for an array that is.
-    view.flags.writeable = False
-    groups = view.reshape(-1, found.group_size)
+    groups = read_only(weight, form).reshape(-1, found.group_size)
     chunk = _KERNELS[dtype](
         groups, found.number, packed.reshape(-1).view(np.uint8), scales.reshape(-1)
     )
-    if chunk < 0:
-        return -1
-    return int(chunk) * found.group_size + first_non_finite(groups[chunk:], form)
+    return bad_index(chunk, groups, form)
 
 
 def dequantize_rows(
@@ -102,9 +97,8 @@ def _fitting(
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
     found = MODES[mode]
-    if len(shape) != 2 or shape[1] % found.group_size:
-        raise ValueError(f"shape {list(shape)} is not [rows, a multiple of {found.group_size}]")
+    per_row = blocks_per_row(shape, found.group_size)
     rows, cols = shape
     require("packed", packed, np.uint32, (rows, cols * found.bits // 32))
-    require("scales", scales, np.uint8, (rows, cols // found.group_size))
+    require("scales", scales, np.uint8, (rows, per_row))
     return found

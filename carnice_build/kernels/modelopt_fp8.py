@@ -13,8 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _modelopt_fp8_loops as loops
-from ._floats import Array, first_non_finite, float_format, require
-from .affine import _read_only
+from ._floats import (
+    Array,
+    bad_index,
+    blocks_per_row,
+    first_non_finite,
+    float_format,
+    read_only,
+    require,
+)
 from .nvfp4 import Scalar, _positive
 
 BLOCK_SIZE = loops.BLOCK
@@ -79,7 +86,7 @@ def quantize_tensor(values: Array, dtype: str, scale: Scalar, codes: NDArray[np.
     require("codes", codes, np.uint8, values.shape)
     bad = first_non_finite(values, form)
     if bad < 0:
-        patterns = _read_only(values, form).reshape(-1)
+        patterns = read_only(values, form).reshape(-1)
         _KERNELS[dtype](patterns, _positive(scale), codes.reshape(-1))
     return bad
 
@@ -111,22 +118,20 @@ def quantize_rows(
     """
     form = float_format(dtype)
     rows = np.require(rows, requirements=["C", "A"])
-    per_row = _blocks_per_row(rows.shape)
+    per_row = blocks_per_row(rows.shape, BLOCK_SIZE)
     require("rows", rows, form.storage, rows.shape)
     require("codes", codes, np.uint8, rows.shape)
     require("scales", scales, np.uint8, (rows.shape[0], per_row))
-    blocks = _read_only(rows, form).reshape(-1, BLOCK_SIZE)
+    blocks = read_only(rows, form).reshape(-1, BLOCK_SIZE)
     bad = _BLOCK_KERNELS[dtype](blocks, codes.reshape(-1, BLOCK_SIZE), scales.reshape(-1))
-    if bad < 0:
-        return -1
-    return int(bad) * BLOCK_SIZE + first_non_finite(blocks[bad:], form)
+    return bad_index(bad, blocks, form)
 
 
 def dequantize_rows(
     codes: NDArray[np.uint8], scales: NDArray[np.uint8], out_float32: NDArray[np.float32]
 ) -> None:
     """Write code * scale, in float32, of MXFP8 rows; arrays as ``quantize_rows`` has them."""
-    per_row = _blocks_per_row(codes.shape)
+    per_row = blocks_per_row(codes.shape, BLOCK_SIZE)
     require("out_float32", out_float32, np.float32, codes.shape)
     require("codes", codes, np.uint8, codes.shape)
     require("scales", scales, np.uint8, (codes.shape[0], per_row))
@@ -138,9 +143,3 @@ def _finite(amax: Scalar) -> Scalar:
     if not 0 <= amax < np.inf:
         raise ValueError(f"amax is {amax}, expected a finite number that is not negative")
     return amax
-
-
-def _blocks_per_row(shape: tuple[int, ...]) -> int:
-    if len(shape) != 2 or shape[1] % BLOCK_SIZE:
-        raise ValueError(f"shape {list(shape)} is not [rows, a multiple of {BLOCK_SIZE}]")
-    return shape[1] // BLOCK_SIZE

@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _mx_loops as loops
-from ._floats import Array, first_non_finite, float_format, require
-from .affine import _read_only
+from ._floats import Array, blocks_per_row, first_non_finite, float_format, read_only, require
 
 BLOCK_SIZE = loops.BLOCK
 
@@ -55,7 +54,7 @@ def quantize_rows(
     rows = np.require(rows, requirements=["C", "A"])
     require("rows", rows, form.storage, rows.shape)
     _require_fit(rows.shape, bits, codes, scales)
-    blocks = _read_only(rows, form).reshape(-1, BLOCK_SIZE)
+    blocks = read_only(rows, form).reshape(-1, BLOCK_SIZE)
     chunk = int(_KERNELS[dtype](blocks, bits, codes.reshape(-1), scales.reshape(-1)))
     if chunk < 0:
         return -1
@@ -87,11 +86,10 @@ def _require_fit(
 ) -> None:
     if bits not in BITS:
         raise ValueError(f"bits is {bits}, expected one of {BITS}")
-    if len(shape) != 2 or shape[1] % BLOCK_SIZE:
-        raise ValueError(f"shape {list(shape)} is not [rows, a multiple of {BLOCK_SIZE}]")
+    per_row = blocks_per_row(shape, BLOCK_SIZE)
     rows, columns = shape
     require("codes", codes, np.uint8, (rows, columns * bits // 8))
-    require("scales", scales, np.uint8, (rows, columns // BLOCK_SIZE))
+    require("scales", scales, np.uint8, (rows, per_row))
 
 
 def _largest(dtype: str) -> str:

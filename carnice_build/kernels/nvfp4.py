@@ -14,8 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _nvfp4_loops as loops
-from ._floats import Array, FloatFormat, first_non_finite, float_format, require, widen
-from .affine import _read_only
+from ._floats import (
+    Array,
+    bad_index,
+    blocks_per_row,
+    first_non_finite,
+    float_format,
+    read_only,
+    require,
+    widen,
+)
 
 Scalar = float | np.floating[Any]
 
@@ -37,7 +45,7 @@ def amax(rows: Array, dtype: str) -> tuple[np.float32, int]:
     form = float_format(dtype)
     rows = np.require(rows, requirements=["C", "A"])
     require("rows", rows, form.storage, rows.shape)
-    patterns = _read_only(rows, form).reshape(-1)
+    patterns = read_only(rows, form).reshape(-1)
     peak = (loops.peak_32 if dtype == "F32" else loops.peak_16)(patterns)
     bad = first_non_finite(patterns, form) if peak >= form.exponent else -1
     return np.float32(widen(np.array([peak], form.bits).view(form.storage), dtype)[0]), bad
@@ -95,14 +103,14 @@ def quantize_rows(
     """
     form = float_format(dtype)
     rows = np.require(rows, requirements=["C", "A"])
-    blocks_per_row = _blocks_per_row(rows.shape)
+    per_row = blocks_per_row(rows.shape, BLOCK_SIZE)
     count, cols = rows.shape
     require("rows", rows, form.storage, (count, cols))
     require("packed", packed, np.uint8, (count, cols // 2))
-    require("scales", scales, np.uint8, (count, blocks_per_row))
-    blocks = _read_only(rows, form).reshape(-1, BLOCK_SIZE)
+    require("scales", scales, np.uint8, (count, per_row))
+    blocks = read_only(rows, form).reshape(-1, BLOCK_SIZE)
     chunk = _KERNELS[dtype](blocks, _positive(scale_2), packed.reshape(-1), scales.reshape(-1))
-    return _bad_index(chunk, blocks, form)
+    return bad_index(chunk, blocks, form)
 
 
 def dequantize_rows(
@@ -118,11 +126,11 @@ def dequantize_rows(
     float32: the code of negative zero gives zero, and an E4M3 NaN gives NaN. Raises ValueError
     as ``quantize_rows`` does.
     """
-    blocks_per_row = _blocks_per_row(out_float32.shape)
+    per_row = blocks_per_row(out_float32.shape, BLOCK_SIZE)
     count, cols = out_float32.shape
     require("out_float32", out_float32, np.float32, (count, cols))
     require("packed", packed, np.uint8, (count, cols // 2))
-    require("scales", scales, np.uint8, (count, blocks_per_row))
+    require("scales", scales, np.uint8, (count, per_row))
     loops.dequantize(
         packed.reshape(-1, BLOCK_SIZE // 2),
         scales.reshape(-1),
@@ -148,19 +156,12 @@ def round_rows(rows: NDArray[np.float32], scale_2: Scalar, out_float32: NDArray[
     """
     form = float_format("F32")
     rows = np.require(rows, requirements=["C", "A"])
-    _blocks_per_row(rows.shape)
+    blocks_per_row(rows.shape, BLOCK_SIZE)
     require("rows", rows, np.float32, rows.shape)
     require("out_float32", out_float32, np.float32, rows.shape)
-    blocks = _read_only(rows, form).reshape(-1, BLOCK_SIZE)
+    blocks = read_only(rows, form).reshape(-1, BLOCK_SIZE)
     chunk = loops.round_blocks(blocks, _positive(scale_2), out_float32.reshape(-1, BLOCK_SIZE))
-    return _bad_index(chunk, blocks, form)
-
-
-def _bad_index(first_block: int, blocks: Array, form: FloatFormat) -> int:
-    """The flat index of the first NaN or Inf, searched from the block a kernel returned."""
-    if first_block < 0:
-        return -1
-    return int(first_block) * BLOCK_SIZE + first_non_finite(blocks[first_block:], form)
+    return bad_index(chunk, blocks, form)
 
 
 def _scale_2(amax: Scalar) -> np.float32:
@@ -174,9 +175,3 @@ def _positive(scale_2: Scalar) -> np.float32:
     if not 0 < np.float32(scale_2) < np.inf:
         raise ValueError(f"scale_2 is {scale_2}, expected a positive finite number")
     return np.float32(scale_2)
-
-
-def _blocks_per_row(shape: tuple[int, ...]) -> int:
-    if len(shape) != 2 or shape[1] % BLOCK_SIZE:
-        raise ValueError(f"shape {list(shape)} is not [rows, a multiple of {BLOCK_SIZE}]")
-    return shape[1] // BLOCK_SIZE
