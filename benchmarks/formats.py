@@ -12,8 +12,7 @@ turn; only their ratios mean anything.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +29,7 @@ from loguru import logger
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.timing import seconds
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
 from carnice_build.formats.compressed_tensors import ops as packed
 from carnice_build.formats.compressed_tensors.storages import (
@@ -118,13 +118,6 @@ def check(case: Case, scheme: QuantizationScheme, weight: torch.Tensor, bits: Te
     for suffix, item in zip(case.suffixes, ours(case, bits), strict=True):
         content = found[suffix].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         assert content.tobytes() == item.array.tobytes(), f"{case.scheme}: {suffix}"
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall clock of one call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def rates(case: Case, weight: torch.Tensor, threads: int, repeat: int) -> tuple[float, float]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -20,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.timing import seconds
 from carnice_build.kernels import affine, mlx_floats
 
 ROWS_PER_TASK = 256
@@ -65,13 +64,6 @@ def by_mlx(weight: mx.array, mode: str) -> Arrays:
     return tuple(
         np.array(item.view(mx.uint16) if item.dtype == mx.bfloat16 else item) for item in made
     )
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    """Wall clock of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def main() -> None:

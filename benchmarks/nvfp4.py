@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from numpy.typing import NDArray
 
+from benchmarks.timing import seconds
 from carnice_build.kernels.nvfp4 import amax, quantize_rows, weight_scale_2
 
 ROWS_PER_TASK = 256
@@ -52,13 +50,6 @@ def modelopt(weight: torch.Tensor, scale_2: torch.Tensor) -> tuple[Bytes, Bytes]
     """The same by modelopt."""
     quantized, scales, _ = NVFP4QTensor.quantize(weight, 16, None, scale_2)
     return quantized._quantized_data.numpy(), scales.view(torch.uint8).numpy()
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    """Wall clock of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from family_builds import INT4_WEIGHTS
 from numpy.typing import NDArray
 from tiny import bf16, tiny_config
 
@@ -727,15 +728,6 @@ class FormatSample:
     blamed: bool = True
     excluded: tuple[str, ...] = ()
 
-
-INT4_WEIGHTS = {
-    "num_bits": 4,
-    "type": "int",
-    "symmetric": False,
-    "strategy": "group",
-    "group_size": 128,
-}
-"""What a recipe says of asymmetric INT4 in groups, with the library's own observer."""
 
 FORMATS: Mapping[str, FormatSample] = {
     "mlx": FormatSample({"bits": 4}, change="quantize.bits=5"),

@@ -353,9 +353,9 @@ class CompressedFormat(Format):
             if grouping.facts.get(fact.module) is fact:
                 path = grouping.path(fact.module)
                 storage = grouping.storage(path)
-                at = (*path, "weights") if path[0] == "config_groups" else path
+                named = path[0] == "scheme"  # a preset has no knobs to point at
                 ends = {
-                    name: (*at, knob) if path[0] == "config_groups" else at
+                    name: path if named else (*path, "weights", knob)
                     for name, knob in storage.knobs.items()
                 }
                 if self.compensating:
