@@ -1,0 +1,1 @@
+"""Format `gguf`: the files that llama.cpp, Ollama and LM Studio load."""
