@@ -36,7 +36,7 @@ from carnice_build.commands.options import Options
 from carnice_build.commands.plan import Plan, plan_and_survey, plan_variants
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CarniceError
-from carnice_build.planning.layout import PackLayout
+from carnice_build.formats.layout import PackLayout
 from carnice_build.store.digests import digest_bytes, digest_texts
 from carnice_build.store.records import PackRecord
 from carnice_build.store.store import Store

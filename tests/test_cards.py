@@ -56,7 +56,7 @@ def pages(plan: VariantPlan) -> Iterator[tuple[str, str]]:
     """Names and texts of the pages and scripts of a variant that was only planned."""
     shards = [
         Shard(
-            plan.shard_name(index),
+            plan.packs[index].name,
             "0" * 64,
             Path(),
             layout.size,

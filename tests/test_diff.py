@@ -114,7 +114,7 @@ def test_the_table_folds_modules_by_kind(
 
 def test_a_folder_that_is_not_there_is_an_error(built: Project) -> None:
     """A name that is neither a variant nor a folder of shards ends in one sentence."""
-    with pytest.raises(StoreError, match="holds no safetensors file"):
+    with pytest.raises(StoreError, match="holds no safetensors or GGUF file"):
         diff_folders(built.out / "mlx-4bit", built.out / "mlx-5bit", jobs=1)
 
 

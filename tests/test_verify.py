@@ -334,7 +334,7 @@ def test_what_was_never_built_is_one_sentence(
     run = carnice("verify", VARIANT, "--no-run")
 
     assert run.code == 2
-    assert "holds no safetensors file" in run.err
+    assert "holds no safetensors or GGUF file" in run.err
 
 
 def test_without_mlx_the_rest_is_verified(

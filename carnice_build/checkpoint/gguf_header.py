@@ -167,11 +167,6 @@ def read_gguf(source: Readable) -> GgufHeader:
     return _Parser(source).header()
 
 
-def read_entries(source: Readable) -> tuple[Entry, ...]:
-    """The tensors of a file, in the order of their bytes; see `read_gguf`."""
-    return read_gguf(source).entries
-
-
 class _Parser:
     """A walk over a header; more of the file is read as it is come to."""
 

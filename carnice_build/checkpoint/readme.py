@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from carnice_build.checkpoint.checkpoint import Checkpoint
 from carnice_build.checkpoint.source import read_all
@@ -31,25 +32,29 @@ def read_readme(checkpoint: Checkpoint) -> Readme:
 
     A stranger wrote it, so what is not of the form that it should have counts as not said.
     """
-    file = checkpoint.assets.get("README.md")
-    if file is None or file.size > _MOST_README:
-        return Readme()
-    text = read_all(file).decode("utf-8", errors="replace").replace("\r\n", "\n")
-    match = _FRONT.match(text)
-    if match is None:
-        return Readme()
-    try:
-        table = parse_tree(match[1], file.name).plain()
-    except RecipeError:
-        return Readme()
-    if not isinstance(table, dict):
-        return Readme()
+    table = front_matter(checkpoint)
     licenses = _texts(table.get("license"), _WORD)
     return Readme(
         licenses[0] if licenses else None,
         _texts(table.get("language"), _WORD),
         _texts(table.get("base_model"), _MODEL),
     )
+
+
+def front_matter(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The entries at the head of a checkpoint's README.md; {} where they cannot be read."""
+    file = checkpoint.assets.get("README.md")
+    if file is None or file.size > _MOST_README:
+        return {}
+    text = read_all(file).decode("utf-8", errors="replace").replace("\r\n", "\n")
+    match = _FRONT.match(text)
+    if match is None:
+        return {}
+    try:
+        table = parse_tree(match[1], file.name).plain()
+    except RecipeError:
+        return {}
+    return table if isinstance(table, dict) else {}
 
 
 def _texts(value: object, form: re.Pattern[str]) -> list[str]:

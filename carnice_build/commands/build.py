@@ -300,7 +300,7 @@ def _shard(variant: VariantPlan, index: int, packs: dict[str, str], store: Store
         (slot.tensor.name, slot.tensor.ref.spec, digest)
         for slot, digest in zip(layout.slots, record.digests, strict=True)
     ]
-    return Shard(variant.shard_name(index), pack, store.pack_path(pack), layout.size, tensors)
+    return Shard(layout.name, pack, store.pack_path(pack), layout.size, tensors)
 
 
 def _figures(variant: VariantPlan, store: Store) -> dict[str, list[float]]:

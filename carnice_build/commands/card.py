@@ -52,7 +52,8 @@ def _as_built(variant: VariantPlan, record: Mapping[str, Any]) -> Variant | None
 
 
 def _shard(variant: VariantPlan, index: int, record: Mapping[str, Any]) -> Shard:
-    layout, name = variant.packs[index], variant.shard_name(index)
+    layout = variant.packs[index]
+    name = layout.name
     tensors = [
         (slot.tensor.name, slot.tensor.ref.spec, record["tensors"][slot.tensor.name]["digest"])
         for slot in layout.slots

@@ -16,8 +16,8 @@ from pathlib import Path
 from carnice_build.errors import PlanError
 from carnice_build.execute.events import Listener, Moved, Moving, Notice
 from carnice_build.execute.streaming import read_digest, sample_digest
+from carnice_build.formats.layout import PackLayout
 from carnice_build.graph import ActionOutput
-from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, survey
 from carnice_build.remote.calls import GivenUp

@@ -17,8 +17,8 @@ from math import prod
 
 from carnice_build.checkpoint.together import together, whole
 from carnice_build.dtypes import TensorSpec
+from carnice_build.formats.layout import PackLayout
 from carnice_build.graph import Action, ActionOutput, ArrayOp, ProcessOp, TensorRef
-from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.scratch import depths
 from carnice_build.planning.status import BuildStatus
 from carnice_build.store.packs import Location

@@ -103,6 +103,7 @@ class _Holding:
                     header=digest_bytes(layout.header),
                     digests=list(record.digests),
                     sizes=sizes,
+                    alignment=layout.alignment,
                 ),
             )
 

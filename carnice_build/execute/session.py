@@ -19,8 +19,8 @@ from carnice_build.execute.runner import Runner
 from carnice_build.execute.source_files import fetch_ahead
 from carnice_build.execute.transients import Transients, own_link
 from carnice_build.execute.workbench import JobResult, Workbench
+from carnice_build.formats.layout import PackLayout
 from carnice_build.graph import Action
-from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, survey
 from carnice_build.plugins import failures_blamed

@@ -13,6 +13,7 @@ from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.card import Card
 from carnice_build.formats.elementwise import Elementwise
+from carnice_build.formats.layout import PackLayout, Publication
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import TensorRef, View
@@ -166,6 +167,15 @@ class Format(Strict):
         these knobs have.  Nothing where the format has no words for it.
         """
         return {}
+
+    def layouts(
+        self, conversion: Conversion, publication: Publication
+    ) -> Sequence[PackLayout] | None:
+        """The files that tensors go into; None for shards of safetensors.
+
+        PlanError, whose place is below `package`, where they cannot be made so.
+        """
+        return None
 
     def metadata(self) -> Mapping[str, str]:
         """What the shards' headers say in `__metadata__`."""

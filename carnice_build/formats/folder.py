@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carnice_build.checkpoint.header import read_header
+from carnice_build.checkpoint.containers import SUFFIXES, read_entries
 from carnice_build.checkpoint.json import object_or_none
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CheckpointError, StoreError
@@ -19,9 +19,6 @@ BUILD_NAME = "build.json"
 def read_build(folder: Path) -> dict[str, Any]:
     """The build.json of a folder, {} when there is none or it is damaged."""
     return read_object(folder / BUILD_NAME)
-
-
-SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,10 @@ def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def open_folder(path: Path) -> ModelFolder:
     """Read the headers and JSON files of `path`; StoreError when it holds no shard at all."""
-    shards = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
+    shards = sorted(item for item in path.glob("*") if item.suffix in SUFFIXES)
     if not shards:
         raise StoreError(
-            "holds no safetensors file",
+            "holds no safetensors or GGUF file",
             where=str(path),
             expected="a built folder, as `carnice build` makes it",
         )
@@ -67,7 +64,7 @@ def open_folder(path: Path) -> ModelFolder:
     for shard in shards:
         try:
             source = LocalFile(shard)
-            entries = read_header(source).entries
+            entries = read_entries(source)
         except CheckpointError as error:
             problems.append(f"{shard.name}: {error.what}")
             continue

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
+from carnice_build.checkpoint.containers import has_index
 from carnice_build.checkpoint.json import to_json
 from carnice_build.formats.base import Format
 from carnice_build.formats.card import CARD_NAME, render_card
@@ -84,9 +85,10 @@ def render_files(
     others = {
         **variant.copied,
         **variant.serve,
-        INDEX_NAME: _index(variant),
         **own,
     }
+    if has_index(shard.name for shard in variant.shards):
+        others[INDEX_NAME] = _index(variant)
     records = _records(variant, others)
     measured = figures(content_key({"files": records, "sources": source_records(variant)}))
     card = render_card(number_format.card(), number_format, variant, measured)

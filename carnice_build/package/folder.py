@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, is_plain_path
+from carnice_build.checkpoint.containers import has_index
 from carnice_build.errors import StoreError
 from carnice_build.formats.card import CARD_NAME
 from carnice_build.formats.folder import BUILD_NAME, read_build
@@ -61,7 +62,7 @@ def is_current(folder: Path, key: str, shards: Sequence[Shard]) -> bool:
     """True when `folder` is complete and was packaged under this key from these packs."""
     record = read_build(folder)
     sizes = _recorded_sizes(record.get("files"))
-    if record.get("key") != key or not {*_REQUIRED, *(item.name for item in shards)} <= set(sizes):
+    if record.get("key") != key or not _required(shards) <= set(sizes):
         return False
     try:
         whole = all(_size(folder, name) == size for name, size in sizes.items())
@@ -70,7 +71,10 @@ def is_current(folder: Path, key: str, shards: Sequence[Shard]) -> bool:
         return False
 
 
-_REQUIRED = ("config.json", "README.md", INDEX_NAME)
+def _required(shards: Sequence[Shard]) -> set[str]:
+    names = {item.name for item in shards}
+    index = {INDEX_NAME} if has_index(names) else set()
+    return {"config.json", CARD_NAME, *index, *names}
 
 
 def _recorded_sizes(files: object) -> dict[str, int]:

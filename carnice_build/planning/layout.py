@@ -12,60 +12,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 
 from carnice_build.checkpoint.header import encode_header
 from carnice_build.dtypes import ITEM_SIZE
 from carnice_build.formats.base import OutputTensor
+from carnice_build.formats.layout import PackLayout, Slot
 from carnice_build.models.base import Part, Role
-from carnice_build.store.digests import digest_texts
 
 _BF16_BYTES = 2
 
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A tensor's place in a pack; of a stack that is published apart, the place of all of it."""
-
-    tensor: OutputTensor
-    offset: int
-
-
-@dataclass(frozen=True)
-class PackLayout:
-    """A shard before its bytes exist: header, places and what will fill them."""
-
-    header: bytes
-    slots: tuple[Slot, ...]
-
-    @cached_property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return len(self.header) + sum(slot.tensor.ref.spec.nbytes for slot in self.slots)
-
-    @cached_property
-    def counts(self) -> tuple[int, ...]:
-        """How many of the header's tensors each slot holds."""
-        return tuple(slot.tensor.count for slot in self.slots)
-
-    @cached_property
-    def identity(self) -> str:
-        """Names the layout: the header, and what identifies each tensor before it is read."""
-        refs = (slot.tensor.ref.identity for slot in self.slots)
-        return digest_texts([self.header.hex(), *refs])
+SHARD_BYTES = 5_000_000_000
+"""Most that the modules of one shard weigh in BF16 where the recipe does not say."""
 
 
 def pack_layouts(
     tensors: Sequence[OutputTensor], shard_bytes: int, metadata: Mapping[str, str]
 ) -> list[PackLayout]:
     """The shards of a variant, in the order of their file names."""
+    groups = _groups(tensors, shard_bytes)
+    return [
+        _layout(f"model-{index + 1:05}-of-{len(groups):05}.safetensors", group, metadata)
+        for index, group in enumerate(groups)
+    ]
+
+
+def _groups(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[list[OutputTensor]]:
     per_shard = _layers_per_shard(tensors, shard_bytes)
     groups: dict[tuple[int, int], list[OutputTensor]] = {}
     for tensor in tensors:
         groups.setdefault(_group(tensor, per_shard), []).append(tensor)
-    return [_layout(groups[group], metadata) for group in sorted(groups)]
+    return [groups[group] for group in sorted(groups)]
 
 
 def _layers_per_shard(tensors: Sequence[OutputTensor], shard_bytes: int) -> int:
@@ -92,7 +69,7 @@ def _group(tensor: OutputTensor, layers_per_shard: int) -> tuple[int, int]:
     return _ORDER[fact.part], chunk
 
 
-def _layout(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> PackLayout:
+def _layout(name: str, tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> PackLayout:
     ordered = sorted(tensors, key=_slot_order)
     members = [member for tensor in ordered for member in tensor.members]
     header = encode_header(members, metadata)
@@ -100,7 +77,7 @@ def _layout(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> Pac
     for tensor in ordered:
         slots.append(Slot(tensor, start))
         start += tensor.ref.spec.nbytes
-    return PackLayout(header, tuple(slots))
+    return PackLayout(name, header, tuple(slots))
 
 
 def _slot_order(tensor: OutputTensor) -> tuple[int, list[tuple[int, str]]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from carnice_build.calibration.source import CalibrationSource
@@ -18,13 +19,14 @@ from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.checkpoint.quantized import METHODS, plain_config, stated_quantization
 from carnice_build.errors import PlanError, together
 from carnice_build.formats.base import Companion, Conversion, Format
+from carnice_build.formats.layout import PackLayout, Publication
 from carnice_build.graph import Action, ActionGraph, ActionOutput, TensorRef, View
 from carnice_build.models import UnknownFamily, architecture_of, replaced
 from carnice_build.models.base import Architecture, Part
 from carnice_build.models.untabled import Untabled
 from carnice_build.planning.coded import coded, kept_as_they_are
 from carnice_build.planning.gather import gathered
-from carnice_build.planning.layout import PackLayout, pack_layouts
+from carnice_build.planning.layout import SHARD_BYTES, pack_layouts
 from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
 from carnice_build.steps.base import Ask, Codes, PlanContext, Step, unanswered
@@ -123,10 +125,6 @@ class VariantPlan:
         assert isinstance(self.recipe.quantize, Format)
         return self.recipe.quantize
 
-    def shard_name(self, index: int) -> str:
-        """File name of pack number `index`."""
-        return f"model-{index + 1:05}-of-{len(self.packs):05}.safetensors"
-
 
 def plan_variant(
     recipe: Recipe, finder: SourceFinder, graph: ActionGraph, ask: Ask = unanswered
@@ -172,7 +170,7 @@ def plan_variant(
         parts = {architecture.tensors[name].part for name in view}
         published = architecture.published_config(parts)
         architecture = architecture_of(published, body.checkpoint.where)
-    context = replace(context, architecture=architecture, codes=codes)
+    context = replace(context, architecture=architecture, codes=codes, files=files)
     dataset = None
     if recipe.calibration is not None:
         dataset = finder.find_dataset(recipe.calibration)
@@ -233,7 +231,7 @@ def _formatted(
     _check_names(conversion)
     with failures_blamed(recipe.quantize):
         _check_files(body, files, recipe.quantize, conversion)
-    packs = pack_layouts(conversion.tensors, recipe.package.shard, metadata)
+    packs = _layouts(recipe, body, conversion, metadata)
     serving = None
     if recipe.package.serve:
         # What launches are made of takes as long to import as a small plan takes.
@@ -254,6 +252,26 @@ def _formatted(
         dataset=dataset,
         notices=tuple(conversion.notices),
     )
+
+
+def _layouts(
+    recipe: Recipe, body: Checkpoint, conversion: Conversion, metadata: Mapping[str, str]
+) -> Sequence[PackLayout]:
+    """The files that the format lays out itself, shards of safetensors where it does not."""
+    number_format, shard = recipe.quantize, recipe.package.shard
+    assert isinstance(number_format, Format)
+    publication = Publication(recipe.variant, _model_name(recipe), shard)
+    with _located(recipe, "package"), failures_blamed(number_format):
+        own = number_format.layouts(conversion, publication)
+    if own is not None:
+        return returned(own, Sequence, "layouts")
+    return pack_layouts(conversion.tensors, shard or SHARD_BYTES, metadata)
+
+
+def _model_name(recipe: Recipe) -> str:
+    """What files call the model: what its page is called, less who published it."""
+    base = recipe.card.base_model or recipe.sources[recipe.body].model
+    return PurePosixPath(base).name
 
 
 def _architecture(checkpoint: Checkpoint, view: View, number_format: Format) -> Architecture:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from carnice_build.formats.layout import PackLayout
 from carnice_build.graph import Action, ActionOutput, TensorRef
-from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.scratch import scratch_bytes
 from carnice_build.remote.index import Index, RemotePlace

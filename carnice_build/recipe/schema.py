@@ -181,11 +181,14 @@ class CalibrationSpec(Strict):
 class PackageSpec(Strict):
     """What the output folder holds beside the weights, and how they are split."""
 
-    shard: Annotated[
-        int, BeforeValidator(parse_size), WithJsonSchema({"type": ["integer", "string"]})
-    ] = Field(
-        5_000_000_000,
-        description="Most that the modules of one shard may weigh in BF16, such as 5GB.",
+    shard: (
+        Annotated[int, BeforeValidator(parse_size), WithJsonSchema({"type": ["integer", "string"]})]
+        | None
+    ) = Field(
+        None,
+        description="Most that the modules of one shard may weigh in BF16, such as 5GB, which it "
+        "is if nothing is said; of a GGUF, most that one of its files may weigh, which is one file "
+        "if nothing is said.",
     )
     serve: ServeSpecs = Field(
         (),

@@ -40,12 +40,16 @@ class _Strict(BaseModel):
 
 
 class PackEntry(_Strict):
-    """A pack: bytes of the file, digest of its header, digests and bytes of what follows that."""
+    """A pack: bytes of the file, digest of its header, digests and bytes of what follows that.
+
+    What follows lies end to end, each filled up to a multiple of `alignment`.
+    """
 
     size: Size
     header: Digest
     digests: list[Digest]
     sizes: list[Size]
+    alignment: Annotated[int, Field(ge=1, le=1 << 20)] = 1
 
     @model_validator(mode="after")
     def _fits(self) -> PackEntry:
@@ -56,7 +60,12 @@ class PackEntry(_Strict):
     @property
     def header_bytes(self) -> int:
         """Bytes before the first tensor."""
-        return self.size - sum(self.sizes)
+        return self.size - sum(self.places)
+
+    @property
+    def places(self) -> list[int]:
+        """Bytes from the beginning of each tensor to that of the next."""
+        return [size + -size % self.alignment for size in self.sizes]
 
     @property
     def identity(self) -> str:

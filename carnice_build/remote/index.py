@@ -50,9 +50,9 @@ class Index:
             self._places[digest] = RemotePlace(blob_name(digest), 0, count)
         for name, pack in body.packs.items():
             offset = pack.header_bytes
-            for digest, count in zip(pack.digests, pack.sizes, strict=True):
+            for digest, count, taken in zip(pack.digests, pack.sizes, pack.places, strict=True):
                 self._places[digest] = RemotePlace(pack_name(name), offset, count)
-                offset += count
+                offset += taken
 
     def supposing(self, sources: Mapping[str, str]) -> Self:
         """The same, if sources of these identities had these contents."""

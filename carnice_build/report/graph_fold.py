@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from carnice_build.commands.plan import Plan
+from carnice_build.formats.layout import PackLayout
 from carnice_build.graph import Action, ActionOutput, TensorRef
 from carnice_build.models.base import Part, Role
-from carnice_build.planning.layout import PackLayout
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import BuildStatus, Status
 from carnice_build.report.graph_labels import (

@@ -109,12 +109,12 @@ def _variant_json(variant: VariantPlan, status: BuildStatus) -> dict[str, Any]:
         "actions": {str(state): states.count(state) for state in Status},
         "shards": [
             {
-                "name": variant.shard_name(index),
+                "name": layout.name,
                 "bytes": layout.size,
                 "tensors": sum(layout.counts),
                 "state": "finished" if layout.identity in status.finished else "to write",
             }
-            for index, layout in enumerate(variant.packs)
+            for layout in variant.packs
         ],
         "kinds": [
             {**asdict(row), "bits_per_weight": row.bits} for row in kind_rows(variant, status)
@@ -126,12 +126,11 @@ def _variant_json(variant: VariantPlan, status: BuildStatus) -> dict[str, Any]:
 def _tensors_json(variant: VariantPlan) -> dict[str, Any]:
     """Every tensor of the folder by name; those of a stack share what is said of them."""
     found: dict[str, Any] = {}
-    for index, layout in enumerate(variant.packs):
-        file = variant.shard_name(index)
+    for layout in variant.packs:
         for slot in layout.slots:
             members = slot.tensor.members
             spec = members[0][1]
-            item = {"dtype": spec.dtype, "shape": list(spec.shape), "file": file}
+            item = {"dtype": spec.dtype, "shape": list(spec.shape), "file": layout.name}
             found |= dict.fromkeys((name for name, _ in members), item)
     return found
 

@@ -71,6 +71,7 @@ class PlanContext:
 
     `codes` are the weights, by the names of the view, that are to be published as they are; the
     view has the floats that they stand for.
+    `files` are the body's small files as the steps left them; formats are given them, not steps.
     """
 
     architecture: Architecture
@@ -81,6 +82,7 @@ class PlanContext:
     calibration: CalibrationSource | None = None
     ask: Ask = unanswered
     codes: Mapping[str, Codes] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def body(self) -> Checkpoint:

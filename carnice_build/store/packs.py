@@ -1,4 +1,4 @@
-"""Packs: files of many tensors, each a valid safetensors shard, written in place and then sealed.
+"""Packs: files of many tensors, each one that is published so, written in place, then sealed.
 
 A pack's *layout* names what it will hold before the bytes exist, so that a build which was
 killed finds its unfinished file again.  Its *digest* names what it does hold.
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from carnice_build.checkpoint.header import MAX_HEADER_BYTES, Entry
+from carnice_build.checkpoint.gguf_header import MAX_HEADER_BYTES
+from carnice_build.checkpoint.header import Entry
 from carnice_build.errors import StoreError
 from carnice_build.store.files import NO_SURPRISE, copy_range, set_mode
 from carnice_build.store.locks import Taken, lock
@@ -75,6 +76,11 @@ class PartialPack:
     def header_digest(self) -> str:
         """Digest of the header bytes."""
         return blake3(self._header).hexdigest()
+
+    @property
+    def header_bytes(self) -> int:
+        """How long the header is."""
+        return len(self._header)
 
     def acquire(self, *, waiting: Callable[[], None]) -> bool:
         """Lock the file, creating it when needed; False when another build finished it meanwhile.
@@ -201,11 +207,15 @@ def _digest_next(file: FileIO, count: int) -> str | None:
     return hasher.hexdigest()
 
 
-def read_header_bytes(path: Path) -> bytes:
-    """The header of a pack with its length field, b"" when the file does not begin with one."""
+def read_header_bytes(path: Path, count: int) -> bytes:
+    """The first `count` bytes of a pack; 0 for those that the header of a safetensors has.
+
+    b"" when the file does not begin with a header.
+    """
     with path.open("rb", buffering=0) as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size):
+        limit = min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size)
+        length = count or 8 + int.from_bytes(file.read(8), "little")
+        if length > limit:
             return b""
         file.seek(0)
-        return file.read(8 + length)
+        return file.read(length)

@@ -62,6 +62,7 @@ class PackRecord:
     """What is known of a finished pack.
 
     Each digest is over as many of the header's tensors, end to end, as `counts` says.
+    `header` is how many bytes come before them, 0 where only the file says it.
     """
 
     size: int
@@ -69,6 +70,7 @@ class PackRecord:
     layout: str
     digests: tuple[str, ...]
     counts: tuple[int, ...]
+    header: int = 0
 
 
 class Records:
@@ -201,8 +203,9 @@ class Records:
             } if is_digest(layout):
                 checked = _digests(digests, len(digests))
                 counts = _counts(others.get("counts", [1] * len(digests)), len(digests))
-                if checked is not None and counts is not None:
-                    return PackRecord(size, mtime, layout, checked, counts)
+                header = others.get("header", 0)
+                if checked is not None and counts is not None and type(header) is int:
+                    return PackRecord(size, mtime, layout, checked, counts, max(0, header))
         return None
 
     def set_pack(self, pack: str, record: PackRecord) -> None:
@@ -213,6 +216,7 @@ class Records:
             "layout": record.layout,
             "digests": list(record.digests),
             "counts": list(record.counts),
+            "header": record.header,
         }
         self._set("pack", pack, value)
 

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from carnice_build.checkpoint.header import read_header
+from carnice_build.checkpoint.containers import read_entries
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import StoreError
@@ -132,7 +132,7 @@ class Store:
         stat = self.pack_path(pack).stat()
         if (stat.st_size, stat.st_mtime_ns) != (record.size, record.mtime_ns):
             return False
-        header = read_header_bytes(self.pack_path(pack))
+        header = read_header_bytes(self.pack_path(pack), record.header)
         return digest_texts([digest_bytes(header), *record.digests]) == pack
 
     def demote(self, pack: str) -> None:
@@ -162,7 +162,9 @@ class Store:
         pack = self.records.pack_of_layout(layout)
         if pack is None or self.pack_record(pack) is None:
             return None
-        if header is not None and read_header_bytes(self.pack_path(pack)) != header:
+        if header is None:
+            return pack
+        if read_header_bytes(self.pack_path(pack), len(header)) != header:
             return None
         return pack
 
@@ -200,7 +202,7 @@ class Store:
         if pack not in self._pack_offsets:
             record = self.pack_record(pack)
             assert record is not None, "a pack that was just found is gone"
-            entries = read_header(LocalFile(self.pack_path(pack))).entries
+            entries = read_entries(LocalFile(self.pack_path(pack)))
             places = zip(extents(entries, record.counts), record.digests, strict=True)
             self._pack_offsets[pack] = {
                 digest: extent.offset for extent, digest in places if extent.nbytes
@@ -232,7 +234,12 @@ class Store:
         else:
             stat = partial.path.stat()
             record = PackRecord(
-                stat.st_size, stat.st_mtime_ns, partial.layout, tuple(digests), tuple(counts)
+                stat.st_size,
+                stat.st_mtime_ns,
+                partial.layout,
+                tuple(digests),
+                tuple(counts),
+                partial.header_bytes,
             )
             # Records first: a crash in between leaves a partial pack that is found again.
             with self.records.together():

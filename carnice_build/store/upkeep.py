@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from carnice_build.checkpoint.header import read_header
+from carnice_build.checkpoint.containers import read_entries
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CheckpointError
 from carnice_build.store.answers import is_damaged
@@ -177,7 +177,7 @@ def _changed_tensors(store: Store, path: Path) -> tuple[str, ...] | None:
     if record is None:
         return ()
     try:
-        groups = extents(read_header(LocalFile(path)).entries, record.counts)
+        groups = extents(read_entries(LocalFile(path)), record.counts)
     except (CheckpointError, ValueError):
         return ()
     changed = tuple(

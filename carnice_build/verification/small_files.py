@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from carnice_build.checkpoint.assets import absent, damaged, read_copied, taken_over
+from carnice_build.checkpoint.containers import SUFFIXES
 from carnice_build.checkpoint.source import LocalFile, refuse_pointer
 from carnice_build.errors import CheckpointError
-from carnice_build.formats.folder import SUFFIX
 from carnice_build.models.base import Part
 from carnice_build.planning.planner import VariantPlan
 
@@ -20,7 +20,7 @@ def small_file_problems(variant: VariantPlan, folder: Path) -> Iterator[str]:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() and not path.exists():
             yield f"{name} is a link to nothing"
-        elif path.is_file() and not name.endswith(SUFFIX):
+        elif path.is_file() and not name.endswith(SUFFIXES):
             found[name] = path
     for name in variant.files:
         if name not in found:

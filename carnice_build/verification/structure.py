@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from carnice_build.checkpoint.checkpoint import INDEX_NAME
+from carnice_build.checkpoint.containers import has_index
 from carnice_build.errors import CheckpointError
 from carnice_build.formats.checks import FormatChecks
 from carnice_build.formats.folder import ModelFolder, read_object
@@ -56,6 +57,8 @@ def _tensors(variant: VariantPlan, folder: ModelFolder) -> Iterator[str]:
 
 
 def _index(folder: ModelFolder) -> Iterator[str]:
+    if not has_index(folder.shards):
+        return
     index = read_object(folder.path / INDEX_NAME)
     table = index.get("weight_map")
     if not isinstance(table, dict):

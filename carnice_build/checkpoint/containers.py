@@ -1,0 +1,31 @@
+"""The tensors of a file of either kind: safetensors or GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from carnice_build.checkpoint.gguf_header import MAGIC, read_gguf
+from carnice_build.checkpoint.gguf_header import SUFFIX as GGUF
+from carnice_build.checkpoint.header import Entry, read_header
+from carnice_build.tensors import Readable
+
+SUFFIXES = (".safetensors", GGUF)
+"""The ends of the names of files of tensors."""
+
+
+def has_index(names: Iterable[str]) -> bool:
+    """Whether a folder of these files of tensors has an index: libraries want none of GGUF."""
+    return any(not name.endswith(GGUF) for name in names)
+
+
+def read_entries(source: Readable) -> tuple[Entry, ...]:
+    """The tensors of a file in the order of their bytes; CheckpointError as its reader raises.
+
+    Its first bytes say which kind it is: no header of safetensors is as long as they would say.
+    """
+    if source.size >= len(MAGIC):
+        magic = bytearray(len(MAGIC))
+        source.read_into(0, memoryview(magic))
+        if magic == MAGIC:
+            return read_gguf(source).entries
+    return read_header(source).entries
