@@ -1,0 +1,364 @@
+"""What llama.cpp's converter makes of a view: names, shapes, order, values and metadata.
+
+The order is the converter's: that of the checkpoint's files by name, and in each of its tensors by
+name.  `llama-quantize` puts them into an order of its own later.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import PurePath
+from typing import Any, Literal, NamedTuple
+
+from carnice_build.checkpoint.generation import generation_entries
+from carnice_build.checkpoint.json import json_object
+from carnice_build.checkpoint.stack import slab_stack
+from carnice_build.checkpoint.swapped import swapped_columns, swapped_rows
+from carnice_build.dtypes import TensorSpec
+from carnice_build.errors import PlanError
+from carnice_build.formats.gguf.identity import general
+from carnice_build.formats.gguf.ops import Values
+from carnice_build.formats.gguf.parameters import ConfigScope, evaluated_parameters
+from carnice_build.formats.gguf.table import Projector, Swap, Table, common_parameters, table_of
+from carnice_build.formats.gguf.values import Metadata, Value
+from carnice_build.graph import ActionGraph, TensorRef, View
+from carnice_build.models.base import Architecture, Part, TensorFact
+from carnice_build.tensors import STACK, SourceTensor
+
+Kind = Literal["F32", "half", "matrix"]
+"""The type that the converter writes: F32 always; F16 in a file of F16, and F32 in any other; or
+the file's own."""
+
+PROJECTOR = "clip"
+"""The architecture of the file of a tower."""
+
+QUANTIZATION_VERSION = 2
+"""`GGML_QNT_VERSION` in ggml.h."""
+
+_WHOLE = frozenset({"ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "shortconv.conv"})
+"""Matrices of layers that stay F32."""
+
+
+class Named(NamedTuple):
+    """A tensor of the file: `ref` has its values, of any float type, to be cast or quantized.
+
+    `fact` is that of the tensor of the architecture that it is made of.
+    """
+
+    name: str
+    ref: TensorRef
+    fact: TensorFact
+    kind: Kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As files have it: columns first."""
+        return self.ref.spec.shape[::-1]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is in a file beside the tokenizer: its tensors, and its metadata, in order.
+
+    The tokenizer's metadata follows on the rest.
+    """
+
+    architecture: str
+    tensors: Sequence[Named]
+    metadata: Metadata
+
+
+@dataclass(frozen=True)
+class About:
+    """What a file tells that its tensors do not.
+
+    `name` is the model's, as `owner/Name-27b` or without an owner; `files` are the small ones of
+    the folder; `card` the entries at the head of its card; `file_type` the number of what most
+    tensors are (`general.file_type`).
+    """
+
+    name: str
+    files: Mapping[str, bytes]
+    card: Mapping[str, Any]
+    file_type: int
+    where: str
+
+
+def describe(
+    architecture: Architecture, view: View, graph: ActionGraph, about: About
+) -> Description:
+    """The model's own file: all of the view but its tower.
+
+    PlanError for a family without a table, and for a tensor that the table does not name.
+    """
+    table = table_of(architecture.name)
+    facts = architecture.tensors
+    kept = {name: ref for name, ref in view.items() if facts[name].part is not Part.TOWER}
+    numbers = [block.number for name in kept if (block := _block(name, architecture))]
+    blocks = max([architecture.num_layers, *(number + 1 for number in numbers)])
+    layers = [architecture.layer_kind(layer) for layer in range(architecture.num_layers)]
+    nextn = blocks - len(layers)
+    scope = _scope(architecture, table, about, blocks=blocks, nextn=nextn)
+    model = _Model(table, architecture, graph, scope)
+    tensors = [model.named(facts[name], ref) for name, ref in _ordered(kept)]
+    parameters = [*common_parameters(), *table.parameters]
+    kinds = [*layers, *["full"] * nextn]
+    own = evaluated_parameters(parameters, scope, table.arch, kinds)
+    return _described(table.arch, "model", tensors, own, about)
+
+
+def describe_projector(architecture: Architecture, view: View, about: About) -> Description:
+    """The file of the tower, which llama.cpp calls `mmproj`; see `describe`.
+
+    PlanError for a family whose towers no table names.
+    """
+    table = table_of(architecture.name)
+    if table.projector is None:
+        raise PlanError(f"GGUF has no names for the tower of {architecture.name}", at=("format",))
+    facts = architecture.tensors
+    kept = {name: ref for name, ref in view.items() if facts[name].part is Part.TOWER}
+    tower = _Tower(table.projector)
+    tensors = [made for name, ref in _ordered(kept) for made in tower.named(facts[name], ref)]
+    scope = _scope(architecture, table, about)
+    depth = scope.size("vision_config.depth")
+    own = evaluated_parameters(table.projector.parameters, scope, PROJECTOR, [""] * depth)
+    return _described(PROJECTOR, "mmproj", tensors, own, about)
+
+
+def _described(
+    name: str, kind: str, tensors: Sequence[Named], own: Mapping[str, Value], about: About
+) -> Description:
+    """With what all files say of themselves around their `own` metadata."""
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    generation = generation_entries(about.files, about.where)
+    metadata = {
+        "general.architecture": Value("str", name),
+        **general(kind, about.name, shapes, generation, about.card),
+        **own,
+        "general.quantization_version": Value("u32", QUANTIZATION_VERSION),
+    }
+    return Description(name, tensors, metadata)
+
+
+def _scope(architecture: Architecture, table: Table, about: About, **given: int) -> ConfigScope:
+    """What formulas of the table mean: entries of the config, its rope, and the processor's."""
+    root = architecture.published_config(tuple(Part))
+    text = root.get("text_config")
+    text = {**root, **text} if isinstance(text, dict) else root
+    vision = _section(root, "vision_config")
+    rope = _section(text, "rope_parameters") or _section(text, "rope_scaling")
+    full = {**_stated(text, _ROPE_ENTRIES), **(_section(rope, "full_attention") or rope)}
+    if "type" in full:
+        full.setdefault("rope_type", full["type"])
+    sliding = _section(rope, "sliding_attention")
+    sections = {
+        "": text,
+        "rope": full,
+        "sliding_rope": sliding,
+        "vision_config": vision,
+        "processor": _processor(about),
+    }
+    positions, patch = vision.get("num_position_embeddings"), vision.get("patch_size")
+    known: dict[str, Any] = {**given, "file_type": about.file_type}
+    if type(positions) is int and type(patch) is int and positions > 0:
+        known["image_size"] = isqrt(positions * patch * patch)
+    return ConfigScope(sections, known, table.values, table.defaults, f"{about.where}/config.json")
+
+
+_ROPE_ENTRIES = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+"""Of rope, though they may stand outside of its section."""
+
+
+def _stated(entries: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+    return {name: entries[name] for name in names if entries.get(name) is not None}
+
+
+def _section(entries: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = entries.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _processor(about: About) -> Mapping[str, Any]:
+    """How pictures are prepared: what later files say, and sections of them, goes before."""
+    found: dict[str, Any] = {}
+    for name, section in (
+        ("preprocessor_config.json", "media_proc_cfg"),
+        ("processor_config.json", "image_processor"),
+    ):
+        if name in about.files:
+            entries = json_object(f"{about.where}/{name}", about.files[name])
+            found |= {**entries, **_section(entries, section)}
+    return found
+
+
+def _ordered(view: View) -> Iterable[tuple[str, TensorRef]]:
+    """The tensors in the converter's order; experts are there when the last of them is.
+
+    Of a model without bytes only the names are known.
+    """
+    files = {name: _file_name(ref) for name, ref in view.items()}
+    for experts in _numbered_experts(view):
+        last = max(files[name] for name in experts)
+        files |= dict.fromkeys(experts, last)
+    # An expert's number stands before all letters, and so does what all of them are.
+    return sorted(view.items(), key=lambda item: (files[item[0]], item[0].replace(STACK, "9~")))
+
+
+def _numbered_experts(view: View) -> Iterable[Sequence[str]]:
+    """The stacks of each layer whose experts have a tensor each."""
+    found: dict[str, list[str]] = {}
+    for name, ref in view.items():
+        if STACK in name:
+            tensor, _ = _source(ref).located(0)
+            start, _, rest = name.partition(STACK)
+            if tensor.name.endswith(f".0{rest}"):
+                found.setdefault(start, []).append(name)
+    return found.values()
+
+
+def _file_name(ref: TensorRef) -> str:
+    """The name of the file that the last of a tensor's bytes lies in."""
+    if not ref.spec.size:
+        return ""
+    tensor, _ = _source(ref).located(ref.spec.size - 1)
+    return PurePath(tensor.file.name).name if tensor.file is not None else ""
+
+
+def _source(ref: TensorRef) -> SourceTensor:
+    """No step makes new bytes."""
+    assert isinstance(ref.origin, SourceTensor)
+    return ref.origin
+
+
+class _Block(NamedTuple):
+    """A block of llama.cpp's, and what a name says behind its prefix."""
+
+    number: int
+    rest: str
+
+
+def _plain(name: str) -> str:
+    return name.replace("language_model.", "")
+
+
+def _block(name: str, architecture: Architecture) -> _Block | None:
+    """The block that a tensor belongs to; those of the MTP head follow on the model's."""
+    found = _LAYER.fullmatch(_plain(name))
+    if found is None:
+        return None
+    head, number, rest = found.groups()
+    first = architecture.num_layers if head == "mtp" else 0
+    return _Block(first + int(number), rest)
+
+
+_LAYER = re.compile(r"(mtp|model)\.layers\.(\d{1,6})\.(.+)")
+
+
+def _spelled(names: Mapping[str, str], name: str) -> str | None:
+    """GGUF's name by that of the tensor, or of its module."""
+    if name in names:
+        return names[name]
+    module, _, end = name.rpartition(".")
+    return f"{names[module]}.{end}" if module in names else None
+
+
+class _Model:
+    """Makes the tensors of a model's own file."""
+
+    def __init__(
+        self, table: Table, architecture: Architecture, graph: ActionGraph, scope: ConfigScope
+    ) -> None:
+        self._table = table
+        self._architecture = architecture
+        self._graph = graph
+        self._scope = scope
+
+    def named(self, fact: TensorFact, ref: TensorRef) -> Named:
+        """The tensor of the file that a tensor of the view becomes."""
+        block = _block(fact.name, self._architecture)
+        name = self._name(fact, block)
+        made = self._made(fact, ref, block.rest if block else "")
+        return Named(name, made, fact, _kind(name, made.spec.shape))
+
+    def _name(self, fact: TensorFact, block: _Block | None) -> str:
+        table, name = self._table, _plain(fact.name)
+        if block is not None:
+            found = _spelled(table.layer, block.rest)
+            number = block.number
+        elif (found := _spelled(table.mtp, name)) is not None:
+            number = self._architecture.num_layers
+        else:
+            found, number = _spelled(table.model, name), -1
+        if found is None:
+            raise PlanError(f"GGUF has no name for tensor {fact.name!r}", at=("format",))
+        return found if number < 0 else f"blk.{number}.{found}"
+
+    def _made(self, fact: TensorFact, ref: TensorRef, rest: str) -> TensorRef:
+        """A tensor as llama.cpp has it, still of any float type."""
+        table = self._table
+        if (swap := table.swaps.get(rest)) is not None:
+            ref = self._swapped(ref, swap)
+        if rest in table.squeezed:
+            ref = ref.reshaped(*(size for size in ref.spec.shape if size != 1))
+        how = table.functions.get(rest)
+        if how is None and table.offsets and self._architecture.offset_norm(fact.name):
+            how = "add_one"
+        return ref if how is None else self._graph.add(Values(), {"how": how}, ref)[0]
+
+    def _swapped(self, ref: TensorRef, swap: Swap) -> TensorRef:
+        size = self._scope.size
+        first, second, each = size(swap.first), size(swap.second), size(swap.size)
+        tensor = _source(ref)
+        if swap.columns:
+            made = swapped_columns(tensor, first, second, each)
+        else:
+            made = swapped_rows(tensor, first, second, each, size(swap.skip))
+        return TensorRef(made.spec, made)
+
+
+def _kind(name: str, shape: Sequence[int]) -> Kind:
+    """What the converter writes of a tensor of a model's own file."""
+    module, _, end = name.rpartition(".")
+    small = len(shape) <= 1 or end != "weight" or module.endswith("_norm")
+    return "F32" if small or module.split(".", 2)[-1] in _WHOLE else "matrix"
+
+
+class _Tower:
+    """Makes the tensors of the file of a tower."""
+
+    def __init__(self, table: Projector) -> None:
+        self._table = table
+
+    def named(self, fact: TensorFact, ref: TensorRef) -> Sequence[Named]:
+        """The tensors of the file that a tensor of the view becomes."""
+        table = self._table
+        name = self._name(fact)
+        if fact.name not in table.frames:
+            small = len(ref.spec.shape) <= 1 or name == "v.position_embd.weight"
+            return [Named(name, ref, fact, "F32" if small else "matrix")]
+        frames = ref.spec.shape[2]
+        names = [name, *(f"{name}.{number}" for number in range(1, frames))]
+        return [Named(each, _frame(ref, number), fact, "half") for number, each in enumerate(names)]
+
+    def _name(self, fact: TensorFact) -> str:
+        table = self._table
+        if fact.name.startswith(table.prefix):
+            number, _, rest = fact.name.removeprefix(table.prefix).partition(".")
+            if (found := _spelled(table.block, rest)) is not None:
+                return f"v.blk.{number}.{found}"
+        elif (found := _spelled(table.tensors, fact.name)) is not None:
+            return found
+        raise PlanError(f"GGUF has no name for tensor {fact.name!r}", at=("format",))
+
+
+def _frame(ref: TensorRef, number: int) -> TensorRef:
+    """Of a convolution [out, in, frames, height, width] that over frame `number`."""
+    out, channels, frames, *rest = ref.spec.shape
+    tensor = _source(ref)
+    flat = TensorSpec(ref.spec.dtype, (1, out * channels * frames, *rest))
+    planes = SourceTensor(tensor.name, flat, tensor.file, tensor.offset, tensor.stored)
+    made = slab_stack(f"{tensor.name}, frame {number}", planes, number, flat.shape[1], frames)
+    return TensorRef(made.spec, made).reshaped(out, channels, *rest)

@@ -1,0 +1,71 @@
+"""Ops of what llama.cpp computes once that other engines compute of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
+from carnice_build.errors import PlanError
+from carnice_build.graph import ArrayOp, NonFiniteValue, TensorData, require_finite
+
+
+class Values(ArrayOp):
+    """A function of each number, computed in F16 where the tensor is of that type, else in F32.
+
+    Parameter `how`: `add_one` (of a norm that stores w for a gain of 1 + w), or `negative_exp`
+    (-e^x, of a decay whose logarithm is stored).  The output is F32.
+    What a function rounds, it rounds to nearest; the converter's own e^x is that of torch's
+    library, which differs by one in the last place of a few numbers, by machine.
+    """
+
+    name = "gguf.values"
+    version = 1
+    libraries = ("numpy",)
+    rowwise = True
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """One output of the input's shape."""
+        (spec,) = inputs
+        if spec.dtype not in WIDE_FLOATS:
+            raise PlanError(f"cannot compute in {spec.dtype}", expected=" or ".join(WIDE_FLOATS))
+        return (TensorSpec("F32", spec.shape),)
+
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorData],
+        outputs: Sequence[TensorData],
+    ) -> None:
+        """Fill the output; raises NonFiniteValue for such inputs and such results."""
+        import numpy as np
+
+        from carnice_build.kernels import elementwise
+
+        (source,), (out,) = inputs, outputs
+        require_finite(elementwise.non_finite_index(source.array, source.dtype))
+        half = source.dtype == "F16"
+        values = source.array if half else elementwise.widen(source.array, source.dtype)
+        with np.errstate(over="ignore"):
+            out.array[...] = _FUNCTIONS[params["how"]](values)
+        index = elementwise.non_finite_index(out.array, "F32")
+        if index >= 0:
+            raise NonFiniteValue(index, None)
+
+
+def _add_one(values: Any) -> Any:
+    return values + values.dtype.type(1)
+
+
+def _negative_exp(values: Any) -> Any:
+    import numpy as np
+
+    return -np.exp(values.astype(np.float64)).astype(values.dtype)
+
+
+_FUNCTIONS: Mapping[str, Callable[[Any], Any]] = {
+    "add_one": _add_one,
+    "negative_exp": _negative_exp,
+}

@@ -1,0 +1,26 @@
+"""Runs llama.cpp's converter, from a folder of its source, with the name of a pre-tokenizer.
+
+It knows tokenizers by a hash of what they do to a text, and none that was made for a test.
+
+    python tests/run_llama_cpp_converter.py SOURCE PRE CHECKPOINT --outfile FILE ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """See the module."""
+    source, pre, *arguments = sys.argv[1:]
+    sys.path[:0] = [source, f"{source}/gguf-py"]
+    import convert_hf_to_gguf
+    from conversion.base import TextModel
+
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+    sys.argv = ["convert_hf_to_gguf.py", *arguments]
+    convert_hf_to_gguf.main()
+
+
+if __name__ == "__main__":
+    main()
