@@ -6,6 +6,7 @@ PYTHON3 ?= python3
 VENV    := .venv
 NEWEST  := .venv-newest
 ENGINES := .venv-engines
+LLAMA_CPP := .llama.cpp
 PYTHON  := $(VENV)/bin/python
 CARNICE := $(VENV)/bin/carnice
 PINS    := --constraint constraints.txt
@@ -19,7 +20,7 @@ COMMA   := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help build all plan verify report list test lint suite test-wide test-gpu test-newest engines \
-  test-engines update bench clean
+  test-engines llama-cpp update bench clean
 
 ifdef variant
 .DEFAULT_GOAL := build
@@ -110,6 +111,13 @@ engines: $(ENGINES)/ready ## Set up the engines that verify --engine starts; 3 G
 test-engines: $(VENV)/dev $(ENGINES)/ready ## Serve every format by its engine; run it before a release
 	$(VENV)/bin/pytest -n 0 -s -m engine tests/engines
 
+# Its converter is what GGUF files are compared with, by test-wide.
+$(LLAMA_CPP)/ready: tests/fetch_llama_cpp.py | $(PYTHON)
+	$(PYTHON) tests/fetch_llama_cpp.py $(LLAMA_CPP)
+	touch $@
+
+llama-cpp: $(LLAMA_CPP)/ready ## Fetch llama.cpp's source, for comparisons with its converter
+
 # Both resolve anew in an environment of their own; torch alone stays, whose builds differ.
 test-newest: ## Do what test does with the newest versions of everything but torch
 	rm -rf $(NEWEST)
@@ -128,6 +136,7 @@ bench: $(VENV)/dev ## Measure against mlx-lm; needs 20 GB of disk
 	$(PYTHON) -m benchmarks.run
 
 clean: ## Remove outputs, cache and environments
-	rm -rf build $(VENV) $(NEWEST) $(ENGINES) tests/browser/node_modules
+	rm -rf build $(VENV) $(NEWEST) $(ENGINES) $(LLAMA_CPP) \
+	  tests/browser/node_modules
 	rm -rf $(addprefix cache/,FORMAT records packs partial blobs answers history builds verified measured \
 	  leases lock remotes)

@@ -31,7 +31,7 @@ from carnice_build.formats.gguf.naming import (
     describe,
     describe_projector,
 )
-from carnice_build.formats.gguf.values import LIST, KINDS, Value
+from carnice_build.formats.gguf.values import KINDS, LIST, Value
 from carnice_build.graph import ActionGraph, ActionOutput, TensorData, TensorRef, View
 from carnice_build.kernels.elementwise import narrow, widen
 from carnice_build.models import architecture_of

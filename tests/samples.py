@@ -46,6 +46,7 @@ from carnice_build.formats.compressed_tensors.storages.nvfp4_ops import (
 )
 from carnice_build.formats.compressed_tensors.storages.row_floats_ops import RowQuantize
 from carnice_build.formats.elementwise import Elementwise
+from carnice_build.formats.gguf.ops import Values
 from carnice_build.formats.kv_cache import CacheScales
 from carnice_build.formats.mlx.ops import (
     AffineQuantize,
@@ -430,6 +431,8 @@ OPS: Sequence[OpSample] = [
     OpSample(
         Elementwise(), {**_PLUS_ONE, "add": None, "nonfinite": "zero"}, drawn(("F32", (9, 4)))
     ),
+    OpSample(Values(), {"how": "add_one"}, drawn(("BF16", (9,)))),
+    OpSample(Values(), {"how": "negative_exp"}, drawn(("F16", (9,)))),
     OpSample(BlockQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 32)))),
     OpSample(RowQuantize(), {}, drawn(("BF16", (9, 128)))),
     OpSample(Stacked(RowQuantize()), {}, drawn(("BF16", (9, 4, 128))), _STACKED),

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_converter import FILE_TYPES, GOLDEN, cases, converted, described, from_json, source, written
+from gguf_converter import (
+    FILE_TYPES,
+    GOLDEN,
+    cases,
+    converted,
+    described,
+    from_json,
+    source,
+    written,
+)
 from zoo import write_zoo
 
 pytestmark = pytest.mark.wide
@@ -44,16 +53,25 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("dtype", FILE_TYPES)
-@pytest.mark.parametrize("layout", ["hub", "transformers"])
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3_5", "hub"),
+        ("qwen3_5_moe", "hub"),
+        ("qwen3_5_moe", "transformers"),
+        ("qwen3_5_text", "transformers"),
+    ],
+)
 def test_a_family_becomes_what_the_converter_makes_of_it(
     zoo: Any, family: str, layout: str, dtype: str
 ) -> None:
     """Tensors, with their bytes and order, and metadata are those that the converter writes."""
     folder = zoo(family, layout)
-    options = [] if layout == "hub" else ["--no-mtp"]
-    expected = converted(folder, dtype, *options)
-    actual = written(described(folder, dtype, mtp=layout == "hub"), dtype)
+    description = described(folder, dtype)
+    # transformers drops the head when it saves a model, and the converter must be told.
+    headless = not any("nextn" in tensor.name for tensor in description.tensors)
+    expected = converted(folder, dtype, *(["--no-mtp"] if headless else []))
+    actual = written(description, dtype)
     assert expected.tensors == actual.tensors
     assert list(expected.metadata.items()) == list(actual.metadata.items())
 

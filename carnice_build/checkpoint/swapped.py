@@ -84,7 +84,8 @@ def swapped_rows(
             start = skip + (outer * second + inner) * rows
             starts += range(start, start + rows, unit)
     pieces = [_rows(tensor, start, unit) for start in starts]
-    whole = stacked(_name(tensor, first, second), pieces)
+    name = _name(tensor, first, second, rows * tensor.spec.row_bytes)
+    whole = stacked(name, pieces)
     spec = TensorSpec(tensor.spec.dtype, (count, *rest))
     return SourceTensor(whole.name, spec, whole.file, whole.offset, whole.stored)
 
@@ -95,12 +96,13 @@ def swapped_columns(tensor: SourceTensor, first: int, second: int, columns: int)
         raise ValueError(f"columns of {tensor.spec.shape} are not blocks of {first}, {second}")
     if 1 in (first, second):
         return tensor
-    return _swapped(tensor, first, second, columns * ITEM_SIZE[tensor.spec.dtype])
+    piece = columns * ITEM_SIZE[tensor.spec.dtype]
+    return _swapped(tensor, first, second, piece)
 
 
 def _swapped(tensor: SourceTensor, first: int, second: int, piece: int) -> SourceTensor:
     file = Swapped(tensor, first, second, piece) if tensor.file is not None else None
-    name = _name(tensor, first, second)
+    name = _name(tensor, first, second, piece)
     return SourceTensor(name, tensor.spec, file, 0, tensor.share(tensor.spec))
 
 
@@ -110,6 +112,6 @@ def _rows(tensor: SourceTensor, start: int, count: int) -> SourceTensor:
     return SourceTensor(f"{tensor.name}[{start}]", spec, tensor.file, offset, tensor.share(spec))
 
 
-def _name(tensor: SourceTensor, first: int, second: int) -> str:
+def _name(tensor: SourceTensor, first: int, second: int, piece: int) -> str:
     """Of a tensor without bytes it is all that tells the two apart."""
-    return f"{tensor.name}, {first} and {second} swapped"
+    return f"{tensor.name}, swapped {first}, {second} of {piece} bytes"
