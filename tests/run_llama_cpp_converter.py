@@ -1,6 +1,8 @@
 """Runs llama.cpp's converter, from a folder of its source, with the name of a pre-tokenizer.
 
 It knows tokenizers by a hash of what they do to a text, and none that was made for a test.
+Its e^x is that of torch, whose last place is another on other machines: here it is rounded from
+float64 to nearest, as ours is.
 
     python tests/run_llama_cpp_converter.py SOURCE PRE CHECKPOINT --outfile FILE ...
 """
@@ -15,7 +17,11 @@ def main() -> None:
     source, pre, *arguments = sys.argv[1:]
     sys.path[:0] = [source, f"{source}/gguf-py"]
     import convert_hf_to_gguf
+    import torch
     from conversion.base import TextModel
+
+    exp = torch.exp
+    torch.exp = lambda values: exp(values.double()).to(values.dtype)
 
     TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
     sys.argv = ["convert_hf_to_gguf.py", *arguments]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf_converter import (
     FILE_TYPES,
@@ -18,6 +19,9 @@ from gguf_converter import (
     written,
 )
 from zoo import write_zoo
+
+from carnice_build.formats.gguf.ops import Values
+from carnice_build.graph import TensorData
 
 pytestmark = pytest.mark.wide
 
@@ -84,3 +88,16 @@ def test_a_tower_becomes_what_the_converter_makes_of_it(zoo: Any, family: str) -
     actual = written(described(folder, "F16", projector=True), "F16")
     assert expected.tensors == actual.tensors
     assert list(expected.metadata.items()) == list(actual.metadata.items())
+
+
+def test_torchs_own_exponential_differs_in_the_last_place_at_most() -> None:
+    """So the converter's decays are ours, but for one unit of a few, by machine."""
+    import torch
+
+    logarithms = (np.arange(0x3A00, 0x4100, dtype=np.uint32) << 16).view(np.float32)
+    inputs, output = TensorData("F32", logarithms), np.empty_like(logarithms)
+    Values().apply({"how": "negative_exp"}, [inputs], [TensorData("F32", output)])
+    theirs = -torch.exp(torch.from_numpy(logarithms)).numpy()
+    apart = np.abs(theirs.view(np.int32).astype(np.int64) - output.view(np.int32))
+    assert apart.max() <= 1
+    assert np.count_nonzero(apart) < len(apart) // 20
