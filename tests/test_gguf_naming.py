@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
-from gguf_converter import GOLDEN, Case, cases, from_json
+from gguf_converter import GOLDEN, Case, cases, described, from_json, model_of
+from tiny import tiny_config, write_json, write_tiny
+
+from carnice_build.errors import CheckpointError, PlanError
+from carnice_build.formats.gguf.naming import About, describe, describe_projector
+from carnice_build.formats.gguf.table import families, table_of
+from carnice_build.graph import ActionGraph
+from carnice_build.models import architecture_of
 
 KNOWN = json.loads(GOLDEN.read_text())
 
@@ -16,3 +26,111 @@ def test_a_demo_checkpoint_becomes_what_the_converter_makes_of_it(case: Case) ->
     expected, actual = from_json(KNOWN[case.name]), case.described()
     assert expected.tensors == actual.tensors
     assert list(expected.metadata.items()) == list(actual.metadata.items())
+
+
+@pytest.mark.parametrize("family", families())
+def test_names_are_those_of_the_gguf_package(family: str) -> None:
+    """Modules of a table have the names that the package's own map gives them.
+
+    It has none for what a table takes of another and its family lacks.
+    """
+    table = table_of(family)
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == table.arch)
+    known = gguf.get_tensor_name_map(arch, 2)
+    for ours, expected in table.model.items():
+        assert known.get_name(ours, (".weight",)) == expected
+    names = {ours: f"model.layers.1.{ours.replace('.*', '')}" for ours in table.layer}
+    found = {ours: known.get_name(name, (".weight",)) for ours, name in names.items()}
+    same = {ours for ours, name in found.items() if name == f"blk.1.{table.layer[ours]}"}
+    assert {ours for ours, name in found.items() if name} == same
+    assert len(same) > len(table.layer) // 2
+
+
+def test_a_file_without_an_mtp_head_announces_none(tmp_path: Path) -> None:
+    """Its blocks are the model's layers, whatever the config of the source says."""
+    folder = write_tiny(tmp_path / "tiny")
+    found = described(folder, "F16", mtp=False)
+    assert 8 == found.metadata["qwen35.block_count"].value
+    assert "qwen35.nextn_predict_layers" not in found.metadata
+    assert 8 == len(found.metadata["qwen35.attention.recurrent_layers"].value)
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path: Path) -> None:
+    """So are sections of rope that the model always has."""
+    config = tiny_config()
+    del config["text_config"]["rms_norm_eps"]
+    del config["text_config"]["rope_parameters"]["mrope_section"]
+    found = described(_with_config(tmp_path, config), "F16").metadata
+    assert 1e-6 == found["qwen35.attention.layer_norm_rms_epsilon"].value
+    assert [11, 11, 10, 0] == found["qwen35.rope.dimension_sections"].value
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("rms_norm_eps", "small", "attention.layer_norm_rms_epsilon: is 'small'.* kind f32"),
+        ("num_attention_heads", True, "attention.head_count: is True.* kind u32"),
+        ("max_position_embeddings", 2**40, "context_length: is 1099511627776"),
+        ("rope_parameters", {"mrope_section": [1]}, "mrope_section.* has no value"),
+        ("rope_parameters", {"mrope_section": [1, 2, "x"]}, "dimension_sections: is 'x'"),
+    ],
+)
+def test_an_entry_of_another_kind_is_refused_by_its_key(
+    tmp_path: Path, entry: str, value: object, message: str
+) -> None:
+    """What a file could not hold is told before anything is written."""
+    config = tiny_config()
+    text = dict(config["text_config"])
+    stated = {**text[entry], **value} if isinstance(value, dict) else value
+    folder = write_tiny(tmp_path / "tiny")
+    _, architecture, view = model_of(folder)
+    wrong = _Spelled(architecture, {**config, "text_config": {**text, entry: stated}})
+    about = About("Name", {}, {}, 1, "somewhere")
+    with pytest.raises(CheckpointError, match=message):
+        describe(wrong, view, ActionGraph(), about)  # type: ignore[arg-type]
+
+
+class _Spelled:
+    """An architecture whose config says something that no reader looked at."""
+
+    def __init__(self, architecture: Any, config: dict[str, Any]) -> None:
+        self._architecture = architecture
+        self._config = config
+
+    def published_config(self, parts: object) -> dict[str, Any]:
+        return self._config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._architecture, name)
+
+
+def test_a_family_without_a_table_is_refused_by_name() -> None:
+    """The error says which families have one."""
+    config = {"model_type": "phi3", "hidden_size": 64, "intermediate_size": 64}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
+    architecture = architecture_of(config, "config.json")
+    about = About("Name", {}, {}, 1, "somewhere")
+    with pytest.raises(PlanError, match=r"GGUF has no names for tensors of phi3.*qwen3_5"):
+        describe(architecture, {}, ActionGraph(), about)
+
+
+def test_a_tower_of_three_frames_is_refused(tmp_path: Path) -> None:
+    """llama.cpp looks at two at once."""
+    config = tiny_config()
+    config["vision_config"]["temporal_patch_size"] = 3
+    folder = _with_config(tmp_path, config)
+    _, architecture, view = model_of(folder)
+    about = About("Name", {}, {}, 1, "somewhere")
+    with pytest.raises(PlanError, match="3 frames at once; expected 2"):
+        describe_projector(architecture, view, about)
+
+
+def _with_config(folder: Path, config: dict[str, Any]) -> Path:
+    """A tiny checkpoint of this config."""
+    from tiny import tiny_tensors, write_safetensors
+
+    made = folder / "made"
+    made.mkdir()
+    write_json(made / "config.json", config)
+    write_safetensors(made / "model.safetensors", tiny_tensors(config))
+    return made

@@ -38,6 +38,8 @@ PROJECTOR = "clip"
 QUANTIZATION_VERSION = 2
 """`GGML_QNT_VERSION` in ggml.h."""
 
+_FRAMES = 2
+
 _WHOLE = frozenset({"ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "shortconv.conv"})
 """Matrices of layers that stay F32."""
 
@@ -339,8 +341,13 @@ class _Tower:
         if fact.name not in table.frames:
             small = len(ref.spec.shape) <= 1 or name == "v.position_embd.weight"
             return [Named(name, ref, fact, "F32" if small else "matrix")]
-        frames = ref.spec.shape[2]
-        names = [name, *(f"{name}.{number}" for number in range(1, frames))]
+        if ref.spec.shape[2] != _FRAMES:
+            raise PlanError(
+                f"the tower looks at {ref.spec.shape[2]} frames at once",
+                expected=f"{_FRAMES}, as llama.cpp does",
+                at=("format",),
+            )
+        names = [name, f"{name}.1"]
         return [Named(each, _frame(ref, number), fact, "half") for number, each in enumerate(names)]
 
     def _name(self, fact: TensorFact) -> str:
