@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from carnice_build.checkpoint.checkpoint import Checkpoint, open_checkpoint, source_view
+from carnice_build.checkpoint.gguf_values import KINDS, LIST, Value
 from carnice_build.dtypes import NUMPY_NAME
 from carnice_build.formats.gguf.naming import (
     About,
@@ -31,7 +32,6 @@ from carnice_build.formats.gguf.naming import (
     describe,
     describe_projector,
 )
-from carnice_build.formats.gguf.values import KINDS, LIST, Value
 from carnice_build.graph import ActionGraph, ActionOutput, TensorData, TensorRef, View
 from carnice_build.kernels.elementwise import narrow, widen
 from carnice_build.models import architecture_of

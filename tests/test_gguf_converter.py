@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from gguf_converter import (
     source,
     written,
 )
+from tiny import Tensor, read_all_tensors, write_shards
 from zoo import write_zoo
 
 from carnice_build.formats.gguf.ops import Values
 from carnice_build.graph import TensorData
+from carnice_build.kernels.elementwise import narrow, widen
 
 pytestmark = pytest.mark.wide
 
@@ -78,6 +81,28 @@ def test_a_family_becomes_what_the_converter_makes_of_it(
     actual = written(description, dtype)
     assert expected.tensors == actual.tensors
     assert list(expected.metadata.items()) == list(actual.metadata.items())
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("F16", "BF16"), ("F32", "F16")])
+def test_checkpoints_of_other_types_in_shards_do_as_well(
+    zoo: Any, tmp_path: Path, stored: str, dtype: str
+) -> None:
+    """Norms and decays of an F16 model are computed in F16; experts wait for the last of them."""
+    plain = zoo("qwen3_5_moe", "transformers")
+    folder = shutil.copytree(plain, tmp_path / "other")
+    (folder / "model.safetensors").unlink()
+    write_shards(
+        folder, {name: cast(item, stored) for name, item in read_all_tensors(plain).items()}, 5
+    )
+    expected = converted(folder, dtype, "--no-mtp")
+    actual = written(described(folder, dtype), dtype)
+    assert expected.tensors == actual.tensors
+
+
+def cast(tensor: Tensor, dtype: str) -> Tensor:
+    """A tensor of BF16 in another type."""
+    values = widen(np.frombuffer(tensor.data, np.uint16), tensor.dtype)
+    return Tensor(dtype, tensor.shape, narrow(values, dtype).tobytes())
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])

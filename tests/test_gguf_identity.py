@@ -13,9 +13,9 @@ from gguf.utility import size_label as reference_label
 from hypothesis import given
 from hypothesis import strategies as st
 
+from carnice_build.checkpoint.gguf_values import Value
 from carnice_build.errors import CheckpointError
 from carnice_build.formats.gguf.identity import general, name_parts, size_label, title
-from carnice_build.formats.gguf.values import Value
 
 NAMES = [
     "Carnice-V2-27b",

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from carnice_build.checkpoint.gguf_values import Value
 from carnice_build.formats.gguf.parameters import typed
-from carnice_build.formats.gguf.values import Value
 
 _VERSION = re.compile(r"(v|iter)?\d+([.]\d+)*", re.IGNORECASE)
 _TYPE = re.compile(r"i?q\d(_\w)*|b?fp?(16|32)", re.IGNORECASE)

@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
 from carnice_build.checkpoint.generation import generation_entries
+from carnice_build.checkpoint.gguf_values import Metadata, Value
 from carnice_build.checkpoint.json import json_object
 from carnice_build.checkpoint.stack import slab_stack
 from carnice_build.checkpoint.swapped import swapped_columns, swapped_rows
@@ -23,7 +24,6 @@ from carnice_build.formats.gguf.identity import general
 from carnice_build.formats.gguf.ops import Values
 from carnice_build.formats.gguf.parameters import ConfigScope, evaluated_parameters
 from carnice_build.formats.gguf.table import Projector, Swap, Table, common_parameters, table_of
-from carnice_build.formats.gguf.values import Metadata, Value
 from carnice_build.graph import ActionGraph, TensorRef, View
 from carnice_build.models.base import Architecture, Part, TensorFact
 from carnice_build.tensors import STACK, SourceTensor
@@ -222,11 +222,12 @@ def _numbered_experts(view: View) -> Iterable[Sequence[str]]:
 
 
 def _file_name(ref: TensorRef) -> str:
-    """The name of the file that the last of a tensor's bytes lies in."""
-    if not ref.spec.size:
-        return ""
-    tensor, _ = _source(ref).located(ref.spec.size - 1)
-    return PurePath(tensor.file.name).name if tensor.file is not None else ""
+    """The name of the file that a tensor lies in; of experts in several, the last name."""
+    tensor, size = _source(ref), ref.spec.size
+    experts = ref.spec.shape[0] if STACK in tensor.name else 1
+    places = (tensor.located(index)[0] for index in range(0, size, max(1, size // max(1, experts))))
+    names = {PurePath(place.file.name).name for place in places if place.file is not None}
+    return max(names, default="")
 
 
 def _source(ref: TensorRef) -> SourceTensor:

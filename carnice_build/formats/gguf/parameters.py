@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from carnice_build.checkpoint.gguf_values import Value
 from carnice_build.errors import CheckpointError
 from carnice_build.formats.gguf.table import Parameter
-from carnice_build.formats.gguf.values import Value
 from carnice_build.models.formulas import FormulaError, evaluate
 
 _MOST_ITEMS = 10_000

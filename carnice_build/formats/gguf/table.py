@@ -38,7 +38,7 @@ class Parameter(Strict):
     """An entry of the metadata; of no value, it is left out."""
 
     key: str = Field(description="Behind the architecture's name, unless it is a `general.` one.")
-    kind: str = Field(description="One of `values.KINDS`, or a list of such: `[i32]`.")
+    kind: str = Field(description="One of `gguf_values.KINDS`, or a list of such: `[i32]`.")
     value: Formula = Field(description="Of entries of the config.")
     when: Formula | None = Field(None, description="Whether it is there.")
     each: bool = Field(False, description="`value` is that of a layer; the entry has all of them.")
