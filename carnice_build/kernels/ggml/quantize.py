@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .._affine_loops import Floats
 from .._floats import FORMATS, Array, FloatFormat, first_non_finite, read_only, require
 from .._nvfp4_loops import Bytes, peak_16, peak_32
+from . import _k_loops
 from . import _widen_loops as loops
 
 Plain = Callable[[Floats, Bytes], None]
@@ -42,7 +43,11 @@ class Quantizer(NamedTuple):
         return blocks * self.nbytes
 
 
-QUANTIZERS: Mapping[str, Quantizer] = {}
+QUANTIZERS: Mapping[str, Quantizer] = {
+    "Q2_K": Quantizer(256, 84, _k_loops.plain_2, _k_loops.weighted_2),
+    "Q4_K": Quantizer(256, 144, _k_loops.plain_4, _k_loops.weighted_4),
+    "Q5_K": Quantizer(256, 176, _k_loops.plain_5, _k_loops.weighted_5),
+}
 """By the name that ggml has for the type."""
 
 _DTYPES = {form.storage: dtype for dtype, form in FORMATS.items()}
