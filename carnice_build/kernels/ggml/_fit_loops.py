@@ -232,8 +232,9 @@ def fit(s: Floats, size: int, top: int, factors: Floats, absolute: bool) -> None
     """Search all lanes of ``VALUES`` under ``WEIGHTS`` for scales and minima.
 
     ``size`` is the values of a lane, ``top`` the largest code, ``factors`` the steps that each
-    grid has from the best minimum so far to the highest value. Leaves ``SCALE``, ``MINIMUM``, ``WEIGHT`` (the sum), and
-    ``BEST_GRID`` and ``BEST_START``, which make the codes: nearest_int(grid * (x - start)).
+    grid has from the best minimum so far to the highest value. Leaves ``SCALE``, ``MINIMUM``,
+    ``WEIGHT`` (the sum), and ``BEST_GRID`` and ``BEST_START``, which make the codes:
+    nearest_int(grid * (x - start)).
     """
     lanes = _VALUES // size
     _extremes(s, size, lanes)

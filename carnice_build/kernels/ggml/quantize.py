@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .._affine_loops import Floats
-from .._floats import FORMATS, Array, FloatFormat, first_non_finite, read_only, require
-from .._nvfp4_loops import Bytes, peak_16, peak_32
+from .._floats import Array, require
+from .._nvfp4_loops import Bytes
 from . import _k_loops
-from . import _widen_loops as loops
+from .rows import checked_importance, checked_rows, wide_chunks
 
 Plain = Callable[[Floats, Bytes], None]
 """Of finite float32 rows [rows, cols], which it must not write, to uint8 [rows, row_bytes]."""
 
 Weighted = Callable[[Floats, Floats, Bytes], None]
 """As ``Plain``, with the importance of every column, float32 [cols], between the two."""
-
-CHUNK = 1 << 16
-"""Values that are widened at a time, in whole rows: 256 kB, of the second-level cache."""
 
 
 class Quantizer(NamedTuple):
@@ -50,9 +47,6 @@ QUANTIZERS: Mapping[str, Quantizer] = {
 }
 """By the name that ggml has for the type."""
 
-_DTYPES = {form.storage: dtype for dtype, form in FORMATS.items()}
-_WIDENERS = {"BF16": loops.widen_bf16, "F16": loops.widen_f16}
-
 
 def quantize(
     type_name: str,
@@ -77,19 +71,16 @@ def quantize(
     if type_name not in QUANTIZERS:
         raise ValueError(f"type is {type_name!r}, expected one of {', '.join(QUANTIZERS)}")
     quantizer = QUANTIZERS[type_name]
-    if rows.ndim != 2 or rows.dtype not in _DTYPES:
-        kinds = ", ".join(str(storage) for storage in _DTYPES)
-        raise ValueError(f"rows is {rows.dtype}{list(rows.shape)}, expected {kinds} [rows, cols]")
-    rows = np.require(rows, requirements=["C", "A"])
+    rows = checked_rows(rows)
     count, cols = rows.shape
     shape = count, quantizer.row_bytes(cols)
     if importance is not None:
-        importance = _checked(importance, cols)
+        importance = checked_importance(importance, cols)
     if out is None:
         out = np.empty(shape, np.uint8)
     require("out", out, np.uint8, shape)
     first = 0
-    for chunk, bad in _wide_chunks(rows):
+    for chunk, bad in wide_chunks(rows):
         if bad >= 0:
             return out, first * cols + bad
         made = out[first : first + len(chunk)]
@@ -99,47 +90,3 @@ def quantize(
             quantizer.weighted(chunk, importance, made)
         first += len(chunk)
     return out, -1
-
-
-def _wide_chunks(rows: Array) -> Iterator[tuple[Floats, int]]:
-    """Blocks of rows in float32, never writable, and the flat index in each of its first NaN or
-    Inf, or -1; a block is valid until the next one is asked for."""
-    dtype = _DTYPES[rows.dtype]
-    form = FORMATS[dtype]
-    count, cols = rows.shape
-    step = max(1, CHUNK // max(1, cols))
-    patterns = read_only(rows, form)
-    if dtype == "F32":
-        for first in range(0, count, step):
-            chunk = patterns[first : first + step]
-            yield chunk.view(np.float32), _bad(chunk, form)
-        return
-    scratch = np.empty((min(step, count), cols), np.float32)
-    wide = scratch.view()
-    wide.flags.writeable = False
-    for first in range(0, count, step):
-        chunk = patterns[first : first + step]
-        _WIDENERS[dtype](chunk.reshape(-1), scratch[: len(chunk)].reshape(-1))
-        yield wide[: len(chunk)], _bad(chunk, form)
-
-
-def _bad(patterns: Array, form: FloatFormat) -> int:
-    """The flat index of the first NaN or Inf, or -1."""
-    peak = (peak_32 if form.exponent > 0xFFFF else peak_16)(patterns.reshape(-1))
-    return first_non_finite(patterns, form) if peak >= form.exponent else -1
-
-
-def _checked(importance: NDArray[np.float32], cols: int) -> Floats:
-    """The importance, never writable, of as many columns and no nonsense."""
-    importance = np.require(importance, requirements=["C", "A"])
-    require("importance", importance, np.float32, (cols,))
-    sound = np.isfinite(importance) & (importance >= 0)
-    if not sound.all():
-        column = int(sound.argmin())
-        raise ValueError(
-            f"importance of column {column} is {importance[column]}, "
-            "expected a finite number that is not negative"
-        )
-    view = importance.view()
-    view.flags.writeable = False
-    return view
