@@ -170,12 +170,12 @@ def _errors(
     """The weighted error of the codes under scales and minima; squares, if not absolute."""
     for k in range(lanes):
         s[error + k] = ZERO
-    for start in range(0, size, _STEP):
+    for start in range(0, size, 16):
         for k in range(lanes):
             step = s[scale + k]
             offset = s[minimum + k]
             total = s[error + k]
-            for i in range(_STEP):
+            for i in range(16):
                 at = (start + i) * lanes + k
                 gap = step * s[CODES + at] + offset - s[VALUES + at]
                 gap = abs(gap) if absolute else gap * gap
@@ -196,12 +196,13 @@ def _solve(s: Floats, lanes: int) -> None:
         sum_ll = s[SUM_LL + k]
         sum_xl = s[SUM_XL + k]
         determinant = weight * sum_ll - sum_l * sum_l
-        scale = (weight * sum_xl - moment * sum_l) / determinant
         minimum = (sum_ll * moment - sum_l * sum_xl) / determinant
-        alone = sum_xl / sum_ll
-        scale = alone if minimum > ZERO else scale
-        s[NEW_SCALE + k] = scale
-        s[NEW_MINIMUM + k] = ZERO if minimum > ZERO else minimum
+        alone = minimum > ZERO
+        top = weight * sum_xl - moment * sum_l
+        top = sum_xl if alone else top
+        bottom = sum_ll if alone else determinant
+        s[NEW_SCALE + k] = top / bottom
+        s[NEW_MINIMUM + k] = ZERO if alone else minimum
         s[SUM_L + k] = determinant
 
 

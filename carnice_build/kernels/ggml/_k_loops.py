@@ -105,23 +105,26 @@ def _code_values(
     """The codes of a block under the scales and minima that are stored for it: ``steps`` has the
     scales of its sub-blocks, then their minima.
 
-    Where a scale is zero, the codes are those that the search found best.
+    Where a scale is zero, the codes are those that the search found best. Two sub-blocks of 16
+    share a loop, since one of 16 would unroll, and then not vectorize.
     """
     count = BLOCK // size
+    for at in range(0, BLOCK, 32):
+        j = at // size
+        last = (at + 16) // size
+        step, minimum = steps[j], steps[count + j]
+        last_step, last_minimum = steps[last], steps[count + last]
+        for i in range(32):
+            d = step if i < 16 else last_step
+            m = minimum if i < 16 else last_minimum
+            codes[at + i] = _code((block[at + i] + m) / d, top)
     for j in range(count):
-        step = steps[j]
-        minimum = steps[count + j]
-        k = j * GROUP + b
-        grid = s[fits.BEST_GRID + k]
-        start = s[fits.BEST_START + k]
-        if step != fits.ZERO:
-            for i in range(size):
-                x = block[j * size + i]
-                codes[j * size + i] = _code((x + minimum) / step, top)
-        else:
-            for i in range(size):
-                x = block[j * size + i]
-                codes[j * size + i] = _code(grid * (x - start), top)
+        if steps[j] == fits.ZERO:
+            k = j * GROUP + b
+            grid = s[fits.BEST_GRID + k]
+            start = s[fits.BEST_START + k]
+            for i in range(j * size, (j + 1) * size):
+                codes[i] = _code(grid * (block[i] - start), top)
 
 
 @_inlined

@@ -194,12 +194,18 @@ def _codes(q: Floats, count: int, top: int) -> None:
 
 
 @_inlined
-def _move(q: Floats, count: int, top: int) -> None:
-    """Move each code in turn to where it fits the others best, if that lowers the error."""
+def _move(q: Floats, count: int, top: int) -> bool:
+    """Move each code in turn to where it fits the others best, if that lowers the error.
+
+    Returns whether any was moved.
+    """
+    for k in range(LANES):
+        q[NEW_ERROR + k] = ZERO
     for start in range(0, count, _STEP):
         for k in range(LANES):
             sum_xl = q[SUM_XL + k]
             sum_ll = q[SUM_LL + k]
+            moved = q[NEW_ERROR + k]
             for i in range(_STEP):
                 at = (start + i) * LANES + k
                 x = q[SCALES + at]
@@ -216,15 +222,22 @@ def _move(q: Floats, count: int, top: int) -> None:
                 sum_xl = new_xl if moves else sum_xl
                 sum_ll = new_ll if moves else sum_ll
                 q[CODES + at] = _byte(found) if moves else code
+                moved = ONE if moves else moved
             q[SUM_XL + k] = sum_xl
             q[SUM_LL + k] = sum_ll
+            q[NEW_ERROR + k] = moved
+    any_moved = False
+    for k in range(LANES):
+        any_moved |= q[NEW_ERROR + k] > ZERO
+    return any_moved
 
 
 @_inlined
 def fit_weighted(q: Floats, count: int, top: int, limit: int) -> None:
     """``CODES`` (a byte, but at most ``limit``) and ``WHOLE`` with importance.
 
-    A round that moves nothing is the last one of ggml; here the next ones move nothing either.
+    A round of ggml that moves nothing is the last one; here the other lanes may go on, and what
+    has come to rest stays where it is.
     """
     _peaks(q, count)
     _first_grid(q, count, top)
@@ -232,7 +245,8 @@ def fit_weighted(q: Floats, count: int, top: int, limit: int) -> None:
         _try_grid(q, count, top, FACTORS[n])
     _codes(q, count, top)
     for _ in range(5):
-        _move(q, count, top)
+        if not _move(q, count, top):
+            break
     for k in range(LANES):
         sum_xl = q[SUM_XL + k]
         sum_ll = q[SUM_LL + k]
