@@ -57,10 +57,10 @@ def quantize(
     """Quantize rows on the calling thread, without the GIL.
 
     ``rows`` is [rows, cols] of uint16 (the patterns of BF16), float16 or float32, cols a multiple
-    of the type's block; ``importance`` is float32 [cols], numbers that are not negative, of which
-    only the ratios matter (llama.cpp's imatrix: means of squares of what a linear reads). Types
-    that ggml makes without regard of it ignore it. Rows are independent: any split into blocks
-    of rows, on any threads, gives the same bytes.
+    of the type's block; ``importance`` is float32 [cols], finite and not negative (llama.cpp's
+    imatrix: means of squares of what a linear reads). Types that ggml makes without regard of it
+    ignore it. Rows are independent: any split into blocks of rows, on any threads, gives the same
+    bytes.
 
     Returns the bytes, uint8 [rows, row_bytes], which are ``out`` where that is given, and -1 or
     the flat index of the first NaN or Inf of ``rows``; the bytes are then unspecified. Raises
