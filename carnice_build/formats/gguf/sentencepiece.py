@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from carnice_build.checkpoint.json import json_object
 from carnice_build.errors import CheckpointError
-from carnice_build.formats.gguf.tokenizer_file import CONFIG, MOST_TOKENS
+from carnice_build.formats.gguf.tokenizer_file import ADDED, CONFIG, MOST_TOKENS, described, listed
 from carnice_build.formats.gguf.vocabulary import Kind, Vocabulary, looks_special, padded
 
-NAME, _ADDED = "tokenizer.model", "added_tokens.json"
+NAME = "tokenizer.model"
 
 _NORMAL, _USER_DEFINED = 1, 4
 _PADDING_SCORE, _ADDED_SCORE = -10000.0, -1000.0
@@ -59,39 +59,21 @@ def sentencepiece_vocabulary(files: Mapping[str, bytes], size: int | None) -> Vo
     for number, piece in enumerate(found[:count]):
         tokens[number], scores[number] = piece.text, piece.score
         kinds[number] = _NORMAL if piece.kind == _USER_DEFINED else piece.kind
-    for text, number in _listed(files):
+    for text, number, *_ in listed(_read(files, ADDED)):
         if number < count:
             tokens[number], scores[number] = text, _ADDED_SCORE
             kinds[number] = int(Kind.USER_DEFINED)
-    for number, token in _described(files):
+    for text, number, special, _ in described(_read(files, CONFIG)):
         if number < count:
-            text = token["content"]
-            control = bool(token.get("special")) or looks_special(text)
+            control = special or looks_special(text)
             tokens[number] = text if control else text.replace("\u2581", " ")
             scores[number] = _ADDED_SCORE
             kinds[number] = int(Kind.CONTROL if control else Kind.USER_DEFINED)
     return Vocabulary(tokens, kinds, scores)
 
 
-def _listed(files: Mapping[str, bytes]) -> Iterator[tuple[str, int]]:
-    table = json_object(_ADDED, files[_ADDED]) if _ADDED in files else {}
-    for text, number in table.items():
-        if type(number) is not int or number < 0:
-            raise CheckpointError(f"gives {text!r} the number {number!r}", where=_ADDED)
-        yield text, number
-
-
-def _described(files: Mapping[str, bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    config = json_object(CONFIG, files[CONFIG]) if CONFIG in files else {}
-    table = config.get("added_tokens_decoder") or {}
-    if not isinstance(table, dict):
-        raise CheckpointError("has an added_tokens_decoder that is no table", where=CONFIG)
-    for key, token in table.items():
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise CheckpointError(f"gives an added token the number {key!r}", where=CONFIG)
-        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise CheckpointError("has an added token without a content", where=CONFIG)
-        yield int(key), token
+def _read(files: Mapping[str, bytes], name: str) -> Mapping[str, Any]:
+    return json_object(name, files[name]) if name in files else {}
 
 
 def _piece(content: bytes) -> Piece:

@@ -6,6 +6,7 @@ with the result; where they seem odd, that is because a file must be equal to th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from string import ascii_letters, digits
@@ -36,13 +37,19 @@ _ID_KEYS: Mapping[str, str] = {
 _ADDED = ("bos", "eos", "sep")
 _TEMPLATE = "tokenizer.chat_template"
 _MOST_ID = 1 << 32
+_SPACE = re.compile("(?<=.) (?=.)", re.DOTALL)
 
 
 class _Reading:
     """The state that the rules of `special_values` share."""
 
-    def __init__(self, files: Mapping[str, bytes], types: Sequence[str], known: int | None) -> None:
-        self.files = files
+    def __init__(
+        self,
+        files: Mapping[str, bytes],
+        tokenizer: Mapping[str, Any] | None,
+        types: Sequence[str],
+        known: int | None,
+    ) -> None:
         self.types = list(types)
         self.known = known
         self.adds: dict[str, bool] = {}
@@ -98,21 +105,26 @@ def merges(model: Mapping[str, Any]) -> Value:
     if not isinstance(listed, list) or not listed:
         raise CheckpointError("has no merges, without which no text can be split", where=NAME)
     try:
-        if isinstance(listed[0], str):
-            texts = listed
-            pairs = all(text.count(" ") == 1 for text in texts)
-        else:
-            # A space is written by the letter that stands for it in byte-level vocabularies.
-            mark = chr(ord(" ") + 256)
-            texts = [
-                f"{left.replace(' ', mark)} {right.replace(' ', mark)}" for left, right in listed
-            ]
-            pairs = all(type(pair) is list for pair in listed)
-    except (AttributeError, TypeError, ValueError):
+        texts = listed if isinstance(listed[0], str) else _joined(listed)
+        # Counted in one go: there may be half a million.
+        pairs = "".join(texts).count(" ") == len(texts) and all(map(_SPACE.search, texts))
+    except (TypeError, ValueError):
         pairs = False
     if not pairs:
         raise CheckpointError("has a merge that is no pair of texts", where=NAME)
     return Value("[str]", texts)
+
+
+def _joined(listed: list[Any]) -> list[str]:
+    """Merges that are lists of two; ValueError or TypeError when one is none."""
+    if set(map(type, listed)) != {list} or set(map(len, listed)) != {2}:
+        raise ValueError
+    texts = list(map(" ".join, listed))
+    if "".join(texts).count(" ") > len(texts):
+        # A space is written by the letter that stands for it in byte-level vocabularies.
+        mark = chr(ord(" ") + 256)
+        texts = [" ".join(part.replace(" ", mark) for part in pair) for pair in listed]
+    return texts
 
 
 def _table(value: Any) -> Mapping[str, Any]:

@@ -148,7 +148,9 @@ def _gemma(source: _Source) -> dict[str, Value]:
     templates = [key for key in again if key.startswith("tokenizer.chat_template")]
     for key in templates:
         del again[key]
-    return {**_gemma2(source), **again, _SPACE_PREFIX: Value("bool", False)}
+    first = _gemma2(source)
+    last = first.pop(_SPACE_PREFIX)
+    return {**first, **again, _SPACE_PREFIX: last}
 
 
 def _gemma2(source: _Source) -> dict[str, Value]:

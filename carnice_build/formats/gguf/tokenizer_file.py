@@ -18,7 +18,7 @@ MOST_TOKENS = 1 << 22
 """Tokens that a vocabulary may have; the largest known have some 260,000."""
 
 NAME, CONFIG = "tokenizer.json", "tokenizer_config.json"
-_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
+ADDED, _MAP = "added_tokens.json", "special_tokens_map.json"
 
 
 class Added(NamedTuple):
@@ -77,13 +77,13 @@ def read_tokenizer(files: Mapping[str, bytes], where: str) -> TokenizerFile:
     base = _base(model)
     config = json_object(CONFIG, files[CONFIG]) if CONFIG in files else {}
     legacy = "added_tokens_decoder" not in config
-    later = {name: json_object(name, files[name]) for name in (_MAP, _ADDED) if name in files}
+    later = {name: json_object(name, files[name]) for name in (_MAP, ADDED) if name in files}
     named = list(special_tokens(files).values())
     special = [*named, *_more(config), *(_more(later.get(_MAP, {})) if legacy else ())]
     wanted = [
         *_listed(content),
-        *_decoder(config),
-        *(_legacy(later.get(_ADDED, {}), special) if legacy else ()),
+        *described(config),
+        *(listed(later.get(ADDED, {}), special) if legacy else ()),
         *(Added(text, -1, special=True, normalized=False) for text in special),
     ]
     return TokenizerFile(content, model, base, _numbered(wanted, base), frozenset(special))
@@ -115,7 +115,7 @@ def _listed(content: Mapping[str, Any]) -> Iterator[Added]:
         yield _added(token, number, NAME)
 
 
-def _decoder(config: Mapping[str, Any]) -> Iterator[Added]:
+def described(config: Mapping[str, Any]) -> Iterator[Added]:
     """What tokenizer_config.json adds, in the order of its numbers."""
     table = config.get("added_tokens_decoder") or {}
     if not isinstance(table, dict):
@@ -136,12 +136,12 @@ def _added(token: Any, number: Any, where: str) -> Added:
     return Added(token["content"], number, special, bool(token.get("normalized", not special)))
 
 
-def _legacy(table: Mapping[str, Any], special: Iterable[str]) -> Iterator[Added]:
-    """What added_tokens.json adds, which is read beside an old tokenizer_config.json."""
+def listed(table: Mapping[str, Any], special: Iterable[str] = ()) -> Iterator[Added]:
+    """What added_tokens.json adds; those that are `special` by another file are not said to be."""
     named = set(special)
     for text, number in table.items():
         token = {"content": text, "special": text in named}
-        yield _added(token, number, _ADDED)
+        yield _added(token, number, ADDED)
 
 
 def _more(config: Mapping[str, Any]) -> Iterator[str]:

@@ -59,15 +59,16 @@ def byte_pairs(read: TokenizerFile, size: int) -> Vocabulary:
             expected=f"numbers below {size}, the vocabulary of config.json",
         )
     tokens, kinds = padded(size), [int(Kind.UNUSED)] * size
+    normal = int(Kind.NORMAL)
     for text, number in read.base.items():
-        tokens[number], kinds[number] = text, Kind.NORMAL
+        tokens[number], kinds[number] = text, normal
     for token in read.added.values():
         # Where a text is searched before it is normalized, llama.cpp needs what is really found.
         text = token.text if token.normalized else decoded(token.text, read.content.get("decoder"))
         control = token.special or looks_special(text)
         tokens[token.number] = text if control else text.replace(_SPACE, " ")
-        kinds[token.number] = Kind.CONTROL if control else Kind.USER_DEFINED
-    return Vocabulary(tokens, [int(kind) for kind in kinds])
+        kinds[token.number] = int(Kind.CONTROL if control else Kind.USER_DEFINED)
+    return Vocabulary(tokens, kinds)
 
 
 def scored_pairs(read: TokenizerFile, visible: Iterable[str] = ()) -> Vocabulary:
@@ -130,7 +131,7 @@ def decoded(text: str, decoder: Any) -> str:
     """
     if decoder is None:
         return text
-    kind = decoder.get("type") if isinstance(decoder, dict) else None
+    kind = str(decoder.get("type")) if isinstance(decoder, dict) else ""
     if kind == "Sequence" and isinstance(decoder.get("decoders"), list):
         for step in decoder["decoders"]:
             if not isinstance(step, dict) or step.get("type") == "Sequence":
