@@ -321,7 +321,7 @@ def byte_level_cases() -> dict[str, Made]:
             280,
             added_tokens_decoder={
                 str(token["id"]): {key: token[key] for key in token if key != "id"}
-                for token in [*qwen["added_tokens"], *added("<new>", first=266)]
+                for token in [*qwen["added_tokens"], *added("<new>", first=300)]
             },
             eos_token="<new>",
         ),

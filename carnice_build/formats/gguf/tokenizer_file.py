@@ -80,12 +80,13 @@ def read_tokenizer(files: Mapping[str, bytes], where: str) -> TokenizerFile:
     later = {name: json_object(name, files[name]) for name in (_MAP, ADDED) if name in files}
     named = list(special_tokens(files).values())
     special = [*named, *_more(config), *(_more(later.get(_MAP, {})) if legacy else ())]
-    wanted = [
-        *_listed(content),
+    beside = [
         *described(config),
         *(listed(later.get(ADDED, {}), special) if legacy else ()),
         *(Added(text, -1, special=True, normalized=False) for text in special),
     ]
+    # What other files add gets the next number, whichever they say.
+    wanted = [*_listed(content), *(token._replace(number=-1) for token in beside)]
     return TokenizerFile(content, model, base, _numbered(wanted, base), frozenset(special))
 
 
@@ -158,7 +159,7 @@ def _numbered(wanted: Iterable[Added], base: Mapping[str, int]) -> dict[str, Add
     """Tokens by their texts, numbered as the library does when it adds them in turn.
 
     A text that is known keeps what was said first; a new one has the model's number of it, or the
-    next that is free, which is the one that tokenizer.json must give.
+    next that is free, which is the one that tokenizer.json must give (-1 stands for any).
     """
     found: dict[str, Added] = {}
     free = len(base)
