@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
+from carnice_build.checkpoint.gguf_values import Value
 from carnice_build.formats.gguf.pre_tokenizer import table
 from carnice_build.formats.gguf.tokenizer import tokenizer_metadata
-from carnice_build.formats.gguf.values import Value
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "gguf_tokenizers.json"

@@ -14,10 +14,10 @@ from typing import Any
 
 from carnice_build.chat.files import TEMPLATE_NAME
 from carnice_build.checkpoint.assets import is_named_template
+from carnice_build.checkpoint.gguf_values import Value
 from carnice_build.checkpoint.json import json_object
 from carnice_build.errors import CheckpointError
 from carnice_build.formats.gguf.tokenizer_file import CONFIG, NAME
-from carnice_build.formats.gguf.values import Value
 
 TYPES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 """The special tokens that are looked for, in the order in which they are written."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from carnice_build.checkpoint.gguf_values import Value
 from carnice_build.checkpoint.json import json_object
 from carnice_build.errors import PlanError
 from carnice_build.formats.gguf import sentencepiece
@@ -15,7 +16,6 @@ from carnice_build.formats.gguf.pre_tokenizer import checked, recognised
 from carnice_build.formats.gguf.sentencepiece import sentencepiece_vocabulary
 from carnice_build.formats.gguf.special_ids import merges, special_values
 from carnice_build.formats.gguf.tokenizer_file import CONFIG, NAME, TokenizerFile, read_tokenizer
-from carnice_build.formats.gguf.values import Value
 from carnice_build.formats.gguf.vocabulary import (
     Vocabulary,
     byte_pairs,
