@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tiny import bf16, tiny_config
 
 from carnice_build.calibration.beside import Beside, passed_specs, told
-from carnice_build.calibration.parts import Combine, CombineExperts, Cut, Join
+from carnice_build.calibration.parts import Combine, CombineExperts, Cut, Join, Total
 from carnice_build.calibration.passes import Embed, Forward, ForwardExperts
 from carnice_build.calibration.tokens import LongestFirst, LongestOrder, Tokens
 from carnice_build.dtypes import NUMPY_NAME, TensorSpec
@@ -312,6 +312,15 @@ def _passing_layer(number: int) -> _Layer:
     return _Layer(params, linears, 64, [*weights, *((spec.dtype, spec.shape) for spec in specs)])
 
 
+def _shared_outputs() -> range:
+    """The numbers of what the first of them makes for the second, keys and values."""
+    params = {**_passing_layer(0).params, "linears": list(_passing_layer(0).linears)}
+    inputs = _passing_layer(0).inputs(1)()
+    specs = [TensorSpec(item.dtype, item.array.shape) for item in inputs]
+    count = len(Forward().infer(params, specs))
+    return range(count - 2, count)
+
+
 _SHARED = [item for item in architecture_of(_GEMMA, "gemma").passed(1) if item.key]
 _OUTSIDE = [
     fact
@@ -533,6 +542,7 @@ OPS: Sequence[OpSample] = [
     ),
     OpSample(Cut(), {"sizes": [2, 1]}, lambda: _counts("I32", (3, LENGTH))),
     OpSample(Combine(), {}, lambda: _magnitudes(3)),
+    OpSample(Total(), {}, lambda: _magnitudes(3)),
     OpSample(
         CombineExperts(),
         {},
@@ -563,7 +573,9 @@ OPS: Sequence[OpSample] = [
     ),
     *(
         OpSample(
-            Forward(workspace=1 << 20, transient=frozenset({0} if number else {0, 2, 3})),
+            Forward(
+                workspace=1 << 20, transient=frozenset({0} if number else {0, *_shared_outputs()})
+            ),
             {**_passing_layer(number).params, "linears": list(_passing_layer(number).linears)},
             _passing_layer(number).inputs(1),
             _FORWARD,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from carnice_build.calibration.parts import Combine, CombineExperts, Join
+from carnice_build.calibration.parts import Combine, CombineExperts, Join, Total
 from carnice_build.calibration.passes import (
     Forward,
     ForwardExperts,
@@ -73,16 +73,36 @@ _COMBINED: Mapping[type[Forward], type[Combine]] = {
 }
 
 
+class Squares(NamedTuple):
+    """Of what a linear was given: F32 [in] the sums of squares by column, F32 [1] how many vectors.
+
+    Of a stack [E, in] and [E].
+    """
+
+    sums: TensorRef
+    counts: TensorRef
+
+
+def _taken(outputs: list[TensorRef], linears: int) -> list[Squares]:
+    """The last of what `Forward` gives, of as many linears, which goes from `outputs`."""
+    start = len(outputs) - 2 * linears
+    found = outputs[start:]
+    del outputs[start:]
+    return list(map(Squares, found[::2], found[1::2]))
+
+
 class Activations:
     """The largest inputs of linears, layer by layer, as far as somebody asks for them.
 
-    And the ranges of keys and values, which come from the same passes.
+    And the sums of their squares, and the ranges of keys and values, which come from the same
+    passes.
     """
 
     def __init__(self, calibration: Calibration) -> None:
         self._calibration = calibration
         self._parts = [(part, Chain(calibration.graph, part)) for part in calibration.parts]
         self._amax: list[tuple[TensorRef, tuple[str, ...]]] = []
+        self._squares: dict[int, dict[str, list[Squares]]] = {}
         self._ranges: dict[int, list[TensorRef]] = {}
         self.experts: dict[int, TensorRef] = {}
         """How many tokens each expert was sent, I64 [experts], in those layers that have experts.
@@ -106,6 +126,14 @@ class Activations:
         while len(self._amax) <= layer:
             self._forward(len(self._amax))
         return self._amax[layer]
+
+    def squares(self, layer: int) -> dict[str, Squares]:
+        """The sums of squares of what a layer's linears were given, by their module paths.
+
+        Those of parts are added in their order: other parts may round to other last bits.
+        """
+        self.amax(layer)
+        return {module: self._added(found) for module, found in self._squares[layer].items()}
 
     def ranges(self, layer: int) -> TensorRef:
         """The ranges of the keys and values of a layer that caches its own, F32 [samples, 4].
@@ -132,6 +160,10 @@ class Activations:
         ]
         if layer.caches:
             self._ranges[number] = [outputs.pop() for outputs in kept]
+        squares = [_taken(outputs, len(linears)) for outputs in kept]
+        self._squares[number] = {
+            layer.prefix + name: found for name, *found in zip(linears, *squares, strict=True)
+        }
         found = [ref for outputs in kept for ref in outputs]
         amax, *experts = self._combined(found, _COMBINED[op]())
         params = {"names": layer.names, "linears": linears}
@@ -144,6 +176,13 @@ class Activations:
         self._amax.append((amax, tuple(modules)))
         if experts:
             (self.experts[number],) = experts
+
+    def _added(self, found: Sequence[Squares]) -> Squares:
+        """What the parts found, in one."""
+        if len(found) == 1:
+            return found[0]
+        graph = self._calibration.graph
+        return Squares(*(graph.add(Total(), {}, *refs)[0] for refs in zip(*found, strict=True)))
 
     def _combined(self, found: Sequence[TensorRef], op: Combine) -> Sequence[TensorRef]:
         """What the parts found, one after the other, as one chain would find it."""

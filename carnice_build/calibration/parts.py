@@ -4,6 +4,7 @@ tokens -> cut -> for each part: a chain of its own -> for each layer: combine(wh
 
 A sample passes through a layer alone, so the largest of the parts' maxima is that of all samples,
 bit for bit, and so is a sum of counts: what reads either has the key that it has without parts.
+Sums of squares are added in the order of the parts, and may differ from one chain's in last bits.
 """
 
 from __future__ import annotations
@@ -134,6 +135,39 @@ class Join(ArrayOp):
             if bad_index >= 0:
                 raise NonFiniteValue(bad_index, number)
         np.concatenate([part.array for part in inputs], out=outputs[0].array)
+
+
+class Total(ArrayOp):
+    """Sums over all samples, from those over the samples of each part, added in their order.
+
+    Inputs: for each part F32 of one shape.  Output: F32 of that shape, rounded once.
+    """
+
+    name = "calibration.total"
+    version = 1
+    libraries = ("numpy",)
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """As each part's."""
+        return (inputs[0],)
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Fill the output; raises NonFiniteValue, with the part's number."""
+        import numpy as np
+
+        from carnice_build.kernels.elementwise import non_finite_index
+
+        total = np.zeros(outputs[0].array.shape, np.float64)
+        for number, part in enumerate(inputs):
+            bad_index = non_finite_index(part.array, part.dtype)
+            if bad_index >= 0:
+                raise NonFiniteValue(bad_index, number)
+            total += part.array
+        outputs[0].array[...] = np.minimum(total, np.finfo(np.float32).max)
 
 
 class CombineExperts(Combine):

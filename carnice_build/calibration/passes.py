@@ -1,9 +1,10 @@
 """Ops of a calibration: forward passes, cut at the decoder layer.
 
-tokens -> hidden(0) -> for each layer *i*: forward(i) -> hidden(i + 1), amax(i), ranges(i)
+tokens -> hidden(0) -> for each layer *i*: forward(i) -> hidden(i + 1), amax, squares, ranges of i
 
 The hidden states are large and go when the next layer is done; what is kept of a layer are the
-largest magnitudes that its linears were given, and the ranges of the keys and values that it made.
+largest magnitudes that its linears were given, the sums of their squares by column, and the ranges
+of the keys and values that it made.
 No key holds anything of the quantizer, so all recipes of one body and one dataset share them.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from carnice_build.calibration.beside import passed_specs
 from carnice_build.calibration.libraries import LAYER_LIBRARIES
@@ -22,6 +23,9 @@ from carnice_build.graph import ProcessOp
 from carnice_build.rates import Work
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import STACK, numbered
+
+if TYPE_CHECKING:
+    from carnice_build.calibration.watch import Seen
 
 T = TypeVar("T")
 
@@ -81,9 +85,11 @@ class Forward(ProcessOp):
     Inputs: tokens; hidden states [samples, length, hidden]; the layer's tensors; then what it is
     given beside them (`beside.passed_specs`).
     Outputs: the layer's own hidden states; amax F32 [linears], the largest magnitude of each
-    linear's inputs over all samples, as modelopt's max calibrator has it; of a layer that `caches`
-    F32 [samples, 4], the least and the largest key of each sample, and value, as they enter a
-    cache; last, what the layer makes for others to be given.
+    linear's inputs over all samples, as modelopt's max calibrator has it; for each of `linears` the
+    sums of its inputs' squares by column, F32 [in], or [E, in] of a stack, and how many vectors
+    these are of, F32 [1] or [E]; of a layer that `caches` F32 [samples, 4], the least and the
+    largest key of each sample, and value, as they enter a cache; last, what the layer makes for
+    others to be given.
     A stack of experts is as many linears; one that no token was sent to has 0.
     Parameters: `names` (of the tensors, within the layer), `linears` (of the modules in amax),
     `layer` (its number), `given` and `made` (`beside.told`, where there is any), `caches` (true
@@ -98,7 +104,7 @@ class Forward(ProcessOp):
     """
 
     name = "calibration.forward"
-    version = 3
+    version = 4
     libraries = LAYER_LIBRARIES
 
     workspace: int = 0
@@ -108,9 +114,10 @@ class Forward(ProcessOp):
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
-        """Hidden states, amax, the ranges if there are any, and what is made."""
+        """Hidden states, amax, squares, the ranges if there are any, and what is made."""
         amax = TensorSpec("F32", (sum(linear_counts(params, inputs[2:])),))
-        return inputs[1], amax, *_ranges(params, inputs), *made_specs(params, inputs)
+        more = (*_squares(params, inputs), *_ranges(params, inputs), *made_specs(params, inputs))
+        return inputs[1], amax, *more
 
     def steps(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
         """One for each sample."""
@@ -121,8 +128,9 @@ class Forward(ProcessOp):
         return pass_work(params, inputs)
 
     def memory(self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> int:
-        """The layer, and what one sample of full length needs inside it."""
-        return layer_memory(params, inputs, self.workspace)
+        """The layer, what one sample of full length needs inside it, and sums in float64."""
+        sums = 3 * sum(spec.nbytes for spec in _squares(params, inputs))
+        return layer_memory(params, inputs, self.workspace) + sums
 
     def run(
         self,
@@ -143,6 +151,7 @@ class Forward(ProcessOp):
         specs = [file.spec for file in inputs]
         made = len(outputs) - len(made_specs(params, specs))
         ranges = made - len(_ranges(params, specs))
+        squares = ranges - len(_squares(params, specs))
         weights, given = layer_inputs(params, inputs)
         seen = run_layer(
             params,
@@ -155,12 +164,17 @@ class Forward(ProcessOp):
             self.first,
         )
         counts = linear_counts(params, [file.spec for file in weights])
-        linears = map(numbered, params["linears"], counts)
+        linears = list(map(numbered, params["linears"], counts))
         prefix = layer_name(params, weights)
         outputs[1].write(np.array(seen.largest(linears, prefix), np.float32))
+        for entry, file, vectors in zip(
+            linears, outputs[squares:ranges:2], outputs[squares + 1 : ranges : 2], strict=True
+        ):
+            _write_squares(seen, entry, file)
+            vectors.write(np.array([seen.tokens[name] for name in entry], np.float32))
         for file in outputs[ranges:made]:
             file.write(np.array(seen.ranges, np.float32))
-        for file in outputs[2:ranges]:
+        for file in outputs[2:squares]:
             stack = next(name for name in params["linears"] if STACK in name)
             experts = numbered(stack, file.spec.size)
             file.write(np.array([seen.tokens.get(name, 0) for name in experts], np.int64))
@@ -178,10 +192,34 @@ class ForwardExperts(Forward):
     def infer(
         self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
     ) -> tuple[TensorSpec, ...]:
-        """Hidden states, amax, counts, the ranges if there are any, and what is made."""
+        """Hidden states, amax, counts, squares, the ranges if there are any, and what is made."""
         hidden, amax, *rest = super().infer(params, inputs)
         counts = TensorSpec("I64", (max(linear_counts(params, inputs[2:])),))
         return hidden, amax, counts, *rest
+
+
+def _write_squares(seen: Seen, linears: Sequence[str], file: TensorFile) -> None:
+    """The sums of `linears`, an expert after the other; what was given no vector stays zero."""
+    import numpy as np
+
+    sums = np.zeros((len(linears), file.spec.shape[-1]), np.float32)
+    most = np.finfo(np.float32).max
+    for row, linear in enumerate(linears):
+        if linear in seen.squares:
+            # The square of a number that float32 has may be none.
+            sums[row] = np.minimum(seen.squares[linear].numpy(), most)
+    file.write(sums.reshape(file.spec.shape))
+
+
+def _squares(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Of each of `linears` the sums by column, and how many vectors they are of."""
+    named = dict(zip(params["names"], inputs[2:], strict=False))
+    shapes = (named[f"{linear}.weight"].shape for linear in params["linears"])
+    return [
+        TensorSpec("F32", shape)
+        for *experts, _, columns in shapes
+        for shape in ((*experts, columns), (*experts,) or (1,))
+    ]
 
 
 def _ranges(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> list[TensorSpec]:

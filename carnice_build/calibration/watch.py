@@ -62,11 +62,13 @@ class Seen:
     """What linears were given, by their names within the layer; those given nothing are not there.
 
     `amax` is the largest magnitude, as modelopt's max calibrator has it, per tensor; `tokens` how
-    many vectors there were.  `ranges` are those of keys and values, by sample; see `Caches`.
+    many vectors there were; `squares`, F64 [columns], the sum over these of each element's square.
+    `ranges` are those of keys and values, by sample; see `Caches`.
     """
 
     amax: dict[str, float] = field(default_factory=dict)
     tokens: Counter[str] = field(default_factory=Counter)
+    squares: dict[str, Tensor] = field(default_factory=dict)
     ranges: list[tuple[float, float, float, float]] = field(default_factory=list)
 
     def largest(self, linears: Iterable[Sequence[str]], prefix: str = "") -> list[float]:
@@ -103,13 +105,35 @@ def seen_inputs(layer: nn.Module, owners: Mapping[str, Owners]) -> Iterator[Seen
             amax = max(-low, high)
             if not amax < float("inf"):
                 raise NonFiniteInput(linears[0])
+            squares = sum_of_squares(given)
             for linear in linears:
                 seen.amax[linear] = max(amax, seen.amax.get(linear, 0.0))
                 seen.tokens[linear] += given.shape[:-1].numel()
+                seen.squares[linear] = seen.squares.get(linear, 0) + squares
         return given
 
     with Watch(WeightPlaces(layer, owners), watch):
         yield seen
+
+
+_BLOCK = 1 << 20
+"""Elements that are squared at once: few enough for a processor's caches."""
+
+
+def sum_of_squares(given: Tensor) -> Tensor:
+    """The sum of each column's squares, F64 [columns], of what is [..., columns].
+
+    The rows are dealt out to as many sums in float32 as a block has rows, which float64 adds up.
+    """
+    rows = given.reshape(-1, given.shape[-1])
+    count, columns = rows.shape
+    step = min(count, max(1, _BLOCK // columns))
+    block, sums = rows.new_zeros((2, step, columns), dtype=torch.float32)
+    for start in range(0, count, step):
+        part = rows[start : start + step]
+        floats = block[: len(part)].copy_(part)
+        sums[: len(part)].addcmul_(floats, floats)
+    return sums.double().sum(0).cpu()
 
 
 class Caches:
