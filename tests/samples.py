@@ -46,6 +46,7 @@ from carnice_build.formats.compressed_tensors.storages.nvfp4_ops import (
 )
 from carnice_build.formats.compressed_tensors.storages.row_floats_ops import RowQuantize
 from carnice_build.formats.elementwise import Elementwise
+from carnice_build.formats.gguf.imatrix_ops import ColumnOrder, Importance
 from carnice_build.formats.gguf.ops import Values
 from carnice_build.formats.kv_cache import CacheScales
 from carnice_build.formats.mlx.ops import (
@@ -150,6 +151,13 @@ def _counts(dtype: str, shape: tuple[int, ...]) -> list[TensorData]:
 def _magnitudes(parts: int) -> list[TensorData]:
     """The largest inputs of five linears, over each of some parts."""
     return [data("F32", np.abs(item.array)) for item in drawn(*[("F32", (5,))] * parts)()]
+
+
+def _squares() -> list[TensorData]:
+    """Sums of squares for three experts, the second of which was given nothing, and counts."""
+    (sums,) = drawn(("F32", (3, 8)))()
+    counts = np.array([5, 0, 7], np.float32)
+    return [data("F32", np.abs(sums.array) * counts[:, None]), data("F32", counts)]
 
 
 def _ranges() -> TensorData:
@@ -540,6 +548,9 @@ OPS: Sequence[OpSample] = [
         )
         for observer in ("minmax", "static_minmax")
     ),
+    OpSample(Importance(), {"calls": None}, _squares),
+    OpSample(Importance(), {"calls": 3}, lambda: _squares()[:1]),
+    OpSample(ColumnOrder(), {"split": [2, 3, 4], "order": [1, 0, 2]}, drawn(("F32", (3, 24)))),
     OpSample(Cut(), {"sizes": [2, 1]}, lambda: _counts("I32", (3, LENGTH))),
     OpSample(Combine(), {}, lambda: _magnitudes(3)),
     OpSample(Total(), {}, lambda: _magnitudes(3)),

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from carnice_build.calibration import watch
-from carnice_build.calibration.watch import Seen, seen_inputs
+from carnice_build.calibration.watch import Seen, seen_inputs, sum_of_squares
 from carnice_build.errors import BackendError
 from carnice_build.graph import ProcessOp
 
 Product = Callable[[Tensor, Tensor], Tensor]
+
+VECTORS = 10
+"""Tokens of the samples of a pass, without padding."""
 
 GIVEN = torch.tensor([[1.0, -5.0, 2.0], [0.5, 3.0, -4.0]])
 
@@ -104,3 +107,65 @@ def test_a_pass_stops_where_a_linear_was_not_watched(
 
     with pytest.raises(BackendError, match=r"gave .*_proj\w* no input that is watched"):
         sample.op.run(sample.params, inputs, outputs, lambda: None)
+
+
+def test_squares_are_summed_by_column() -> None:
+    """Over all vectors, however many axes count them, and however many calls there are."""
+    layer = Multiplying(functional.linear)
+    random = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=random) for shape in ((5, 3), (2, 7, 3), (0, 3))]
+    with seen_inputs(layer, {"weight": (("up", "gate"),)}) as seen:
+        for tensor in given:
+            layer(tensor)
+    wanted = torch.cat([tensor.reshape(-1, 3) for tensor in given]).double().square().sum(0)
+
+    assert {"up", "gate"} == seen.squares.keys()
+    for squares in seen.squares.values():
+        torch.testing.assert_close(wanted, squares, rtol=1e-6, atol=0)
+    assert {"up": 19, "gate": 19} == seen.tokens
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 1000])
+def test_sums_of_squares_do_not_depend_on_how_rows_are_dealt_out(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """Blocks are of whole rows, at least one; BF16 is squared in float32."""
+    monkeypatch.setattr(watch, "_BLOCK", 4 * rows)
+    given = torch.randn(1001, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    wanted = given.double().square().sum(0)
+    torch.testing.assert_close(wanted, sum_of_squares(given), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("op", ["forward", "forward_experts"])
+def test_a_pass_gives_what_each_linear_was_given(tmp_path: Path, op: str) -> None:
+    """Sums and counts of each linear; each token is sent to as many experts as the config says."""
+    sample = next(item for item in OPS if item.op.name == f"calibration.{op}")
+    assert isinstance(sample.op, ProcessOp)
+    given = [item.array.tobytes() for item in sample.inputs()]
+    made = sample.op.infer(sample.params, sample.specs)
+    inputs = files(tmp_path, "input", sample.specs, given)
+    outputs = files(tmp_path, "output", made, [bytes(spec.nbytes) for spec in made])
+    sample.op.run(sample.params, inputs, outputs, lambda: None)
+    linears = sample.params["linears"]
+    first = len(made) - 2 * len(linears)
+    found = {
+        name: (outputs[first + 2 * index].read(), outputs[first + 2 * index + 1].read())
+        for index, name in enumerate(linears)
+    }
+    amax = iter(outputs[1].read().tolist())
+
+    for name, (sums, counts) in found.items():
+        experts = "*" in name
+        assert (3 if experts else 1,) == counts.shape
+        assert (2 if experts else 1) * VECTORS == counts.sum()
+        for row, count in zip(sums.reshape(len(counts), -1), counts, strict=True):
+            largest = next(amax)
+            assert largest**2 * (1 - 1e-6) <= row.max() <= largest**2 * max(count, 1)
+    for names in (("q", "k", "v"), ("gate", "up")):
+        same = [
+            found[name][0].tobytes()
+            for name in found
+            if name.endswith(tuple(f".{n}_proj" for n in names))
+        ]
+        assert 1 == len(set(same))

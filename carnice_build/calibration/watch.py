@@ -133,7 +133,8 @@ def sum_of_squares(given: Tensor) -> Tensor:
         part = rows[start : start + step]
         floats = block[: len(part)].copy_(part)
         sums[: len(part)].addcmul_(floats, floats)
-    return sums.double().sum(0).cpu()
+    total: Tensor = sums.double().sum(0)
+    return total.cpu()
 
 
 class Caches:

@@ -27,7 +27,7 @@ from carnice_build.checkpoint.http_file import LIBRARY, RemoteFile, Repository
 from carnice_build.checkpoint.hub_listing import Notes, find_listing
 from carnice_build.checkpoint.patience import OFFLINE, Interruption, patiently
 from carnice_build.checkpoint.source import LocalFile
-from carnice_build.errors import BuildError, CheckpointError
+from carnice_build.errors import BuildError, CheckpointError, nearest
 from carnice_build.tensors import ByteSource, Reader
 from carnice_build.version import __version__
 
@@ -66,6 +66,21 @@ def open_hub(model: str, revision: str, *, stream: bool) -> tuple[Checkpoint, st
             problems=error.problems,
         ) from None
     return checkpoint, listing.commit
+
+
+def open_hub_file(model: str, revision: str, file: str) -> ByteSource:
+    """One file of a repository; CheckpointError where there is none of that name."""
+    notes = Notes(model)
+    listing = find_listing(model, revision, notes, file)
+    repository = Repository(constants.ENDPOINT, model, listing.commit)
+    if file not in listing.files:
+        raise CheckpointError(
+            f"has no file {file}",
+            where=str(repository),
+            nearest=nearest(file, (*listing.files, *listing.others)),
+        )
+    size, content = listing.files[file]
+    return HubFile(repository, file, size, content, notes, stream=False)
 
 
 def _read_headers(shards: Sequence[ByteSource]) -> Iterator[Header]:

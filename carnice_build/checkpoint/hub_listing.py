@@ -69,23 +69,24 @@ class Listing:
     whole: bool = True
 
 
-def find_listing(model: str, revision: str, notes: Notes) -> Listing:
+def find_listing(model: str, revision: str, notes: Notes, file: str | None = None) -> Listing:
     """What `revision` of a model holds: from the hub or, without a network, as last known.
 
+    `file` is one that is allowed beside those that all may be asked for.
     Known is what we noted and what any tool left in the Hugging Face cache.
     A commit that we noted is never asked for again.
     """
     commit = revision
     if not HASH.fullmatch(revision):
         commit = _last_commit(model, "model", revision, notes)
-    noted = _load_listing(commit, notes)
+    noted = _load_listing(commit, notes, file)
     if noted is not None and commit == revision:
         return noted
-    known = noted or _cached_listing(model, commit)
+    known = noted or _cached_listing(model, commit, file)
     if known is not None and constants.is_offline_mode():
         return known
     try:
-        listing = _fetch_listing(model, revision, ATTEMPTS if noted is None else 1)
+        listing = _fetch_listing(model, revision, ATTEMPTS if noted is None else 1, file)
     except Unreachable:
         if known is None:
             raise
@@ -94,7 +95,7 @@ def find_listing(model: str, revision: str, notes: Notes) -> Listing:
     notes.write("revision", revision, listing.commit.encode())
     rows = [(name, size, content) for name, (size, content) in listing.files.items()]
     rows += [(name, 0, "") for name in listing.others]
-    notes.write(_FILES, listing.commit, json.dumps(rows).encode())
+    notes.write(_FILES, _noted_as(listing.commit, file), json.dumps(rows).encode())
     return listing
 
 
@@ -160,7 +161,12 @@ def _last_commit(repo: str, kind: str, branch: str, notes: Notes) -> str:
     return cached if cached and when > notes.time("revision", branch) else noted
 
 
-def _cached_listing(model: str, commit: str) -> Listing | None:
+def _noted_as(commit: str, file: str | None) -> str:
+    """What a listing is noted as; with another file allowed it is another one."""
+    return commit if file is None else f"{commit}/{file}"
+
+
+def _cached_listing(model: str, commit: str, file: str | None) -> Listing | None:
     rows, whole = cached_files(model, commit)
     if not rows:
         return None
@@ -170,17 +176,18 @@ def _cached_listing(model: str, commit: str) -> Listing | None:
             model,
             commit[:7],
         )
-    return replace(_check_listing(commit, rows), whole=whole)
+    return replace(_check_listing(commit, rows, file), whole=whole)
 
 
-def _load_listing(commit: str, notes: Notes) -> Listing | None:
+def _load_listing(commit: str, notes: Notes, file: str | None) -> Listing | None:
     try:
-        return _check_listing(commit, json.loads(notes.read(_FILES, commit)))
+        rows = json.loads(notes.read(_FILES, _noted_as(commit, file)))
+        return _check_listing(commit, rows, file)
     except MALFORMED:
         return None
 
 
-def _fetch_listing(model: str, revision: str, attempts: int) -> Listing:
+def _fetch_listing(model: str, revision: str, attempts: int, file: str | None) -> Listing:
     where = f"{model}@{revision}"
     api = HfApi(constants.ENDPOINT, library_name=LIBRARY, library_version=__version__)
     ask = partial(
@@ -200,13 +207,13 @@ def _fetch_listing(model: str, revision: str, attempts: int) -> Listing:
             (item.rfilename, item.size, item.lfs.sha256 if item.lfs else item.blob_id)
             for item in info.siblings or ()
         ]
-        listing = _check_listing(info.sha, rows)
+        listing = _check_listing(info.sha, rows, file)
     if HASH.fullmatch(revision) and listing.commit != revision:
         raise CheckpointError(f"the hub answers for commit {listing.commit}", where=where)
     return listing
 
 
-def _check_listing(commit: Any, rows: Sequence[Any]) -> Listing:
+def _check_listing(commit: Any, rows: Sequence[Any], file: str | None) -> Listing:
     """Take nothing on trust that becomes part of a path or a number."""
     if not HASH.fullmatch(commit) or len(rows) > _MAX_FILES:
         raise ValueError
@@ -215,7 +222,7 @@ def _check_listing(commit: Any, rows: Sequence[Any]) -> Listing:
     for name, size, content in rows:
         if not is_plain_path(name):
             continue
-        if not _is_allowed(name):
+        if name != file and not _is_allowed(name):
             others += [name] if is_plain_name(name) else []
             continue
         if not HASH.fullmatch(content) or type(size) is not int or size < 0:

@@ -16,7 +16,8 @@ from carnice_build.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.source import LocalFile, refuse_pointer
 from carnice_build.errors import CheckpointError, RecipeError, nearest
-from carnice_build.recipe.schema import DATASET_FILES, CalibrationSpec, SourceSpec
+from carnice_build.recipe.schema import DATASET_FILES, CalibrationSpec, FileSpec, SourceSpec
+from carnice_build.tensors import ByteSource
 from carnice_build.yaml_tree import Node, read_tree
 
 PROFILES_NAME = "_profiles.yaml"
@@ -157,6 +158,24 @@ class SourceFinder:
             raise CheckpointError("is empty", where=file.name, expected="rows of text")
         refuse_pointer(file)
         return Dataset(spec.dataset, file)
+
+    def find_file(self, spec: FileSpec) -> ByteSource:
+        """A file that a recipe names; CheckpointError when it is not there.
+
+        Where a profile maps its repository to a folder, it is there.
+        """
+        folder: Path | None = self._root
+        if spec.model is not None:
+            folder = self._path_of(spec.model, "`file` alone, a file of the project")
+        if folder is None:
+            from carnice_build.checkpoint.hub import open_hub_file
+
+            assert spec.model is not None
+            return open_hub_file(spec.model, spec.revision, spec.file)
+        file = LocalFile(folder / spec.file)
+        if not file.path().is_file():
+            raise CheckpointError("is no file", where=file.name)
+        return file
 
     def _path_of(self, name: str, otherwise: str) -> Path | None:
         """Where a model or a dataset is on this machine; None when it is on the hub."""

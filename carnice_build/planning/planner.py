@@ -143,7 +143,15 @@ def plan_variant(
     architecture = _architecture(body.checkpoint, view, recipe.quantize)
     if keeps and not architecture.tabled:
         raise _quantized_already(body.checkpoint)
-    context = PlanContext(architecture, graph, body.profile, recipe.layers, sources, ask=ask)
+    context = PlanContext(
+        architecture,
+        graph,
+        body.profile,
+        recipe.layers,
+        sources,
+        ask=ask,
+        find=finder.find_file,
+    )
     with failures_blamed(recipe.quantize):
         assets = Assets(body.checkpoint, recipe.quantize.engine_reads())
     assets.check_places()

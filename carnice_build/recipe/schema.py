@@ -101,6 +101,25 @@ class SourceSpec(Strict):
     )
 
 
+def _check_file(name: str) -> str:
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\0" in name:
+        raise ValueError(f"{name!r} is no file below the project or a repository")
+    return name
+
+
+class FileSpec(Strict):
+    """A file of the project, or of a repository on the hub, which a profile may map to a folder."""
+
+    file: Annotated[str, AfterValidator(_check_file)] = Field(
+        description="Its path below the project, or in the repository."
+    )
+    model: Annotated[str, AfterValidator(_check_model)] | None = Field(
+        None, description="Repository on the hub, as owner/name; the project's own file if none."
+    )
+    revision: str = Field("main", description="Branch, tag or commit of the repository.")
+
+
 ByProfile = int | dict[str, int]
 """A number, or one for each profile and a `default` for all others."""
 

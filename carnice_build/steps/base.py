@@ -16,8 +16,8 @@ from carnice_build.graph import ActionGraph, View
 from carnice_build.models.base import Architecture
 from carnice_build.recipe.layers import LayerSpan, layers_in
 from carnice_build.recipe.patterns import Patterns
-from carnice_build.recipe.schema import Expectation, Strict
-from carnice_build.tensors import SourceTensor
+from carnice_build.recipe.schema import Expectation, FileSpec, Strict
+from carnice_build.tensors import ByteSource, SourceTensor
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
@@ -46,6 +46,15 @@ class Ask(Protocol):
 
     def __call__(self, question: Question[T], /) -> T:
         """The answer; PlanError where the libraries are missing, BackendError where they fail."""
+
+
+FindFile = Callable[[FileSpec], ByteSource]
+"""Finds a file that a recipe names; CheckpointError where it is not there."""
+
+
+def unfound(spec: FileSpec) -> ByteSource:
+    """For plans that find no files."""
+    raise PlanError(f"needs {spec.file}, and nobody was named who could find it")
 
 
 def unanswered(question: Question[T], /) -> T:
@@ -81,6 +90,7 @@ class PlanContext:
     sources: Mapping[str, Source]
     calibration: CalibrationSource | None = None
     ask: Ask = unanswered
+    find: FindFile = unfound
     codes: Mapping[str, Codes] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
 
