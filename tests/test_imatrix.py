@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from calibrating import FINE_TUNE, QUICK
-from conftest import Project
+from conftest import REPOSITORY, Project
 from numpy.typing import NDArray
 
 from carnice_build.calibration.chain import Activations
@@ -53,6 +54,8 @@ from carnice_build.recipe.schema import FileSpec
 pytest_plugins = ["calibrating"]
 
 Floats = NDArray[np.float32]
+
+DEMO = REPOSITORY / "demo" / "qwen3.6-27b"
 
 SUMS = np.arange(1, 13, dtype=np.float32)
 
@@ -488,3 +491,135 @@ def test_totals_are_rounded_once() -> None:
     with pytest.raises(NonFiniteValue) as raised:
         applied(Total(), {}, floats([1, 2]), floats([1, np.inf]))
     assert (1, 1) == (raised.value.operand, raised.value.index)
+
+
+# --- llama.cpp's own tools -----------------------------------------------------------------------
+
+_LINEARS: Mapping[str, str] = {
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_out": "linear_attn.out_proj",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+CHUNKS, CHUNK = 3, 128
+
+
+def tool(name: str) -> str:
+    """One of llama.cpp's programs; a skip where there is none."""
+    variable = name.upper().replace("-", "_")
+    found = os.environ.get(variable) or shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not on PATH, and {variable} does not say where it is")
+    return found
+
+
+def run(*command: object) -> str:
+    """What a program says."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert 0 == done.returncode, (done.stdout + done.stderr)[-2000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's base in F32, as llama.cpp's converter makes it."""
+    converter = pytest.importorskip("gguf_converter")
+    path = tmp_path_factory.mktemp("model") / "demo.gguf"
+    options = ("--outtype", "f32", "--outfile", path)
+    run(sys.executable, converter.RUNNER, converter.source(), "qwen35", DEMO, *options)
+    return path
+
+
+def llama_imatrix(model: Path, folder: Path) -> LocalFile:
+    """What llama-imatrix finds in a text, which lies beside its file."""
+    text, path = folder / "text.txt", folder / "imatrix.gguf"
+    text.write_bytes((DEMO.parent / "heldout.txt").read_bytes()[:6000])
+    sizes = ("-c", CHUNK, "-b", CHUNK, "-ub", CHUNK, "--chunks", CHUNKS, "-t", 2)
+    exact = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "--no-ppl")
+    run(tool("llama-imatrix"), "-m", model, "-f", text, *sizes, *exact, "-o", path)
+    return LocalFile(path)
+
+
+def our_squares(text: str) -> dict[str, tuple[Floats, int]]:
+    """By our passes in float32, over the same tokens: sums and counts by layer and linear."""
+    import torch
+    from driving import Checkpoint
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    from carnice_build.calibration.driver import Arithmetic, LayerDriver
+    from carnice_build.calibration.watch import seen_inputs
+
+    checkpoint = Checkpoint(DEMO)
+    tensors = {
+        name: tensor
+        for path in DEMO.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+        if ".language_model." in name
+    }
+    vars(checkpoint)["tensors"] = tensors
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    tokens = tokenizer.encode(text, add_special_tokens=False).ids[: CHUNKS * CHUNK]
+    table = tensors[f"{checkpoint.prefix}embed_tokens.weight"]
+    hidden = [table[sample].unsqueeze(0) for sample in torch.tensor(tokens).view(CHUNKS, CHUNK)]
+    found: dict[str, tuple[Floats, int]] = {}
+    for index in range(checkpoint.layers):
+        driver = LayerDriver(checkpoint.config, index, Arithmetic("float32", "eager", 2))
+        named = checkpoint.layer(index)
+        layer = driver.layer(named)
+        with seen_inputs(layer, driver.owners(named)) as seen:
+            hidden = [driver.run(layer, driver.enter(state)) for state in hidden]
+        for name, squares in seen.squares.items():
+            found[f"{index}.{name}"] = squares.float().numpy(), seen.tokens[name]
+    return found
+
+
+@pytest.mark.wide
+def test_our_sums_are_those_of_llama_imatrix(model: Path, tmp_path: Path) -> None:
+    """To a few units in the last place of float32, in all tensors, and as many vectors."""
+    file = llama_imatrix(model, tmp_path)
+    found, counted = our_squares((tmp_path / "text.txt").read_text()), 0
+
+    for name, entry in read_imatrix(file).entries.items():
+        _, layer, kind, _ = name.split(".")
+        assert entry.counts is not None
+        sums, count = found.pop(f"{layer}.{_LINEARS[kind]}")
+        if kind == "ssm_out":
+            sums = applied(ColumnOrder(), {"split": [2, 2, 64], "order": [1, 0, 2]}, sums)
+        theirs = value(TensorRef(entry.sums.spec, entry.sums))
+        np.testing.assert_allclose(theirs, sums, rtol=1e-5)
+        assert [count] == value(TensorRef(entry.counts.spec, entry.counts)).tolist()
+        counted += 1
+    assert ({}, 62) == (found, counted)
+
+
+@pytest.mark.wide
+def test_llama_quantize_makes_of_ours_what_it_makes_of_its_own(model: Path, tmp_path: Path) -> None:
+    """The same sums in a file that we write give every tensor the same bytes."""
+    gguf = pytest.importorskip("gguf")
+    file = llama_imatrix(model, tmp_path)
+    read = read_imatrix(file)
+    entries = {
+        name: (value(TensorRef(entry.sums.spec, entry.sums))[None], floats([CHUNKS * CHUNK]))
+        for name, entry in read.entries.items()
+    }
+    ours = tmp_path / "ours.gguf"
+    ours.write_bytes(encode_imatrix(entries, read.datasets, read.chunks, read.chunk_size))
+    made = {}
+    for name in ("imatrix", "ours"):
+        out = tmp_path / f"{name}-q4.gguf"
+        said = run(
+            tool("llama-quantize"), "--imatrix", tmp_path / f"{name}.gguf", model, out, "Q4_K_M", 2
+        )
+        assert "have importance matrix data with 62 entries" in said
+        made[name] = {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(out).tensors}
+
+    assert made["imatrix"] == made["ours"]
