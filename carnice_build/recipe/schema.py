@@ -169,7 +169,7 @@ class CalibrationSpec(Strict):
     parts: ByProfile = Field(
         1,
         description="How many chains of passes the samples are cut into, which run side by side; "
-        "more than one where the format needs no more than maxima.",
+        "more than one where the format needs no more than maxima or sums of squares.",
     )
     joined: bool = Field(
         False, description="Join the rows, and cut them into samples of exactly `length` tokens."

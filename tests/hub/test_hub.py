@@ -20,7 +20,7 @@ from tiny import contents, read_json, write_json
 
 from carnice_build.checkpoint.checkpoint import INDEX_NAME, open_checkpoint
 from carnice_build.checkpoint.header import encode_header, read_header
-from carnice_build.checkpoint.hub import open_hub
+from carnice_build.checkpoint.hub import open_hub, open_hub_file
 from carnice_build.checkpoint.hub_listing import ALLOWED
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.commands.build import build_variants
@@ -360,6 +360,30 @@ def test_other_files_are_never_touched(online: Project, hub: FakeHub, carnice: C
         request.file.rpartition(".")[2] for request in hub.requests if "resolve" in request.file
     }
     assert suffixes <= {pattern.rpartition(".")[2] for pattern in ALLOWED}
+
+
+def test_one_file_of_a_repository_is_fetched(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any name, and no other with it; offline it is there again, and another is named."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "imatrix.gguf_file").write_bytes(b"GGUF and more")
+    (folder / "model.gguf").write_bytes(b"large")
+    hub.add("owner/quants", folder)
+    content = bytearray(13)
+    file = open_hub_file("owner/quants", "main", "imatrix.gguf_file")
+    file.read_into(0, memoryview(content))
+
+    assert (b"GGUF and more", 13) == (bytes(content), file.size)
+    assert {"imatrix.gguf_file"} == {
+        request.file.rpartition("/")[2] for request in hub.requests if "resolve" in request.file
+    }
+    with pytest.raises(CheckpointError, match=r"has no file imatrix\.gguf") as raised:
+        open_hub_file("owner/quants", "main", "imatrix.gguf")
+    assert "imatrix.gguf_file" == raised.value.nearest
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert file.identity == open_hub_file("owner/quants", "main", "imatrix.gguf_file").identity
 
 
 TEMPLATES = "additional_chat_templates"
