@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from carnice_build.calibration.chain import Activations
 from carnice_build.calibration.parts import Total
 from carnice_build.calibration.passes import Forward
+from carnice_build.calibration.plan import Calibration
+from carnice_build.calibration.source import CalibrationSource
 from carnice_build.checkpoint.gguf_header import Described, encode_gguf, read_gguf
 from carnice_build.checkpoint.gguf_values import Value
 from carnice_build.checkpoint.profiles import Profiles, SourceFinder
@@ -31,6 +34,7 @@ from carnice_build.formats.gguf.imatrix import (
     Order,
     Passes,
     Wanted,
+    imatrix_source,
     imatrix_tensors,
     importance_refs,
 )
@@ -48,8 +52,10 @@ from carnice_build.graph import (
     NonFiniteValue,
     TensorData,
     TensorRef,
+    View,
 )
 from carnice_build.recipe.schema import FileSpec
+from carnice_build.steps.base import PlanContext
 
 pytest_plugins = ["calibrating"]
 
@@ -456,6 +462,35 @@ def test_no_pass_is_for_importance_alone(small: Project, found: list[Activations
     assert [(1, 256), (1, 1), (1, 128), (1, 1)] == [item.shape for item, _ in tensors]
     with pytest.raises(PlanError, match=r"has importance \[64\], and .* is given \[128\]"):
         importance_refs(graph, source, [Wanted("blk.1.attn_q.weight", (512, 64), f"{FULL}.q_proj")])
+
+
+def test_a_recipe_says_where_importance_is_from(
+    small: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From passes over its calibration's text, or from a file."""
+    given: list[tuple[View, CalibrationSource]] = []
+
+    def keeping(view: View, source: CalibrationSource) -> Calibration:
+        given.append((view, source))
+        return Calibration(view, source)
+
+    monkeypatch.setattr("carnice_build.formats.nvfp4.format.Calibration", keeping)
+    plan_variants([FINE_TUNE], small.options(overrides=QUICK))
+    ((view, source),) = given
+    file = written(tmp_path / "a", encode_imatrix(stack_and_matrix(), ["b"], 3, 4))
+    context = PlanContext(
+        source.architecture, source.graph, None, {}, {}, source, find=lambda spec: file
+    )
+    ours = imatrix_source("calibration", view, context)
+    theirs = imatrix_source(FileSpec(file="a"), view, context)
+
+    assert isinstance(ours, Passes)
+    assert (2, 24, 2) == (ours.chunks, ours.chunk_size, ours.layers)
+    assert (source.dataset.name,) == ours.datasets
+    assert ours.squares(f"{FULL}.q_proj") is not None
+    assert ("b",) == theirs.datasets
+    with pytest.raises(PlanError, match="needs a section `calibration`"):
+        imatrix_source("calibration", view, replace(context, calibration=None))
 
 
 def test_no_knob_is_in_the_key_of_squares(small: Project, found: list[Activations]) -> None:

@@ -9,14 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from carnice_build.calibration.chain import Activations, Squares
+from carnice_build.calibration.plan import Calibration
 from carnice_build.checkpoint.gguf_header import Described
 from carnice_build.errors import PlanError, nearest
-from carnice_build.formats.gguf.imatrix_file import Entry, Imatrix, described
+from carnice_build.formats.gguf.imatrix_file import Entry, Imatrix, described, read_imatrix
 from carnice_build.formats.gguf.imatrix_ops import ColumnOrder, Importance
-from carnice_build.graph import ActionGraph, TensorRef
+from carnice_build.graph import ActionGraph, TensorRef, View
+from carnice_build.recipe.schema import FileSpec
+from carnice_build.steps.base import PlanContext
+
+Own = Literal["calibration"]
+
+OWN: Own = "calibration"
+"""The importance that our own passes find, over what the recipe calibrates on."""
+
+ImatrixSpec = Own | FileSpec
+"""Where a recipe has an importance matrix from."""
 
 _EMBEDDING = "token_embd.weight"
 """The tensor whose importance may have any size: nobody multiplies by it but where it is tied."""
@@ -81,7 +92,10 @@ class Importances:
 
 @dataclass(frozen=True)
 class Passes:
-    """Our own passes: what linears are given in as many `layers`, over which text."""
+    """Our own passes: what linears are given in as many `layers`, over which text.
+
+    `chunks` is the number of samples, `chunk_size` that of the tokens of the longest.
+    """
 
     activations: Activations
     layers: int
@@ -96,6 +110,26 @@ class Passes:
             for layer in range(self.layers):
                 self._squares.update(self.activations.squares(layer))
         return self._squares.get(module)
+
+
+def imatrix_source(spec: ImatrixSpec, view: View, context: PlanContext) -> Imatrix | Passes:
+    """What a recipe names: a file, found and read but for its sums, or passes of our own.
+
+    PlanError for passes in a recipe that does not say over which text; CheckpointError for a file
+    that is none.
+    """
+    if spec != OWN:
+        return read_imatrix(context.find(spec))
+    source = context.calibrated()
+    calibration = Calibration(view, source)
+    tokens = [part.tokens.spec for part in calibration.parts]
+    return Passes(
+        Activations(calibration),
+        context.architecture.num_layers,
+        (source.dataset.name,),
+        sum(samples for samples, _ in (spec.shape for spec in tokens)),
+        tokens[0].shape[1],
+    )
 
 
 def importance_refs(
