@@ -13,6 +13,10 @@ SUFFIXES = (".safetensors", GGUF)
 """The ends of the names of files of tensors."""
 
 
+STATISTICS = "imatrix.gguf"
+"""The end of the name of a file that tells what weights were quantized by, and has none."""
+
+
 def has_index(names: Iterable[str]) -> bool:
     """Whether a folder of these files of tensors has an index: libraries want none of GGUF."""
     return any(not name.endswith(GGUF) for name in names)

@@ -23,6 +23,7 @@ FORMATS: Extensible[Format] = Extensible(
         "nvfp4": "carnice_build.formats.nvfp4.format:Nvfp4Format",
         "autoround": "carnice_build.formats.autoround.format:AutoRoundFormat",
         "compressed-tensors": "carnice_build.formats.compressed_tensors.format:CompressedFormat",
+        "gguf": "carnice_build.formats.gguf.format:GgufFormat",
     },
     "carnice_build.formats",
     Format,  # type: ignore[type-abstract]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from carnice_build.checkpoint.containers import STATISTICS
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.profiles import Source
 from carnice_build.dtypes import TensorSpec
@@ -89,7 +90,12 @@ class Variant:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(spec.nbytes for shard in self.shards for _, spec, _ in shard.tensors)
+        return sum(
+            spec.nbytes
+            for shard in self.shards
+            if not shard.name.endswith(STATISTICS)
+            for _, spec, _ in shard.tensors
+        )
 
     @property
     def bits_per_weight(self) -> float:

@@ -277,9 +277,8 @@ def _layouts(
 
 
 def _model_name(recipe: Recipe) -> str:
-    """What files call the model: what its page is called, less who published it."""
-    base = recipe.card.base_model or recipe.sources[recipe.body].model
-    return PurePosixPath(base).name
+    """What files call the model: its name, less who published it."""
+    return PurePosixPath(recipe.sources[recipe.body].model).name
 
 
 def _architecture(checkpoint: Checkpoint, view: View, number_format: Format) -> Architecture:

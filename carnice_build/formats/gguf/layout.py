@@ -35,7 +35,7 @@ class GgufFile:
 def gguf_layouts(file: GgufFile, model: str, most_bytes: int | None) -> list[PackLayout]:
     """The file itself, or as many as it takes so that the tensors of each fit into `most_bytes`."""
     parts = list(_parts(file.tensors, most_bytes if file.may_split else None))
-    stem = f"{file.prefix}{model}-{file.ending}"
+    stem = f"{file.prefix}{model}{file.ending}"
     if len(parts) == 1:
         return [_layout(stem + SUFFIX, file, file.metadata, parts[0])]
     count = len(file.tensors)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -69,6 +69,7 @@ class Request:
     `importance` is whether there is an importance matrix, with an entry at least.
     `overrides` are `--tensor-type`'s pairs of an expression, searched for in names, and a type;
     the first that matches wins, and llama-quantize writes expressions in lower case.
+    `named` are the same by the whole name of a tensor, and go before them.
     `output` and `embedding` are `--output-tensor-type` and `--token-embedding-type`; `keep_output`
     is `--leave-output-tensor`.
     """
@@ -76,6 +77,7 @@ class Request:
     mix: str
     importance: bool = False
     overrides: tuple[tuple[str, str], ...] = ()
+    named: Mapping[str, str] = field(default_factory=dict)
     output: str | None = None
     embedding: str | None = None
     pure: bool = False
@@ -281,6 +283,8 @@ class _Mixer:
         return name != EMBEDDINGS[0] and self._overridden(name) is not None
 
     def _overridden(self, name: str) -> str | None:
+        if name in self.request.named:
+            return self.request.named[name]
         return next((kind for pattern, kind in self.overrides if pattern.search(name)), None)
 
     def _mixed(self, tensor: Tensor) -> str:

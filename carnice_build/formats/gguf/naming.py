@@ -48,12 +48,14 @@ class Named(NamedTuple):
     """A tensor of the file: `ref` has its values, of any float type, to be cast or quantized.
 
     `fact` is that of the tensor of the architecture that it is made of.
+    `swapped` says that columns changed places: blocks [first, second] of so many of them each.
     """
 
     name: str
     ref: TensorRef
     fact: TensorFact
     kind: Kind
+    swapped: tuple[int, int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -283,8 +285,11 @@ class _Model:
         """The tensor of the file that a tensor of the view becomes."""
         block = _block(fact.name, self._architecture)
         name = self._name(fact, block)
-        made = self._made(fact, ref, block.rest if block else "")
-        return Named(name, made, fact, _kind(name, made.spec.shape))
+        rest = block.rest if block else ""
+        made = self._made(fact, ref, rest)
+        swap = self._table.swaps.get(rest)
+        swapped = self._sizes(swap) if swap is not None and swap.columns else None
+        return Named(name, made, fact, _kind(name, made.spec.shape), swapped)
 
     def _name(self, fact: TensorFact, block: _Block | None) -> str:
         table, name = self._table, _plain(fact.name)
@@ -312,14 +317,17 @@ class _Model:
         return ref if how is None else self._graph.add(Values(), {"how": how}, ref)[0]
 
     def _swapped(self, ref: TensorRef, swap: Swap) -> TensorRef:
-        size = self._scope.size
-        first, second, each = size(swap.first), size(swap.second), size(swap.size)
+        first, second, each = self._sizes(swap)
         tensor = _source(ref)
         if swap.columns:
             made = swapped_columns(tensor, first, second, each)
         else:
-            made = swapped_rows(tensor, first, second, each, size(swap.skip))
+            made = swapped_rows(tensor, first, second, each, self._scope.size(swap.skip))
         return TensorRef(made.spec, made)
+
+    def _sizes(self, swap: Swap) -> tuple[int, int, int]:
+        size = self._scope.size
+        return size(swap.first), size(swap.second), size(swap.size)
 
 
 def _kind(name: str, shape: Sequence[int]) -> Kind:

@@ -1,0 +1,177 @@
+"""Format `gguf`: the file that llama.cpp's converter and `llama-quantize` make of a checkpoint.
+
+Names, shapes, order and metadata are the converter's (`naming`, `tokenizer`), types are those of
+`llama-quantize` (`mixes`), and bytes those of ggml.
+The tower of a model that has one goes into a file of its own, the projector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from carnice_build.checkpoint.assets import Reads
+from carnice_build.checkpoint.json import to_json
+from carnice_build.errors import PlanError
+from carnice_build.formats.base import Conversion, Format
+from carnice_build.formats.card import Card, own_template
+from carnice_build.formats.gguf.imatrix import ImatrixSpec
+from carnice_build.formats.gguf.layout import GgufFile, gguf_layouts
+from carnice_build.formats.gguf.made import Files
+from carnice_build.formats.gguf.mixes import FLOATS, Request, mix_of, type_of
+from carnice_build.formats.gguf.naming import Named
+from carnice_build.formats.gguf.tensors import scheme_of
+from carnice_build.formats.layout import PackLayout, Publication
+from carnice_build.formats.rules import Rule, fitted
+from carnice_build.formats.variant import Variant
+from carnice_build.graph import View
+from carnice_build.models.base import LINEARS, Architecture, Part
+from carnice_build.steps.base import PlanContext
+
+if TYPE_CHECKING:
+    from carnice_build.formats.gguf.checks import GgufChecks, GgufReader
+
+_FILES = "files"
+"""What `Conversion.stated` calls the files."""
+
+
+class GgufRule(Rule):
+    """Another type for some modules, as `--tensor-type` gives it."""
+
+    type: str | None = Field(None, description="A type of ggml, such as `Q8_0` or `F16`.")
+
+    @field_validator("type")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return None if value is None else _asked(type_of, value)
+
+
+class GgufFormat(Format):
+    """A GGUF, as llama.cpp makes, loads and publishes it."""
+
+    format: Literal["gguf"]
+    mix: str = Field(
+        "Q4_K_M",
+        description="The mix, by the name that llama-quantize has for it (`Q4_K_M`, `Q5_K_M`, "
+        "`Q6_K`, `Q8_0`, `IQ4_XS`, ...), or `BF16`, `F16` or `F32`, as the converter writes them.",
+    )
+    rules: list[GgufRule] = Field(
+        default_factory=list, description="Exceptions; the last rule that fits a module wins."
+    )
+    pure: bool = Field(
+        False, description="The mix's own type for all that it quantizes, as `--pure` asks for."
+    )
+    projector: Literal["F16", "BF16", "F32"] = Field(
+        "F16",
+        description="The type of the vision tower's file, `mmproj-...`, where the tower is kept.",
+    )
+    imatrix: ImatrixSpec | None = Field(
+        None,
+        description="What columns count, so that those of large inputs lose least: a published "
+        "file of llama.cpp's, or `calibration` for passes of our own, whose file is packaged too.",
+    )
+    tokenizer_pre: str | None = Field(
+        None,
+        description="What llama.cpp calls the pre-tokenizer, where it is not recognized by what "
+        "tokenizer.json does.",
+    )
+
+    @field_validator("mix")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return _asked(mix_of, value)
+
+    def engine_reads(self) -> Collection[Reads]:
+        """llama.cpp reads nothing beside its file; the tokenizer is what that is made of."""
+        return (Reads.TOKENIZER, Reads.PROCESSOR)
+
+    def files(self, variant: Variant) -> Mapping[str, bytes]:
+        """config.json, which tells pages and other engines of the model."""
+        return {"config.json": to_json(variant.config)}
+
+    def card(self) -> Card:
+        """See `Format.card`."""
+        return Card(own_template(__package__), "gguf", ("gguf", "llama.cpp"))
+
+    def checks(self) -> GgufChecks:
+        """See `Format.checks`."""
+        from carnice_build.formats.gguf.checks import GgufChecks
+
+        return GgufChecks()
+
+    @classmethod
+    def reader(cls) -> type[GgufReader]:
+        """See `Format.reader`."""
+        from carnice_build.formats.gguf.checks import GgufReader
+
+        return GgufReader
+
+    def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
+        """See `Format.leaving`."""
+        return {"rules+": [{"match": list(modules), "skip": True}]}
+
+    def layouts(self, conversion: Conversion, publication: Publication) -> Sequence[PackLayout]:
+        """One file or split ones, and the projector's."""
+        files: Sequence[GgufFile] = conversion.stated[_FILES]
+        return [
+            layout
+            for file in files
+            for layout in gguf_layouts(file, publication.model, publication.shard_bytes)
+        ]
+
+    def convert(self, view: View, context: PlanContext) -> Conversion:
+        """The tensors of the files, in the order of those."""
+        facts = context.architecture.tensors
+        files = Files(self.mix, self.imatrix, self.tokenizer_pre, view, context)
+        request = Request(self.mix, pure=self.pure)
+        text = files.text(request, self._chosen(files.described().tensors, context))
+        made = [text.file]
+        if any(facts[name].part is Part.TOWER for name in view):
+            made.append(files.tower(self.projector))
+        kinds = {name: item.type for name, item in text.file.described.items()}
+        quantized = {
+            tensor.fact.module: scheme_of(kinds[tensor.name])
+            for tensor in text.file.tensors
+            if kinds[tensor.name] not in FLOATS
+        }
+        return Conversion(
+            tensors=[tensor for file in made for tensor in file.tensors],
+            parameters=sum(ref.spec.size for ref in view.values()),
+            quantized=quantized,
+            ignored=[
+                fact.module
+                for name, fact in facts.items()
+                if name in view and fact.role in LINEARS and fact.module not in quantized
+            ],
+            stated={_FILES: [*made, text.statistics] if text.statistics else made},
+            notices=text.notices,
+        )
+
+    def _chosen(self, tensors: Sequence[Named], context: PlanContext) -> dict[str, str | None]:
+        """The types that rules give to tensors by GGUF's names; None for what they skip."""
+        layers = {item.fact.module: item.fact.layer for item in tensors}
+        tied = [name.rpartition(".")[0] for name in context.architecture.ties]
+        chosen: dict[str, str | None] = {}
+        for index, rule in enumerate(self.rules):
+            try:
+                if rule.type is None and not rule.skip:
+                    raise PlanError("says nothing", expected="`type` or `skip`")
+                found = fitted(rule, layers, tied, context)
+            except PlanError as error:
+                raise error.revised(at=("rules", index)) from None
+            for item in tensors:
+                if item.fact.module in found and item.name.endswith(".weight"):
+                    chosen[item.name] = None if rule.skip else rule.type
+        return chosen
+
+
+def _asked(known: Any, value: str) -> str:
+    """The name in full; pydantic's error where nobody knows it."""
+    try:
+        return str(known(value))
+    except PlanError as error:
+        message = f"{error.what}, expected {error.expected}"
+        raise PydanticCustomError("unknown", "{message}", {"message": message}) from None

@@ -1,0 +1,235 @@
+"""The files of a variant: what `naming` describes, in the types of a mix, with its importance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+
+from carnice_build.checkpoint.containers import STATISTICS
+from carnice_build.checkpoint.gguf_header import Described
+from carnice_build.checkpoint.gguf_values import Metadata
+from carnice_build.checkpoint.readme import front_matter
+from carnice_build.errors import PlanError
+from carnice_build.formats.base import OutputTensor
+from carnice_build.formats.gguf.imatrix import (
+    ImatrixSpec,
+    Importances,
+    Order,
+    Passes,
+    Wanted,
+    imatrix_source,
+    imatrix_tensors,
+    importance_refs,
+)
+from carnice_build.formats.gguf.imatrix_file import imatrix_metadata
+from carnice_build.formats.gguf.layout import GgufFile
+from carnice_build.formats.gguf.mixes import (
+    FLOATS,
+    Assigned,
+    ImportanceFile,
+    Request,
+    Tensor,
+    assign,
+    file_type,
+    model_of,
+    quantized_metadata,
+)
+from carnice_build.formats.gguf.naming import (
+    About,
+    Description,
+    Named,
+    describe,
+    describe_projector,
+)
+from carnice_build.formats.gguf.tensors import made_of
+from carnice_build.formats.gguf.tokenizer import tokenizer_metadata
+from carnice_build.graph import TensorRef, View
+from carnice_build.models.base import LINEARS
+from carnice_build.steps.base import PlanContext
+
+OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
+"""Tensors for which llama-quantize has options of their own."""
+
+_SWAPPED = (1, 0, 2)
+
+_MATRIX = 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """The model's own file, the one of the importance it was made with, and what to tell."""
+
+    file: GgufFile
+    statistics: GgufFile | None
+    notices: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Makes the files of a view.
+
+    `mix` is what most weights are to be, `imatrix` where their importance comes from.
+    """
+
+    mix: str
+    imatrix: ImatrixSpec | None
+    tokenizer_pre: str | None
+    view: View
+    context: PlanContext
+
+    def text(self, request: Request, chosen: Mapping[str, str | None]) -> Text:
+        """The model's own file, as `request` asks for it.
+
+        `chosen` are the types of tensors that rules are about, None for those that stay.
+        """
+        description = self.described()
+        metadata: Metadata = {**description.metadata, **self._vocabulary(description)}
+        if self.mix in FLOATS and not chosen:
+            types = {item.name: written_as(item, self.mix) for item in description.tensors}
+            file = self._file(description.tensors, types, metadata, {})
+            return Text(file, None, ())
+        written = [
+            Tensor(item.name, item.shape, written_as(item, self.written))
+            for item in description.tensors
+        ]
+        found, statistics = self._importance(description.tensors)
+        request = replace(
+            _with_rules(request, chosen, written), importance=bool(found and found.refs)
+        )
+        assigned = assign(written, model_of(metadata), request)
+        refs = found.refs if found else {}
+        self._check_importance(assigned, refs)
+        named = {item.name: item for item in description.tensors}
+        file = self._file(
+            [named[item.tensor.name] for item in assigned],
+            {item.tensor.name: item.type for item in assigned},
+            quantized_metadata(metadata, self.mix, self._importance_file(found)),
+            refs,
+        )
+        notices = [item.notice for item in assigned if item.notice]
+        return Text(file, statistics, [*notices, *(found.notices if found else ())])
+
+    def described(self) -> Description:
+        """What is in the model's own file beside the vocabulary, in the converter's order."""
+        context = self.context
+        about = self._about(self.written)
+        return describe(context.architecture, self.view, context.graph, about)
+
+    def tower(self, outtype: str) -> GgufFile:
+        """The projector's file."""
+        about = self._about(outtype)
+        description = describe_projector(self.context.architecture, self.view, about)
+        types = {item.name: written_as(item, outtype) for item in description.tensors}
+        file = self._file(description.tensors, types, description.metadata, {})
+        return replace(file, prefix="mmproj-", ending=f"-{outtype}", may_split=False)
+
+    @property
+    def written(self) -> str:
+        """The type of matrices in the file that is quantized, which the converter would write."""
+        return self.mix if self.mix in FLOATS else "BF16"
+
+    def _about(self, outtype: str) -> About:
+        body = self.context.body
+        source = next(iter(self.context.sources.values()))
+        return About(
+            name=source.spec.model,
+            files=self.context.files,
+            card=front_matter(body),
+            file_type=file_type(outtype),
+            where=body.where,
+        )
+
+    def _vocabulary(self, description: Description) -> Metadata:
+        (rows,) = {item.ref.spec.shape[0] for item in description.tensors if item.name == EMBEDDING}
+        body = self.context.body
+        return tokenizer_metadata(
+            self.context.files,
+            body.config,
+            self.context.architecture.name,
+            rows,
+            self.tokenizer_pre,
+            body.where,
+        )
+
+    def _file(
+        self,
+        named: Sequence[Named],
+        types: Mapping[str, str],
+        metadata: Metadata,
+        importance: Mapping[str, TensorRef],
+    ) -> GgufFile:
+        graph = self.context.graph
+        tensors = [
+            made_of(item, types[item.name], importance.get(item.name), graph) for item in named
+        ]
+        described = {
+            item.name: Described(item.name, types[item.name], item.ref.spec.shape) for item in named
+        }
+        return GgufFile("", f"-{self.mix}", metadata, tensors, described, may_split=True)
+
+    def _importance(self, named: Iterable[Named]) -> tuple[Importances | None, GgufFile | None]:
+        """What the recipe names, and the file of what our own passes found."""
+        if self.imatrix is None:
+            return None, None
+        graph = self.context.graph
+        try:
+            source = imatrix_source(self.imatrix, self.view, self.context)
+            wanted = [_wanted(item) for item in named if len(item.shape) >= _MATRIX]
+            found = importance_refs(graph, source, wanted)
+        except PlanError as error:
+            raise error.revised(at=("imatrix",)) from None
+        if not isinstance(source, Passes):
+            return found, None
+        items = imatrix_tensors(graph, source, wanted)
+        facts = {item.name: item.fact for item in named}
+        tensors = [
+            OutputTensor(item.name, ref, facts[item.name.rpartition(".")[0]]) for item, ref in items
+        ]
+        metadata = imatrix_metadata(source.datasets, source.chunks, source.chunk_size)
+        described = {item.name: item for item, _ in items}
+        file = GgufFile("", f"-{STATISTICS.partition('.')[0]}", metadata, tensors, described, False)
+        return found, file
+
+    def _importance_file(self, found: Importances | None) -> ImportanceFile | None:
+        """What the file says of the importance it was made with."""
+        if found is None:
+            return None
+        source = next(iter(self.context.sources.values()))
+        own = f"{PurePosixPath(source.spec.model).name}-{STATISTICS}"
+        dataset = found.datasets[0] if found.datasets else None
+        return ImportanceFile(found.file or own, dataset, found.entries, found.chunks)
+
+    def _check_importance(
+        self, assigned: Iterable[Assigned], refs: Mapping[str, TensorRef]
+    ) -> None:
+        for item in assigned:
+            if item.needs_importance and item.tensor.name not in refs:
+                raise PlanError(
+                    f"{item.type} is of no use for {item.tensor.name} without its importance",
+                    expected="`imatrix`, or another mix",
+                    at=("mix",),
+                )
+
+
+def written_as(item: Named, outtype: str) -> str:
+    """The type in which the converter writes a tensor to a file of `outtype`."""
+    if item.kind == "matrix":
+        return outtype
+    return "F16" if item.kind == "half" and outtype == "F16" else "F32"
+
+
+def _with_rules(
+    request: Request, chosen: Mapping[str, str | None], written: Iterable[Tensor]
+) -> Request:
+    """Rules as llama-quantize is told of them: what stays gets the type that it has."""
+    types = {item.name: chosen[item.name] or item.type for item in written if item.name in chosen}
+    named = {name: kind for name, kind in types.items() if name not in (OUTPUT, EMBEDDING)}
+    return replace(request, named=named, output=types.get(OUTPUT), embedding=types.get(EMBEDDING))
+
+
+def _wanted(item: Named) -> Wanted:
+    """What importance a tensor could have."""
+    module = item.fact.module if item.fact.role in LINEARS else None
+    columns = Order(item.swapped, _SWAPPED) if item.swapped is not None else None
+    return Wanted(item.name, item.ref.spec.shape, module, columns)

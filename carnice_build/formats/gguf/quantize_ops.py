@@ -1,0 +1,66 @@
+"""The ops that make ggml's blocks of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from carnice_build.checkpoint.gguf_header import stored_spec
+from carnice_build.dtypes import TensorSpec
+from carnice_build.errors import PlanError
+from carnice_build.formats.blame import require_floats
+from carnice_build.graph import ArrayOp, TensorData, require_finite
+
+
+class Quantize(ArrayOp):
+    """A weight in blocks of a type of ggml, byte for byte as `ggml_quantize_chunk` makes them.
+
+    Parameter `type`: one of `gguf_types.TYPES` that has blocks.
+    Input: a weight [rows, columns] in F32, F16 or BF16.
+    Output: U8 [rows, bytes of a row].
+    """
+
+    name = "gguf.quantize"
+    version = 1
+    libraries = ("numba",)
+    rowwise = True
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """The bytes of the rows; PlanError where whole blocks do not make up one."""
+        spec = inputs[0]
+        require_floats(spec)
+        try:
+            return (stored_spec(params["type"], spec.shape),)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+
+    def apply(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
+    ) -> None:
+        """Quantize rows; raises NonFiniteValue."""
+        from carnice_build.kernels.ggml import quantize
+
+        importance = inputs[1].array if len(inputs) > 1 else None
+        _, bad = quantize(params["type"], inputs[0].array, importance, outputs[0].array)
+        require_finite(bad)
+
+
+class QuantizeWeighted(Quantize):
+    """The same with the importance of each column, F32 [columns], as the second input."""
+
+    name = "gguf.quantize_weighted"
+    rowwise = False
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """The bytes of the rows; PlanError for importance of another width."""
+        weight, importance = inputs
+        if importance != TensorSpec("F32", weight.shape[-1:]):
+            raise PlanError(
+                f"cannot weigh {list(weight.shape)} by {importance.dtype} {list(importance.shape)}",
+                expected=f"F32 {list(weight.shape[-1:])}",
+            )
+        return super().infer(params, inputs)

@@ -1,0 +1,51 @@
+"""A tensor of a file from its values: as it is, in another type of floats, or in blocks."""
+
+from __future__ import annotations
+
+import re
+
+from carnice_build.dtypes import ITEM_SIZE
+from carnice_build.formats.base import OutputTensor
+from carnice_build.formats.elementwise import Elementwise
+from carnice_build.formats.gguf.naming import Named
+from carnice_build.formats.gguf.quantize_ops import Quantize, QuantizeWeighted
+from carnice_build.formats.scheme import Scheme
+from carnice_build.graph import ActionGraph, Stacked, TensorRef
+
+_MATRIX = 2
+_BITS = re.compile(r"\d+")
+
+
+def scheme_of(kind: str) -> Scheme:
+    """What people call a type of blocks."""
+    found = _BITS.search(kind)
+    assert found is not None, "types of blocks have their bits in their names"
+    return Scheme(int(found[0]), kind="float" if kind == "MXFP4" else "int", name=kind)
+
+
+def made_of(
+    item: Named, kind: str, importance: TensorRef | None, graph: ActionGraph
+) -> OutputTensor:
+    """The tensor in a type; `importance` is F32 [columns], or [experts, columns] of a stack."""
+    return OutputTensor(item.name, _stored(item.ref, kind, importance, graph), item.fact)
+
+
+def _stored(
+    ref: TensorRef, kind: str, importance: TensorRef | None, graph: ActionGraph
+) -> TensorRef:
+    if ref.spec.dtype == kind:
+        return ref
+    if kind in ITEM_SIZE:
+        params = {"add": None, "dtype": kind, "nonfinite": "refuse"}
+        (made,) = graph.add(Elementwise(), params, ref)
+        return made
+    if importance is not None:
+        op = QuantizeWeighted()
+        stacked = len(ref.spec.shape) > _MATRIX
+        (made,) = graph.add(Stacked(op) if stacked else op, {"type": kind}, ref, importance)
+        return made
+    # Rows of a stack are rows like others.
+    *outer, columns = ref.spec.shape
+    rows = ref.spec.size // columns
+    (made,) = graph.add(Quantize(), {"type": kind}, ref.reshaped(rows, columns))
+    return made.reshaped(*outer, made.spec.shape[1])
