@@ -126,7 +126,7 @@ def _first_grid(s: Floats, lanes: int, top: int) -> None:
     """
     for k in range(lanes):
         low = s[LOW + k]
-        low = low if low < ZERO else ZERO
+        low = ZERO if low > ZERO else low
         grid = np.float32(top) / (s[HIGH + k] - low)
         s[GRID + k] = grid
         s[SCALE + k] = ONE / grid

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from .._affine_loops import Floats
 from .._floats import Array, require
 from .._nvfp4_loops import Bytes
-from . import _k_loops
+from . import (
+    _cast_loops,
+    _iq4_loops,
+    _k_loops,
+    _plain_loops,
+    _q3_k_loops,
+    _q6_k_loops,
+    _weighted_loops,
+)
 from .rows import checked_importance, checked_rows, wide_chunks
 
 Plain = Callable[[Floats, Bytes], None]
@@ -41,9 +49,22 @@ class Quantizer(NamedTuple):
 
 
 QUANTIZERS: Mapping[str, Quantizer] = {
+    "F32": Quantizer(1, 4, _cast_loops.f32, None),
+    "F16": Quantizer(1, 2, _cast_loops.f16, None),
+    "BF16": Quantizer(1, 2, _cast_loops.bf16, None),
+    "Q4_0": Quantizer(32, 18, _plain_loops.q4_0, _weighted_loops.q4_0),
+    "Q4_1": Quantizer(32, 20, _plain_loops.q4_1, _weighted_loops.q4_1),
+    "Q5_0": Quantizer(32, 22, _plain_loops.q5_0, _weighted_loops.q5_0),
+    "Q5_1": Quantizer(32, 24, _plain_loops.q5_1, _weighted_loops.q5_1),
+    "Q8_0": Quantizer(32, 34, _plain_loops.q8_0, None),
     "Q2_K": Quantizer(256, 84, _k_loops.plain_2, _k_loops.weighted_2),
+    "Q3_K": Quantizer(256, 110, _q3_k_loops.plain, _q3_k_loops.weighted),
     "Q4_K": Quantizer(256, 144, _k_loops.plain_4, _k_loops.weighted_4),
     "Q5_K": Quantizer(256, 176, _k_loops.plain_5, _k_loops.weighted_5),
+    "Q6_K": Quantizer(256, 210, _q6_k_loops.plain, _q6_k_loops.weighted),
+    "IQ4_NL": Quantizer(32, 18, _iq4_loops.plain_nl, _iq4_loops.weighted_nl),
+    "IQ4_XS": Quantizer(256, 136, _iq4_loops.plain_xs, _iq4_loops.weighted_xs),
+    "MXFP4": Quantizer(32, 17, _plain_loops.mxfp4, None),
 }
 """By the name that ggml has for the type."""
 
