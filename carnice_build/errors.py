@@ -192,6 +192,8 @@ def near(name: str, valid: Iterable[str], most: int) -> list[str]:
     """The valid names that are close in spelling to `name`, the closest first."""
     candidates = [item for item in islice(valid, _MOST_COMPARED) if len(item) <= _MOST_SHOWN]
     name = name[:_MOST_SHOWN]
+    if same := [item for item in candidates if item != name and item.lower() == name.lower()]:
+        return same[:most]
     alike = difflib.get_close_matches(name, candidates, n=most, cutoff=0.5)
     # Names half alike are a guess, unless one says more than the other.
     close = set(difflib.get_close_matches(name, alike, n=most, cutoff=0.6))

@@ -84,6 +84,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             "steps=[{drop: {match: 'model.visual.*'}}]",
             f"quantize.quant_algo={case.quant_algo}",
             f"quantize.rules={rules}",
+            "package.serve=modelopt-vllm",
         ),
     )
     build_variants([VARIANT], options)

@@ -149,7 +149,7 @@ def test_no_key_of_a_forward_pass_holds_anything_of_the_quantizer(small: Project
     changed = [planned(small, "quantize.defaults=modelopt-0.43", "quantize.keep=mtp.*")]
     changed += [
         planned(small, keep),
-        planned(small, "quantize.quant_algo=FP8"),
+        planned(small, "quantize.quant_algo=FP8", "package.serve=modelopt-vllm"),
         planned(small, "quantize.kv_cache.format=fp8"),
     ]
     spelled = [
@@ -331,6 +331,19 @@ OVERRIDES = {
     "an algorithm of another name": (
         "quantize.quant_algo=NVFP4A16",
         ("quantize.quant_algo", "got 'NVFP4A16'"),
+    ),
+    "an algorithm in small letters": ("quantize.quant_algo=fp8", ("did you mean 'FP8'?",)),
+    "a rule that skips what it changes": (
+        "quantize.rules=[{match: '*.mlp.*', quant_algo: FP8, skip: true}]",
+        ("quantize.rules.0", "`skip` leaves nothing for quant_algo to change"),
+    ),
+    "a profile of another algorithm": (
+        "quantize.quant_algo=FP8",
+        ("the profile 'nvfp4-vllm' is for NVFP4", "expected modelopt-vllm or vllm"),
+    ),
+    "a cache of another type": (
+        "quantize.kv_cache=fp8",
+        ("quantize.kv_cache: Input should be a mapping (got 'fp8')",),
     ),
     "samples for another profile": (
         "calibration.samples={full: 20}",
@@ -523,7 +536,8 @@ def test_weights_that_are_not_finite_are_named(
     name = LAYER(1) + "mlp.down_proj.weight"
     poison(small, name)
 
-    check_refused(build(carnice, f"quantize.quant_algo={algorithm}"), small, name)
+    settings = (f"quantize.quant_algo={algorithm}", "package.serve=modelopt-vllm")
+    check_refused(build(carnice, *settings), small, name)
 
 
 def test_blocks_of_mxfp8_have_to_divide_a_row(small: Project, carnice: Carnice) -> None:

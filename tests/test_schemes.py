@@ -249,6 +249,26 @@ def test_a_group_for_linears_takes_what_no_other_names(source: Path, tmp_path: P
 
 REFUSED = [
     ("scheme: FP8_DYNAMC", "is no scheme that is made here; did you mean 'FP8_DYNAMIC'?"),
+    ("scheme: fp8_dynamic", "did you mean 'FP8_DYNAMIC'?"),
+    ("scheme: [FP8_DYNAMIC]", "quantize.scheme: Input should be a valid string"),
+    ("scheme: {}", "quantize.scheme: Dictionary should have at least 1 item"),
+    ("scheme: {FP8_DYNAMIC: []}", "quantize.scheme.FP8_DYNAMIC: List should have at least 1 item"),
+    ("scheme: {FP8_DYNAMIC: ''}", "quantize.scheme.FP8_DYNAMIC: '' is an empty pattern"),
+    ("scheme: {FP8_DYNAMIC: 're:'}", "quantize.scheme.FP8_DYNAMIC: 're:' is an empty pattern"),
+    ("scheme: {FP8_DYNAMIC: 're:(a'}", "quantize.scheme.FP8_DYNAMIC: 're:(a' is not a valid"),
+    ("scheme: {FP8_DYNAMIC: 're:^([a-z.]+)+$!'}", "could take too long on some names"),
+    ("scheme: {FP8_DYNAMIC: '*.mpl.*'}", "no linear of decoder layers; did you mean 'mlp'?"),
+    ("scheme: {FP8_DYNAMIC: Linear}, targets: Linear", "`targets` is for a single scheme"),
+    ("scheme: FP8_DYNAMIC, nvfp4: modelopt", "`nvfp4` is for a `scheme` of NVFP4"),
+    ("scheme: NVFP4", "the format needs a section `calibration`"),
+    ("scheme: W8A8, kv_cache: {format: fp8}", "`kv_cache` needs a section `calibration`"),
+    ("config_groups: {}", "quantize.config_groups: Dictionary should have at least 1 item"),
+    ("config_groups: {a: }", "quantize.config_groups.a: Input should be a mapping"),
+    (
+        "config_groups: {a: {targets: Linear, weights: {num_bits: 8, type: float, "
+        "strategy: block, block_structure: [128, 0]}}}",
+        "block_structure.1: Input should be greater than 0",
+    ),
     ("ignore: '*.q_proj'", "needs either `scheme` or `config_groups`"),
     ("scheme: {FP8_BLOCK: Linear, W8A8: Linear}", "two groups are for Linear"),
     (
@@ -280,7 +300,7 @@ def test_what_cannot_be_is_refused_when_it_is_planned(
     """With the reason, before any weight is read."""
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "_profiles.yaml").write_text("demo: {}\n")
-    inner = knobs.strip("{}") if knobs.startswith("{") else knobs
+    inner = knobs[1:-1] if knobs.startswith("{") else knobs
     (tmp_path / "recipes" / "mine.yaml").write_text(
         "variant: mine\ndescription: A\nsources: {body: {model: a/b}}\n"
         f"quantize: {{format: compressed-tensors, {inner}}}\n"

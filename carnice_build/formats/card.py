@@ -13,7 +13,7 @@ from carnice_build.formats.measured import Measured, command_line, plain
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.variant import Variant
 from carnice_build.models.base import Part
-from carnice_build.recipe.schema import CalibrationSpec, CardSpec, count_for
+from carnice_build.recipe.schema import DATASET_FILES, CalibrationSpec, CardSpec, count_for
 from carnice_build.tensors import STACK
 from carnice_build.units import format_both
 
@@ -179,7 +179,7 @@ def _numbers(values: Mapping[Any, float]) -> dict[str, str]:
 def _calibration(spec: CalibrationSpec, profile: str | None) -> dict[str, Any]:
     return {
         "dataset": spec.dataset,
-        "subset": spec.subset,
+        "subset": None if spec.dataset.endswith(DATASET_FILES) else spec.subset,
         "samples": count_for(spec.samples, profile),
         "length": count_for(spec.length, profile),
     }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from carnice_build.recipe.patterns import Patterns
 from carnice_build.recipe.schema import PatternList, Strict
@@ -14,7 +14,12 @@ from carnice_build.steps.base import PlanContext, require_match
 
 
 class Rule(Strict):
-    """Which modules a rule is about; formats add the settings that it changes."""
+    """Which modules a rule is about; formats add the settings that it changes.
+
+    `about` names what they add to say which modules these are.
+    """
+
+    about: ClassVar[Collection[str]] = ()
 
     match: PatternList = Field(description="Module paths, such as `*.v_proj` or `lm_head`.")
     layers: str | None = Field(None, description="Only in this named set of layers.")
@@ -22,6 +27,14 @@ class Rule(Strict):
         False, description="Whether patterns may match nothing, as in a rule for many families."
     )
     skip: bool = Field(False, description="Leave these modules unquantized.")
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        given = self.model_dump(exclude_none=True, exclude_unset=True)
+        settings = sorted(given.keys() - Rule.model_fields.keys() - {*self.about})
+        if self.skip and settings:
+            raise ValueError(f"`skip` leaves nothing for {' and '.join(settings)} to change")
+        return self
 
 
 def fitted(

@@ -204,8 +204,8 @@ def _telling(
 ) -> list[ErrorDetails]:
     """One detail for each entry that is wrong, unknown keys first.
 
-    Of the ways in which a value fits no branch of a union the first is told.  A misspelt key is
-    why another is missing, so that one is not told.
+    Of the ways in which a value fits no branch of a union the one is told that got furthest into
+    the value, or the first.  A misspelt key is why another is missing, so that one is not told.
     """
     unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
     others = [detail for detail in details if detail["type"] != "extra_forbidden"]
@@ -217,25 +217,41 @@ def _telling(
     for detail in (*unknown, *others):
         location = detail["loc"]
         if detail["type"] != "missing":
-            told.setdefault(_written(tree, (*path, *location)), detail)
+            place = _written(tree, (*path, *location))
+            if place not in told or _is_of_type(detail) < _is_of_type(told[place]):
+                told[place] = detail
         elif location not in meant:
             parent = _written(tree, (*path, *location[:-1]))
             told.setdefault((*parent, location[-1]), detail)
-    return list(told.values())
+    # Only a union has something to say of an entry and of what is in it.
+    above = {place[:end] for place in told for end in range(len(place))}
+    return [
+        detail
+        for place, detail in told.items()
+        if place not in above or detail["type"] in ("missing", "extra_forbidden")
+    ]
+
+
+def _is_of_type(detail: ErrorDetails) -> bool:
+    """Whether the value is no more than of another type than it should be."""
+    return detail["type"].endswith("_type")
 
 
 def _written(tree: Node, location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     """The path of the entry that `location` speaks of, without the branches of a union in it."""
-    end = len(location)
-    while end and tree.find(location[:end]) is tree.find(location[: end - 1]):
-        end -= 1
-    return location[:end]
+    found: tuple[str | int, ...] = ()
+    for part in location:
+        if tree.find((*found, part)) is not tree.find(found):
+            found = (*found, part)
+    return found
 
 
 def _translate(
     detail: ErrorDetails, model: type[BaseModel], tree: Node, path: tuple[str | int, ...]
 ) -> RecipeError:
-    location = (*path, *detail["loc"])
+    location = _written(tree, (*path, *detail["loc"]))
+    if detail["type"] == "missing":
+        location = (*_written(tree, (*path, *detail["loc"][:-1])), detail["loc"][-1])
     shown = ".".join(map(str, location)) or "the recipe"
     where = tree.find(location).where
     if detail["type"] == "extra_forbidden":
@@ -249,6 +265,8 @@ def _translate(
     if detail["type"] == "missing":
         return RecipeError(f"{shown} is missing", where=where)
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "model_type":
+        message = "Input should be a mapping"
     given = detail["input"]
     suffix = "" if isinstance(given, dict | list) or repr(given) in message else f" (got {given!r})"
     near = None

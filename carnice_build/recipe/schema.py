@@ -35,6 +35,8 @@ class Strict(BaseModel):
 
 
 def _check_pattern(text: str) -> str:
+    if not text.removeprefix("re:"):
+        raise ValueError(f"{text!r} is an empty pattern")
     compile_pattern(text)
     return text
 

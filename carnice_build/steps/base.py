@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -99,10 +99,14 @@ class PlanContext:
         """The checkpoint that the variant is made from: the recipe's first source."""
         return next(iter(self.sources.values())).checkpoint
 
-    def calibrated(self) -> CalibrationSource:
-        """What the recipe calibrates on; PlanError when it does not say."""
+    def calibrated(self, key: str | None = None) -> CalibrationSource:
+        """What the recipe calibrates on; PlanError when it does not say.
+
+        `key` is what needs it in the format's section, if the format does not by itself.
+        """
         if self.calibration is None:
-            raise PlanError("the format needs a section `calibration`", at=("format",))
+            what = f"`{key}`" if key else "the format"
+            raise PlanError(f"{what} needs a section `calibration`", at=(key or "format",))
         return self.calibration
 
     def layers(self, name: str) -> frozenset[int]:
@@ -153,6 +157,13 @@ class Step(Strict):
         return files
 
 
+def _parts(name: str, depth: int, anywhere: bool) -> Iterator[str]:
+    """What a path ends in, `depth` of its parts; or all that is as deep `anywhere` in it."""
+    path = name.split(".")
+    end = max(0, len(path) - depth)
+    return (".".join(path[at : at + depth]) for at in range(0 if anywhere else end, end + 1))
+
+
 def require_match(patterns: Patterns, names: Sequence[str], what: str) -> list[str]:
     """The names that match; PlanError with the nearest name when a pattern matches none."""
     found = patterns.select(names)
@@ -160,8 +171,10 @@ def require_match(patterns: Patterns, names: Sequence[str], what: str) -> list[s
         if Patterns(text).select(found) if len(patterns.texts) > 1 else found:
             continue
         bare = text.strip("*.")
-        # A glob such as `*.v_proj` names the end of a path, so ends are what it is compared with.
-        depth = bare.count(".") + 1
-        ends = {".".join(name.split(".")[-depth:]) for name in names}
-        raise PlanError(f"{text} matches no {what}", nearest=nearest(bare, sorted(ends)))
+        # A glob such as `*.v_proj` names the end of a path, so ends are what it is compared with;
+        # one such as `*.mlp.*` names what is anywhere.
+        parts = {
+            part for name in names for part in _parts(name, bare.count(".") + 1, text.endswith("*"))
+        }
+        raise PlanError(f"{text} matches no {what}", nearest=nearest(bare, sorted(parts)))
     return found

@@ -107,7 +107,7 @@ def check_roundtrip(
     if worst:
         summary += f", largest relative error {_format(worst[0].error)} in {worst[0].module}"
     if left_out:
-        why = ", ".join(dict.fromkeys(reasons[:_REASONS]))
+        why = ", ".join([*dict.fromkeys(reasons)][:_REASONS])
         summary += f"; {plural(left_out, 'module')} not compared: {why}"
     problems = [item.problem for item in found if item.problem]
     details = {

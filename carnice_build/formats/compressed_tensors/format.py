@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -94,12 +94,12 @@ class CompressedFormat(Format):
     """Weights in schemes of compressed-tensors."""
 
     format: Literal["compressed-tensors"]
-    scheme: str | dict[str, PatternList] | None = Field(
+    scheme: str | Annotated[dict[str, PatternList], Field(min_length=1)] | None = Field(
         None,
         description="A preset of llm-compressor by name, such as `FP8_DYNAMIC`, for all of "
         "`targets`; or names of presets and the modules that each is for.",
     )
-    config_groups: dict[str, ConfigGroup] | None = Field(
+    config_groups: Annotated[dict[str, ConfigGroup], Field(min_length=1)] | None = Field(
         None, description="Groups of modules and their schemes, in place of `scheme`."
     )
     targets: PatternList = Field(
@@ -160,6 +160,15 @@ class CompressedFormat(Format):
                 raise ValueError(f"{where}: {kind} is for integers in groups without inputs")
         if sum(LINEAR in group.targets for group in self.groups.values()) > 1:
             raise ValueError(f"two groups are for {LINEAR}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_use_for_all(self) -> CompressedFormat:
+        if isinstance(self.scheme, dict) and "targets" in self.model_fields_set:
+            raise ValueError("`targets` is for a single scheme; several have their own")
+        made = {group.weights.arithmetic for group in self.groups.values()}
+        if self.nvfp4 is not None and (self.scheme is None or self.nvfp4 not in made):
+            raise ValueError("`nvfp4` is for a `scheme` of NVFP4")
         return self
 
     @cached_property
@@ -280,8 +289,11 @@ class CompressedFormat(Format):
     @property
     def calibrates(self) -> bool:
         """Whether scales of inputs, or of keys and values, are stored."""
-        inputs = (group.input_activations for group in self.groups.values())
-        return self.kv_cache is not None or any(map(is_stored, inputs))
+        return self.kv_cache is not None or self._stores_inputs
+
+    @property
+    def _stores_inputs(self) -> bool:
+        return any(is_stored(group.input_activations) for group in self.groups.values())
 
     def extras(self) -> tuple[str, ...]:
         """AWQ's search and GPTQ are llm-compressor's; a calibration alone runs in torch."""
@@ -317,7 +329,8 @@ class CompressedFormat(Format):
             unfit = {fact.module: storage.unfit(view[fact.name].spec) for fact in modules}
             refuse_unfit(unfit, "a pattern for it under `ignore`", path)
         scales = self._scales(grouping.facts, view, context)
-        passes = cache(lambda: Maxima(Calibration(view, context.calibrated())))
+        key = None if self._stores_inputs else "kv_cache"
+        passes = cache(lambda: Maxima(Calibration(view, context.calibrated(key))))
         inputs = input_scales(grouping, view, context, passes)
         compensated = self._compensated(grouping, view, context)
         published = _Published(self, grouping, scales, inputs, compensated, view, context)

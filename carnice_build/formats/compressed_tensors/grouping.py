@@ -36,7 +36,7 @@ class Grouping:
         for path, patterns in zip(paths, targets.patterns, strict=True):
             if patterns.texts:
                 try:
-                    require_match(patterns, modules, "linear")
+                    require_match(patterns, modules, "linear of decoder layers")
                 except PlanError as error:
                     raise error.revised(at=path) from None
         self._paths: dict[str, Path] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from carnice_build.formats.scheme import Scheme
 from carnice_build.recipe.schema import PatternList, Strict
@@ -29,7 +29,7 @@ class Arguments(Strict):
     group_size: Literal[16, 32, 64, 128] | None = Field(
         None, description="Numbers of a row that share a scale; for strategies of groups."
     )
-    block_structure: tuple[int, int] | None = Field(
+    block_structure: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="Rows and columns that share a scale; for strategy `block`."
     )
     scale_dtype: ScaleType | None = Field(

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 class MlxRule(ModeRule):
     """Mode, bits and group size of the modules that the rule is about."""
 
+    about = ("paths",)
+
     paths: Literal["source", "mlx"] = Field(
         "source",
         description="Which paths `match` is about: those of the source, or those that the library "

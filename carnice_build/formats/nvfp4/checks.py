@@ -26,7 +26,7 @@ from carnice_build.formats.exclusions import ignore_problems, modules_of
 from carnice_build.formats.folder import ModelFolder, read_object, section
 from carnice_build.formats.kv_cache import scale_problems
 from carnice_build.formats.nvfp4.algorithms import ALGORITHMS, MIXED
-from carnice_build.formats.nvfp4.files import KV_CACHE_SCHEME, LAYERS, SCALES
+from carnice_build.formats.nvfp4.files import KV_CACHE_SCHEME, LAYERS, SCALES, mixed_groups
 from carnice_build.formats.nvfp4.stored import (
     fp8_round_trip,
     is_scale,
@@ -46,13 +46,15 @@ from carnice_build.tensors import STACK, SourceTensor, members
 
 _CONFIG, _TWIN = "config.json", "hf_quant_config.json"
 _ROLES = (*LINEARS, Role.EMBEDDING, Role.CONV)
+_FOUR = 4
+_PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 _SCALARS = ("weight_scale_2", "input_scale")
 
 
 class Nvfp4Reader(FolderReader):
     """Folders of modelopt; the numbers of NVFP4, FP8 and MXFP8 can be told."""
 
-    suffixes = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+    suffixes = _PARTS
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -114,6 +116,7 @@ class Nvfp4Checks(TorchChecks):
             if section(stated, LAYERS) != section(twin, LAYERS):
                 yield f"{_CONFIG} and {_TWIN} differ in {LAYERS}"
             yield from _layer_problems(folder, architecture, section(stated, LAYERS))
+            yield from _group_problems(stated)
         else:
             yield from self._uniform_problems(folder, architecture, stated, twin)
         for name, tensor in folder.tensors.items():
@@ -233,11 +236,9 @@ def _layer_problems(
         for module in modules_of(fact):
             name = fact.module.partition(f".{STACK}")[0]
             known.add(name)
-            tensor = folder.tensors.get(f"{module}.weight")
             stated = section(layers, name).get("quant_algo")
-            stored = tensor is not None and tensor.spec.dtype not in WIDE_FLOATS
-            if stored != (stated is not None):
-                yield f"{_CONFIG} states {stated} of {module}, which is {_kind(tensor)}"
+            if has := _other_tensors(module, stated, folder.tensors):
+                yield f"{_CONFIG} states {stated} of {module}, which {has}"
     for name, layer in layers.items():
         algorithm = ALGORITHMS.get(str(section(layers, name).get("quant_algo")))
         if name not in known:
@@ -251,6 +252,33 @@ def _layer_problems(
                 f"{_CONFIG} states {' and '.join(sorted(found))} of {', '.join(fusion.parts)}, "
                 "which engines fuse"
             )
+
+
+def _other_tensors(module: str, stated: Any, tensors: Mapping[str, SourceTensor]) -> str:
+    """What is stored of a module where it is not what its algorithm has; nothing where it is.
+
+    No two algorithms have the same tensors.  One that is not known has its own complaint.
+    """
+    tensor = tensors.get(f"{module}.weight")
+    if stated is None or tensor is None or tensor.spec.dtype in WIDE_FLOATS:
+        stored = tensor is not None and tensor.spec.dtype not in WIDE_FLOATS
+        return f"is {_kind(tensor)}" if stored != (stated is not None) else ""
+    algorithm = ALGORITHMS.get(str(stated))
+    found = [part for part in _PARTS if f"{module}.{part}" in tensors]
+    codes = "U8" if algorithm and algorithm.scheme.bits == _FOUR else "F8_E4M3"
+    if algorithm is None or (found == [*algorithm.suffixes] and tensor.spec.dtype == codes):
+        return ""
+    return f"is {_kind(tensor)} and has {', '.join(found)}"
+
+
+def _group_problems(stated: Mapping[str, Any]) -> Iterator[str]:
+    """Config groups say of each module what its entry says, unless that is not known."""
+    layers = section(stated, LAYERS)
+    found = {name: str(section(layers, name).get("quant_algo")) for name in layers}
+    if {*found.values()} <= ALGORITHMS.keys() and stated.get("config_groups") != mixed_groups(
+        found
+    ):
+        yield f"{_CONFIG} has other config_groups than follow from {LAYERS}"
 
 
 def _stack(module: str) -> str:

@@ -57,6 +57,17 @@ def _mixed(layers: Mapping[str, str]) -> dict[str, Any]:
     return {"quant_algo": MIXED, LAYERS: of_layers}
 
 
+def mixed_groups(layers: Mapping[str, str]) -> dict[str, Any]:
+    """The config groups of modules, of each of which the algorithm's name is given."""
+    targets: dict[str, list[str]] = {}
+    for module, algorithm in layers.items():
+        targets.setdefault(algorithm, []).append(module)
+    return {
+        f"group_{index}": {**ALGORITHMS[algorithm].group, "targets": sorted(modules)}
+        for index, (algorithm, modules) in enumerate(targets.items())
+    }
+
+
 def _config(said: Mapping[str, Any], kv_cache: bool) -> dict[str, Any]:
     """The `quantization_config` that says the same, as the library derives it."""
     name = said["quant_algo"]
@@ -64,13 +75,7 @@ def _config(said: Mapping[str, Any], kv_cache: bool) -> dict[str, Any]:
     if name != MIXED and ALGORITHMS[name].grouped:
         groups = {"group_0": {**ALGORITHMS[name].group, "targets": ["Linear"]}}
     elif name == MIXED:
-        targets: dict[str, list[str]] = {}
-        for module, stated in said[LAYERS].items():
-            targets.setdefault(stated["quant_algo"], []).append(module)
-        groups = {
-            f"group_{index}": {**ALGORITHMS[algorithm].group, "targets": sorted(modules)}
-            for index, (algorithm, modules) in enumerate(targets.items())
-        }
+        groups = mixed_groups({module: item["quant_algo"] for module, item in said[LAYERS].items()})
     return {
         **({"config_groups": groups} if groups else {}),
         **({LAYERS: said[LAYERS]} if name == MIXED else {}),

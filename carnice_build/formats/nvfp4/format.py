@@ -88,6 +88,10 @@ class Nvfp4Format(Format):
         None, description="Store scales for a cache of FP8, as modelopt's FP8_KV_CFG does."
     )
 
+    def schemes(self) -> tuple[str, ...]:
+        """The algorithms that the recipe names."""
+        return tuple(item.name for item in self.used)
+
     def files(self, variant: Variant) -> Mapping[str, bytes]:
         """As modelopt exports them and vLLM loads them."""
         return modelopt_files(variant, self.kv_cache is not None)
@@ -138,7 +142,8 @@ class Nvfp4Format(Format):
         check_algorithms(algorithms, context.architecture)
         found = {module: _unfit(fact, algorithms[module], view) for module, fact in chosen.items()}
         refuse_unfit(found, "it among `keep`")
-        activations = cache(lambda: Activations(Calibration(view, context.calibrated())))
+        key = None if any(item.calibrated for item in self.used) else "kv_cache"
+        activations = cache(lambda: Activations(Calibration(view, context.calibrated(key))))
         made = Linears(chosen, algorithms, activations, view, context).made()
         biases = turned_biases(facts, chosen, view, context)
         cached = self._cache_scales(view, activations, context)
