@@ -27,6 +27,13 @@ from carnice_build.store.packs import Location, digest_range
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import SourceTensor
 
+_SMALL = 1 << 16
+"""So many bytes of an output that nobody asked for are kept all the same.
+
+A recipe that asks for them one day, as one with scales of a cache does for the ranges of keys, so
+takes no pass for them.
+"""
+
 
 class ProcessJob:
     """A job of one process op while it runs."""
@@ -170,8 +177,8 @@ class ProcessJob:
             self._bench.packs[sink.layout].copy_from(
                 Location(path, 0), sink.offset, file.spec.nbytes
             )
-        if self._job.keeps(action, index):
-            transient = index in self._op.transient
+        transient = index in self._op.transient
+        if self._job.keeps(action, index) or not (transient or file.spec.nbytes > _SMALL):
             self._hold(index, path)
             self._bench.store.adopt_blob(path, digest, durable=not transient)
         return digest
