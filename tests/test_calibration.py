@@ -98,6 +98,15 @@ def test_another_text_quantizes_no_weight(calibrated: Project, ran: Ran) -> None
     assert 1 == len([name for name in before if before[name] != after[name]])
 
 
+def test_scales_of_a_cache_that_are_asked_for_later_take_no_pass(
+    calibrated: Project, ran: Ran
+) -> None:
+    """Of the layer with full attention; the passes kept what nobody had asked for then."""
+    assert Counter({"kv_cache.scales": 1}) == ran(
+        calibrated, FINE_TUNE, changes=["quantize.kv_cache.format=fp8"]
+    )
+
+
 @pytest.mark.parametrize("command", ["plan", "build"])
 def test_too_few_rows_are_told_before_any_work(
     command: str, calibrated: Project, carnice: Callable[..., Finished]
@@ -172,11 +181,12 @@ def test_the_mtp_head_is_the_bases_byte_for_byte(calibrated: Project) -> None:
 
 
 def test_hidden_states_do_not_outlive_the_build(shared: Project) -> None:
-    """What is left of a calibration are its tokens and one number for each linear of a layer."""
+    """What is left of a calibration are its tokens, and some numbers of each layer."""
     sizes = Counter(blob_sizes(shared))
 
-    # Tokens 2 x 24 x I32; eight linears in each linear layer, seven in the full one.
-    assert Counter({192: 1, 32: 3, 28: 1}) == sizes
+    # Tokens 2 x 24 x I32; eight linears in each linear layer, seven in the full one,
+    # of whose keys and values there are four ends for each of two samples.
+    assert Counter({192: 1, 32: 3 + 1, 28: 1}) == sizes
     assert [] == list((shared.cache / "partial").iterdir())
 
 
