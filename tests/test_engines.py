@@ -312,6 +312,19 @@ def test_a_server_dies_with_us(
             "KeyError: 'a'",
         ),
         (
+            "(Worker pid=8) ERROR 11-26 10:15:05 [a.py:1] ValueError: no kernel. Reasons: \n"
+            "(Worker pid=8) ERROR 11-26 10:15:05 [a.py:1]  One cannot do that.\n"
+            "(Worker pid=8) ERROR 11-26 10:15:05 [a.py:1]  Another cannot either.\n"
+            "(EngineCore pid=7) Exception: It failed. See stack trace for root cause.\n",
+            "ValueError: no kernel. Reasons: One cannot do that.",
+        ),
+        (
+            "(Worker pid=8) ERROR 11-26 10:15:05 [a.py:1] ValueError: no kernel. Reasons: \n"
+            "(Worker pid=8) ERROR 11-26 10:15:05 [a.py:1] \n"
+            "(EngineCore pid=7) INFO 11-26 10:15:05 [b.py:1] waiting\n",
+            "ValueError: no kernel. Reasons:",
+        ),
+        (
             "x.ValidationError: 1 validation error for Config\n  Value error, no heads\n  more\n",
             "x.ValidationError: 1 validation error for Config Value error, no heads",
         ),

@@ -157,23 +157,31 @@ def _healthy(url: str, seconds: float) -> bool:
 _PREFIX = re.compile(r"^(\([^()]*pid=\d+\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] )?")
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR = re.compile(r"^[\w.]*(Error|Exception|Exit|Interrupt): ?\S")
-_ELSEWHERE = "See root cause"
-_CONTINUED = "validation error"
+_ELSEWHERE = re.compile(r"See .*\broot cause")
+_CONTINUED = re.compile(r"validation error|:$")
 
 
 def last_words(log: Path) -> str:
     """The line of a log that says best why it ends: its last exception, or its last line.
 
     An exception that only says that there is another one does not count.
+    One that announces its reasons is told with the first of them.
     """
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _MOST_LOG))
         text = file.read().decode(errors="replace")
-    lines = [_PREFIX.sub("", _ESCAPE.sub("", line)).rstrip() for line in text.splitlines()]
-    lines = [line for line in lines if line]
+    lines = [_spoken(_ESCAPE.sub("", line)) for line in text.splitlines()]
+    lines = [(speaker, line) for speaker, line in lines if line]
     for index in reversed(range(len(lines))):
-        line = lines[index]
-        if _ERROR.match(line) and _ELSEWHERE not in line:
-            more = lines[index + 1 : index + 2] if _CONTINUED in line else []
-            return " ".join([line, *map(str.strip, more)])
-    return lines[-1].strip() if lines else "it said nothing"
+        speaker, line = lines[index]
+        if _ERROR.match(line) and not _ELSEWHERE.search(line):
+            more = lines[index + 1 : index + 2] if _CONTINUED.search(line) else []
+            return " ".join([line, *(text.strip() for by, text in more if by == speaker)])
+    return lines[-1][1].strip() if lines else "it said nothing"
+
+
+def _spoken(line: str) -> tuple[str, str]:
+    """Which process says a line of a log, "" where that is not told, and what it says."""
+    prefix = _PREFIX.match(line)
+    assert prefix is not None
+    return prefix.group(1) or "", line[prefix.end() :].rstrip()
