@@ -1,10 +1,11 @@
-"""Measure the ops of compressed-tensors' schemes that need no data against llm-compressor.
+"""Measure the ops of schemes that need no data against llm-compressor, and FP8 against modelopt.
 
     python -m benchmarks.formats [--shape 4096 5120] [--threads 1 2] [--repeat 3]
 
 Both make all tensors of a BF16 linear, which must be equal: we by the op of the scheme's storage,
-the library by what its `model_free_ptq` does to a weight once it is read (its values observed, its
-module compressed).  Of n threads, each of ours quantizes a matrix, as in a build, and torch has n
+llm-compressor by what its `model_free_ptq` does to a weight once it is read (its values observed,
+its module compressed), modelopt by what its export calls for one (its largest magnitudes found, its
+values rounded).  Of n threads, each of ours quantizes a matrix, as in a build, and torch has n
 for one matrix after another.  Figures are GB of weight a second, of the fastest run, taken in
 turn; only their ratios mean anything.
 """
@@ -12,9 +13,10 @@ turn; only their ratios mean anything.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,10 @@ from llmcompressor.entrypoints.model_free.lifecycle import (
     initialize_quantized_linear,
 )
 from loguru import logger
+from modelopt.torch.export.model_config import QUANTIZATION_FP8
+from modelopt.torch.export.quant_utils import to_quantized_weight
+from modelopt.torch.quantization.qtensor import MXFP8QTensor
+from modelopt.torch.quantization.utils import reduce_amax
 from rich.console import Console
 from rich.table import Table
 
@@ -39,19 +45,26 @@ from carnice_build.formats.compressed_tensors.storages import (
     nvfp4_ops,
     row_floats_ops,
 )
+from carnice_build.formats.nvfp4 import fp8_ops
 from carnice_build.graph import ArrayOp, TensorData
 
 GOAL = 10
 
+Reference = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class Case:
-    """A scheme by the library's name, and the op that makes its weights."""
+    """A scheme by the library's name, and the op that makes its weights.
+
+    `reference` is the library's function from a weight to its tensors, None for llm-compressor's.
+    """
 
     scheme: str
     op: ArrayOp
     params: Mapping[str, Any] = field(default_factory=dict)
     suffixes: Sequence[str] = ()
+    reference: Reference | None = None
 
 
 def integers(bits: int, *, symmetric: bool = True) -> Case:
@@ -68,6 +81,21 @@ def integers(bits: int, *, symmetric: bool = True) -> Case:
     scheme = f"W{bits}A16" if symmetric else f"W{bits}A16_ASYM"
     return Case(scheme, packed.GroupQuantize(), params, names)
 
+
+def modelopt_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Codes and scale of modelopt's FP8."""
+    scale = reduce_amax(weight).float() / torch.finfo(torch.float8_e4m3fn).max
+    return {"weight": to_quantized_weight(weight, scale, QUANTIZATION_FP8), "weight_scale": scale}
+
+
+def modelopt_mxfp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Codes and scales of modelopt's MXFP8."""
+    scales = MXFP8QTensor.get_weights_scaling_factor(weight)
+    codes = MXFP8QTensor.quantize_with_scale(weight, scales)
+    return {"weight": codes, "weight_scale": scales}
+
+
+MODELOPT = "weight", "weight_scale"
 
 CASES = (
     Case("FP8_DYNAMIC", row_floats_ops.RowQuantize(), {}, row_floats_ops.SUFFIXES),
@@ -92,6 +120,8 @@ CASES = (
         Case(f"MXFP{bits}A16", mx_ops.MxQuantize(), {"bits": bits}, mx_ops.SUFFIXES[bits])
         for bits in (4, 8)
     ),
+    Case("modelopt FP8", fp8_ops.TensorQuantize(), {}, MODELOPT, modelopt_fp8),
+    Case("modelopt MXFP8", fp8_ops.MxQuantize(), {}, MODELOPT, modelopt_mxfp8),
 )
 
 
@@ -103,7 +133,7 @@ def ours(case: Case, weight: TensorData) -> list[TensorData]:
     return outputs
 
 
-def theirs(scheme: QuantizationScheme, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def llm_compressor(scheme: QuantizationScheme, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors of the module."""
     module = initialize_quantized_linear(weight, scheme, "cpu")
     calibrate_weight(module)
@@ -112,9 +142,9 @@ def theirs(scheme: QuantizationScheme, weight: torch.Tensor) -> dict[str, torch.
     return found
 
 
-def check(case: Case, scheme: QuantizationScheme, weight: torch.Tensor, bits: TensorData) -> None:
+def check(case: Case, theirs: Reference, weight: torch.Tensor, bits: TensorData) -> None:
     """Raise AssertionError unless all tensors are equal."""
-    found = theirs(scheme, weight)
+    found = theirs(weight)
     for suffix, item in zip(case.suffixes, ours(case, bits), strict=True):
         content = found[suffix].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         assert content.tobytes() == item.array.tobytes(), f"{case.scheme}: {suffix}"
@@ -122,10 +152,12 @@ def check(case: Case, scheme: QuantizationScheme, weight: torch.Tensor, bits: Te
 
 def rates(case: Case, weight: torch.Tensor, threads: int, repeat: int) -> tuple[float, float]:
     """GB of weight a second, ours and theirs."""
-    scheme = preset_name_to_scheme(case.scheme, ["Linear"])
+    theirs = case.reference or partial(
+        llm_compressor, preset_name_to_scheme(case.scheme, ["Linear"])
+    )
     bits = TensorData("BF16", weight.view(torch.int16).numpy().view(np.uint16))
     torch.set_num_threads(threads)
-    check(case, scheme, weight, bits)
+    check(case, theirs, weight, bits)
     with ThreadPoolExecutor(threads) as pool:
 
         def all_threads() -> None:
@@ -133,8 +165,7 @@ def rates(case: Case, weight: torch.Tensor, threads: int, repeat: int) -> tuple[
 
         all_threads()
         pairs = [
-            (seconds(all_threads) / threads, seconds(lambda: theirs(scheme, weight)))
-            for _ in range(repeat)
+            (seconds(all_threads) / threads, seconds(lambda: theirs(weight))) for _ in range(repeat)
         ]
     mine, other = (weight.nbytes / 1e9 / min(times) for times in zip(*pairs, strict=True))
     return mine, other
@@ -153,7 +184,7 @@ def main() -> None:
     torch.manual_seed(0)
     weight = (torch.randn(options.shape) * 0.02).to(torch.bfloat16)
     table = Table(title=f"GB/s of BF16, {options.shape[0]} by {options.shape[1]}")
-    for heading in ("scheme", "threads", "ours", "llm-compressor", f"ratio, goal {GOAL}"):
+    for heading in ("scheme", "threads", "ours", "the library", f"ratio, goal {GOAL}"):
         table.add_column(heading)
     for case in CASES:
         if case.scheme not in options.schemes:
