@@ -48,6 +48,12 @@ from carnice_build.formats.compressed_tensors.storages.row_floats_ops import Row
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.gguf.imatrix_ops import ColumnOrder, Importance
 from carnice_build.formats.gguf.ops import Values
+from carnice_build.formats.gguf.quantize_ops import (
+    GgmlQuantize,
+    GgmlQuantizeWeighted,
+    Quantize,
+    QuantizeWeighted,
+)
 from carnice_build.formats.kv_cache import CacheScales
 from carnice_build.formats.mlx.ops import (
     AffineQuantize,
@@ -448,6 +454,21 @@ OPS: Sequence[OpSample] = [
     OpSample(
         Elementwise(), {**_PLUS_ONE, "add": None, "nonfinite": "zero"}, drawn(("F32", (9, 4)))
     ),
+    OpSample(Quantize(), {"type": "Q4_K"}, drawn(("BF16", (9, 256)))),
+    OpSample(GgmlQuantize(), {"type": "Q5_0"}, drawn(("BF16", (9, 64)))),
+    *(
+        OpSample(
+            op,
+            {"type": "Q4_K"},
+            drawn(("BF16", (*outer, 9, 256)), ("F32", (*outer, 256)), around=1),
+        )
+        for op, outer in (
+            (QuantizeWeighted(), ()),
+            (Stacked(QuantizeWeighted()), (2,)),
+            (GgmlQuantizeWeighted(), ()),
+            (Stacked(GgmlQuantizeWeighted()), (2,)),
+        )
+    ),
     OpSample(Values(), {"how": "add_one"}, drawn(("BF16", (9,)))),
     OpSample(Values(), {"how": "negative_exp"}, drawn(("F16", (9,)))),
     OpSample(BlockQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 32)))),
@@ -779,6 +800,7 @@ FORMATS: Mapping[str, FormatSample] = {
         change="quantize.config_groups.group_0.weights.observer=mse",
         excluded=("quantization_config", "ignore"),
     ),
+    "gguf": FormatSample({"mix": "Q4_0"}, change="quantize.mix=Q5_0"),
 }
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from carnice_build.checkpoint.gguf_types import TYPES
 from ggml_weights import Array, families, finite_bf16, importances, to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from carnice_build.backends.ggml import quantize_with_ggml
+from carnice_build.checkpoint.gguf_types import TYPES
 from carnice_build.errors import BackendError
 from carnice_build.kernels.ggml import QUANTIZERS, quantize
 from carnice_build.kernels.ggml.rows import CHUNK

@@ -16,14 +16,14 @@ from pydantic_core import PydanticCustomError
 from carnice_build.checkpoint.assets import Reads
 from carnice_build.checkpoint.json import to_json
 from carnice_build.errors import PlanError
-from carnice_build.formats.base import Conversion, Format
+from carnice_build.formats.base import OP, Conversion, Format
 from carnice_build.formats.card import Card, own_template
-from carnice_build.formats.gguf.imatrix import ImatrixSpec
+from carnice_build.formats.gguf.imatrix import OWN, ImatrixSpec
 from carnice_build.formats.gguf.layout import GgufFile, gguf_layouts
 from carnice_build.formats.gguf.made import Files
 from carnice_build.formats.gguf.mixes import FLOATS, Request, mix_of, type_of
 from carnice_build.formats.gguf.naming import Named
-from carnice_build.formats.gguf.tensors import scheme_of
+from carnice_build.formats.gguf.tensors import FUSED, Backend, scheme_of
 from carnice_build.formats.layout import PackLayout, Publication
 from carnice_build.formats.rules import Rule, fitted
 from carnice_build.formats.variant import Variant
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 _FILES = "files"
 """What `Conversion.stated` calls the files."""
+
+
+_Choice = tuple[str | None, tuple[str | int, ...]]
+"""A type, None for what stays as it is, and the entry of the recipe that says so."""
 
 
 class GgufRule(Rule):
@@ -79,6 +83,12 @@ class GgufFormat(Format):
         "tokenizer.json does.",
     )
 
+    backend: Backend = Field(
+        "fused",
+        description="Kernels of ours, where there are any for a type, or ggml itself (slower, and "
+        "the same bytes); types that have none, such as `IQ3_S`, take ggml.",
+    )
+
     @field_validator("mix")
     @classmethod
     def _known(cls, value: str) -> str:
@@ -109,6 +119,13 @@ class GgufFormat(Format):
 
         return GgufReader
 
+    def extras(self) -> tuple[str, ...]:
+        """ggml where it makes blocks; passes run in torch."""
+        kinds = {self.mix, *(rule.type for rule in self.rules if rule.type)}
+        own = any(kind.startswith("IQ") and kind not in FUSED for kind in kinds)
+        ggml = ("ggml",) if own or self.backend == "ggml" else ()
+        return (*ggml, "torch") if self.imatrix == OWN else ggml
+
     def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
         """See `Format.leaving`."""
         return {"rules+": [{"match": list(modules), "skip": True}]}
@@ -125,9 +142,10 @@ class GgufFormat(Format):
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """The tensors of the files, in the order of those."""
         facts = context.architecture.tensors
-        files = Files(self.mix, self.imatrix, self.tokenizer_pre, view, context)
+        files = Files(self.mix, self.imatrix, self.tokenizer_pre, self.backend, view, context)
         request = Request(self.mix, pure=self.pure)
-        text = files.text(request, self._chosen(files.described().tensors, context))
+        chosen = self._chosen(files.described().tensors, context)
+        text = files.text(request, {name: kind for name, (kind, _) in chosen.items()})
         made = [text.file]
         if any(facts[name].part is Part.TOWER for name in view):
             made.append(files.tower(self.projector))
@@ -146,15 +164,20 @@ class GgufFormat(Format):
                 for name, fact in facts.items()
                 if name in view and fact.role in LINEARS and fact.module not in quantized
             ],
+            causes={
+                tensor.name: dict.fromkeys((OP, "type", "dtype"), cause)
+                for tensor in text.file.tensors
+                for _, cause in [chosen.get(tensor.name, (None, ("mix",)))]
+            },
             stated={_FILES: [*made, text.statistics] if text.statistics else made},
             notices=text.notices,
         )
 
-    def _chosen(self, tensors: Sequence[Named], context: PlanContext) -> dict[str, str | None]:
-        """The types that rules give to tensors by GGUF's names; None for what they skip."""
+    def _chosen(self, tensors: Sequence[Named], context: PlanContext) -> dict[str, _Choice]:
+        """The types that rules give to tensors, by GGUF's names."""
         layers = {item.fact.module: item.fact.layer for item in tensors}
         tied = [name.rpartition(".")[0] for name in context.architecture.ties]
-        chosen: dict[str, str | None] = {}
+        chosen: dict[str, _Choice] = {}
         for index, rule in enumerate(self.rules):
             try:
                 if rule.type is None and not rule.skip:
@@ -164,7 +187,9 @@ class GgufFormat(Format):
                 raise error.revised(at=("rules", index)) from None
             for item in tensors:
                 if item.fact.module in found and item.name.endswith(".weight"):
-                    chosen[item.name] = None if rule.skip else rule.type
+                    knob = "skip" if rule.skip else "type"
+                    kind = None if rule.skip else rule.type
+                    chosen[item.name] = kind, ("rules", index, knob)
         return chosen
 
 

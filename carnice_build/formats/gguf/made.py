@@ -42,7 +42,7 @@ from carnice_build.formats.gguf.naming import (
     describe,
     describe_projector,
 )
-from carnice_build.formats.gguf.tensors import made_of
+from carnice_build.formats.gguf.tensors import Backend, made_of
 from carnice_build.formats.gguf.tokenizer import tokenizer_metadata
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import LINEARS
@@ -75,6 +75,7 @@ class Files:
     mix: str
     imatrix: ImatrixSpec | None
     tokenizer_pre: str | None
+    backend: Backend
     view: View
     context: PlanContext
 
@@ -161,7 +162,8 @@ class Files:
     ) -> GgufFile:
         graph = self.context.graph
         tensors = [
-            made_of(item, types[item.name], importance.get(item.name), graph) for item in named
+            made_of(item, types[item.name], importance.get(item.name), graph, self.backend)
+            for item in named
         ]
         described = {
             item.name: Described(item.name, types[item.name], item.ref.spec.shape) for item in named

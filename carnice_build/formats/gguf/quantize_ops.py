@@ -40,11 +40,15 @@ class Quantize(ArrayOp):
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
         """Quantize rows; raises NonFiniteValue."""
+        importance = inputs[1].array if len(inputs) > 1 else None
+        _, bad = self._quantize(params["type"], inputs[0].array, importance, outputs[0].array)
+        require_finite(bad)
+
+    def _quantize(self, *arguments: Any) -> Any:
+        """See `kernels.ggml.quantize`."""
         from carnice_build.kernels.ggml import quantize
 
-        importance = inputs[1].array if len(inputs) > 1 else None
-        _, bad = quantize(params["type"], inputs[0].array, importance, outputs[0].array)
-        require_finite(bad)
+        return quantize(*arguments)
 
 
 class QuantizeWeighted(Quantize):
@@ -64,3 +68,26 @@ class QuantizeWeighted(Quantize):
                 expected=f"F32 {list(weight.shape[-1:])}",
             )
         return super().infer(params, inputs)
+
+
+class _ByGgml(Quantize):
+    """What ggml makes itself: all its types, slower than ours."""
+
+    libraries = ("libggml-python",)
+
+    def _quantize(self, *arguments: Any) -> Any:
+        from carnice_build.backends.ggml import quantize_with_ggml
+
+        return quantize_with_ggml(*arguments)
+
+
+class GgmlQuantize(_ByGgml):
+    """As `Quantize`, by the library."""
+
+    name = "gguf.ggml_quantize"
+
+
+class GgmlQuantizeWeighted(_ByGgml, QuantizeWeighted):
+    """As `QuantizeWeighted`, by the library."""
+
+    name = "gguf.ggml_quantize_weighted"

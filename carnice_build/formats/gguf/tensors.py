@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from carnice_build.dtypes import ITEM_SIZE
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.gguf.naming import Named
-from carnice_build.formats.gguf.quantize_ops import Quantize, QuantizeWeighted
+from carnice_build.formats.gguf.quantize_ops import (
+    GgmlQuantize,
+    GgmlQuantizeWeighted,
+    Quantize,
+    QuantizeWeighted,
+)
 from carnice_build.formats.scheme import Scheme
 from carnice_build.graph import ActionGraph, Stacked, TensorRef
 
@@ -23,15 +29,38 @@ def scheme_of(kind: str) -> Scheme:
     return Scheme(int(found[0]), kind="float" if kind == "MXFP4" else "int", name=kind)
 
 
+Backend = Literal["fused", "ggml"]
+
+FUSED = frozenset(
+    [
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "Q8_0",
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "IQ4_NL",
+        "IQ4_XS",
+        "MXFP4",
+    ]
+)
+"""The types of blocks that kernels of ours make; all others come from ggml."""
+
+
 def made_of(
-    item: Named, kind: str, importance: TensorRef | None, graph: ActionGraph
+    item: Named, kind: str, importance: TensorRef | None, graph: ActionGraph, backend: Backend
 ) -> OutputTensor:
     """The tensor in a type; `importance` is F32 [columns], or [experts, columns] of a stack."""
-    return OutputTensor(item.name, _stored(item.ref, kind, importance, graph), item.fact)
+    fused = backend == "fused" and kind in FUSED
+    return OutputTensor(item.name, _stored(item.ref, kind, importance, graph, fused), item.fact)
 
 
 def _stored(
-    ref: TensorRef, kind: str, importance: TensorRef | None, graph: ActionGraph
+    ref: TensorRef, kind: str, importance: TensorRef | None, graph: ActionGraph, fused: bool
 ) -> TensorRef:
     if ref.spec.dtype == kind:
         return ref
@@ -40,12 +69,13 @@ def _stored(
         (made,) = graph.add(Elementwise(), params, ref)
         return made
     if importance is not None:
-        op = QuantizeWeighted()
+        op = QuantizeWeighted() if fused else GgmlQuantizeWeighted()
         stacked = len(ref.spec.shape) > _MATRIX
         (made,) = graph.add(Stacked(op) if stacked else op, {"type": kind}, ref, importance)
         return made
     # Rows of a stack are rows like others.
     *outer, columns = ref.spec.shape
     rows = ref.spec.size // columns
-    (made,) = graph.add(Quantize(), {"type": kind}, ref.reshaped(rows, columns))
+    plain = Quantize() if fused else GgmlQuantize()
+    (made,) = graph.add(plain, {"type": kind}, ref.reshaped(rows, columns))
     return made.reshaped(*outer, made.spec.shape[1])
