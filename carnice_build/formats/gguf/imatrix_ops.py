@@ -8,7 +8,13 @@ from typing import Any
 
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData
+from carnice_build.graph import (
+    ArrayOp,
+    BadInput,
+    NonFiniteValue,
+    TensorData,
+    require_finite,
+)
 
 _MOST = 2.0**53
 """Vectors that a count may tell of: more is no count, and no longer a whole number."""
@@ -92,7 +98,10 @@ class ColumnOrder(ArrayOp):
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Fill the output."""
+        """Fill the output; raises NonFiniteValue."""
+        from carnice_build.kernels.elementwise import non_finite_index
+
+        require_finite(non_finite_index(inputs[0].array, inputs[0].dtype))
         outer = inputs[0].array.shape[:-1]
         split = inputs[0].array.reshape(*outer, *params["split"])
         axes = (*range(len(outer)), *(len(outer) + axis for axis in params["order"]))

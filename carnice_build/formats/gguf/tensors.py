@@ -31,23 +31,9 @@ def scheme_of(kind: str) -> Scheme:
 
 Backend = Literal["fused", "ggml"]
 
-FUSED = frozenset(
-    [
-        "Q2_K",
-        "Q3_K",
-        "Q4_K",
-        "Q5_K",
-        "Q6_K",
-        "Q8_0",
-        "Q4_0",
-        "Q4_1",
-        "Q5_0",
-        "Q5_1",
-        "IQ4_NL",
-        "IQ4_XS",
-        "MXFP4",
-    ]
-)
+_ROUNDED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
+_SEARCHED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+FUSED = frozenset([*_ROUNDED, *_SEARCHED])
 """The types of blocks that kernels of ours make; all others come from ggml."""
 
 
