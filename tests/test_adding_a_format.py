@@ -153,7 +153,7 @@ def test_folders_are_what_compressed_tensors_says(acme: Acme) -> None:
     for shard in acme.folder.glob("*.safetensors"):
         stored |= load_file(shard)
     expected = stored[f"{UP}.weight"].float() * stored[f"{UP}.weight_scale"]
-    readers = readers_of(folder.config)
+    readers = readers_of(folder)
 
     assert torch.float8_e4m3fn == stored[f"{UP}.weight"].dtype
     assert "channel" == config.config_groups["group_0"].weights.strategy

@@ -118,7 +118,7 @@ class Built:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The quantized weights, dequantized, by the names of their modules in transformers."""
-        reader, *_ = readers_of(self.folder.config)
+        reader, *_ = readers_of(self.folder)
         for module in self.linears(quantized=True):
             values = reader.values(self.folder.tensors, module)
             built, *_ = self.architecture.engine_names(module)

@@ -25,8 +25,11 @@ from carnice_build.planning.gather import part_of, stored
 from carnice_build.tensors import STACK, SourceTensor, numbered, stacks
 
 if TYPE_CHECKING:
-    from carnice_build.formats.checks import FolderReader
+    from carnice_build.formats.checks import FolderReader, Tensors
     from carnice_build.formats.values import Values
+
+
+_BYTES = "U8"
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,16 @@ class OpenedSide:
 
     def _storage(self, names: Sequence[str]) -> str:
         """The scheme of a packed module, the type of any other."""
-        if len(names) > 1:
+        if self._packed(names):
             for reader in self.readers:
                 scheme = reader.scheme(self._module(names[0]))
                 if scheme is not None:
                     return str(scheme)
         return ", ".join(sorted({self.tensors[name].spec.dtype for name in names}))
+
+    def _packed(self, names: Sequence[str]) -> bool:
+        """Whether numbers are made of several tensors, or of one of bytes that say nothing alone."""
+        return len(names) > 1 or self.tensors[names[0]].spec.dtype == _BYTES
 
     def _module(self, name: str) -> str:
         """The module whose weight is stored in tensor `name`; others stand for themselves."""
@@ -96,7 +103,7 @@ class OpenedSide:
     def _values(self, names: Sequence[str]) -> Values:
         from carnice_build.formats.values import Incomparable, PlainValues
 
-        if len(names) == 1:
+        if not self._packed(names):
             return PlainValues(self.tensors[names[0]])
         for reader in self.readers:
             with suppress(Incomparable):
@@ -130,13 +137,20 @@ class OpenedSide:
     def take(self) -> None:
         """Sort the folder's tensors into modules."""
         found: Mapping[str, SourceTensor] = self.folder.tensors
+        parts: dict[str, Tensors] = {}
         for reader in self.readers:
             found = reader.by_module(found, self.architecture)
+            parts |= reader.parts(self.folder.tensors, self.architecture)
         self.tensors.update(found)
         for name in self.folder.tensors:
-            parts = [self._take_part(name, fact, end) for fact, end in self._stacks_in(name)]
-            if not any(parts):
-                self._take(name)
+            for part, tensor in parts.get(name, {}).items():
+                self.tensors[part] = tensor
+                self._take(part, held=name)
+            if name in parts:
+                continue
+            stacks_of = [self._take_part(name, fact, end) for fact, end in self._stacks_in(name)]
+            if not any(stacks_of):
+                self._take(name, held=name)
 
     def _stacks_in(self, name: str) -> Iterator[tuple[TensorFact, str]]:
         """The stacks that tensor `name` holds rows of, and how such a tensor of an expert ends."""
@@ -164,15 +178,20 @@ class OpenedSide:
             module.pieces.setdefault(self._module(piece), []).append(piece)
         return True
 
-    def _take(self, name: str) -> None:
-        """Take tensor `name` as one of its module, or of an expert."""
+    def _take(self, name: str, held: str) -> None:
+        """Take tensor `name`, whose bytes the folder has in `held`, as one of its module.
+
+        That may be an expert's.
+        """
         canonical = self._canonical(name)
         if STACK in canonical:
             self.tensors[name] = _as_matrix(self.tensors[name])
         found = (stack for stack in stacks(canonical) if self._is_stack(stack))
         module = self.modules.setdefault(_bare(next(found, canonical)), StoredModule())
-        module.held.append(name)
-        module.pieces.setdefault(self._module(name), []).append(name)
+        if held not in module.held:
+            module.held.append(held)
+        if name not in (pieces := module.pieces.setdefault(self._module(name), [])):
+            pieces.append(name)
 
     def _is_stack(self, name: str) -> bool:
         return name in self.architecture.tensors
@@ -199,7 +218,7 @@ def open_side(path: Path) -> OpenedSide:
     if folder.problems:
         raise StoreError(folder.problems[0], where=str(path))
     architecture = architecture_of(folder.config, str(path))
-    opened = OpenedSide(folder, architecture, readers_of(folder.config))
+    opened = OpenedSide(folder, architecture, readers_of(folder))
     opened.take()
     in_order = {_bare(name): index for index, name in enumerate(architecture.tensors)}
     ordered = sorted(opened.modules, key=lambda name: (in_order.get(name, len(in_order)), name))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.folder import ModelFolder
+from carnice_build.formats.layout import PackLayout
 from carnice_build.formats.library import Library
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.values import Floats, Values
@@ -49,9 +51,21 @@ class FolderReader(ABC):
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """True for the config.json of a folder of this format."""
 
+    @classmethod
+    def takes(cls, folder: ModelFolder) -> bool:
+        """True for a folder of this format, which most often its config.json tells."""
+        return cls.reads(folder.config)
+
     def by_module(self, tensors: Tensors, architecture: Architecture) -> Tensors:
         """A folder's tensors, and those of modules that are held together in one of them."""
         return tensors
+
+    def parts(self, tensors: Tensors, architecture: Architecture) -> Mapping[str, Tensors]:
+        """By the names of tensors that are another thing to the model, what they are, by its names.
+
+        Several may have the same, of which each then holds a share.
+        """
+        return {}
 
     @abstractmethod
     def scheme(self, module: str) -> Scheme | None:
@@ -74,6 +88,10 @@ class FormatChecks(ABC):
 
         `architecture` is the one that config.json describes.
         """
+
+    def pack_problems(self, pack: PackLayout, folder: Path) -> Iterator[str]:
+        """What is wrong in the header of a file, of which the plan has `pack`."""
+        return iter(())
 
     def by_module(self, tensors: Tensors, architecture: Architecture) -> Tensors:
         """A folder's tensors by the names that they have where each module has its own."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from carnice_build.errors import PluginError
 from carnice_build.formats.base import Format
@@ -16,6 +16,7 @@ from carnice_build.plugins import Extensible, failures_blamed, returned
 
 if TYPE_CHECKING:
     from carnice_build.formats.checks import FolderReader
+    from carnice_build.formats.folder import ModelFolder
 
 FORMATS: Extensible[Format] = Extensible(
     {
@@ -45,16 +46,16 @@ def readers() -> list[type[FolderReader]]:
     return found
 
 
-def readers_of(config: Mapping[str, Any]) -> list[FolderReader]:
-    """What reads a folder with this config.json: none where no format here does.
+def readers_of(folder: ModelFolder) -> list[FolderReader]:
+    """What reads a folder: none where no format here does.
 
     Formats may share a way to state what they are, and each tell the numbers of some folders.
     """
     found = []
     for reader in readers():
         with suppress(PluginError), failures_blamed(reader):
-            if reader.reads(config):
-                found.append(reader(config))
+            if reader.takes(folder):
+                found.append(reader(folder.config))
     return found
 
 

@@ -30,6 +30,9 @@ def check_structure(variant: VariantPlan, folder: ModelFolder, checks: FormatChe
     `checks` knows what the format's config must say.
     """
     problems = [*folder.problems, *_tensors(variant, folder), *_index(folder)]
+    for pack in variant.packs:
+        if pack.name in folder.shards:
+            problems += checks.pack_problems(pack, folder.path)
     if folder.config:
         problems += _config(variant, folder, checks)
     problems += small_file_problems(variant, folder.path)

@@ -1,41 +1,221 @@
-"""Format `gguf`: what a folder must hold, and the numbers of its blocks."""
+"""Format `gguf`: what headers must say, and the numbers of blocks.
+
+Modules have their canonical names here, and their heads and norms are as the checkpoint has them:
+see `restored`.  The bound of a weight is derived in `blocks`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from carnice_build.checkpoint.gguf_header import SUFFIX, GgufHeader, read_gguf
+from carnice_build.checkpoint.gguf_types import TYPES
+from carnice_build.checkpoint.source import LocalFile
+from carnice_build.dtypes import NUMPY_NAME
+from carnice_build.errors import CheckpointError
 from carnice_build.formats.checks import FolderReader, QuantizedValues, Tensors, TorchChecks
 from carnice_build.formats.folder import ModelFolder
+from carnice_build.formats.gguf.blocks import KINDS, Groups, allowed, unpacked
+from carnice_build.formats.gguf.mix_rules import FALLBACKS, MIXES
+from carnice_build.formats.gguf.mixes import FLOATS
+from carnice_build.formats.gguf.restored import BlockTensor, restored
+from carnice_build.formats.gguf.tensors import scheme_of
+from carnice_build.formats.layout import PackLayout
 from carnice_build.formats.scheme import Scheme
-from carnice_build.formats.values import Floats, Incomparable, Values
-from carnice_build.models.base import Architecture
+from carnice_build.formats.values import Floats, Incomparable, as_float32, matrix, read_rows
+from carnice_build.graph import TensorData
+from carnice_build.kernels.ggml import quantize
+from carnice_build.models.base import QUANTIZATION, Architecture
+
+_SHOWN = 60
+"""Characters of a value in a problem."""
 
 
 class GgufReader(FolderReader):
-    """Not yet."""
+    """Folders of GGUF files, whose headers say what each tensor is."""
 
-    suffixes = ()
+    suffixes = ("weight",)
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self._kinds: dict[str, str] = {}
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
+        """None by its config.json: see `takes`."""
         return False
 
-    def scheme(self, module: str) -> Scheme | None:
-        return None
+    @classmethod
+    def takes(cls, folder: ModelFolder) -> bool:
+        """Folders that hold a GGUF file."""
+        return any(name.endswith(SUFFIX) for name in folder.shards)
 
-    def values(self, tensors: Tensors, module: str) -> Values:
-        raise Incomparable(module)
+    def parts(self, tensors: Tensors, architecture: Architecture) -> Mapping[str, Tensors]:
+        """See `FolderReader.parts`."""
+        found = restored(tensors, architecture)
+        for tensor in chain.from_iterable(parts.values() for parts in found.values()):
+            if isinstance(tensor, BlockTensor):
+                self._kinds[tensor.name.rpartition(".")[0]] = tensor.kind
+        return found
+
+    def scheme(self, module: str) -> Scheme | None:
+        """That of the type of its blocks."""
+        kind = self._kinds.get(module)
+        return None if kind is None else scheme_of(kind)
+
+    def values(self, tensors: Tensors, module: str) -> BlockValues:
+        """See `FolderReader.values`."""
+        return block_values(tensors, module)
 
 
 class GgufChecks(TorchChecks):
-    """Not yet."""
+    """GGUF files of a mix; `weighted` says that an importance matrix chose the steps."""
+
+    def __init__(self, mix: str = "Q4_K_M", *, weighted: bool = False) -> None:
+        self.mix, self.weighted = mix, weighted
 
     def config_problems(self, folder: ModelFolder, architecture: Architecture) -> Iterator[str]:
-        return iter(())
+        """What is quantized is said by headers alone."""
+        for key in QUANTIZATION:
+            if folder.config.get(key):
+                yield f"config.json states {key}, of which a GGUF file has none"
+
+    def pack_problems(self, pack: PackLayout, folder: Path) -> Iterator[str]:
+        """The header of a file, key by key and tensor by tensor, beside that of the plan."""
+        try:
+            found = read_gguf(LocalFile(folder / pack.name))
+        except CheckpointError as error:
+            yield f"{pack.name}: {error.what}"
+            return
+        yield from _differences(pack.name, found, read_gguf(_Planned(pack)))
+
+    def by_module(self, tensors: Tensors, architecture: Architecture) -> Tensors:
+        """See `FormatChecks.by_module`."""
+        found = restored(tensors, architecture)
+        named = {name: part for parts in found.values() for name, part in parts.items()}
+        return {name: item for name, item in tensors.items() if name not in found} | named
 
     def values(self, tensors: Tensors, module: str, scheme: Scheme) -> QuantizedValues:
-        raise Incomparable(module)
+        """See `FormatChecks.values`."""
+        values = block_values(tensors, module, weighted=self.weighted)
+        if values.kind != scheme.name:
+            raise CheckpointError(f"is of type {values.kind} instead of {scheme.name}", module)
+        return values
 
     def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
-        raise Incomparable("blocks")
+        """See `TorchChecks.rounded`: in the mix's own type, or what it falls back to."""
+        return [_round_trip(MIXES[self.mix].default, weight) for weight in weights]
+
+
+def _round_trip(kind: str, weight: Floats) -> Floats:
+    rows, columns = weight.shape
+    if columns % TYPES[kind].elements:
+        kind = FALLBACKS[kind]
+    if columns % TYPES[kind].elements:
+        kind = "F16"
+    raw, _ = quantize(kind, weight)
+    if kind in FLOATS:
+        return as_float32(TensorData(kind, raw.view(NUMPY_NAME[kind])))
+    return unpacked(kind, raw).values().reshape(rows, columns)
+
+
+class _Planned:
+    """A file that a plan has the header of; what follows it is zeros."""
+
+    def __init__(self, pack: PackLayout) -> None:
+        self._header = pack.header
+        self.name, self.size = pack.name, pack.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """See `Readable.read_into`."""
+        piece = self._header[offset : offset + len(buffer)]
+        buffer[:] = piece + bytes(len(buffer) - len(piece))
+
+
+def _differences(file: str, found: GgufHeader, planned: GgufHeader) -> Iterator[str]:
+    for key, value in planned.metadata.items():
+        own = found.metadata.get(key)
+        if own is None:
+            yield f"{file} has no {key}"
+        elif own != value:
+            yield f"{file} has {key} {_shown(own)} instead of {_shown(value)}"
+    for key in found.metadata.keys() - planned.metadata.keys():
+        yield f"{file} has {key}, which nobody asked for"
+    if list(found.metadata) != list(planned.metadata) and not (
+        found.metadata.keys() ^ planned.metadata.keys()
+    ):
+        yield f"{file} has its keys in another order"
+    wanted = {item.name: item for item in planned.described}
+    for item in found.described:
+        if item.name in wanted and item != wanted[item.name]:
+            other = wanted[item.name]
+            yield (
+                f"{file} has {item.name} as {item.type} {list(item.shape)} "
+                f"instead of {other.type} {list(other.shape)}"
+            )
+    names = [item.name for item in found.described]
+    if names != list(wanted) and set(names) == set(wanted):
+        yield f"{file} has its tensors in another order"
+
+
+def _shown(value: object) -> str:
+    text = str(getattr(value, "value", value))
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+class BlockValues:
+    """The numbers of a weight in blocks; see `QuantizedValues`."""
+
+    def __init__(self, tensor: BlockTensor, *, weighted: bool) -> None:
+        self._tensor = tensor
+        self._weighted = weighted
+        self.kind = tensor.kind
+        how = KINDS[self.kind]
+        self.tolerated = how.tolerated_weighted if weighted else how.tolerated
+        rows, row_bytes = matrix(tensor.spec)
+        kind = TYPES[self.kind]
+        self.shape = rows, row_bytes // kind.nbytes * kind.elements
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The rows from `start` to `stop`, as ggml dequantizes them."""
+        return self._in_order(self._groups(start, stop).values())
+
+    def allowance(self, source: Floats, start: int) -> Floats:
+        """See `QuantizedValues.allowance`."""
+        groups = self._groups(start, start + len(source))
+        ordered = self._as_stored(source).reshape(groups.levels.shape)
+        return self._in_order(allowed(self.kind, groups, ordered, weighted=self._weighted))
+
+    def _groups(self, start: int, stop: int) -> Groups:
+        return unpacked(self.kind, read_rows(self._tensor, self._tensor.spec, start, stop).array)
+
+    def _in_order(self, values: Floats) -> Floats:
+        """Columns as the model has them."""
+        values = values.reshape(-1, self.shape[1])
+        heads = self._tensor.swapped
+        return values if heads is None else _swapped(values, heads.second, heads.first, heads.size)
+
+    def _as_stored(self, values: Floats) -> Floats:
+        heads = self._tensor.swapped
+        return values if heads is None else _swapped(values, heads.first, heads.second, heads.size)
+
+
+def _swapped(values: Floats, first: int, second: int, size: int) -> Floats:
+    """Columns in blocks [first, second] of so many as ones in blocks [second, first]."""
+    shape = len(values), -1, first, second, size
+    return np.ascontiguousarray(values.reshape(shape).swapaxes(2, 3)).reshape(values.shape)
+
+
+def block_values(tensors: Tensors, module: str, *, weighted: bool = False) -> BlockValues:
+    """The numbers of a module; Incomparable where it is in no blocks that are known."""
+    tensor = tensors.get(f"{module}.weight")
+    if not isinstance(tensor, BlockTensor):
+        raise Incomparable(f"{module} is not in blocks")
+    if tensor.kind not in KINDS:
+        raise Incomparable(f"the blocks of {tensor.kind} are not known")
+    return BlockValues(tensor, weighted=weighted)

@@ -110,7 +110,7 @@ class GgufFormat(Format):
         """See `Format.checks`."""
         from carnice_build.formats.gguf.checks import GgufChecks
 
-        return GgufChecks()
+        return GgufChecks(self.mix)
 
     @classmethod
     def reader(cls) -> type[GgufReader]:

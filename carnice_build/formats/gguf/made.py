@@ -233,5 +233,5 @@ def _with_rules(
 def _wanted(item: Named) -> Wanted:
     """What importance a tensor could have."""
     module = item.fact.module if item.fact.role in LINEARS else None
-    columns = Order(item.swapped, _SWAPPED) if item.swapped is not None else None
+    columns = Order(item.swapped[:3], _SWAPPED) if item.swapped is not None else None
     return Wanted(item.name, item.ref.spec.shape, module, columns)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import PurePath
@@ -48,14 +49,14 @@ class Named(NamedTuple):
     """A tensor of the file: `ref` has its values, of any float type, to be cast or quantized.
 
     `fact` is that of the tensor of the architecture that it is made of.
-    `swapped` says that columns changed places: blocks [first, second] of so many of them each.
+    `swapped` says that heads changed places in its columns, and which.
     """
 
     name: str
     ref: TensorRef
     fact: TensorFact
     kind: Kind
-    swapped: tuple[int, int, int] | None = None
+    swapped: HeadsSwapped | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -288,8 +289,16 @@ class _Model:
         rest = block.rest if block else ""
         made = self._made(fact, ref, rest)
         swap = self._table.swaps.get(rest)
-        swapped = self._sizes(swap) if swap is not None and swap.columns else None
-        return Named(name, made, fact, _kind(name, made.spec.shape), swapped)
+        heads = self._heads(swap) if swap is not None and swap.columns else None
+        return Named(name, made, fact, _kind(name, made.spec.shape), heads)
+
+    def place(self, fact: TensorFact) -> Place:
+        """See `places`."""
+        block = _block(fact.name, self._architecture)
+        rest = block.rest if block else ""
+        swap = self._table.swaps.get(rest)
+        heads = self._heads(swap) if swap else None
+        return Place(fact, [self._name(fact, block)], heads, self._how(fact, rest))
 
     def _name(self, fact: TensorFact, block: _Block | None) -> str:
         table, name = self._table, _plain(fact.name)
@@ -311,23 +320,29 @@ class _Model:
             ref = self._swapped(ref, swap)
         if rest in table.squeezed:
             ref = ref.reshaped(*(size for size in ref.spec.shape if size != 1))
+        how = self._how(fact, rest)
+        return ref if how is None else self._graph.add(Values(), {"how": how}, ref)[0]
+
+    def _how(self, fact: TensorFact, rest: str) -> str | None:
+        table = self._table
         how = table.functions.get(rest)
         if how is None and table.offsets and self._architecture.offset_norm(fact.name):
             how = "add_one"
-        return ref if how is None else self._graph.add(Values(), {"how": how}, ref)[0]
+        return how
+
+    def _heads(self, swap: Swap) -> HeadsSwapped:
+        size = self._scope.size
+        counts = size(swap.first), size(swap.second), size(swap.size)
+        return HeadsSwapped(*counts, size(swap.skip), swap.columns)
 
     def _swapped(self, ref: TensorRef, swap: Swap) -> TensorRef:
-        first, second, each = self._sizes(swap)
+        first, second, each, skip, columns = self._heads(swap)
         tensor = _source(ref)
-        if swap.columns:
+        if columns:
             made = swapped_columns(tensor, first, second, each)
         else:
-            made = swapped_rows(tensor, first, second, each, self._scope.size(swap.skip))
+            made = swapped_rows(tensor, first, second, each, skip)
         return TensorRef(made.spec, made)
-
-    def _sizes(self, swap: Swap) -> tuple[int, int, int]:
-        size = self._scope.size
-        return size(swap.first), size(swap.second), size(swap.size)
 
 
 def _kind(name: str, shape: Sequence[int]) -> Kind:
@@ -350,14 +365,14 @@ class _Tower:
         if fact.name not in table.frames:
             small = len(ref.spec.shape) <= 1 or name == "v.position_embd.weight"
             return [Named(name, ref, fact, "F32" if small else "matrix")]
-        if ref.spec.shape[2] != _FRAMES:
-            raise PlanError(
-                f"the tower looks at {ref.spec.shape[2]} frames at once",
-                expected=f"{_FRAMES}, as llama.cpp does",
-                at=("format",),
-            )
-        names = [name, f"{name}.1"]
+        names = _frame_names(name, ref.spec.shape)
         return [Named(each, _frame(ref, number), fact, "half") for number, each in enumerate(names)]
+
+    def place(self, fact: TensorFact) -> Place:
+        """See `places`."""
+        name = self._name(fact)
+        frames = fact.name in self._table.frames
+        return Place(fact, _frame_names(name, fact.shape) if frames else [name])
 
     def _name(self, fact: TensorFact) -> str:
         table = self._table
@@ -370,6 +385,11 @@ class _Tower:
         raise PlanError(f"GGUF has no name for tensor {fact.name!r}", at=("format",))
 
 
+def _frame_names(name: str, shape: Sequence[int]) -> Sequence[str]:
+    """By the shape of a convolution [out, in, frames, ...]."""
+    return [name, *(f"{name}.{number}" for number in range(1, shape[2]))]
+
+
 def _frame(ref: TensorRef, number: int) -> TensorRef:
     """Of a convolution [out, in, frames, height, width] that over frame `number`."""
     out, channels, frames, *rest = ref.spec.shape
@@ -378,3 +398,46 @@ def _frame(ref: TensorRef, number: int) -> TensorRef:
     planes = SourceTensor(tensor.name, flat, tensor.file, tensor.offset, tensor.stored)
     made = slab_stack(f"{tensor.name}, frame {number}", planes, number, flat.shape[1], frames)
     return TensorRef(made.spec, made).reshaped(out, channels, *rest)
+
+
+class HeadsSwapped(NamedTuple):
+    """What changed places, as arguments of `swapped_rows`, or of `swapped_columns`."""
+
+    first: int
+    second: int
+    size: int
+    skip: int
+    columns: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the tensors of files are called that one of the architecture becomes, and how.
+
+    There is one name, but of a convolution over frames.  `how` is a function of `ops.Values`.
+    """
+
+    fact: TensorFact
+    names: Sequence[str]
+    swapped: HeadsSwapped | None = None
+    how: str | None = None
+
+
+def places(architecture: Architecture) -> Sequence[Place]:
+    """Where the tensors of an architecture are in the files of its model, of those that have names.
+
+    PlanError for a family without a table.
+    """
+    table = table_of(architecture.name)
+    about = About("", {}, {}, 0, "config.json")
+    scope = _scope(architecture, table, about, blocks=0, nextn=0)
+    model = _Model(table, architecture, ActionGraph(), scope)
+    tower = _Tower(table.projector) if table.projector else None
+    found = []
+    for fact in architecture.tensors.values():
+        with suppress(PlanError):
+            if fact.part is not Part.TOWER:
+                found.append(model.place(fact))
+            elif tower is not None:
+                found.append(tower.place(fact))
+    return found

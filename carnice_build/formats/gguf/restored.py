@@ -1,0 +1,142 @@
+"""The tensors of GGUF files by the names of their model: undone is what the converter does to them.
+
+Nothing is read before rows are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+
+from carnice_build.checkpoint.gguf_header import Described, read_gguf
+from carnice_build.checkpoint.rows import FillRows, RowsOfTensor
+from carnice_build.checkpoint.stack import stacked
+from carnice_build.checkpoint.swapped import swapped_columns, swapped_rows
+from carnice_build.dtypes import ITEM_SIZE, TensorSpec
+from carnice_build.formats.checks import Tensors
+from carnice_build.formats.gguf.naming import HeadsSwapped, Place, places
+from carnice_build.formats.values import Floats
+from carnice_build.models.base import Architecture
+from carnice_build.tensors import ByteSource, Reader, SourceTensor, members
+
+
+@dataclass(frozen=True)
+class BlockTensor(SourceTensor):
+    """Rows of blocks of a type of ggml, U8 [..., bytes of a row].
+
+    Their columns are those of the model, or `swapped` of these.
+    """
+
+    kind: str = ""
+    swapped: HeadsSwapped | None = None
+
+
+def restored(tensors: Tensors, architecture: Architecture) -> Mapping[str, Tensors]:
+    """By the name of a tensor in files, what it is of the model, by the names of that.
+
+    A stack of experts is one tensor for each of them.
+    """
+    kinds = _kinds(tensors)
+    found: dict[str, Tensors] = {}
+    for place in places(architecture):
+        if all(name in tensors for name in place.names):
+            first, *others = place.names
+            found[first] = dict(_restored(place, tensors, kinds))
+            found |= dict.fromkeys(others, found[first])
+    return found
+
+
+def _kinds(tensors: Tensors) -> Mapping[str, str]:
+    """The types of the tensors of blocks, by the headers of their files."""
+    files: dict[int, ByteSource] = {
+        id(tensor.file): tensor.file for tensor in tensors.values() if tensor.file is not None
+    }
+    described: list[Described] = []
+    for file in files.values():
+        described += read_gguf(file).described
+    return {item.name: item.type for item in described if item.type not in ITEM_SIZE}
+
+
+def _restored(
+    place: Place, tensors: Tensors, kinds: Mapping[str, str]
+) -> Iterator[tuple[str, SourceTensor]]:
+    fact, swap = place.fact, place.swapped
+    tensor, *others = (tensors[name] for name in place.names)
+    kind = kinds.get(tensor.name)
+    if others:
+        tensor = _joined([tensor, *others], fact.shape)
+    if place.how is not None:
+        tensor = replace(tensor, file=_Undone(tensor, place.how), offset=0)
+    if swap is not None and not swap.columns:
+        tensor = swapped_rows(tensor, swap.second, swap.first, swap.size, swap.skip)
+    if swap is not None and swap.columns and kind is None:
+        tensor = swapped_columns(tensor, swap.second, swap.first, swap.size)
+    if kind is None and tensor.spec.size == prod(fact.shape):
+        tensor = replace(tensor, spec=TensorSpec(tensor.spec.dtype, fact.shape))
+    offset = tensor.offset
+    for name, spec in members(fact.name, tensor.spec):
+        one = SourceTensor(name, spec, tensor.file, offset)
+        offset += spec.nbytes
+        if kind is not None:
+            columns = swap if swap is not None and swap.columns else None
+            one = BlockTensor(name, spec, tensor.file, one.offset, None, kind, columns)
+        yield name, one
+
+
+def _joined(frames: list[SourceTensor], shape: tuple[int, ...]) -> SourceTensor:
+    """A convolution [out, in, frames, height, width] of those over one frame each."""
+    out, channels, count, *rest = shape
+    piece = TensorSpec(frames[0].spec.dtype, tuple(rest))
+    pieces = [
+        SourceTensor(frame.name, piece, frame.file, frame.offset + index * piece.nbytes)
+        for index in range(out * channels)
+        for frame in frames
+    ]
+    whole = stacked(frames[0].name, pieces)
+    return replace(whole, spec=TensorSpec(piece.dtype, (out, channels, count, *rest)))
+
+
+class _Undone(RowsOfTensor):
+    """Numbers in F32 of which a file has a function's values; see `ByteSource`."""
+
+    def __init__(self, tensor: SourceTensor, how: str) -> None:
+        """`tensor` is F32 and has bytes; `how` is one of `ops.Values`."""
+        super().__init__(tensor, ITEM_SIZE["F32"])
+        self._how = how
+
+    @property
+    def size(self) -> int:
+        """That of the tensor."""
+        return self.tensor.spec.nbytes
+
+    @property
+    def identity(self) -> str:
+        """The tensor's, and what was done to it."""
+        return f"undone|{self._how}|{self.tensor.identity}"
+
+    def _span(self, first: int, stop: int) -> tuple[int, int]:
+        return self.tensor.offset + first * self._row_bytes, (stop - first) * self._row_bytes
+
+    def _filled_from(self, read: Reader, first: int, stop: int) -> FillRows:
+        def fill(buffer: memoryview) -> None:
+            read(buffer)
+            values = np.frombuffer(buffer, "<f4")
+            with np.errstate(invalid="ignore", divide="ignore"):
+                values[:] = _UNDO[self._how](values)
+
+        return fill
+
+
+def _minus_one(values: Floats) -> Floats:
+    return values - np.float32(1)
+
+
+def _log_of_negative(values: Floats) -> Floats:
+    found: Floats = np.log(-values)
+    return found
+
+
+_UNDO = {"add_one": _minus_one, "negative_exp": _log_of_negative}
