@@ -25,6 +25,8 @@ from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.commands.report import built_variants, collect_report
 from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.formats.base import OutputTensor
+from carnice_build.formats.folder import open_folder
 from carnice_build.formats.registry import FORMATS
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.planning.status import Status
@@ -144,13 +146,14 @@ def test_explain_names_the_knob_that_changed(
 
 @every_format
 def test_what_was_built_is_what_was_planned(kind: str, options: Options, built: Built) -> None:
-    """The shards hold the planned tensors, some of them quantized, and weigh what they should."""
+    """The files hold the planned tensors, some of them quantized, and weigh what they should."""
     plan = built(kind)
-    index = read_json(options.out / kind / "model.safetensors.index.json")["weight_map"]
-    sizes = [path.stat().st_size for path in (options.out / kind).glob("*.safetensors")]
+    folder = open_folder(options.out / kind)
+    sizes = [(options.out / kind / name).stat().st_size for name in folder.shards]
 
     assert plan.conversion.quantized
-    assert {tensor.name for tensor in plan.conversion.tensors} == set(index)
+    assert {tensor.name for tensor in plan.conversion.tensors} == set(folder.tensors)
+    assert sorted(pack.name for pack in plan.packs) == sorted(folder.shards)
     assert plan.weights_bytes == sum(sizes)
 
 
@@ -219,16 +222,18 @@ def test_a_fresh_build_passes(kind: str, copy: Copy) -> None:
     assert {} == copy.problems()
 
 
+def owner(tensor: OutputTensor, plan: VariantPlan) -> str:
+    """The module of a tensor, as `Conversion.quantized` has it: by its name, or the source's."""
+    module = tensor.name.rpartition(".")[0]
+    return module if module in plan.conversion.quantized else tensor.fact.module
+
+
 @every_format
 def test_a_changed_byte_is_found(kind: str, copy: Copy, built: Built) -> None:
     """The tensor whose byte changed is named, for each tensor of a quantized module."""
     plan = built(kind)
     module = next(iter(plan.conversion.quantized))
-    names = [
-        tensor.name
-        for tensor in plan.conversion.tensors
-        if tensor.name.rpartition(".")[0] == module
-    ]
+    names = [tensor.name for tensor in plan.conversion.tensors if owner(tensor, plan) == module]
 
     assert names
     for name in names:
@@ -246,7 +251,7 @@ def test_another_modules_numbers_are_found(kind: str, copy: Copy, built: Built) 
     (check,) = (check for check in result.checks if "modules" in check.details)
     module = next(iter(check.details["modules"]))
     largest = max(
-        (tensor for tensor in plan.conversion.tensors if tensor.name.startswith(f"{module}.")),
+        (tensor for tensor in plan.conversion.tensors if owner(tensor, plan) == module),
         key=lambda tensor: tensor.ref.spec.nbytes,
     )
     copy.edit(largest.name, lambda content: content.reverse())
@@ -262,7 +267,8 @@ def test_a_config_without_its_quantization_is_found(kind: str, copy: Copy) -> No
     lost = [name for name in config if name.startswith("quantization")]
     write_json(path, {name: value for name, value in config.items() if name not in lost})
 
-    assert lost
+    if not lost:
+        pytest.skip("config.json does not say it")
     assert "structure" in copy.problems()
 
 
@@ -309,8 +315,8 @@ def test_its_numbers_can_be_compared(kind: str, options: Options, built: Built) 
     plan = built(kind)
     source = options.recipes.parent / "demo" / "qwen3.6-27b"
     diff = diff_folders(source, options.out / kind, jobs=1)
-    scheme = str(next(iter(plan.conversion.quantized.values())))
-    quantized = [item for item in diff.modules if item.b and item.b.storage == scheme]
+    schemes = set(map(str, plan.conversion.quantized.values()))
+    quantized = [item for item in diff.modules if item.b and item.b.storage in schemes]
 
     assert len(plan.conversion.quantized) == len(quantized)
     for item in quantized:
@@ -332,7 +338,9 @@ def test_it_can_be_compared_with_every_other_format(
         both = [item for item in diff.modules if item.a and item.b and "mlp." in item.module]
         assert both
         for item in both:
-            assert item.state is State.SAME or math.isfinite(item.relative or math.nan)
+            # Of a bias of zeros there is no share that it could be off by.
+            equal = item.state is State.SAME or item.squared_difference == 0
+            assert equal or math.isfinite(item.relative or math.nan)
 
 
 @every_format

@@ -11,6 +11,7 @@ from tiny import Tensor, read_json, read_safetensors, write_safetensors
 
 from carnice_build.commands.options import Options
 from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.formats.folder import open_folder
 from carnice_build.verification.result import Outcome
 
 
@@ -41,14 +42,18 @@ class Copy:
         write_safetensors(path, tensors)
 
     def edit(self, name: str, change: Callable[[bytearray], None]) -> None:
-        """Change the bytes of tensor `name`."""
-
-        def changed(tensors: dict[str, Tensor]) -> None:
-            data = bytearray(tensors[name].data)
-            change(data)
-            tensors[name] = replace(tensors[name], data=bytes(data))
-
-        self.rewrite(name, changed)
+        """Change the bytes of tensor `name`, in a file of either kind."""
+        tensor = open_folder(self.folder).tensors[name]
+        assert tensor.file is not None
+        data = bytearray(tensor.spec.nbytes)
+        tensor.file.read_into(tensor.offset, memoryview(data))
+        change(data)
+        path = tensor.file.path()
+        assert path is not None
+        content = bytearray(path.read_bytes())
+        content[tensor.offset : tensor.offset + len(data)] = data
+        path.unlink()  # it may be a link to the cache's
+        path.write_bytes(content)
 
     def flip(self, name: str, position: int, bits: int) -> None:
         """Flip bits of one byte of tensor `name`."""
