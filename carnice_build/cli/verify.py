@@ -59,7 +59,7 @@ def verify(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="Also serve each folder with this engine and ask it: vllm or mlx-lm.",
+            help="Also serve each folder with this engine and ask it: vllm, mlx-lm or llama.cpp.",
             metavar="NAME",
         ),
     ] = None,

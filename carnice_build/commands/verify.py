@@ -26,8 +26,8 @@ from carnice_build.verification import digests
 from carnice_build.verification.chat import check_chat
 from carnice_build.verification.digests import check_digests
 from carnice_build.verification.kept import Kept, Memory, versions
-from carnice_build.verification.perplexity import LENGTHS
-from carnice_build.verification.process import Told, Workers
+from carnice_build.verification.perplexity import LENGTHS, Perplexity
+from carnice_build.verification.process import Told, Workers, installed
 from carnice_build.verification.result import Check, Outcome, skipped
 from carnice_build.verification.running import AcceptanceRow, PerplexityRow, RunSettings, Tables
 from carnice_build.verification.structure import check_structure
@@ -144,13 +144,44 @@ def verify_variants(
         for index, (variant, result) in enumerate(zip(plan.variants, tuple(results), strict=True)):
             starts(variant.name, (), engine_check.NAME)
             check = engine_check.check_engine(
-                engine, launch_of(variant), result.folder, text, settings.samples, result.checks
+                engine,
+                launch_of(variant),
+                result.folder,
+                text,
+                settings.samples,
+                result.checks,
+                partial(_halves, variant, result.folder, text, options.jobs, told),
             )
             listen(variant.name, check)
             found = finding.keep(variant, stamps[index], [*result.checks, check])
             results[index] = replace(found, renewed=found.renewed or result.renewed)
     tables = finding.tables
     return VerifyResult(results, tables.ordered(), tables.acceptances)
+
+
+def _halves(
+    variant: VariantPlan,
+    folder: Path,
+    text: Path | None,
+    threads: int,
+    told: Told,
+    length: int,
+    samples: int,
+) -> Perplexity | None:
+    """See `engine_check.Halves`; None where torch is not installed."""
+    from carnice_build.formats.checks import TorchChecks
+    from carnice_build.verification import torch_worker
+    from carnice_build.verification.run_torch import dequantized
+
+    checks = variant.format.checks()
+    if text is None or not isinstance(checks, TorchChecks) or not installed("torch"):
+        return None
+    model = dequantized(checks, variant, folder)
+    with Workers(told) as workers:
+        found: Perplexity | None = workers.of("torch").call(
+            torch_worker.measure_halves, model, folder, text, length, samples, threads
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from carnice_build.engines import llama_cpp
 from carnice_build.engines.client import Client, load_openai
 from carnice_build.engines.engine import Engine, check_fits, find_engine
 from carnice_build.engines.interpreter import check_installed, engine_python
@@ -27,6 +28,9 @@ from carnice_build.verification.result import Check, judged
 from carnice_build.verification.running import Drafts
 
 NAME = "engine"
+
+Halves = Callable[[int, int], Perplexity | None]
+"""Our perplexity over the second halves of so many sequences of a length; None for no such text."""
 
 SAME_TEXT = 0.02
 """Nats that mean losses on the same tokens may differ by: BF16 and float32 sum in other orders."""
@@ -54,7 +58,7 @@ class ReadyEngine:
     """An engine that is installed, and may be started for a folder."""
 
     engine: Engine
-    python: Path
+    executable: Path
     settings: EngineSettings
 
 
@@ -65,9 +69,15 @@ def prepare_engine(settings: EngineSettings, variants: Sequence[VariantPlan]) ->
         check_fits(engine, variant)
     free_port(settings.port)
     load_openai()
+    return ReadyEngine(engine, _executable(engine, settings), settings)
+
+
+def _executable(engine: Engine, settings: EngineSettings) -> Path:
+    if not engine.module:
+        return llama_cpp.server()
     python = engine_python(settings.beside)
     check_installed(python, engine.name, engine.package)
-    return ReadyEngine(engine, python, settings)
+    return python
 
 
 def check_engine(
@@ -77,6 +87,7 @@ def check_engine(
     text: Path | None,
     samples: int | None,
     found: Sequence[Check],
+    halves: Halves = lambda length, samples: None,
 ) -> Check:
     """Start the engine for the folder as its launch says, and ask; `found` has our figures.
 
@@ -85,17 +96,19 @@ def check_engine(
     engine, settings = ready.engine, ready.settings
     start = engine.start(folder.resolve(), launch, os.environ)
     ours = {check.name: check.details for check in found}
-    with serve(engine, start, ready.python, settings.port, settings.patience) as server:
+    both = _halves(ready, folder.resolve(), text, samples, halves)
+    with serve(engine, start, ready.executable, settings.port, settings.patience) as server:
         client = Client(server, settings.patience)
         scored: list[Perplexity] = []
         drafts = None
         if engine.scores and text is not None:
             scored = list(_score(client, folder, text, samples))
-            if start.drafts:
-                drafts = _draft(client, folder, text, samples)
+        if engine.counts and text is not None and start.drafts:
+            drafts = _draft(client, folder, text, samples)
         turns = ask_all(client, engine_tasks())
     problems = [
         *_perplexity_problems(scored, ours.get(perplexity.NAME, {})),
+        *_half_problems(both),
         *_draft_problems(drafts, start.drafts, ours.get(acceptance.NAME, {})),
         *_turn_problems(turns, ours.get(calls.NAME, {})),
     ]
@@ -106,7 +119,47 @@ def check_engine(
         "mtp": None if drafts is None else acceptance.drafts_json({start.drafts: drafts}),
         "answers": turns.as_json(),
     }
-    return judged(NAME, problems, _summary(engine, scored, drafts, turns), details)
+    if both:
+        details["second_halves"] = {
+            name: asdict(item) for name, item in zip(("engine", "ours"), both, strict=True)
+        }
+    shown = [*scored, *both[:1]]
+    return judged(NAME, problems, _summary(engine, shown, drafts, turns), details)
+
+
+def _halves(
+    ready: ReadyEngine, folder: Path, text: Path | None, samples: int | None, halves: Halves
+) -> list[Perplexity]:
+    """Perplexity over the second half of each sequence, by llama.cpp's own program and by us.
+
+    Nothing unless both can tell.
+    """
+    program = None if ready.engine.module else llama_cpp.find_program(llama_cpp.PERPLEXITY)
+    if program is None or text is None:
+        return []
+    length = min(perplexity.LENGTHS)
+    own = halves(length, samples or perplexity.SAMPLES_ON_CPU)
+    if own is None:
+        return []
+    patience = ready.settings.patience.start
+    theirs = llama_cpp.measured(
+        program, folder, text, length, own.samples, os.environ, patience
+    )
+    return [theirs, own]
+
+
+def _half_problems(both: Sequence[Perplexity]) -> Iterator[str]:
+    if not both:
+        return
+    theirs, own = both
+    if theirs.mean is None or not math.isfinite(theirs.mean):
+        yield f"{llama_cpp.PERPLEXITY} finds a perplexity that is not finite"
+    elif own.mean and abs(math.log(theirs.mean / own.mean)) > SAME_TEXT:
+        yield (
+            f"{llama_cpp.PERPLEXITY} finds a perplexity of {theirs.mean:.3f} in the second halves "
+            f"of {theirs.samples} sequences of {theirs.length}, where the same weights have "
+            f"{own.mean:.3f} here"
+        )
 
 
 def _score(client: Client, folder: Path, text: Path, samples: int | None) -> Iterator[Perplexity]:

@@ -21,7 +21,9 @@ MOST_TOKENS = 256
 """Of an answer with calls."""
 
 _COUNTER = re.compile(
-    r"^vllm:spec_decode_(num_drafts|num_accepted_tokens_per_pos)_total\{(.*)\} (\S+)$", re.MULTILINE
+    r"^(?:vllm|llamacpp):spec_decode_(num_drafts|num_accepted_tokens_per_pos)_total"
+    r"(?:\{(.*)\})? (\S+)$",
+    re.MULTILINE,
 )
 _POSITION = re.compile(r'position="(\d+)"')
 

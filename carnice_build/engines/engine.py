@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from carnice_build.engines import llama_cpp
 from carnice_build.engines.forced import ENVIRONMENT, options_on_processor
 from carnice_build.errors import EngineError, nearest
 from carnice_build.formats.library import Library
@@ -31,9 +32,10 @@ class Start:
 class Engine:
     """A program that serves folders by OpenAI's protocol, started as `python -m module`.
 
-    `package` is what must be importable for that; it serves the folders that `libraries` compute.
+    `package` is what must be importable for that; without a module it is llama.cpp's own program.
+    It serves the folders that `libraries` compute.
     `launched` says that it is started by a launch, without which a folder does not do; `scores`
-    that it tells how likely the tokens of a prompt are.
+    that it tells how likely the tokens of a prompt are, and `counts` what becomes of its drafts.
     """
 
     name: str
@@ -43,6 +45,11 @@ class Engine:
     start: Callable[[Path, Launch | None, Mapping[str, str]], Start]
     launched: bool
     scores: bool
+    counts: bool
+
+    def command(self, executable: Path) -> list[str]:
+        """What starts it, before all arguments."""
+        return [str(executable), "-m", self.module] if self.module else [str(executable)]
 
 
 def _start_vllm(folder: Path, launch: Launch | None, environment: Mapping[str, str]) -> Start:
@@ -73,6 +80,13 @@ def _start_mlx_lm(folder: Path, launch: Launch | None, environment: Mapping[str,
     return Start(["--model", str(folder)], own, "default_model")
 
 
+def _start_llama_cpp(folder: Path, launch: Launch | None, environment: Mapping[str, str]) -> Start:
+    """The server as the launch says, but for what a processor forces."""
+    name = launch.served_name if launch else folder.name
+    arguments, drafts = llama_cpp.arguments(folder, launch, name)
+    return Start(arguments, environment, name, drafts)
+
+
 VLLM = Engine(
     name="vllm",
     # The command `vllm` asks for package metadata of that name, which the build for CPUs lacks.
@@ -82,6 +96,7 @@ VLLM = Engine(
     start=_start_vllm,
     launched=True,
     scores=True,
+    counts=True,
 )
 MLX_LM = Engine(
     name="mlx-lm",
@@ -91,8 +106,19 @@ MLX_LM = Engine(
     start=_start_mlx_lm,
     launched=False,
     scores=False,
+    counts=False,
 )
-ENGINES = {engine.name: engine for engine in (VLLM, MLX_LM)}
+LLAMA_CPP = Engine(
+    name="llama.cpp",
+    module="",
+    package="",
+    libraries=frozenset({Library.LLAMA_CPP}),
+    start=_start_llama_cpp,
+    launched=False,
+    scores=False,
+    counts=True,
+)
+ENGINES = {engine.name: engine for engine in (VLLM, MLX_LM, LLAMA_CPP)}
 
 
 def find_engine(name: str) -> Engine:

@@ -1,4 +1,4 @@
-"""What vLLM on a processor cannot do of a launch for cards: one table, with a reason for each."""
+"""What engines on a processor cannot do of a launch for cards: tables, with a reason for each."""
 
 from __future__ import annotations
 
@@ -51,6 +51,16 @@ FORCED: tuple[Forced, ...] = (
     Forced("max-num-seqs", 4, "questions are asked one at a time"),
 )
 
+LLAMA_FORCED: tuple[Forced, ...] = (
+    Forced("ctx-size", CONTEXT, "what is asked is short, and memory is the machine's"),
+    Forced("n-gpu-layers", None, "there is no card"),
+    Forced("split-mode", None, "there is no card"),
+    Forced("tensor-split", None, "there is no card"),
+    Forced("parallel", 1, "questions are asked one at a time"),
+    Forced("no-ui", True, "nobody looks at it"),
+)
+"""The same of llama.cpp."""
+
 ENVIRONMENT: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "OMP_NUM_THREADS": ("1", "more threads than that wait for one another in a small model"),
@@ -63,13 +73,16 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = MappingProxyType(
 """Variables of the environment: value and reason."""
 
 
-def options_on_processor(launch: Launch) -> dict[str, str | None]:
+def options_on_processor(
+    launch: Launch | None, forced: tuple[Forced, ...] = FORCED
+) -> dict[str, str | None]:
     """The launch's own options as arguments, None for no value, with what is forced on them."""
-    own = {name: option.value for name, option in launch.flags.items()}
-    found = {name: option.text for name, option in launch.flags.items()}
-    for name in launch.engine.own_options:
+    flags = launch.flags if launch else {}
+    own = {name: option.value for name, option in flags.items()}
+    found = {name: option.text for name, option in flags.items()}
+    for name in launch.engine.own_options if launch else ():
         found.pop(name, None)
-    for item in FORCED:
+    for item in forced:
         if item.when is not None and not item.when(own):
             continue
         found.pop(item.flag, None)

@@ -67,7 +67,7 @@ class Server:
 
 @contextlib.contextmanager
 def serve(
-    engine: Engine, start: Start, python: Path, port: int | None, patience: Patience
+    engine: Engine, start: Start, executable: Path, port: int | None, patience: Patience
 ) -> Iterator[Server]:
     """A healthy server on `port` of this machine, on a free one by default.
 
@@ -75,7 +75,7 @@ def serve(
     the end of our patience.
     """
     port = free_port(port)
-    command = [str(python), "-m", engine.module, *start.arguments]
+    command = [*engine.command(executable), *start.arguments]
     command += ["--host", HOST, "--port", str(port)]
     with tempfile.TemporaryDirectory(prefix="carnice-engine-") as folder:
         log = Path(folder) / "log"

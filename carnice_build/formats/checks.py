@@ -113,7 +113,7 @@ class FormatChecks(ABC):
 class TorchChecks(FormatChecks):
     """A format whose tensors have canonical names, and which torch runs dequantized."""
 
-    library = Library.TRANSFORMERS
+    library: ClassVar[Library] = Library.TRANSFORMERS
     activations: str = ""
     """What the engine does to the inputs of quantized linears; empty when nothing."""
 

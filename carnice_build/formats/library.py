@@ -12,3 +12,5 @@ class Library(StrEnum):
     MLX_VLM = "mlx-vlm"
     MLX_VLM_DRAFTER = "mlx-vlm drafter"
     TRANSFORMERS = "transformers"
+    LLAMA_CPP = "llama.cpp"
+    """Here, torch on the dequantized weights stands in for it."""

@@ -59,8 +59,11 @@ def measure(
     sequences: Sequence[Tensor],
     arithmetic: Arithmetic,
     kept: KeptSource = NOT_KEPT,
+    first: int = 0,
 ) -> dict[str, Quality]:
     """The quality of each model on `sequences`, int64 [length]; the first one is the reference.
+
+    What is predicted at position `first` of a sequence, and at those behind it, counts.
 
     All models have one vocabulary.
     What the source's last layer gives is `kept`.
@@ -78,7 +81,7 @@ def measure(
     vocabulary = next(iter(opened.values())).vocabulary
     figures: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in models}
     for index, tokens in enumerate(sequences):
-        for start, stop in _blocks(len(tokens) - 1, vocabulary):
+        for start, stop in _blocks(first, len(tokens) - 1, vocabulary):
             targets = tokens[start + 1 : stop + 1]
             reference = None
             for name, ending in endings.items():
@@ -155,10 +158,10 @@ def _advance(layer: Callable[[State], State], states: list[State]) -> None:
         states[index] = layer(state)
 
 
-def _blocks(positions: int, vocabulary: int) -> Iterator[tuple[int, int]]:
-    """Ranges that cover the positions, each with few enough logits."""
+def _blocks(first: int, stop: int, vocabulary: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover the positions from `first` to `stop`, each with few enough logits."""
     step = max(1, _LOGITS_BYTES // (4 * vocabulary))
-    return ((start, min(start + step, positions)) for start in range(0, positions, step))
+    return ((start, min(start + step, stop)) for start in range(first, stop, step))
 
 
 def _losses(found: Tensor, targets: Tensor) -> Tensor:

@@ -79,6 +79,14 @@ def run_torch(
             yield judged(name, [str(error)], "the model cannot be loaded and run")
 
 
+def dequantized(checks: TorchChecks, variant: VariantPlan, path: Path) -> StoredModel:
+    """The model of a folder, as its weights are."""
+    folder = open_folder(path)
+    architecture = architecture_of(folder.config, str(path))
+    tensors = checks.by_module(folder.tensors, architecture)
+    return StoredModel(architecture, tensors, checks, variant.conversion.quantized)
+
+
 @dataclass(frozen=True)
 class _Run:
     """One folder, and a process to run it in."""
@@ -180,11 +188,7 @@ class _Run:
         )
 
     def _dequantized(self) -> StoredModel:
-        folder = open_folder(self.folder)
-        architecture = architecture_of(folder.config, str(self.folder))
-        quantized = self.variant.conversion.quantized
-        tensors = self.checks.by_module(folder.tensors, architecture)
-        return StoredModel(architecture, tensors, self.checks, quantized)
+        return dequantized(self.checks, self.variant, self.folder)
 
     def _served(self) -> StoredModel:
         return replace(self._dequantized(), activations=bool(self.checks.activations))

@@ -29,4 +29,5 @@ RUNNERS: Mapping[Library, Runner] = {
     # What it is good for is seen with the model that it drafts for.
     Library.MLX_VLM_DRAFTER: Runner((), lambda *_: iter(()), needs_table=False),
     Library.TRANSFORMERS: Runner(run_torch.NAMES, run_torch.run_torch, needs_table=True),
+    Library.LLAMA_CPP: Runner(run_torch.NAMES, run_torch.run_torch, needs_table=True),
 }

@@ -136,6 +136,22 @@ def measure_perplexities(
     return found
 
 
+def measure_halves(
+    model: StoredModel, tokenizer: Path, text: Path, length: int, samples: int, threads: int
+) -> Perplexity | None:
+    """Perplexity over the second half of each sequence alone, as `llama-perplexity` has it."""
+    import torch
+
+    from carnice_build.verification.quality import measure
+
+    rows = [torch.tensor(row) for row in cut(tokens_of(tokenizer, text), length, samples)]
+    if not rows:
+        return None
+    arithmetic = _arithmetic(model.architecture, threads)
+    (found,) = measure({"": model.source()}, rows, arithmetic, first=length // 2).values()
+    return Perplexity(length, len(rows), found.perplexity, found.error)
+
+
 def generate(model: StoredModel, tokenizer: Path, threads: int) -> Generation:
     """The model's answer to the chat prompt."""
     from transformers import AutoTokenizer

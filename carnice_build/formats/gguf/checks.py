@@ -26,6 +26,7 @@ from carnice_build.formats.gguf.mixes import FLOATS
 from carnice_build.formats.gguf.restored import BlockTensor, restored
 from carnice_build.formats.gguf.tensors import scheme_of
 from carnice_build.formats.layout import PackLayout
+from carnice_build.formats.library import Library
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.values import Floats, Incomparable, as_float32, matrix, read_rows
 from carnice_build.graph import TensorData
@@ -75,6 +76,8 @@ class GgufReader(FolderReader):
 
 class GgufChecks(TorchChecks):
     """GGUF files of a mix; `weighted` says that an importance matrix chose the steps."""
+
+    library = Library.LLAMA_CPP
 
     def __init__(self, mix: str = "Q4_K_M", *, weighted: bool = False) -> None:
         self.mix, self.weighted = mix, weighted
