@@ -198,17 +198,6 @@ def test_what_does_not_fit_is_refused(by: Any, arguments: tuple[Any, ...], sente
         by(*arguments)
 
 
-def test_ggml_makes_all_types_of_floats_that_files_hold() -> None:
-    """Each type that a file may hold and that is no integer or double is one of ggml's, whose rows
-    take as many bytes."""
-    names = [name for name in TYPES if name not in ("I8", "I16", "I32", "I64", "F64")]
-    none, importance = np.empty((0, 512), np.float32), importances(512)["as measured"]
-
-    assert [(0, TYPES[name].row_bytes(512)) for name in names] == [
-        reference(name, none, importance).shape for name in names
-    ]
-
-
 def test_a_type_that_wants_an_importance_gets_one() -> None:
     """What ggml would end the process for is an error before."""
     with pytest.raises(ValueError, match="IQ2_XXS wants an importance of columns"):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from carnice_build.checkpoint.gguf_types import TYPES
 from carnice_build.errors import BackendError
 from carnice_build.extras import pip_install
 from carnice_build.kernels._floats import Array, require
@@ -21,14 +22,7 @@ from carnice_build.kernels.ggml.rows import checked_importance, checked_rows, wi
 
 Bytes = NDArray[np.uint8]
 
-_NUMBERS = 40
-"""What the numbers of types are below, up to MXFP4; the library checks none."""
-
-_FLOATS = (0, 1, 30)
-"""F32, F16, BF16."""
-
-_OF_ACTIVATIONS = ("Q8_1", "Q8_K")
-"""What ggml quantizes to only as it multiplies."""
+_NOT_MADE = ("I8", "I16", "I32", "I64", "F64")
 
 
 def quantize_with_ggml(
@@ -43,19 +37,17 @@ def quantize_with_ggml(
     wants an importance and gets none.
     """
     library = _library()
-    number = _types().get(type_name.upper())
-    if number is None:
-        raise ValueError(f"type is {type_name!r}, expected one of {', '.join(_types())}")
+    types = {name: found for name, found in TYPES.items() if name not in _NOT_MADE}
+    if type_name not in types:
+        raise ValueError(f"type is {type_name!r}, expected one of {', '.join(types)}")
+    number = types[type_name].number
     rows = checked_rows(rows)
     count, cols = rows.shape
-    elements = library.ggml_blck_size(number)
-    if cols % elements:
-        raise ValueError(f"{cols} columns are not whole blocks of {elements}")
+    shape = count, types[type_name].row_bytes(cols)
     if importance is not None:
         importance = checked_importance(importance, cols)
     elif library.ggml_quantize_requires_imatrix(number):
         raise ValueError(f"{type_name} wants an importance of columns")
-    shape = count, library.ggml_row_size(number, cols)
     if out is None:
         out = np.empty(shape, np.uint8)
     require("out", out, np.uint8, shape)
@@ -86,20 +78,7 @@ def _library() -> ctypes.CDLL:
         raise BackendError("ggml is not installed", expected=pip_install("ggml"))
     library = ctypes.CDLL(str(min(files, key=lambda file: len(file.name))))
     size, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-    library.ggml_type_name.restype = ctypes.c_char_p
-    library.ggml_blck_size.restype = size
-    library.ggml_row_size.argtypes = [number, size]
-    library.ggml_row_size.restype = ctypes.c_size_t
     library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     library.ggml_quantize_chunk.argtypes = [number, pointer, pointer, size, size, size, pointer]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     return library
-
-
-@lru_cache
-def _types() -> dict[str, int]:
-    """The number of each type that ggml makes of floats, by its name in upper case."""
-    library = _library()
-    made = [n for n in range(_NUMBERS) if n in _FLOATS or library.ggml_is_quantized(n)]
-    names = {library.ggml_type_name(number).decode().upper(): number for number in made}
-    return {name: number for name, number in names.items() if name not in _OF_ACTIVATIONS}

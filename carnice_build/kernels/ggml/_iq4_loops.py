@@ -20,11 +20,14 @@ from ._scale_loops import SMALLEST
 from ._search_loops import (
     NO_IMPORTANCE,
     _clamped,
+    _columns,
     _find_tops,
     _load,
     _load_weights,
     _squares_of_four,
+    _weigh,
     _weigh_by_squares,
+    _zeros,
 )
 
 LEVELS = np.array(
@@ -70,7 +73,7 @@ def _level(value: np.float32) -> np.float32:
     level = LEVELS[0]
     for k in range(15):
         level = LEVELS[k + 1] if value >= BOUNDS[k] else level
-    return level
+    return np.float32(level)
 
 
 @_inlined
@@ -173,29 +176,24 @@ def _pack(codes: Bytes, out: Bytes, at: int) -> None:
 
 
 @_inlined
-def _weigh_blocks(s: Floats) -> None:
-    """The importance that the scratch has as weights, times root(2 * mean of squares + square)."""
+def _find_spreads(s: Floats) -> None:
+    """Twice the mean of squares of each lane, to ``SUM_X``."""
     for k in range(LANES):
         s[SUM_X + k] = np.float32(0)
     for i in range(N):
         for k in range(LANES):
             s[SUM_X + k] += s[i * LANES + k] * s[i * LANES + k]
-    for i in range(N):
-        for k in range(LANES):
-            value = s[i * LANES + k]
-            spread = s[SUM_X + k] * np.float32(2 / N)
-            s[WEIGHT + i * LANES + k] *= np.sqrt(spread + value * value)
+    for k in range(LANES):
+        s[SUM_X + k] *= np.float32(2 / N)
 
 
 @_inlined
-def _weigh_super_blocks(blocks: Floats, s: Floats) -> None:
-    """As ``_weigh_blocks``, with the mean of a block of 256."""
+def _find_super_spreads(blocks: Floats, s: Floats) -> None:
+    """As ``_find_spreads``, with the mean of the whole block of 256."""
     sums = _squares_of_four(blocks, 0)
     for b in range(BLOCKS):
-        spread = sums[b] * np.float32(2 / 256)
-        for i in range(N):
-            for k in range(i * LANES + 8 * b, i * LANES + 8 * b + 8):
-                s[WEIGHT + k] *= np.sqrt(spread + s[k] * s[k])
+        for k in range(8 * b, 8 * b + 8):
+            s[SUM_X + k] = sums[b] * np.float32(2 / 256)
 
 
 @_kernel
@@ -203,16 +201,17 @@ def weighted_nl(rows: Floats, importance: Floats, out: Bytes) -> None:
     """Finite rows [rows, cols] to [rows, cols / 32 * 18], with the importance of each column, or
     with none where that is empty."""
     blocks = rows.reshape(-1, N)
-    weights = importance.reshape(-1, N)
+    columns = _columns(importance, N)
     packed = out.reshape(-1, 18)
-    s = np.zeros(SIZE, np.float32)
+    s = _zeros(SIZE)
     codes = np.empty(N, np.uint8)
     for first in range(0, blocks.shape[0], LANES):
         count = min(LANES, blocks.shape[0] - first)
         _load(blocks[first : first + count], N, LANES, s)
-        if weights.size:
-            _load_weights(weights, first, N, LANES, s)
-            _weigh_blocks(s)
+        if columns.size:
+            _load_weights(columns, first, N, LANES, WEIGHT, s)
+            _find_spreads(s)
+            _weigh(N, LANES, WEIGHT, SUM_X, s)
         else:
             _weigh_by_squares(N, LANES, s)
         _search(s)
@@ -264,17 +263,18 @@ def weighted_xs(rows: Floats, importance: Floats, out: Bytes) -> None:
     """As ``weighted_nl``, to [rows, cols / 256 * 136]."""
     blocks = rows.reshape(-1, 256)
     parts = rows.reshape(-1, N)
-    weights = importance.reshape(-1, N)
+    columns = _columns(importance, N)
     packed = out.reshape(-1, 136)
-    s = np.zeros(SIZE, np.float32)
+    s = _zeros(SIZE)
     wide = np.empty(256, np.float32)
     codes = np.empty(256, np.uint8)
     for first in range(0, blocks.shape[0], BLOCKS):
         count = min(BLOCKS, blocks.shape[0] - first)
         _load(parts[8 * first : 8 * (first + count)], N, LANES, s)
-        if weights.size:
-            _load_weights(weights, 8 * first, N, LANES, s)
-            _weigh_super_blocks(blocks[first : first + count], s)
+        if columns.size:
+            _load_weights(columns, 8 * first, N, LANES, WEIGHT, s)
+            _find_super_spreads(blocks[first : first + count], s)
+            _weigh(N, LANES, WEIGHT, SUM_X, s)
         else:
             _weigh_by_squares(N, LANES, s)
         _search(s)

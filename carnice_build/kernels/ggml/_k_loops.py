@@ -34,13 +34,21 @@ WEIGHTED_5 = NARROW + np.float32(31)
 @_inlined
 def _spread(s: Floats, to: int, blocks: Floats, first: int, size: int) -> None:
     """Sub-block j of block b of 8 becomes lane 8 * j + b, from a block on, counted anew after
-    the last one."""
+    the last one. Four blocks at a time are stored as one vector."""
     lanes = GROUP * BLOCK // size
-    for b in range(GROUP):
-        block = blocks[(first + b) % blocks.shape[0]]
+    count = blocks.shape[0]
+    for b in range(0, GROUP, 4):
+        one = blocks[(first + b) % count]
+        two = blocks[(first + b + 1) % count]
+        three = blocks[(first + b + 2) % count]
+        four = blocks[(first + b + 3) % count]
         for j in range(BLOCK // size):
             for i in range(size):
-                s[to + i * lanes + j * GROUP + b] = block[j * size + i]
+                at = to + i * lanes + j * GROUP + b
+                s[at] = one[j * size + i]
+                s[at + 1] = two[j * size + i]
+                s[at + 2] = three[j * size + i]
+                s[at + 3] = four[j * size + i]
 
 
 @_inlined
@@ -81,10 +89,10 @@ def _importances(s: Floats, columns: Floats, first: int, size: int) -> None:
     for b in range(GROUP):
         s[fits.SUM_L + b] = fits.ZERO
     for j in range(0, lanes, GROUP):
-        for start in range(0, size, _PART):
+        for start in range(0, size, 16):
             for b in range(GROUP):
                 total = s[fits.SUM_L + b]
-                for i in range(_PART):
+                for i in range(16):
                     x = s[fits.VALUES + (start + i) * lanes + j + b]
                     total += x * x
                 s[fits.SUM_L + b] = total
@@ -263,7 +271,7 @@ def _quantize(
 ) -> None:
     """Blocks [n, 256], of rows whose columns have the importance ``columns`` [n, 256], to bytes
     [n, bytes]; the rest as ``fits.fit`` and ``scales.fit_plain`` have it."""
-    s = np.empty(fits.SCRATCH, np.float32)
+    s = fits.scratch()
     q = np.empty(scales.SCRATCH, np.float32)
     count = BLOCK // size
     steps = np.empty(2 * count, np.float32)

@@ -144,7 +144,7 @@ def _quantize_to_top(rows: Floats, bits: int, out: Bytes) -> None:
     """The value of largest magnitude, the first of several, becomes the lowest level, code 0."""
     blocks = rows.reshape(-1, BLOCK)
     patterns = blocks.view(np.uint32)
-    packed = out.reshape(blocks.shape[0], -1)
+    packed = out.reshape(-1, 18 if bits == 4 else 22)
     lows = np.empty(CHUNK_BLOCKS, np.int32)
     highs = np.empty(CHUNK_BLOCKS, np.int32)
     inverses = np.empty(CHUNK_BLOCKS, np.float32)
@@ -192,7 +192,7 @@ def _quantize_span(rows: Floats, bits: int, out: Bytes) -> None:
     """The least value, of zeros the first, becomes code 0, and the greatest the last code."""
     blocks = rows.reshape(-1, BLOCK)
     patterns = blocks.view(np.uint32)
-    packed = out.reshape(blocks.shape[0], -1)
+    packed = out.reshape(-1, 20 if bits == 4 else 24)
     lows = np.empty(CHUNK_BLOCKS, np.int32)
     highs = np.empty(CHUNK_BLOCKS, np.int32)
     least = np.empty(CHUNK_BLOCKS, np.float32)
@@ -268,7 +268,7 @@ def _exponent(peak: np.float32) -> np.uint8:
     small = peak < np.float32(2.0**-64)
     bits = _bits(peak * np.float32(2.0**64) if small else peak)
     exponent = np.int32(bits >> np.uint32(23)) - np.int32(127 + 64 if small else 127)
-    above = (bits & np.uint32(0x7FFFFF)) >= FIRST_ABOVE[max(exponent - LEAST_EXPONENT, 0)]
+    above = (bits & np.uint32(0x7FFFFF)) >= FIRST_ABOVE[max(int(exponent) - LEAST_EXPONENT, 0)]
     level = exponent + np.int32(above) + np.int32(125)
     return np.uint8(level if peak > np.float32(0) else 0)
 

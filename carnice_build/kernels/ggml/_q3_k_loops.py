@@ -15,7 +15,9 @@ from ._k_loops import _store_f16
 from ._scale_loops import SMALLEST, nearest_int
 from ._search_loops import (
     _clamped,
+    _clamped_float,
     _code,
+    _columns,
     _find_tops,
     _inverses,
     _level,
@@ -26,6 +28,7 @@ from ._search_loops import (
     _search,
     _squares_of_four,
     _tops,
+    _weigh,
     _weights,
 )
 
@@ -36,6 +39,10 @@ SUB = 16
 """Values of a sub-block, and sub-blocks of a block."""
 
 LANES = BLOCKS * SUB
+
+WIDTH = 16
+"""Lanes for the scales of blocks: a vector register of them, of which BLOCKS are used."""
+
 VALUES = SUB * LANES
 BOUND = 4
 SCALE_BOUND = 32
@@ -77,13 +84,13 @@ def _move(s: Floats) -> bool:
     for i in range(SUB):
         for k in range(LANES):
             value = s[i * LANES + k]
-            weight = s[SQUARES + i * LANES + k]
             level = s[LEVELS + i * LANES + k]
+            weight = value * value
             products = s[SUM_LX + k]
             squares = s[SUM_L2 + k]
             others_lx = products - weight * value * level
             others_l2 = squares - weight * level * level
-            new = np.float32(_clamped(value * others_l2 / others_lx, -BOUND, BOUND - 1))
+            new = _clamped_float(value * others_l2 / others_lx, -BOUND, BOUND - 1)
             new_lx = others_lx + weight * value * new
             new_l2 = others_l2 + weight * new * new
             better = (
@@ -95,8 +102,8 @@ def _move(s: Floats) -> bool:
             s[LEVELS + i * LANES + k] = new if better else level
             s[SUM_LX + k] = new_lx if better else products
             s[SUM_L2 + k] = new_l2 if better else squares
-            moved |= np.int32(1) if better else np.int32(0)
-    return moved != np.int32(0)
+            moved = np.int32(moved | np.int32(better))
+    return bool(moved != np.int32(0))
 
 
 @_inlined
@@ -150,15 +157,18 @@ def _pack_scales(levels: Bytes, out: Bytes) -> None:
 
 
 @_inlined
-def _encode(block: Floats, step: np.float32, levels: Bytes, wide: Floats, codes: Bytes) -> None:
-    """Codes by the scales as they were stored; ``codes`` stay where a scale became 0."""
+def _encode(block: Floats, step: np.float32, levels: Bytes, wide: Floats, codes: Bytes) -> np.int32:
+    """Codes by the scales as they were stored. Where such a scale is 0, ggml leaves the codes that
+    the search found: to be made after this, in sub-blocks whose bit is set in the result."""
+    left = np.int32(0)
     for j in range(SUB):
         scale = step * np.float32(np.int32(levels[j]) - np.int32(SCALE_BOUND))
+        left |= np.int32(np.int32(scale == np.float32(0)) << j)
         for i in range(SUB):
             wide[j * SUB + i] = scale
     for k in range(SUB * SUB):
-        code = np.uint8(_clamped(block[k] / wide[k], -BOUND, BOUND - 1) + np.int32(BOUND))
-        codes[k] = code if wide[k] != np.float32(0) else codes[k]
+        codes[k] = np.uint8(_clamped(block[k] / wide[k], -BOUND, BOUND - 1) + np.int32(BOUND))
+    return left
 
 
 @_inlined
@@ -178,16 +188,6 @@ def _pack(codes: Bytes, out: Bytes) -> None:
             out[32 + 32 * h + k] = np.uint8(a | b << 2 | c << 4 | d << 6)
 
 
-@_inlined
-def _finish(
-    block: Floats, step: np.float32, levels: Bytes, wide: Floats, codes: Bytes, out: Bytes
-) -> None:
-    step = _store_f16(step, out[HALF:])
-    _pack_scales(levels, out)
-    _encode(block, step, levels, wide, codes)
-    _pack(codes, out)
-
-
 @_kernel
 def plain(rows: Floats, out: Bytes) -> None:
     """Finite rows [rows, cols] to [rows, cols / 256 * 110]."""
@@ -203,38 +203,45 @@ def plain(rows: Floats, out: Bytes) -> None:
         _load(subs[first * SUB : (first + count) * SUB], SUB, LANES, s)
         _settle(s)
         for b in range(count):
-            for j in range(SUB):
-                for i in range(SUB):
-                    codes[j * SUB + i] = np.uint8(s[LEVELS + i * LANES + b * SUB + j])
+            made = packed[first + b]
             step = _block_scales(s[SUM_LX + b * SUB : SUM_LX + (b + 1) * SUB], levels)
-            _finish(blocks[first + b], step, levels, wide, codes, packed[first + b])
+            step = _store_f16(step, made[HALF:])
+            _pack_scales(levels, made)
+            left = _encode(blocks[first + b], step, levels, wide, codes)
+            for j in range(SUB if left else 0):
+                if (left >> j) & 1:
+                    for i in range(SUB):
+                        codes[j * SUB + i] = np.uint8(s[LEVELS + i * LANES + b * SUB + j])
+            _pack(codes, made)
 
 
 @_inlined
-def _weigh(blocks: Floats, s: Floats) -> None:
-    """The importance that the scratch has as weights, times root(2 * mean of squares + square)."""
-    w = _weights(SUB, LANES)
+def _find_spreads(blocks: Floats, s: Floats) -> None:
+    """Twice the mean of squares of a block, to the place that its sub-blocks' scales will have."""
     for first in range(0, BLOCKS, 4):
         sums = _squares_of_four(blocks, first)
         for b in range(4):
             spread = np.float32(2) * sums[b] / np.float32(256)
-            for i in range(SUB):
-                at = i * LANES + (first + b) * SUB
-                for k in range(at, at + SUB):
-                    s[w + k] = s[w + k] * np.sqrt(spread + s[k] * s[k])
+            for j in range(SUB):
+                s[_scales(SUB, LANES) + (first + b) * SUB + j] = spread
 
 
 @_inlined
 def _load_scales(s: Floats, t: Floats) -> None:
-    """The scales of sub-blocks as the values of ``t``, the sums of their weights as weights."""
+    """The scales of sub-blocks as the values of ``t``, the sums of their weights as weights.
+
+    The sums have the place of what makes the lowest level, of which nothing more is wanted.
+    """
+    sums = _tops(SUB, LANES)
+    for k in range(LANES):
+        total = np.float32(0)
+        for i in range(SUB):
+            total += s[_weights(SUB, LANES) + i * LANES + k]
+        s[sums + k] = total
     for b in range(BLOCKS):
         for j in range(SUB):
-            k = b * SUB + j
-            total = np.float32(0)
-            for i in range(SUB):
-                total += s[_weights(SUB, LANES) + i * LANES + k]
-            t[j * BLOCKS + b] = s[_scales(SUB, LANES) + k]
-            t[_weights(SUB, BLOCKS) + j * BLOCKS + b] = total
+            t[j * WIDTH + b] = s[_scales(SUB, LANES) + b * SUB + j]
+            t[_weights(SUB, WIDTH) + j * WIDTH + b] = s[sums + b * SUB + j]
 
 
 @_kernel
@@ -242,29 +249,33 @@ def weighted(rows: Floats, importance: Floats, out: Bytes) -> None:
     """As ``plain``, with the importance of each column."""
     blocks = rows.reshape(-1, 256)
     subs = rows.reshape(-1, SUB)
-    weights = importance.reshape(-1, SUB)
+    columns = _columns(importance, SUB)
     packed = out.reshape(-1, NBYTES)
     s = _scratch(SUB, LANES)
-    t = _scratch(SUB, BLOCKS)
+    t = _scratch(SUB, WIDTH)
     levels = np.empty(SUB, np.uint8)
     wide = np.empty(256, np.float32)
     codes = np.empty(256, np.uint8)
     for first in range(0, blocks.shape[0], BLOCKS):
         count = min(BLOCKS, blocks.shape[0] - first)
         _load(subs[first * SUB : (first + count) * SUB], SUB, LANES, s)
-        _load_weights(weights, first * SUB, SUB, LANES, s)
-        _weigh(blocks[first : first + count], s)
+        _load_weights(columns, first * SUB, SUB, LANES, _weights(SUB, LANES), s)
+        _find_spreads(blocks[first : first + count], s)
+        _weigh(SUB, LANES, _weights(SUB, LANES), _scales(SUB, LANES), s)
         _search(SUB, LANES, BOUND, True, s)
         _load_scales(s, t)
-        _search(SUB, BLOCKS, SCALE_BOUND, False, t)
+        _search(SUB, WIDTH, SCALE_BOUND, False, t)
         for b in range(count):
             block = blocks[first + b]
+            made = packed[first + b]
             for j in range(SUB):
-                inverse = s[_inverses(SUB, LANES) + b * SUB + j]
-                for k in range(j * SUB, j * SUB + SUB):
-                    codes[k] = _code(block[k], inverse, BOUND)
-            inverse = t[_inverses(SUB, BLOCKS) + b]
-            for j in range(SUB):
-                levels[j] = _code(t[j * BLOCKS + b], inverse, SCALE_BOUND)
-            step = t[_scales(SUB, BLOCKS) + b]
-            _finish(block, step, levels, wide, codes, packed[first + b])
+                levels[j] = _code(t[j * WIDTH + b], t[_inverses(SUB, WIDTH) + b], SCALE_BOUND)
+            step = _store_f16(t[_scales(SUB, WIDTH) + b], made[HALF:])
+            _pack_scales(levels, made)
+            left = _encode(block, step, levels, wide, codes)
+            for j in range(SUB if left else 0):
+                if (left >> j) & 1:
+                    inverse = s[_inverses(SUB, LANES) + b * SUB + j]
+                    for k in range(j * SUB, j * SUB + SUB):
+                        codes[k] = _code(block[k], inverse, BOUND)
+            _pack(codes, made)

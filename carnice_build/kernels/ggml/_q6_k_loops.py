@@ -12,6 +12,7 @@ from ._search_loops import (
     NO_IMPORTANCE,
     _clamped,
     _code,
+    _columns,
     _inverses,
     _load,
     _load_weights,
@@ -19,6 +20,7 @@ from ._search_loops import (
     _scratch,
     _search,
     _weigh_by_squares,
+    _weights,
 )
 
 BLOCKS = 8
@@ -87,7 +89,7 @@ def weighted(rows: Floats, importance: Floats, out: Bytes) -> None:
     or with none where that is empty."""
     blocks = rows.reshape(-1, 256)
     subs = rows.reshape(-1, SUB)
-    weights = importance.reshape(-1, SUB)
+    columns = _columns(importance, SUB)
     packed = out.reshape(-1, NBYTES)
     s = _scratch(SUB, LANES)
     steps = np.empty(SUB, np.float32)
@@ -96,8 +98,8 @@ def weighted(rows: Floats, importance: Floats, out: Bytes) -> None:
     for first in range(0, blocks.shape[0], BLOCKS):
         count = min(BLOCKS, blocks.shape[0] - first)
         _load(subs[first * SUB : (first + count) * SUB], SUB, LANES, s)
-        if weights.size:
-            _load_weights(weights, first * SUB, SUB, LANES, s)
+        if columns.size:
+            _load_weights(columns, first * SUB, SUB, LANES, _weights(SUB, LANES), s)
         else:
             _weigh_by_squares(SUB, LANES, s)
         _search(SUB, LANES, BOUND, True, s)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from .._affine_loops import F16, Floats, _bits, _f16_bits, _float, _inlined, _widen
-from ._fit_loops import GROUP, MINIMUM, ONE, SCALE, WEIGHT, ZERO, nearest_bits
+from ._fit_loops import GROUP, MINIMUM, ONE, SCALE, WEIGHT, ZERO, choose, nearest_bits
 
 LANES = 2 * GROUP
 
@@ -111,8 +111,7 @@ def fit_plain(q: Floats, count: int, top: int, limit: int) -> None:
             q[PEAK + k] = x if x > peak else peak
     for k in range(LANES):
         peak = q[PEAK + k]
-        grid = most / peak
-        q[GRID + k] = grid if peak > ZERO else ZERO
+        q[GRID + k] = choose(peak > ZERO, most / peak, ZERO)
         q[WHOLE + k] = peak / most
     largest = np.float32(limit)
     for j in range(count):
@@ -165,8 +164,8 @@ def _try_grid(q: Floats, count: int, top: int, factor: np.float32) -> None:
         grid = q[GRID + k]
         best_grid = q[BEST_GRID + k]
         better = new_error < error
-        q[ERROR + k] = new_error if better else error
-        q[BEST_GRID + k] = grid if better else best_grid
+        q[ERROR + k] = choose(better, new_error, error)
+        q[BEST_GRID + k] = choose(better, grid, best_grid)
 
 
 @_inlined
@@ -219,10 +218,10 @@ def _move(q: Floats, count: int, top: int) -> bool:
                 new_ll = ll + w * new * new
                 less = new_xl * new_xl * sum_ll > sum_xl * sum_xl * new_ll
                 moves = (xl > ZERO) & (ll > ZERO) & (new != code) & less
-                sum_xl = new_xl if moves else sum_xl
-                sum_ll = new_ll if moves else sum_ll
-                q[CODES + at] = _byte(found) if moves else code
-                moved = ONE if moves else moved
+                sum_xl = choose(moves, new_xl, sum_xl)
+                sum_ll = choose(moves, new_ll, sum_ll)
+                q[CODES + at] = choose(moves, _byte(found), code)
+                moved = choose(moves, ONE, moved)
             q[SUM_XL + k] = sum_xl
             q[SUM_LL + k] = sum_ll
             q[NEW_ERROR + k] = moved
@@ -250,13 +249,11 @@ def fit_weighted(q: Floats, count: int, top: int, limit: int) -> None:
     for k in range(LANES):
         sum_xl = q[SUM_XL + k]
         sum_ll = q[SUM_LL + k]
-        whole = sum_xl / sum_ll
-        whole = whole if sum_ll > ZERO else ZERO
-        q[WHOLE + k] = ZERO if q[PEAK + k] < SMALLEST else whole
+        whole = choose(sum_ll > ZERO, sum_xl / sum_ll, ZERO)
+        q[WHOLE + k] = choose(q[PEAK + k] < SMALLEST, ZERO, whole)
     largest = np.float32(limit)
     for j in range(count):
         for k in range(LANES):
             code = q[CODES + j * LANES + k]
-            peak = q[PEAK + k]
             code = code if code < largest else largest
-            q[CODES + j * LANES + k] = ZERO if peak < SMALLEST else code
+            q[CODES + j * LANES + k] = choose(q[PEAK + k] < SMALLEST, ZERO, code)

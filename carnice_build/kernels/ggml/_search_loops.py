@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .._affine_loops import Floats, _inlined
-from ._fit_loops import ROUND
+from .._affine_loops import Floats, _float, _inlined
+from ._fit_loops import ROUND, nearest_bits
 from ._scale_loops import SMALLEST, nearest_int
 
 NO_IMPORTANCE = np.empty(0, np.float32)
@@ -35,8 +35,29 @@ def _clamped(value: np.float32, low: int, high: int) -> np.int32:
 
 
 @_inlined
+def _clamped_float(value: np.float32, low: int, high: int) -> np.float32:
+    """As ``_clamped``, as a float: the bits of ``ROUND`` are 0x4B400000, those of ``ROUND`` + n, as
+    an integer, n more."""
+    bits = np.int32(nearest_bits(value) | np.uint32(0x4B000000))
+    lowest = np.int32(0x4B400000 + low)
+    highest = np.int32(0x4B400000 + high)
+    bits = bits if bits > lowest else lowest
+    bits = bits if bits < highest else highest
+    return np.float32(_float(np.uint32(bits)) - ROUND)
+
+
+@_inlined
+def _zeros(count: int) -> Floats:
+    """Floats from the beginning of a cache line on: a vector register of 64 bytes is then loaded
+    from one line and not from two, which takes twice as long."""
+    spare = np.zeros(count + 16, np.float32)
+    first = (-spare.ctypes.data % 64) // 4
+    return spare[first : first + count]
+
+
+@_inlined
 def _scratch(n: int, lanes: int) -> Floats:
-    return np.zeros((3 * n + 4) * lanes, np.float32)
+    return _zeros((3 * n + 4) * lanes)
 
 
 @_inlined
@@ -63,22 +84,41 @@ def _scales(n: int, lanes: int) -> int:
 def _load(blocks: Floats, n: int, lanes: int, s: Floats) -> None:
     """Blocks [up to lanes, n] to the scratch; zeros to lanes that are left."""
     count = blocks.shape[0]
-    for k in range(count):
-        block = blocks[k]
+    if count < lanes:
+        s[: n * lanes] = np.float32(0)
+    whole = count - count % 4
+    for k in range(0, whole, 4):
         for i in range(n):
-            s[i * lanes + k] = block[i]
-    for k in range(count, lanes):
+            for lane in range(k, k + 4):
+                s[i * lanes + lane] = blocks[lane, i]
+    for k in range(whole, count):
         for i in range(n):
-            s[i * lanes + k] = np.float32(0)
+            s[i * lanes + k] = blocks[k, i]
 
 
 @_inlined
-def _load_weights(weights: Floats, first: int, n: int, lanes: int, s: Floats) -> None:
-    """Weights [blocks in a row, n], of which lane 0 has block ``first``, and so on."""
-    for k in range(lanes):
-        block = weights[(first + k) % weights.shape[0]]
+def _columns(importance: Floats, n: int) -> Floats:
+    """The importance of columns as ``_load_weights`` takes it."""
+    return importance.reshape(-1, n).T.copy()
+
+
+@_inlined
+def _load_weights(columns: Floats, first: int, n: int, lanes: int, at: int, s: Floats) -> None:
+    """The importance of columns [n, blocks of a row] to the scratch, from ``at`` on; lane 0 has
+    that of block ``first`` of all rows."""
+    blocks = columns.shape[1]
+    column = first % blocks
+    lane = 0
+    while lane < lanes:
+        count = min(lanes - lane, blocks - column)
         for i in range(n):
-            s[(2 * n + i) * lanes + k] = block[i]
+            begin = at + i * lanes + lane
+            part = s[begin : begin + count]
+            source = columns[i, column : column + count]
+            for k in range(count):
+                part[k] = source[k]
+        lane += count
+        column = 0
 
 
 @_inlined
@@ -101,6 +141,15 @@ def _squares_of_four(
             sums[3] + d[k] * d[k],
         )
     return sums
+
+
+@_inlined
+def _weigh(n: int, lanes: int, weights: int, spreads: int, s: Floats) -> None:
+    """The importance that the scratch has as weights, times root(spread of the lane + square)."""
+    for i in range(n):
+        for k in range(lanes):
+            at = i * lanes + k
+            s[weights + at] = s[weights + at] * np.sqrt(s[spreads + k] + s[at] * s[at])
 
 
 @_inlined
@@ -135,7 +184,7 @@ def _level(value: np.float32, bound: int, sound: bool) -> np.float32:
     """The nearest integer from -bound to bound - 1. A ``sound`` value is a number and well below
     2**22; clamping it before it is rounded is then the same."""
     if not sound:
-        return np.float32(_clamped(value, -bound, bound - 1))
+        return _clamped_float(value, -bound, bound - 1)
     low = np.float32(-bound)
     high = np.float32(bound - 1)
     value = value if value > low else low

@@ -16,6 +16,7 @@ from ._plain_loops import BLOCK, _pack
 from ._search_loops import (
     _clamped,
     _code,
+    _columns,
     _inverses,
     _load,
     _load_weights,
@@ -23,6 +24,7 @@ from ._search_loops import (
     _scratch,
     _search,
     _squares_of_four,
+    _weigh,
     _weights,
 )
 
@@ -42,22 +44,18 @@ def _means_of_squares(rows: Floats) -> Floats:
 
 
 @_inlined
-def _weigh(means: Floats, first: int, per_row: int, weights: int, s: Floats) -> None:
-    """Weights of lane 0, which has block ``first``, and of those that follow, from the importance
-    that the scratch has in their place."""
+def _load_means(means: Floats, first: int, per_row: int, at: int, s: Floats) -> None:
+    """Of the rows of all lanes, of which lane 0 has block ``first``."""
     for k in range(LANES):
-        mean = means[min((first + k) // per_row, means.size - 1)]
-        for i in range(BLOCK):
-            at = i * LANES + k
-            s[weights + at] = s[weights + at] * np.sqrt(mean + s[at] * s[at])
+        s[at + k] = means[min((first + k) // per_row, means.size - 1)]
 
 
 @_inlined
 def _search_scales(rows: Floats, importance: Floats, bits: int, out: Bytes) -> None:
     """The value of largest magnitude becomes about the lowest level, code 0."""
     blocks = rows.reshape(-1, BLOCK)
-    columns = importance.reshape(-1, BLOCK)
-    packed = out.reshape(blocks.shape[0], -1)
+    columns = _columns(importance, BLOCK)
+    packed = out.reshape(-1, 18 if bits == 4 else 22)
     means = _means_of_squares(rows)
     s = _scratch(BLOCK, LANES)
     codes = np.empty((LANES, BLOCK), np.uint8)
@@ -66,8 +64,9 @@ def _search_scales(rows: Floats, importance: Floats, bits: int, out: Bytes) -> N
         chunk = blocks[first : first + LANES]
         made = packed[first : first + LANES]
         _load(chunk, BLOCK, LANES, s)
-        _load_weights(columns, first, BLOCK, LANES, s)
-        _weigh(means, first, columns.shape[0], _weights(BLOCK, LANES), s)
+        _load_weights(columns, first, BLOCK, LANES, _weights(BLOCK, LANES), s)
+        _load_means(means, first, columns.shape[1], _scales(BLOCK, LANES), s)
+        _weigh(BLOCK, LANES, _weights(BLOCK, LANES), _scales(BLOCK, LANES), s)
         _search(BLOCK, LANES, bound, True, s)
         for b in range(chunk.shape[0]):
             _store_f16(s[_scales(BLOCK, LANES) + b], made[b])
@@ -81,21 +80,19 @@ def _search_scales(rows: Floats, importance: Floats, bits: int, out: Bytes) -> N
 def _search_spans(rows: Floats, importance: Floats, bits: int, factors: Floats, out: Bytes) -> None:
     """The least value becomes about code 0, the greatest about the last code."""
     blocks = rows.reshape(-1, BLOCK)
-    columns = importance.reshape(-1, BLOCK)
-    packed = out.reshape(blocks.shape[0], -1)
+    columns = _columns(importance, BLOCK)
+    packed = out.reshape(-1, 20 if bits == 4 else 24)
     means = _means_of_squares(rows)
-    s = np.empty(fits.SCRATCH, np.float32)
+    s = fits.scratch()
     codes = np.empty((LANES, BLOCK), np.uint8)
     last = (1 << bits) - 1
     for first in range(0, blocks.shape[0], LANES):
         chunk = blocks[first : first + LANES]
         made = packed[first : first + LANES]
         _load(chunk, BLOCK, LANES, s)
-        for k in range(LANES):
-            column = columns[(first + k) % columns.shape[0]]
-            for i in range(BLOCK):
-                s[fits.WEIGHTS + i * LANES + k] = column[i]
-        _weigh(means, first, columns.shape[0], fits.WEIGHTS, s)
+        _load_weights(columns, first, BLOCK, LANES, fits.WEIGHTS, s)
+        _load_means(means, first, columns.shape[1], fits.SUM_L, s)
+        _weigh(BLOCK, LANES, fits.WEIGHTS, fits.SUM_L, s)
         fits.fit(s, BLOCK, last, factors, False)
         for b in range(chunk.shape[0]):
             _store_f16(s[fits.SCALE + b], made[b])
