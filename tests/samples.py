@@ -461,6 +461,7 @@ OPS: Sequence[OpSample] = [
             op,
             {"type": "Q4_K"},
             drawn(("BF16", (*outer, 9, 256)), ("F32", (*outer, 256)), around=1),
+            _STACKED if outer else frozenset(),
         )
         for op, outer in (
             (QuantizeWeighted(), ()),

@@ -142,9 +142,7 @@ def _halves(
     if own is None:
         return []
     patience = ready.settings.patience.start
-    theirs = llama_cpp.measured(
-        program, folder, text, length, own.samples, os.environ, patience
-    )
+    theirs = llama_cpp.measured(program, folder, text, length, own.samples, os.environ, patience)
     return [theirs, own]
 
 

@@ -79,7 +79,9 @@ def arguments(folder: Path, launch: Launch | None, name: str) -> tuple[list[str]
 
 def _has_head(model: Path) -> bool:
     metadata = read_gguf(LocalFile(model)).metadata
-    return any(key.endswith(".nextn_predict_layers") and item.value for key, item in metadata.items())
+    return any(
+        key.endswith(".nextn_predict_layers") and item.value for key, item in metadata.items()
+    )
 
 
 def measured(

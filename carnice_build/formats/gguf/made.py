@@ -144,6 +144,8 @@ class Files:
     def _vocabulary(self, description: Description) -> Metadata:
         (rows,) = {item.ref.spec.shape[0] for item in description.tensors if item.name == EMBEDDING}
         body = self.context.body
+        if not body.buildable:
+            return {}  # a shape file has no tokenizer
         return tokenizer_metadata(
             self.context.files,
             body.config,

@@ -365,6 +365,12 @@ class _Tower:
         if fact.name not in table.frames:
             small = len(ref.spec.shape) <= 1 or name == "v.position_embd.weight"
             return [Named(name, ref, fact, "F32" if small else "matrix")]
+        if ref.spec.shape[2] != _FRAMES:
+            raise PlanError(
+                f"the tower looks at {ref.spec.shape[2]} frames at once",
+                expected=f"{_FRAMES}, as llama.cpp does",
+                at=("format",),
+            )
         names = _frame_names(name, ref.spec.shape)
         return [Named(each, _frame(ref, number), fact, "half") for number, each in enumerate(names)]
 

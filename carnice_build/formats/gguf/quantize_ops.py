@@ -70,8 +70,8 @@ class QuantizeWeighted(Quantize):
         return super().infer(params, inputs)
 
 
-class _ByGgml(Quantize):
-    """What ggml makes itself: all its types, slower than ours."""
+class _ByGgml:
+    """What makes an op ggml's own: all its types, slower than ours."""
 
     libraries = ("libggml-python",)
 
@@ -81,7 +81,7 @@ class _ByGgml(Quantize):
         return quantize_with_ggml(*arguments)
 
 
-class GgmlQuantize(_ByGgml):
+class GgmlQuantize(_ByGgml, Quantize):
     """As `Quantize`, by the library."""
 
     name = "gguf.ggml_quantize"
