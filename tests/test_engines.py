@@ -21,17 +21,26 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, Finished, Project
 
+from carnice_build.checkpoint.gguf_header import encode_gguf
+from carnice_build.checkpoint.gguf_values import Value
 from carnice_build.commands.findings import folder_stamp, load_findings
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
-from carnice_build.engines.check import EngineSettings, ReadyEngine, check_engine
-from carnice_build.engines.engine import MLX_LM, VLLM, Start, launch_of
+from carnice_build.engines import llama_cpp
+from carnice_build.engines.check import (
+    EngineSettings,
+    ReadyEngine,
+    check_engine,
+    prepare_engine,
+)
+from carnice_build.engines.engine import LLAMA_CPP, MLX_LM, VLLM, Start, launch_of
 from carnice_build.engines.forced import ENVIRONMENT, FORCED, options_on_processor
 from carnice_build.engines.interpreter import FOLDER, TARGET, VARIABLE, engine_python
 from carnice_build.engines.server import HOST, Patience, last_words, serve
 from carnice_build.errors import EngineError
 from carnice_build.extras import pip_install
+from carnice_build.verification.perplexity import Perplexity
 from carnice_build.verification.result import Check, Outcome
 
 Carnice = Callable[..., Finished]
@@ -118,6 +127,8 @@ def test_a_client_that_is_not_installed_is_said_before_anything_is_checked(
     ("variant", "engine", "told"),
     [
         (MLX, "vllm", "expected --engine mlx-lm"),
+        ("gguf-q8_0", "vllm", "expected --engine llama.cpp"),
+        (FP8, "llama.cpp", "expected --engine vllm"),
         (FP8, "mlx-lm", "expected --engine vllm"),
         ("mlx-vlm-4bit", "mlx-lm", "its format is for mlx-vlm"),
         (FP8, "vlm", "did you mean 'vllm'"),
@@ -219,10 +230,105 @@ def against(ours: dict[str, dict[str, Any]], python: Path, text: Path, folder: P
     def start(folder: Path, launch: object, environment: Mapping[str, str]) -> Start:
         return Start([], environment, "model", 2)
 
-    engine = replace(MLX_LM, start=start, scores=True)
+    engine = replace(MLX_LM, start=start, scores=True, counts=True)
     ready = ReadyEngine(engine, python, EngineSettings(engine.name, patience=QUICK))
     found = [Check(name, Outcome.PASSED, "", (), details) for name, details in ours.items()]
     return check_engine(ready, None, folder, text, 4, found)
+
+
+LLAMA_SERVER = """\
+#!/bin/sh
+exec {python} {program} $(echo "$@" | grep -o -e '--\\(host\\|port\\) [^ ]*')
+"""
+"""The fake, which knows of no other options."""
+
+LLAMA_PERPLEXITY = """\
+#!/bin/sh
+echo "$@" > {asked}
+echo 'Final estimate: PPL = {figure} +/- 0.5' >&2
+exit {code}
+"""
+
+
+@pytest.fixture
+def llama(tmp_path: Path, monkeypatch: Patch) -> Callable[..., EngineSettings]:
+    """`llama(figure)`: llama.cpp's programs, of which the one that measures finds that."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+
+    def program(name: str, text: str) -> None:
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+
+    def make(figure: float, code: int = 0) -> EngineSettings:
+        monkeypatch.setenv("FAKE_ENGINE", "answers")
+        monkeypatch.setenv(llama_cpp.VARIABLE, str(folder))
+        fake = REPOSITORY / "tests" / "fake_engine.py"
+        server = LLAMA_SERVER.format(python=shlex.quote(sys.executable), program=fake)
+        program(llama_cpp.SERVER, server)
+        asked = tmp_path / "asked"
+        text = LLAMA_PERPLEXITY.format(asked=asked, figure=figure, code=code)
+        program(llama_cpp.PERPLEXITY, text)
+        return EngineSettings(LLAMA_CPP.name, patience=QUICK)
+
+    return make
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with a split model, the file of its tower, and an MTP head."""
+    folder = tmp_path / "split"
+    folder.mkdir()
+    parts = {"x.nextn_predict_layers": Value("u32", 1)}
+    for name in ("m-Q8_0-00001-of-00002", "m-Q8_0-00002-of-00002", "mmproj-m-F16"):
+        (folder / f"{name}.gguf").write_bytes(encode_gguf(parts, []).header)
+    shutil.copy(REPOSITORY / "demo" / "qwen3.6-27b" / "tokenizer.json", folder)
+    return folder
+
+
+def by_llama(settings: EngineSettings, folder: Path, own: float) -> Check:
+    """The check of the folder by the fakes, beside our figure of a text."""
+    ready = prepare_engine(settings, [])
+    ours = Perplexity(256, 4, own, 0.5)
+    text = REPOSITORY / "demo" / "heldout.txt"
+    return check_engine(ready, None, folder, text, 4, [], lambda length, samples: ours)
+
+
+def test_llama_cpp_s_perplexity_is_held_against_ours(
+    llama: Callable[..., EngineSettings], files: Path, tmp_path: Path
+) -> None:
+    """Over as many sequences; what it drafts is counted as vLLM's drafts are."""
+    settings = llama(7.78)
+    near, apart = by_llama(settings, files, 7.79), by_llama(settings, files, 9.0)
+
+    assert not any("perplexity" in problem for problem in near.problems)
+    assert "7.780 ± 0.500 in second halves of 256" in near.summary
+    assert "2.20 tokens a step" in near.summary
+    assert "--ctx-size 256 --chunks 4" in (tmp_path / "asked").read_text()
+    assert "perplexity of 7.780 in the second halves of 4 sequences of 256" in apart.problems[0]
+    assert json.dumps(near.details)
+
+
+def test_a_split_model_is_loaded_by_its_first_file(files: Path) -> None:
+    """With its tower, drafting with its head."""
+    words, drafts = llama_cpp.arguments(files, None, "m")
+
+    assert str(files / "m-Q8_0-00001-of-00002.gguf") == words[words.index("--model") + 1]
+    assert str(files / "mmproj-m-F16.gguf") == words[words.index("--mmproj") + 1]
+    assert "draft-mtp" == words[words.index("--spec-type") + 1]
+    assert 1 == drafts
+
+
+def test_programs_of_llama_cpp_that_are_not_there_are_said(
+    llama: Callable[..., EngineSettings], files: Path, monkeypatch: Patch
+) -> None:
+    """And one that fails, with its last words."""
+    with pytest.raises(EngineError, match="llama-perplexity died with code 3: Final estimate"):
+        by_llama(llama(7, code=3), files, 7)
+    monkeypatch.setenv(llama_cpp.VARIABLE, "/no/such/folder")
+    with pytest.raises(EngineError, match="llama-server is not installed") as caught:
+        prepare_engine(EngineSettings(LLAMA_CPP.name), [])
+    assert llama_cpp.VARIABLE in str(caught.value)
 
 
 def figures(mean: float, length: float, parsed: int) -> dict[str, dict[str, Any]]:

@@ -85,7 +85,7 @@ class OpenedSide:
         return ", ".join(sorted({self.tensors[name].spec.dtype for name in names}))
 
     def _packed(self, names: Sequence[str]) -> bool:
-        """Whether numbers are made of several tensors, or of one of bytes that say nothing alone."""
+        """Whether numbers are of several tensors, or of one of bytes that say nothing alone."""
         return len(names) > 1 or self.tensors[names[0]].spec.dtype == _BYTES
 
     def _module(self, name: str) -> str:

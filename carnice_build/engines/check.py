@@ -123,8 +123,7 @@ def check_engine(
         details["second_halves"] = {
             name: asdict(item) for name, item in zip(("engine", "ours"), both, strict=True)
         }
-    shown = [*scored, *both[:1]]
-    return judged(NAME, problems, _summary(engine, shown, drafts, turns), details)
+    return judged(NAME, problems, _summary(engine, scored, both, drafts, turns), details)
 
 
 def _halves(
@@ -246,9 +245,14 @@ def _parsed(ours: Mapping[str, Any]) -> calls.Share | None:
 
 
 def _summary(
-    engine: Engine, scored: Sequence[Perplexity], drafts: Drafts | None, turns: Turns
+    engine: Engine,
+    scored: Sequence[Perplexity],
+    both: Sequence[Perplexity],
+    drafts: Drafts | None,
+    turns: Turns,
 ) -> str:
     parts = [f"{format_perplexity(item)} at {item.length}" for item in scored]
+    parts += [f"{format_perplexity(item)} in second halves of {item.length}" for item in both[:1]]
     if drafts is not None:
         parts.append(f"{drafts.mean_length:.2f} tokens a step at n={len(drafts.rates)}")
     parts.append(str(turns.figures))

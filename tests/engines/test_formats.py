@@ -20,6 +20,7 @@ from carnice_build.commands.build import build_variants
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.commands.verify import VerifySettings, verify_variants
+from carnice_build.engines import llama_cpp
 from carnice_build.engines.check import EngineSettings, check_engine, prepare_engine
 from carnice_build.system import peak_memory
 from carnice_build.verification.result import Check, Outcome
@@ -48,6 +49,7 @@ FOR_VLLM = (
     "w8a8",
 )
 FOR_MLX = ("mlx-6bit", "mlx-4bit", "mlx-mixed_3_6")
+FOR_LLAMA_CPP = ("gguf-q4_k_m", "gguf-q8_0", "gguf-bf16")
 TEXT = REPOSITORY / "demo" / "heldout.txt"
 
 
@@ -93,6 +95,17 @@ def test_mlx_lm_serves_it(variant: str, options: Options) -> None:
     check = served(variant, "mlx-lm", options)
 
     assert [] == list(check.problems)
+
+
+@pytest.mark.skipif(llama_cpp.find_program(llama_cpp.SERVER) is None, reason="no llama.cpp")
+@pytest.mark.parametrize("variant", FOR_LLAMA_CPP)
+def test_llama_cpp_serves_it(variant: str, options: Options) -> None:
+    """It loads, reads the text as we do, and finds the calls that are written."""
+    check = served(variant, "llama.cpp", options)
+
+    assert [] == list(check.problems)
+    if llama_cpp.find_program(llama_cpp.PERPLEXITY):
+        assert {"engine", "ours"} == check.details["second_halves"].keys()
 
 
 def test_vllm_serves_the_source(options: Options, tmp_path: Path) -> None:

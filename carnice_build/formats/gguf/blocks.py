@@ -116,7 +116,8 @@ def _halves(how: Kind, levels: Levels) -> Any:
 
 def _half_place(values: Floats) -> Floats:
     """What rounding to F16 moves positive numbers by, at most."""
-    return np.maximum(HALF_PLACE["F16"] * values, np.float32(HALF_SMALLEST["F16"]))
+    found: Floats = np.maximum(HALF_PLACE["F16"] * values, np.float32(HALF_SMALLEST["F16"]))
+    return found
 
 
 def _halves_of(levels: Any) -> Floats:

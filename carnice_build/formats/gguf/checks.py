@@ -107,7 +107,7 @@ class GgufChecks(TorchChecks):
         """See `FormatChecks.values`."""
         values = block_values(tensors, module, weighted=self.weighted)
         if values.kind != scheme.name:
-            raise Incomparable(f"{module} is of type {values.kind} instead of {scheme.name}")
+            raise CheckpointError(f"is {values.kind} instead of {scheme.name}", where=module)
         return values
 
     def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
