@@ -70,10 +70,11 @@ class QuantizeWeighted(Quantize):
         return super().infer(params, inputs)
 
 
+_GGML = ("libggml-python",)
+
+
 class _ByGgml:
     """What makes an op ggml's own: all its types, slower than ours."""
-
-    libraries = ("libggml-python",)
 
     def _quantize(self, *arguments: Any) -> Any:
         from carnice_build.backends.ggml import quantize_with_ggml
@@ -85,9 +86,11 @@ class GgmlQuantize(_ByGgml, Quantize):
     """As `Quantize`, by the library."""
 
     name = "gguf.ggml_quantize"
+    libraries = _GGML
 
 
 class GgmlQuantizeWeighted(_ByGgml, QuantizeWeighted):
     """As `QuantizeWeighted`, by the library."""
 
     name = "gguf.ggml_quantize_weighted"
+    libraries = _GGML
