@@ -43,6 +43,7 @@ from carnice_build.formats.gguf.naming import (
     describe_projector,
 )
 from carnice_build.formats.gguf.tensors import Backend, made_of
+from carnice_build.formats.gguf.tokenizer import NAME as TOKENIZER
 from carnice_build.formats.gguf.tokenizer import tokenizer_metadata
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import LINEARS
@@ -89,7 +90,7 @@ class Files:
         if self.mix in FLOATS and not chosen:
             types = {item.name: written_as(item, self.mix) for item in description.tensors}
             file = self._file(description.tensors, types, metadata, {})
-            return Text(file, None, ())
+            return Text(file, None, self._uncounted())
         written = [
             Tensor(item.name, item.shape, written_as(item, self.written))
             for item in description.tensors
@@ -108,8 +109,8 @@ class Files:
             quantized_metadata(metadata, self.mix, self._importance_file(found)),
             refs,
         )
-        notices = [item.notice for item in assigned if item.notice]
-        return Text(file, statistics, [*notices, *(found.notices if found else ())])
+        notices = [*self._uncounted(), *_unfit(assigned), *(found.notices if found else ())]
+        return Text(file, statistics, notices)
 
     def described(self) -> Description:
         """What is in the model's own file beside the vocabulary, in the converter's order."""
@@ -141,11 +142,21 @@ class Files:
             where=body.where,
         )
 
+    @property
+    def _has_vocabulary(self) -> bool:
+        """False for a shape file without a tokenizer, of which sizes alone are wanted."""
+        return self.context.body.buildable or TOKENIZER in self.context.files
+
+    def _uncounted(self) -> Sequence[str]:
+        if self._has_vocabulary:
+            return ()
+        return (f"{self.context.body.where} has no vocabulary, which comes on top",)
+
     def _vocabulary(self, description: Description) -> Metadata:
         (rows,) = {item.ref.spec.shape[0] for item in description.tensors if item.name == EMBEDDING}
         body = self.context.body
-        if not body.buildable:
-            return {}  # a shape file has no tokenizer
+        if not self._has_vocabulary:
+            return {}
         return tokenizer_metadata(
             self.context.files,
             body.config,
@@ -214,6 +225,25 @@ class Files:
                     expected="`imatrix`, or another mix",
                     at=("mix",),
                 )
+
+
+def _unfit(assigned: Iterable[Assigned]) -> list[str]:
+    """What to tell of tensors whose columns are no whole blocks, a sentence for all that are alike.
+
+    They get the type that llama-quantize falls back to.
+    """
+    alike: dict[str, list[Assigned]] = {}
+    for item in assigned:
+        if item.notice:
+            alike.setdefault(item.notice.removeprefix(item.tensor.name), []).append(item)
+    return [_together(items[0], len(items) - 1) for items in alike.values()]
+
+
+def _together(first: Assigned, others: int) -> str:
+    words = (first.notice or "").removeprefix(first.tensor.name)
+    if not others:
+        return first.tensor.name + words
+    return f"{first.tensor.name} and {others} more" + words.replace("; it gets", "; they get")
 
 
 def written_as(item: Named, outtype: str) -> str:
