@@ -2,6 +2,7 @@
 
     python benchmarks/make_options.py vllm      # in an environment with vLLM, its CPU build will do
     python benchmarks/make_options.py mlx-lm    # in one with mlx-lm
+    python benchmarks/make_options.py llama-server b11434   # with that build of it on PATH
 
 Each writes `carnice_build/serving/data/options/PROGRAM-VERSION.json`, by which recipes and profiles
 are checked where the server is not installed.
@@ -14,12 +15,15 @@ import argparse
 import dataclasses
 import enum
 import json
+import re
+import subprocess
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Set
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 FOLDER = Path(__file__).parent.parent / "carnice_build" / "serving" / "data" / "options"
@@ -39,9 +43,10 @@ _PARSERS = {
 _LISTS = (list, set, tuple, frozenset, typing.Sequence)
 
 
-def main(program: str) -> None:
-    """Write the table of `program`."""
+def main(program: str, named: str | None = None) -> None:
+    """Write the table of `program`, whose release is `named` where it cannot tell."""
     release, options = _PROGRAMS[program]()
+    release = named or release
     lines = [f"{json.dumps(name)}: {json.dumps(options[name])}" for name in sorted(options)]
     head = json.dumps({"program": program, "version": release})[:-1]
     text = head + ', "options": {\n' + ",\n".join(lines) + "\n}}\n"
@@ -99,7 +104,100 @@ def _vllm() -> tuple[str, dict[str, Any]]:
     return vllm.__version__, options
 
 
+def _llama_server() -> tuple[str, dict[str, Any]]:
+    """The options of `llama-server`: their names by its help, what they take by asking it.
+
+    A build from a source archive does not know its number.
+    """
+    usage = _asked("--help").stdout
+    options: dict[str, Any] = {}
+    for entry in re.split(r"\n(?=-)", usage):
+        head, _, text = entry.partition("\n")
+        found = re.match(r"-[\w.-]+(?:, +-[\w.-]+)*", head)
+        if found is None or head.startswith("-----") or "has been removed" in entry:
+            continue
+        names = found[0].replace(",", "").split()
+        # What the value is called comes next; what the option is for, two columns on at least.
+        rest = head[found.end() :]
+        value, _, said = ("" if rest.startswith("  ") else rest.strip()).partition("  ")
+        on = [name for name in names if not name.startswith("--no-")] or names
+        short = [name for name in on if not name.startswith("--")]
+        long = [name[2:] for name in on if name.startswith("--")]
+        if long[0] in ("help", "version"):
+            continue
+        if len(on) < len(names):
+            # An opposite may be short, too, and then stands before its long name.
+            first = next(index for index, name in enumerate(names) if name not in on)
+            short = [name for name in short if names[first - 1] != name or first == 1]
+        off = [name[2:] for name in names if name not in on]
+        about = re.sub(r"\s+", " ", f"{said} {rest} {text}")
+        fact: dict[str, Any] = (
+            _taken(f"--{long[0]}", value, about) if value else {"types": ["switch"]}
+        )
+        more = {"off": next(iter(off), None), "aliases": long[1:], "short": short}
+        options[long[0]] = {
+            **fact,
+            **{key: item for key, item in more.items() if item},
+            **_default(about, fact),
+        }
+    (release,) = re.findall(r"version: (\S+)", _asked("--version").stderr)
+    return release, options
+
+
+def _asked(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # Some options open the file that they are given before anything else is read.
+    with TemporaryDirectory() as folder:
+        return subprocess.run(
+            ["llama-server", *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+
+def _takes(option: str, value: str) -> bool:
+    """Whether the parser takes it: with `--help` after it, nothing else happens."""
+    return _asked(option, value, "--help").returncode == 0
+
+
+def _taken(option: str, value: str, about: str) -> dict[str, Any]:
+    """What an option takes, of which the help calls the value `value`."""
+    refused = _asked(option, "x", "--help")
+    if refused.returncode == 0:
+        return {"types": ["text"]}
+    words = re.findall(r"'([a-z][\w-]*)'|(?<= - )([a-z][\w+-]*):|(?<=default: )([a-z]+)\)", about)
+    words = [word for pair in words for word in pair if word]
+    for function, kind in {"stoi": "int", "stof": "float", "stod": "float"}.items():
+        if function in refused.stderr:
+            if not _takes(option, "1,x"):
+                # Every part is a number, and there may be several.
+                return {"types": ["text"]}
+            also = [word for word in dict.fromkeys(words) if _takes(option, word)]
+            return {"types": [kind], **({"also": also} if also else {})}
+    if _takes(option, "{}"):
+        return {"types": ["section"]}
+    listed = re.search(r"allowed values: ([\w, .-]+)", about)
+    names = re.split(r"[,|]", value.strip("{}[]<>")) + (listed[1].split(",") if listed else words)
+    taken = [name for name in dict.fromkeys(map(str.strip, names)) if name and _takes(option, name)]
+    return {"types": ["text"], **({"choices": taken} if len(taken) > 1 else {})}
+
+
+def _default(about: str, fact: Mapping[str, Any]) -> dict[str, Any]:
+    found = re.search(r"default: '?([\w.-]+)", about)
+    if found is None:
+        return {}
+    (kind,), text = fact["types"], found[1]
+    if kind == "switch" and text in ("enabled", "true", "disabled", "false"):
+        return {"default": text in ("enabled", "true")}
+    if kind in ("int", "float") and re.fullmatch(r"-?\d+(\.\d+)?", text):
+        return {"default": {"int": int, "float": float}[kind](text)}
+    return {"default": text} if text in (*fact.get("choices", ()), *fact.get("also", ())) else {}
+
+
 _PROGRAMS: Mapping[str, Callable[[], tuple[str, dict[str, Any]]]] = {
+    "llama-server": _llama_server,
     "mlx-lm": _mlx_lm,
     "vllm": _vllm,
 }
@@ -238,4 +336,4 @@ def _is_enum(kind: Any) -> bool:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -10,6 +10,7 @@ import pytest
 from carnice_build.errors import PlanError
 from carnice_build.formats.autoround.format import AutoRoundFormat
 from carnice_build.formats.compressed_tensors.format import CompressedFormat
+from carnice_build.formats.gguf.format import GgufFormat
 from carnice_build.formats.nvfp4.format import Nvfp4Format
 from carnice_build.formats.registry import FORMATS
 from carnice_build.models.base import KvGeometry
@@ -91,7 +92,20 @@ FP4 = replace(
     schemes=("NVFP4A16", "FP8_DYNAMIC"),
     weights_bytes=22_830_000_000,
 )
+GGUF = replace(
+    NVFP4,
+    repo="owner/Carnice-V2-27b-GGUF",
+    variant="gguf-q4_k_m",
+    quantization="gguf",
+    profiles=GgufFormat.serving().profiles,
+    text_only=False,
+    weights_bytes=16_810_000_000,
+    model_file="Carnice-V2-27b-Q4_K_M.gguf",
+    projector="mmproj-Carnice-V2-27b-F16.gguf",
+    projector_bytes=930_000_000,
+)
 FACTS = {
+    "llama-server": GGUF,
     "nvfp4-vllm": NVFP4,
     "modelopt-vllm": replace(NVFP4, weights_bytes=30_300_000_000),
     "fp8-vllm": FP8,

@@ -60,9 +60,9 @@ def test_a_script_runs_its_launch(profile: str, name: str, tmp_path: Path) -> No
     subprocess.run(["/bin/sh", "-n", str(script)], check=True)
     arguments, _, environment = run_script(script, command[0], tmp_path)
 
-    port = [] if launch.port == 8000 else ["--port", str(launch.port)]
+    port = [] if launch.port == launch.engine.port else ["--port", str(launch.port)]
     assert [*command[1:], *launch.arguments(str(tmp_path)), *port] == arguments
-    assert facts.repo == arguments[arguments.index("--served-model-name") + 1]
+    assert facts.repo == arguments[arguments.index(f"--{launch.engine.words.name}") + 1]
     assert {key: item.value for key, item in launch.env.items()}.items() <= environment.items()
 
 
@@ -72,6 +72,7 @@ class Served:
     def __init__(self, profile: str, model: Path, beside: Path) -> None:
         facts, spec = FACTS[profile], spec_of(profile)
         launch = plan_launches(spec, facts)[0]
+        self.model_file = facts.model_file
         self.place = Place(f"serve/{profile}")
         self.script = model / self.place.folder / f"{launch.name}.sh"
         self.elsewhere = beside / "some where" / "else"
@@ -100,13 +101,13 @@ class Served:
         )
 
     def __call__(self, folder: Path, *command: str) -> str:
-        """The model that the engine is given."""
+        """The model that the engine is given, or the folder of its file."""
         run = self.run(folder, *command)
         assert 0 == run.returncode, run.stderr
         arguments = run.stdout.split("\0")[:-1]
         assert "--more" == arguments[-1]
         where = arguments.index("--model") + 1 if "--model" in arguments else 1
-        return arguments[where]
+        return arguments[where].removesuffix(f"/{self.model_file}")
 
 
 @pytest.mark.parametrize("profile", FACTS)
@@ -216,12 +217,13 @@ def test_compose_serves_the_same_launches(profile: str) -> None:
     assert "&" not in text
     assert [launch.name for launch in plan_launches(spec_of(profile), facts)] == list(services)
     for launch in plan_launches(spec_of(profile), facts):
-        service = services[launch.name]
+        service, engine = services[launch.name], launch.engine
 
-        assert list(launch.engine.command) == service["entrypoint"]
+        assert list(engine.entrypoint or engine.command) == service["entrypoint"]
         assert launch.arguments("/model") == service["command"]
-        assert facts.repo == service["command"][service["command"].index("--served-model-name") + 1]
-        assert [f"{launch.port}:8000"] == service["ports"]
+        name = service["command"].index(f"--{engine.words.name}") + 1
+        assert facts.repo == service["command"][name]
+        assert [f"{launch.port}:{engine.port}"] == service["ports"]
         assert ["..:/model:ro"] == service["volumes"]
         assert ("16gb", "host") == (service["shm_size"], service["ipc"])
         assert [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}] == service["deploy"][

@@ -15,7 +15,7 @@ from carnice_build.serving.launches import resolve_launches
 from carnice_build.serving.options import OptionFact, misfit, option_table
 from carnice_build.serving.profile import load_engine
 
-ENGINES = ("vllm", "1cat-vllm")
+ENGINES = ("vllm", "1cat-vllm", "llama-server")
 VLLM = load_engine("vllm")
 
 

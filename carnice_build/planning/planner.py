@@ -246,8 +246,7 @@ def _formatted(
         from carnice_build.planning.serve import plan_serving
 
         with _located(recipe, "package", "serve"):
-            size = sum(pack.size for pack in packs)
-            serving = plan_serving(recipe, context.architecture, conversion, files, size)
+            serving = plan_serving(recipe, context.architecture, conversion, files, packs)
     return VariantPlan(
         recipe=recipe,
         sources=context.sources,

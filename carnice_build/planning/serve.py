@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import NoneType
+from typing import NamedTuple
 
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import tool_format
+from carnice_build.checkpoint.containers import STATISTICS
 from carnice_build.checkpoint.generation import generation_entries, sampling
+from carnice_build.checkpoint.gguf_header import SUFFIX
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import Conversion, Format
+from carnice_build.formats.layout import PackLayout
 from carnice_build.models.base import Architecture, Part
 from carnice_build.planning.sharding import sharding_of
 from carnice_build.plugins import failures_blamed, returned
@@ -25,7 +29,7 @@ def plan_serving(
     architecture: Architecture,
     conversion: Conversion,
     files: Mapping[str, bytes],
-    weights_bytes: int,
+    packs: Sequence[PackLayout],
 ) -> ServingFacts:
     """What the launches of `package.serve` follow from; PlanError for one that cannot work."""
     assert isinstance(recipe.quantize, Format)
@@ -34,6 +38,7 @@ def plan_serving(
         schemes = returned(recipe.quantize.schemes(), tuple, "schemes")
     if serving is None:
         raise PlanError("no serving engine that we know loads this format")
+    weights = _weights(packs)
     parts = {tensor.fact.part for tensor in conversion.tensors}
     tower = any(fact.part is Part.TOWER for fact in architecture.built.values())
     where, template = next(iter(template_files(files).items()), ("", None))
@@ -49,7 +54,7 @@ def plan_serving(
         reasoning_parser=found.reasoning_parser if found else None,
         has_mtp=Part.MTP in parts,
         text_only=tower and Part.TOWER not in parts,
-        weights_bytes=weights_bytes,
+        weights_bytes=weights.size,
         kv=architecture.kv_geometry,
         max_positions=architecture.max_positions,
         sharding=sharding_of(architecture, conversion),
@@ -57,9 +62,32 @@ def plan_serving(
         packaged_sampling=sampling({**generation_entries(files), "do_sample": True}),
         stated_sampling={str(name): item for name, item in (recipe.card.sampling or {}).items()},
         kv_cache_dtype=conversion.kv_cache,
+        model_file=weights.file,
+        projector=weights.projector.name if weights.projector else None,
+        projector_bytes=weights.projector.size if weights.projector else 0,
     )
     _check_sections(recipe, facts)
     return facts
+
+
+class _Weights(NamedTuple):
+    """The bytes of the model, and the file that is served where an engine takes no folder."""
+
+    size: int
+    file: str | None = None
+    projector: PackLayout | None = None
+
+
+def _weights(packs: Sequence[PackLayout]) -> _Weights:
+    if not all(pack.name.endswith(SUFFIX) for pack in packs):
+        return _Weights(sum(pack.size for pack in packs))
+    model = [pack for pack in packs if not pack.name.endswith(STATISTICS)]
+    towers = [
+        pack for pack in model if all(slot.tensor.fact.part is Part.TOWER for slot in pack.slots)
+    ]
+    text = [pack for pack in model if pack not in towers]
+    projector = towers[0] if towers else None
+    return _Weights(sum(pack.size for pack in text), text[0].name, projector)
 
 
 def _check_sections(recipe: Recipe, facts: ServingFacts) -> None:

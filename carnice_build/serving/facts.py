@@ -25,7 +25,9 @@ class ServingFacts:
     `sharding` is what several cards share;
     `packaged_sampling` is what its generation_config.json says of sampling, as vLLM reads it, and
     `stated_sampling` what the recipe says, which is none where it says nothing;
-    `kv_cache_dtype` is the type of a cache whose scales are in the folder, None without any.
+    `kv_cache_dtype` is the type of a cache whose scales are in the folder, None without any;
+    `model_file` is what is served where an engine loads no folder, the first of split files, and
+    `projector` that of the vision tower, which has `projector_bytes` beside `weights_bytes`.
     """
 
     repo: str
@@ -45,3 +47,6 @@ class ServingFacts:
     schemes: tuple[str, ...] = ()
     support: Mapping[str, Mapping[str, Support]] = field(default_factory=dict)
     kv_cache_dtype: str | None = None
+    model_file: str | None = None
+    projector: str | None = None
+    projector_bytes: int = 0

@@ -70,6 +70,7 @@ class Launch:
     port: int
     hardware: Hardware | None
     served_name: str
+    model_file: str | None
     flags: Mapping[str, Option]
     env: Mapping[str, Variable]
     changed: frozenset[str]
@@ -79,13 +80,15 @@ class Launch:
         return ("launches", self.name, *parts)
 
     def arguments(self, model: str) -> list[str]:
-        """The arguments after the engine's command, to serve `model`."""
+        """The arguments after the engine's command, to serve the folder `model`."""
         option = self.engine.model_option
-        found = [option, model] if option else [model]
+        served = f"{model}/{self.model_file}" if self.model_file else model
+        found = [option, served] if option else [served]
         if self.served_name != model:
-            found += ["--served-model-name", self.served_name]
+            found += [f"--{self.engine.words.name}", self.served_name]
         for name, flag in self.flags.items():
-            found += [f"--{name}"] if flag.text is None else [f"--{name}", flag.text]
+            text = f"{model}/{flag.text}" if name in self.engine.files else flag.text
+            found += [f"--{name}"] if text is None else [f"--{name}", text]
         return found
 
 
@@ -112,17 +115,22 @@ def resolve_launches(spec: ServeSpec, facts: ServingFacts) -> tuple[Launch, ...]
         )
     if not is_model_name(facts.repo):
         raise PlanError(f"the repository {facts.repo!r} is no name that a command can take")
+    names = [
+        name
+        for name, data in profile.launches.items()
+        if data.only_if is None or getattr(facts, data.only_if)
+    ]
     for name in spec.launches:
-        if name not in profile.launches:
+        if name not in names:
             raise PlanError(
-                f"the profile {spec.profile!r} has no launch {name!r}",
-                expected=" or ".join(profile.launches),
-                nearest=nearest(name, profile.launches),
+                f"the profile {spec.profile!r} has no launch {name!r}"
+                + (" for this folder" if name in profile.launches else ""),
+                expected=" or ".join(names),
+                nearest=nearest(name, names),
                 at=("launches", name),
             )
     return tuple(
-        _launch(name, profile, spec.launches.get(name, _UNCHANGED), spec, facts)
-        for name in profile.launches
+        _launch(name, profile, spec.launches.get(name, _UNCHANGED), spec, facts) for name in names
     )
 
 
@@ -140,7 +148,7 @@ def _launch(
         at = ("launches", name, "flags", flag)
         _check_option(flag, value, engine, facts, at)
         _change(flags, flag, value)
-    _state_sampling(flags, change.flags, facts)
+    _state_sampling(flags, change.flags, engine, facts)
     for flag, option in flags.items():
         at = ("launches", name, *(("flags", flag) if flag in change.flags else ()))
         _check_value(flag, option.value, engine, at)
@@ -153,6 +161,7 @@ def _launch(
         port=change.port or data.port,
         hardware=_hardware(data.hardware, change.hardware),
         served_name=spec.served_name or facts.repo,
+        model_file=facts.model_file,
         flags=flags,
         env=_environment(data.env, change.env),
         changed=frozenset([*change.flags, *(f"env.{variable}" for variable in change.env)]),
@@ -166,7 +175,7 @@ def _value(flag: Flag, profile: ServingProfile, facts: ServingFacts) -> FlagValu
         return flag.value
     if flag.fact == "tools":
         return facts.tool_call_parser is not None
-    value: str | bool | None = getattr(facts, flag.fact)
+    value: str | int | bool | None = getattr(facts, flag.fact)
     return profile.parsers.get(str(value), value) if flag.fact == "tool_call_parser" else value
 
 
@@ -221,13 +230,19 @@ def _change(flags: dict[str, Option], flag: str, value: FlagValue) -> None:
 def sampling_of_folder(
     flags: Mapping[str, Option], facts: ServingFacts
 ) -> Mapping[str, int | float]:
-    """What an engine with these options takes from the folder's generation_config.json."""
+    """What an engine with these options takes from the folder's generation_config.json.
+
+    Or from the model's own file, which has it from there.
+    """
     source = flags.get(SOURCE)
     return facts.packaged_sampling if source is None or source.value == "auto" else {}
 
 
 def _state_sampling(
-    flags: dict[str, Option], changes: Mapping[str, FlagValue], facts: ServingFacts
+    flags: dict[str, Option],
+    changes: Mapping[str, FlagValue],
+    engine: Engine,
+    facts: ServingFacts,
 ) -> None:
     """Set what the card states of sampling and the folder's own file does not.
 
@@ -237,9 +252,16 @@ def _state_sampling(
     missing: dict[str, Scalar | list[Scalar]] = {
         name: item for name, item in facts.stated_sampling.items() if own.get(name) != item
     }
+    reason = "what the recipe says of sampling, and the folder's generation_config.json does not"
+    if engine.sampling:
+        for name, value in missing.items():
+            option = engine.sampling.get(name)
+            if option and option not in flags and option not in changes:
+                assert not isinstance(value, list)
+                flags[option] = Option(value, reason, load_bearing=False)
+        return
     if not missing or OVERRIDE in flags or OVERRIDE in changes:
         return
-    reason = "what the recipe says of sampling, and the folder's generation_config.json does not"
     flags[OVERRIDE] = Option(missing, reason, load_bearing=False)
 
 
@@ -285,9 +307,9 @@ def setting(launch: Launch, key: str, facts: ServingFacts) -> Any:
         return getattr(facts, name)
     engine = launch.engine
     default = engine.defaults.get(key, engine.parser.default(key))
-    if key == "max-model-len":
-        default = facts.max_positions
     option = launch.flags.get(kind)
+    if key == engine.words.context and (option is None or option.value == default):
+        return facts.max_positions
     if option is None:
         return default
     if not name:

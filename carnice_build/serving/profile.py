@@ -17,7 +17,14 @@ from carnice_build.serving.options import OptionFact, OptionTable, option_table
 M = TypeVar("M", bound=BaseModel)
 
 FactName = Literal[
-    "quantization", "text_only", "tools", "tool_call_parser", "reasoning_parser", "kv_cache_dtype"
+    "quantization",
+    "text_only",
+    "tools",
+    "tool_call_parser",
+    "reasoning_parser",
+    "kv_cache_dtype",
+    "projector",
+    "max_positions",
 ]
 Range = float | tuple[float, float]
 
@@ -64,10 +71,11 @@ class Hardware(Strict):
 
 
 class LaunchData(Strict):
-    """One way to serve the model."""
+    """One way to serve the model, which a folder has that the fact `only_if` is true of."""
 
     purpose: str
     engine: str
+    only_if: Literal["has_mtp", "projector"] | None = None
     image: str | None = None
     port: int = 8000
     hardware: Hardware | None = None
@@ -194,6 +202,22 @@ class Retired(Strict):
     instead: str
 
 
+class Words(Strict):
+    """What an engine calls options that all have; None for what it does not have.
+
+    `keys` and `values` are the types of what is cached, `name` is what clients ask for, `parallel`
+    the number of cards that layers are split over, and `share` how much of their memory is used.
+    """
+
+    context: FlagName = "max-model-len"
+    keys: FlagName = "kv-cache-dtype"
+    values: FlagName = "kv-cache-dtype"
+    drafts: FlagName = "speculative-config"
+    name: FlagName = "served-model-name"
+    parallel: FlagName | None = "tensor-parallel-size"
+    share: FlagName | None = "gpu-memory-utilization"
+
+
 class Engine(Strict):
     """A program that serves, and which of its options a recipe may set.
 
@@ -201,9 +225,24 @@ class Engine(Strict):
     where it is a bare argument; `defaults` are what rules assume of options that are left out,
     where that is not the parser's; `reserved` says why a recipe cannot set an option.
     What a fork adds to its table are `own_options`, and `own_choices` of others.
+    `entrypoint` is the command in its container, where that is another; it listens to `port`, and
+    where it is `local` to its own machine alone.
+    It loads a file of the folder where the facts name one; the values of `files` are names of
+    further ones.
+    `sampling` are options by what requests call them, none where one option has all; `unsaid` is
+    how it samples where nobody says.
+    `provider` is what Hermes Agent calls it.
     """
 
     command: tuple[str, ...]
+    entrypoint: tuple[str, ...] | None = None
+    port: int = 8000
+    local: bool = False
+    provider: str = "vllm"
+    words: Words = Field(default_factory=Words)
+    files: tuple[FlagName, ...] = ()
+    sampling: dict[str, FlagName] = Field(default_factory=dict)
+    unsaid: str = "a temperature of 1"
     table: str
     model_option: str | None = None
     defaults: dict[str, Scalar | list[Scalar]]
@@ -232,16 +271,18 @@ class Engine(Strict):
 class ServingProfiles(Mapping[str, ServingProfile]):
     """The profiles of one format by name: the YAML files in the folder `serving` of its package.
 
-    And those that fit any format, which are with the engines.
+    And those that fit any format, which are with the engines, unless it is a format of `its_own`
+    engines.
     """
 
-    def __init__(self, package: str) -> None:
+    def __init__(self, package: str, *, its_own: bool = False) -> None:
         self._package = package
+        self._shared = () if its_own else _shared_profiles()
 
     def __getitem__(self, name: str) -> ServingProfile:
         if name not in self._names:
             raise KeyError(name)
-        if name in _shared_profiles():
+        if name in self._shared:
             return _read_serving_profile(__package__, f"data/profiles/{name}.yaml")
         return _read_serving_profile(self._package, f"serving/{name}.yaml")
 
@@ -253,7 +294,7 @@ class ServingProfiles(Mapping[str, ServingProfile]):
 
     @cached_property
     def _names(self) -> tuple[str, ...]:
-        return (*_yaml_names(files(self._package).joinpath("serving")), *_shared_profiles())
+        return (*_yaml_names(files(self._package).joinpath("serving")), *self._shared)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import OVERRIDE, Launch
-from carnice_build.serving.memory import GIB, Memory, estimate
+from carnice_build.serving.memory import GIB, Memory, caches_by_type, estimate
 from carnice_build.serving.place import Place
 from carnice_build.serving.profile import Range
 from carnice_build.serving.sampling import launch_sampling
@@ -26,7 +26,9 @@ def readme(launches: Sequence[Launch], facts: ServingFacts, place: Place) -> str
         known={name: support[name] for name in facts.schemes if name in support},
         facts=facts,
         place=place,
-        drafts=any("speculative-config" in launch.flags for launch in launches),
+        engine=launches[0].engine,
+        drafts=any(launch.engine.words.drafts in launch.flags for launch in launches),
+        caches=list(caches_by_type(launches[0], facts)) if facts.model_file else [],
         memory={launch.name: estimate(launch, facts) for launch in launches},
         sampling={launch.name: _sampling(launch_sampling(launch, facts)) for launch in launches},
         source="card" if len(launches[0].profile.cards) == 1 else "cards",
@@ -54,6 +56,7 @@ def _render(template: str, **values: Any) -> str:
         autoescape=False,
     )
     environment.filters |= {"cell": _cell, "code": _code, "range": _range, "sizes": _sizes}
+    environment.filters["gib"] = lambda count: f"{count / GIB:.1f} GiB"
     text = files(__package__).joinpath("templates", template).read_text("utf-8")
     return environment.from_string(text).render(values)
 

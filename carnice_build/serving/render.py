@@ -11,12 +11,12 @@ from typing import Any
 from carnice_build.recipe.serve import ServeSpec
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import Launch
+from carnice_build.serving.modelfile import modelfile
 from carnice_build.serving.place import ALONE, Place
 from carnice_build.serving.readme import contents_page, readme
 from carnice_build.serving.rules import plan_launches
 
 _MOUNT = "/model"
-_CONTAINER_PORT = 8000
 
 _HERE = "\0the folder"
 """Stands for the model in a script's arguments; no other argument can hold a NUL."""
@@ -39,6 +39,8 @@ def serve_files(spec: ServeSpec, facts: ServingFacts, place: Place = ALONE) -> d
     """Contents by path in the folder, all below `place`; PlanError as `plan_launches`."""
     launches = plan_launches(spec, facts)
     texts = {f"{launch.name}.sh": _script(launch, place) for launch in launches}
+    if facts.model_file:
+        texts["Modelfile"] = modelfile(launches[0], facts, place)
     texts |= {
         "compose.yaml": _compose(launches, place),
         place.hermes: _hermes(launches[0]),
@@ -81,7 +83,7 @@ def first_launch(spec: ServeSpec, facts: ServingFacts, model: str) -> str:
 
 def _options(launch: Launch, model: str) -> list[str]:
     """The arguments that serve `model`, an option with its value in each."""
-    port = [] if launch.port == _CONTAINER_PORT else ["--port", str(launch.port)]
+    port = [] if launch.port == launch.engine.port else ["--port", str(launch.port)]
     groups = _grouped([*launch.arguments(model), *port])
     return [" ".join(map(_quoted, group)) for group in groups]
 
@@ -109,7 +111,10 @@ def _found_model(script: str, place: Place) -> list[str]:
 
 
 def _quoted(argument: str) -> str:
-    return '"$model"' if argument == _HERE else shlex.quote(argument)
+    _, here, after = argument.partition(_HERE)
+    if not here:
+        return shlex.quote(argument)
+    return '"$model"' + (shlex.quote(after) if after else "")
 
 
 def _grouped(arguments: Sequence[str]) -> Iterator[list[str]]:
@@ -161,9 +166,9 @@ def _service(launch: Launch, place: Place) -> dict[str, Any]:
         "image": unset if launch.image is None else _literal(launch.image),
         # A service with a profile starts only when it is named.
         "profiles": [launch.name],
-        "entrypoint": [*launch.engine.command],
+        "entrypoint": [*(launch.engine.entrypoint or launch.engine.command)],
         "command": [_literal(item) for item in launch.arguments(_MOUNT)],
-        "ports": [f"{launch.port}:{_CONTAINER_PORT}"],
+        "ports": [f"{launch.port}:{launch.engine.port}"],
         "volumes": [f"{place.model_folder}:{_MOUNT}:ro"],
         "shm_size": container.shm_size,
         "ipc": container.ipc,
@@ -181,7 +186,8 @@ def _literal(text: str) -> str:
 
 
 def _hermes(launch: Launch) -> str:
-    model = {"default": launch.served_name, "provider": "vllm", "base_url": base_url(launch)}
+    model = {"default": launch.served_name, "provider": launch.engine.provider}
+    model["base_url"] = base_url(launch)
     head = "Hermes Agent reads this from ~/.config/hermes/cli-config.yaml."
     return "\n".join(_commented(head)) + "\n" + _yaml({"model": model})
 

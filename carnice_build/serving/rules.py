@@ -49,19 +49,21 @@ def _check_size(launch: Launch, facts: ServingFacts) -> None:
         if flag.partition(".")[0] in launch.flags and setting(launch, flag, facts) is not None:
             whole_number(launch, flag, facts)
     memory = estimate(launch, facts)
+    context = launch.engine.words.context
     if memory.tokens > facts.max_positions:
         raise PlanError(
-            f"max-model-len {memory.tokens} is more than the model's {facts.max_positions}",
-            at=launch.path("flags", "max-model-len"),
+            f"{context} {memory.tokens} is more than the model's {facts.max_positions}",
+            at=launch.path("flags", context),
         )
-    _check_cards(launch, facts)
+    if launch.engine.words.parallel:
+        _check_cards(launch, facts)
     if memory.budget is not None and memory.needed > memory.budget:
         raise PlanError(
             f"the launch {launch.name!r} needs {memory.kv_cache / GIB:.1f} GiB for "
             f"{memory.tokens} tokens and {memory.weights / GIB:.1f} GiB for weights, "
             f"and may use {memory.budget / GIB:.1f} GiB",
-            expected="a smaller max-model-len, an FP8 cache, or more memory",
-            at=launch.path("flags", "max-model-len"),
+            expected=f"a smaller {context}, a cache of a smaller type, or more memory",
+            at=launch.path("flags", context),
         )
 
 

@@ -13,8 +13,12 @@ def launch_sampling(launch: Launch, facts: ServingFacts) -> dict[str, int | floa
     """What one launch samples with where a request does not say.
 
     Names are those of vLLM's requests: temperature, top_p, top_k, min_p and penalties.
-    What is in none of them is the engine's own: a temperature of 1, and no limits.
+    What is in none of them is the engine's own: a temperature of 1 and no limits, for vLLM.
     """
+    if launch.engine.sampling:
+        options = {name: launch.flags.get(flag) for name, flag in launch.engine.sampling.items()}
+        given = {name: option.value for name, option in options.items() if option is not None}
+        return {**sampling_of_folder(launch.flags, facts), **_numbers(given)}
     override = launch.flags.get(OVERRIDE)
     return {
         **sampling_of_folder(launch.flags, facts),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import shutil
 import subprocess
 
 import pytest
@@ -37,3 +39,14 @@ def test_a_table_is_what_the_parser_says_today(program: str) -> None:
         type(table).model_validate({"program": program, "version": release, "options": options})
         == table
     )
+
+
+@pytest.mark.skipif(shutil.which("llama-server") is None, reason="there is no llama-server")
+def test_the_table_of_llama_server_is_what_it_says_today() -> None:
+    """Of the program on PATH, which is to be of the same release."""
+    make = runpy.run_path(str(REPOSITORY / "benchmarks" / "make_options.py"))
+    _, options = make["_PROGRAMS"]["llama-server"]()
+    table = option_table("llama-server-b11434")
+    made = {"program": "llama-server", "version": table.version, "options": options}
+
+    assert type(table).model_validate(made) == table

@@ -33,6 +33,7 @@ from carnice_build.steps.base import PlanContext
 
 if TYPE_CHECKING:
     from carnice_build.formats.gguf.checks import GgufChecks, GgufReader
+    from carnice_build.serving.profile import Serving
 
 _FILES = "files"
 """What `Conversion.stated` calls the files."""
@@ -129,6 +130,14 @@ class GgufFormat(Format):
     def leaving(self, modules: Sequence[str], architecture: Architecture) -> Mapping[str, Any]:
         """See `Format.leaving`."""
         return {"rules+": [{"match": list(modules), "skip": True}]}
+
+    @classmethod
+    def serving(cls) -> Serving:
+        """See `Format.serving`."""
+        from carnice_build.serving.profile import Serving, ServingProfiles
+
+        assert __package__ is not None
+        return Serving("gguf", ServingProfiles(__package__, its_own=True))
 
     def layouts(self, conversion: Conversion, publication: Publication) -> Sequence[PackLayout]:
         """One file or split ones, and the projector's."""

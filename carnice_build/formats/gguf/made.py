@@ -43,8 +43,8 @@ from carnice_build.formats.gguf.naming import (
     describe_projector,
 )
 from carnice_build.formats.gguf.tensors import Backend, made_of
-from carnice_build.formats.gguf.tokenizer import NAME as TOKENIZER
 from carnice_build.formats.gguf.tokenizer import tokenizer_metadata
+from carnice_build.formats.gguf.tokenizer_file import NAME as TOKENIZER
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import LINEARS
 from carnice_build.steps.base import PlanContext
