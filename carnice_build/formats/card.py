@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def render_card(
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters |= {"plain": plain, "command_line": command_line}
+    environment.filters |= {"plain": plain, "command_line": command_line, "size": format_both}
+    environment.tests["match"] = lambda text, pattern: re.match(pattern, text) is not None
     front = yaml.safe_dump(_metadata(card, variant), sort_keys=False, allow_unicode=True)
     body = environment.from_string(card.template).render(
         _facts(variant),

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from carnice_build.formats.gguf.checks import GgufChecks, GgufReader
     from carnice_build.serving.profile import Serving
 
-_FILES = "files"
-"""What `Conversion.stated` calls the files."""
+_FILES, _DRAFTS = "files", "mtp"
+"""What `Conversion.stated` calls the files, and whether the MTP head is in them."""
 
 
 _Choice = tuple[str | None, tuple[str | int, ...]]
@@ -178,7 +178,10 @@ class GgufFormat(Format):
                 for tensor in text.file.tensors
                 for _, cause in [chosen.get(tensor.name, (None, ("mix",)))]
             },
-            stated={_FILES: [*made, text.statistics] if text.statistics else made},
+            stated={
+                _FILES: [*made, text.statistics] if text.statistics else made,
+                _DRAFTS: any(fact.part is Part.MTP for name, fact in facts.items() if name in view),
+            },
             notices=text.notices,
         )
 
