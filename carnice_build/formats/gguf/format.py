@@ -210,5 +210,6 @@ def _asked(known: Any, value: str) -> str:
     try:
         return str(known(value))
     except PlanError as error:
-        message = f"{error.what}, expected {error.expected}"
+        near = error.nearest and f"; did you mean {error.nearest!r}?"
+        message = error.what + (near or f", expected {error.expected}")
         raise PydanticCustomError("unknown", "{message}", {"message": message}) from None

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from carnice_build.checkpoint.gguf_header import ALIGNMENT as DEFAULT_ALIGNMENT
 from carnice_build.checkpoint.gguf_header import SUFFIX, Described, encode_gguf
 from carnice_build.checkpoint.gguf_values import Metadata, Value
+from carnice_build.errors import PlanError
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.layout import PackLayout, Slot
+from carnice_build.units import format_size
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,12 @@ class GgufFile:
 
 
 def gguf_layouts(file: GgufFile, model: str, most_bytes: int | None) -> list[PackLayout]:
-    """The file itself, or as many as it takes so that the tensors of each fit into `most_bytes`."""
+    """The file itself, or as many as it takes so that the tensors of each fit into `most_bytes`.
+
+    PlanError for a tensor that fits into none.
+    """
+    if file.may_split and most_bytes is not None:
+        _check_fits(file.tensors, most_bytes)
     parts = list(_parts(file.tensors, most_bytes if file.may_split else None))
     stem = f"{file.prefix}{model}{file.ending}"
     if len(parts) == 1:
@@ -48,6 +55,17 @@ def gguf_layouts(file: GgufFile, model: str, most_bytes: int | None) -> list[Pac
         )
         for index, part in enumerate(parts)
     ]
+
+
+def _check_fits(tensors: Sequence[OutputTensor], most_bytes: int) -> None:
+    largest = max(tensors, key=lambda tensor: tensor.ref.spec.nbytes)
+    size = largest.ref.spec.nbytes
+    if size > most_bytes:
+        raise PlanError(
+            f"files of {format_size(most_bytes)} are too small for {largest.name}",
+            expected=f"{format_size(size)} or more",
+            at=("shard",),
+        )
 
 
 def _split(index: int, files: int, tensors: int) -> dict[str, Value]:

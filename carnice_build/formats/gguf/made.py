@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
@@ -101,7 +101,7 @@ class Files:
         )
         assigned = assign(written, model_of(metadata), request)
         refs = found.refs if found else {}
-        self._check_importance(assigned, refs)
+        self._check_importance(assigned, refs, chosen)
         named = {item.name: item for item in description.tensors}
         file = self._file(
             [named[item.tensor.name] for item in assigned],
@@ -216,14 +216,17 @@ class Files:
         return ImportanceFile(found.file or own, dataset, found.entries, found.chunks)
 
     def _check_importance(
-        self, assigned: Iterable[Assigned], refs: Mapping[str, TensorRef]
+        self,
+        assigned: Iterable[Assigned],
+        refs: Mapping[str, TensorRef],
+        chosen: Container[str],
     ) -> None:
         for item in assigned:
             if item.needs_importance and item.tensor.name not in refs:
                 raise PlanError(
                     f"{item.type} is of no use for {item.tensor.name} without its importance",
-                    expected="`imatrix`, or another mix",
-                    at=("mix",),
+                    expected="a rule with another type" if self.imatrix else "`imatrix`",
+                    at=("rules",) if item.tensor.name in chosen else ("mix",),
                 )
 
 

@@ -1,0 +1,199 @@
+"""What no GGUF file can be made of ends in one error with exit code 2, before anything is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, Finished, Project
+from test_bad_input import check_refused_at_once
+from tiny import read_json, write_json
+
+from carnice_build.commands.plan import plan_variants
+
+Carnice = Callable[..., Finished]
+
+DEMO = REPOSITORY / "demo"
+
+
+@pytest.fixture
+def project(project: Project) -> Project:
+    """With the stand-in that ships, whose tokenizer is one that llama.cpp knows."""
+    shutil.rmtree(project.checkpoint)
+    shutil.copytree(DEMO / project.checkpoint.name, project.checkpoint)
+    shutil.copy(DEMO / "heldout.txt", project.root / "demo")
+    shutil.copy(REPOSITORY / "recipes" / "_profiles.yaml", project.recipes)
+    (project.root / "benchmarks").symlink_to(REPOSITORY / "benchmarks")
+    return project
+
+
+RECIPE = """\
+extends: _base/carnice-text.yaml
+variant: {name}
+description: A
+quantize: {knobs}
+"""
+
+
+def write(project: Project, name: str, knobs: str = "{format: gguf}", more: str = "") -> None:
+    """Write a recipe."""
+    project.recipe(name, RECIPE.format(name=name, knobs=knobs) + more)
+
+
+def refused(
+    project: Project, carnice: Carnice, *parts: str, knobs: str = "{format: gguf}", more: str = ""
+) -> None:
+    """Neither planned nor built."""
+    write(project, "bad", knobs, more)
+    for command in ("plan", "build"):
+        check_refused_at_once(carnice(command, "bad"), project, *parts)
+
+
+KNOBS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "a mix that nobody has": (
+        "{format: gguf, mix: Q4_K_N}",
+        ("bad.yaml:4:31: quantize.mix: there is no mix 'Q4_K_N'; did you mean 'Q4_K",),
+    ),
+    "a mix like none": (
+        "{format: gguf, mix: best}",
+        ("quantize.mix: there is no mix 'best', expected F32, F16, BF16, Q8_0",),
+    ),
+    "a type for products alone": (
+        "{format: gguf, rules: [{match: lm_head, type: Q8_1}]}",
+        ("quantize.rules.0.type: weights cannot have the type 'Q8_1'; did you mean 'Q8_0'?",),
+    ),
+    "a rule without a type": (
+        "{format: gguf, rules: [{match: lm_head}]}",
+        ("bad.yaml:4:34: says nothing; expected `type` or `skip`",),
+    ),
+    "a rule for no module": (
+        "{format: gguf, rules: [{match: lm_haed, type: F16}]}",
+        ("lm_haed matches no module; did you mean 'lm_head'?",),
+    ),
+    "a pre-tokenizer that nobody has": (
+        "{format: gguf, tokenizer_pre: qwen53}",
+        ("llama.cpp has no pre-tokenizer 'qwen53'", "did you mean 'qwen35'?"),
+    ),
+    "two bits without importance": (
+        "{format: gguf, mix: IQ2_XS}",
+        ("bad.yaml:4:31: IQ2_XS is of no use for blk.", "without its importance; expected `imatr"),
+    ),
+    "the same by a rule": (
+        "{format: gguf, rules: [{match: '*.layers.1.mlp.down_proj', type: IQ2_XXS}]}",
+        ("bad.yaml:4:33: IQ2_XXS is of no use for blk.1.ffn_down.weight without its importance",),
+    ),
+    "a projector in blocks": (
+        "{format: gguf, projector: Q8_0}",
+        ("quantize.projector: Input should be 'F16', 'BF16' or 'F32' (got 'Q8_0')",),
+    ),
+    "importance of nothing": (
+        "{format: gguf, imatrix: calibration}",
+        ("bad.yaml:4:35: ", "needs a section `calibration`"),
+    ),
+    "importance that is a text": (
+        "{format: gguf, imatrix: {file: demo/heldout.txt}}",
+        ("demo/heldout.txt: is no importance matrix",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KNOBS)
+def test_knobs_that_say_nothing_are_refused(project: Project, carnice: Carnice, case: str) -> None:
+    """Where they stand, with the nearest name that means something."""
+    knobs, parts = KNOBS[case]
+    refused(project, carnice, *parts, knobs=knobs)
+
+
+def test_files_that_a_tensor_does_not_fit_into_are_refused(
+    project: Project, carnice: Carnice
+) -> None:
+    """By the tensor's name and size; one of just that size is large enough."""
+    refused(
+        project,
+        carnice,
+        "bad.yaml:5:18: files of 100 kB are too small for output.weight; expected 279 kB or more",
+        more="package: {shard: 100kB}\n",
+    )
+    write(project, "split", more="package: {shard: 278528}\n")
+    (plan,) = plan_variants(["split"], project.options()).variants
+    assert len(plan.packs) > 1
+
+
+def tokenizer(project: Project, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Change the tokenizer of the Carnice stand-in."""
+    path = project.checkpoint / "tokenizer.json"
+    content = read_json(path)
+    change(content)
+    write_json(path, content)
+    return path
+
+
+def test_a_tokenizer_that_splits_as_no_other_is_refused(project: Project, carnice: Carnice) -> None:
+    """Unless the recipe says what llama.cpp calls it."""
+
+    def split_otherwise(content: dict[str, Any]) -> None:
+        text = json.dumps(content["pre_tokenizer"]).replace("(?i:'s|", "(?i:'z|")
+        assert "(?i:'z|" in text
+        content["pre_tokenizer"] = json.loads(text)
+
+    tokenizer(project, split_otherwise)
+    refused(project, carnice, "tokenizer.json", "tokenizer_pre")
+    write(project, "told", "{format: gguf, tokenizer_pre: qwen35}")
+
+    assert 0 == carnice("plan", "told").code
+
+
+def test_a_tokenizer_without_merges_is_refused(project: Project, carnice: Carnice) -> None:
+    """As a vocabulary alone would be read otherwise by llama.cpp."""
+    tokenizer(project, lambda content: content["model"].update(merges=[]))
+    refused(project, carnice, "tokenizer.json: has no merges")
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(project: Project, carnice: Carnice) -> None:
+    """The file has to hold one; of shapes alone the size is told without it."""
+    (project.checkpoint / "tokenizer.json").unlink()
+    refused(project, carnice, "tokenizer.json")
+
+
+def test_a_family_without_names_is_refused(
+    project: Project, carnice: Carnice, tmp_path: Path
+) -> None:
+    """By its name, with the families that have some."""
+    pytest.importorskip("transformers")
+    from zoo import write_zoo
+
+    write_zoo(project.root / "model", "phi3", "transformers")
+    (project.recipes / "_profiles.yaml").write_text("demo: {local/model: model}\n")
+    project.recipe(
+        "bad",
+        "variant: bad\ndescription: A\nsources: {body: {model: local/model}}\n"
+        "quantize: {format: gguf}\n",
+    )
+    said = "bad.yaml:4:20: GGUF has no names for tensors of phi3; expected a model of "
+    check_refused_at_once(carnice("plan", "bad"), project, said)
+
+
+def test_columns_that_are_no_whole_blocks_are_told_of(project: Project) -> None:
+    """As one notice for all that get the same other type, which llama-quantize gives them."""
+    write(project, "notes", "{format: gguf, mix: Q6_K}")
+    (plan,) = plan_variants(["notes"], project.options()).variants
+    (notice,) = plan.notices
+
+    assert notice.startswith("output.weight and ") or notice.startswith("token_embd.weight and ")
+    assert notice.endswith(
+        "more: 128 columns are not whole blocks of 256, as Q6_K has them; they get Q8_0"
+    )
+
+
+def test_shapes_alone_are_planned_without_a_vocabulary(project: Project, carnice: Carnice) -> None:
+    """At full size, with a notice that it comes on top."""
+    write(project, "bad", "{format: gguf, mix: Q5_K_M}")
+    finished = carnice("plan", "bad", "--profile", "shapes", "--json")
+    (variant,) = json.loads(finished.out)["variants"]
+
+    assert 5.6 < variant["bits_per_weight"] < 5.8
+    assert [True] == ["has no vocabulary" in notice for notice in variant["notices"]]
