@@ -184,7 +184,7 @@ def described(
     files = {path.name: path.read_bytes() for path in folder.glob("*.json")}
     about = About(folder.name, files, {}, FILE_TYPES[dtype], str(folder))
     if projector:
-        return describe_projector(architecture, view, about)
+        return describe_projector(architecture, view, ActionGraph(), about)
     return describe(architecture, view, ActionGraph(), about)
 
 
@@ -206,7 +206,7 @@ def _rounded(value: Value) -> Value:
 def _made(tensor: Named, dtype: str) -> tuple[str, str, tuple[int, ...], str]:
     data = computed(tensor.ref)
     half = "F16" if dtype == "F16" else "F32"
-    kept = {"F32": "F32", "half": half, "matrix": dtype}[tensor.kind]
+    kept = {"F32": "F32", "F16": "F16", "half": half, "matrix": dtype}[tensor.kind]
     array = data.array if data.dtype == kept else narrow(widen(data.array, data.dtype), kept)
     return tensor.name, kept, tensor.shape, digest(np.ascontiguousarray(array).tobytes())
 

@@ -122,7 +122,7 @@ def test_a_tower_of_three_frames_is_refused(tmp_path: Path) -> None:
     _, architecture, view = model_of(folder)
     about = About("Name", {}, {}, 1, "somewhere")
     with pytest.raises(PlanError, match="3 frames at once; expected 2"):
-        describe_projector(architecture, view, about)
+        describe_projector(architecture, view, ActionGraph(), about)
 
 
 def _with_config(folder: Path, config: dict[str, Any]) -> Path:

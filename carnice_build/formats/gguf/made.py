@@ -121,7 +121,9 @@ class Files:
     def tower(self, outtype: str) -> GgufFile:
         """The projector's file."""
         about = self._about(outtype)
-        description = describe_projector(self.context.architecture, self.view, about)
+        description = describe_projector(
+            self.context.architecture, self.view, self.context.graph, about
+        )
         types = {item.name: written_as(item, outtype) for item in description.tensors}
         file = self._file(description.tensors, types, description.metadata, {})
         return replace(file, prefix="mmproj-", ending=f"-{outtype}", may_split=False)

@@ -17,21 +17,31 @@ from typing import Any, Literal, NamedTuple
 from carnice_build.checkpoint.generation import generation_entries
 from carnice_build.checkpoint.gguf_values import Metadata, Value
 from carnice_build.checkpoint.json import json_object
-from carnice_build.checkpoint.stack import slab_stack
+from carnice_build.checkpoint.known import known_floats
+from carnice_build.checkpoint.stack import slab_rows, slab_stack, stacked
 from carnice_build.checkpoint.swapped import swapped_columns, swapped_rows
+from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.dtypes import TensorSpec
-from carnice_build.errors import PlanError
+from carnice_build.errors import CheckpointError, PlanError
+from carnice_build.formats.gguf.constants import constant_numbers
 from carnice_build.formats.gguf.identity import general
 from carnice_build.formats.gguf.ops import Values
 from carnice_build.formats.gguf.parameters import ConfigScope, evaluated_parameters
-from carnice_build.formats.gguf.table import Projector, Swap, Table, common_parameters, table_of
+from carnice_build.formats.gguf.table import (
+    Cut,
+    Projector,
+    Swap,
+    Table,
+    common_parameters,
+    table_of,
+)
 from carnice_build.graph import ActionGraph, TensorRef, View
-from carnice_build.models.base import Architecture, Part, TensorFact
+from carnice_build.models.base import Architecture, Part, Role, TensorFact
 from carnice_build.tensors import STACK, SourceTensor
 
-Kind = Literal["F32", "half", "matrix"]
-"""The type that the converter writes: F32 always; F16 in a file of F16, and F32 in any other; or
-the file's own."""
+Kind = Literal["F32", "F16", "half", "matrix"]
+"""The type that the converter writes: F32 or F16 always; F16 in a file of F16, and F32 in any other;
+or the file's own."""
 
 PROJECTOR = "clip"
 """The architecture of the file of a tower."""
@@ -101,21 +111,26 @@ def describe(
     """
     table = table_of(architecture.name)
     facts = architecture.tensors
-    kept = {name: ref for name, ref in view.items() if facts[name].part is not Part.TOWER}
-    numbers = [block.number for name in kept if (block := _block(name, architecture))]
+    left = [Part.TOWER, Part.MTP] if table.headless else [Part.TOWER]
+    kept = {name: ref for name, ref in view.items() if facts[name].part not in left}
+    numbers = [b.number for name in kept if (b := _block(name, architecture, table))]
     blocks = max([architecture.num_layers, *(number + 1 for number in numbers)])
     layers = [architecture.layer_kind(layer) for layer in range(architecture.num_layers)]
     nextn = blocks - len(layers)
-    scope = _scope(architecture, table, about, blocks=blocks, nextn=nextn)
-    model = _Model(table, architecture, graph, scope)
-    tensors = [model.named(facts[name], ref) for name, ref in _ordered(kept)]
-    parameters = [*common_parameters(), *table.parameters]
     kinds = [*layers, *["full"] * nextn]
-    own = evaluated_parameters(parameters, scope, table.arch, kinds)
-    return _described(table.arch, "model", tensors, own, about)
+    scope = _scope(architecture, table, about, blocks=blocks, nextn=nextn, kinds=layers)
+    model = _Model(table, architecture, graph, scope, _tokens(table, about), kept)
+    tensors = [*model.constants()]
+    tensors += (made for name, ref in _ordered(kept, facts) for made in model.named(name, ref))
+    parameters = [*(common_parameters() if table.common else ()), *table.parameters]
+    arch = next((arch for arch, when in table.arch_if.items() if scope.evaluated(when)), table.arch)
+    own = evaluated_parameters(parameters, scope, arch, kinds)
+    return _described(arch, "model", tensors, own, about)
 
 
-def describe_projector(architecture: Architecture, view: View, about: About) -> Description:
+def describe_projector(
+    architecture: Architecture, view: View, graph: ActionGraph, about: About
+) -> Description:
     """The file of the tower, which llama.cpp calls `mmproj`; see `describe`.
 
     PlanError for a family whose towers no table names.
@@ -125,10 +140,12 @@ def describe_projector(architecture: Architecture, view: View, about: About) -> 
         raise PlanError(f"GGUF has no names for the tower of {architecture.name}", at=("format",))
     facts = architecture.tensors
     kept = {name: ref for name, ref in view.items() if facts[name].part is Part.TOWER}
-    tower = _Tower(table.projector)
-    tensors = [made for name, ref in _ordered(kept) for made in tower.named(facts[name], ref)]
+    tower = _Tower(table.projector, architecture, graph)
+    tensors = [
+        made for name, ref in _ordered(kept, facts) for made in tower.named(facts[name], ref)
+    ]
     scope = _scope(architecture, table, about)
-    depth = scope.size("vision_config.depth")
+    depth = scope.size(table.projector.depth)
     own = evaluated_parameters(table.projector.parameters, scope, PROJECTOR, [""] * depth)
     return _described(PROJECTOR, "mmproj", tensors, own, about)
 
@@ -148,7 +165,7 @@ def _described(
     return Description(name, tensors, metadata)
 
 
-def _scope(architecture: Architecture, table: Table, about: About, **given: int) -> ConfigScope:
+def _scope(architecture: Architecture, table: Table, about: About, **given: Any) -> ConfigScope:
     """What formulas of the table mean: entries of the config, its rope, and the processor's."""
     root = architecture.published_config(tuple(Part))
     text = root.get("text_config")
@@ -159,6 +176,8 @@ def _scope(architecture: Architecture, table: Table, about: About, **given: int)
     if "type" in full:
         full.setdefault("rope_type", full["type"])
     sliding = _section(rope, "sliding_attention")
+    if not sliding and "rope_local_base_freq" in text:
+        sliding = {"rope_theta": text["rope_local_base_freq"]}
     sections = {
         "": text,
         "rope": full,
@@ -170,6 +189,9 @@ def _scope(architecture: Architecture, table: Table, about: About, **given: int)
     known: dict[str, Any] = {**given, "file_type": about.file_type}
     if type(positions) is int and type(patch) is int and positions > 0:
         known["image_size"] = isqrt(positions * patch * patch)
+    length = sections["processor"].get("image_seq_length", 256)
+    if type(length) is int and length > 0:
+        known["side"] = isqrt(length)
     return ConfigScope(sections, known, table.values, table.defaults, f"{about.where}/config.json")
 
 
@@ -199,17 +221,29 @@ def _processor(about: About) -> Mapping[str, Any]:
     return found
 
 
-def _ordered(view: View) -> Iterable[tuple[str, TensorRef]]:
+def _ordered(view: View, facts: Mapping[str, TensorFact]) -> Iterable[tuple[str, TensorRef]]:
     """The tensors in the converter's order; experts are there when the last of them is.
 
     Of a model without bytes only the names are known.
     """
     files = {name: _file_name(ref) for name, ref in view.items()}
+    alone: set[str] = set()
     for experts in _numbered_experts(view):
         last = max(files[name] for name in experts)
         files |= dict.fromkeys(experts, last)
-    # An expert's number stands before all letters, and so does what all of them are.
-    return sorted(view.items(), key=lambda item: (files[item[0]], item[0].replace(STACK, "9~")))
+        alone |= set(experts)
+
+    def place(item: tuple[str, TensorRef]) -> tuple[str, str, int]:
+        name, ref = item
+        fused = facts[name].fused
+        if fused is None or name in alone:
+            # An expert's number stands before all letters, and so does what all of them are.
+            return files[name], name.replace(STACK, "9~"), 0
+        held = _source(ref).located(0)[0].name
+        turned = fused.turned is not None and fused.turned.endswith(held.rpartition(".")[2])
+        return files[name], fused.turned if turned and fused.turned else fused.name, fused.part
+
+    return sorted(view.items(), key=place)
 
 
 def _numbered_experts(view: View) -> Iterable[Sequence[str]]:
@@ -250,17 +284,18 @@ def _plain(name: str) -> str:
     return name.replace("language_model.", "")
 
 
-def _block(name: str, architecture: Architecture) -> _Block | None:
+def _block(name: str, architecture: Architecture, table: Table) -> _Block | None:
     """The block that a tensor belongs to; those of the MTP head follow on the model's."""
     found = _LAYER.fullmatch(_plain(name))
     if found is None:
         return None
     head, number, rest = found.groups()
-    first = architecture.num_layers if head == "mtp" else 0
-    return _Block(first + int(number), rest)
+    if head == "mtp":
+        return _Block(architecture.num_layers + int(number) // table.rounds, rest)
+    return _Block(int(number), rest)
 
 
-_LAYER = re.compile(r"(mtp|model)\.layers\.(\d{1,6})\.(.+)")
+_LAYER = re.compile(r"(mtp|model|backbone)\.layers\.(\d{1,6})\.(.+)")
 
 
 def _spelled(names: Mapping[str, str], name: str) -> str | None:
@@ -275,38 +310,87 @@ class _Model:
     """Makes the tensors of a model's own file."""
 
     def __init__(
-        self, table: Table, architecture: Architecture, graph: ActionGraph, scope: ConfigScope
+        self,
+        table: Table,
+        architecture: Architecture,
+        graph: ActionGraph,
+        scope: ConfigScope,
+        tokens: int | None,
+        view: View,
     ) -> None:
+        """Of the embedding no more rows are kept than there are `tokens`, if that is known."""
         self._table = table
         self._architecture = architecture
         self._graph = graph
         self._scope = scope
+        self._tokens = tokens
+        self._view = view
 
-    def named(self, fact: TensorFact, ref: TensorRef) -> Named:
-        """The tensor of the file that a tensor of the view becomes."""
-        block = _block(fact.name, self._architecture)
-        name = self._name(fact, block)
+    def constants(self) -> Iterable[Named]:
+        """What no checkpoint holds, which comes before all that it does."""
+        for name, constant in self._table.constants.items():
+            if self._scope.evaluated(constant.when):
+                made = known_floats(name, constant_numbers(constant.how, self._scope))
+                fact = TensorFact(name, made.spec.shape, Part.BODY, Role.STATE)
+                yield Named(name, TensorRef(made.spec, made), fact, "F32")
+
+    def named(self, tensor: str, ref: TensorRef) -> Iterable[Named]:
+        """The tensors of the file that a tensor of the view becomes."""
+        table, fact = self._table, self._architecture.tensors[tensor]
+        block = _block(tensor, self._architecture, table)
         rest = block.rest if block else ""
-        made = self._made(fact, ref, rest)
-        swap = self._table.swaps.get(rest)
-        heads = self._heads(swap) if swap is not None and swap.columns else None
-        return Named(name, made, fact, _kind(name, made.spec.shape), heads)
+        if block is not None and rest in table.cuts:
+            for name, made in self._cut(ref, table.cuts[rest]):
+                yield Named(f"blk.{block.number}.{name}", made, fact, _kind(name, made.spec.shape))
+        elif block is not None and rest in table.merges:
+            merge = table.merges[rest]
+            other = self._view[tensor.removesuffix(rest) + merge.other]
+            made = _merged(_source(ref), _source(other))
+            yield Named(f"blk.{block.number}.{merge.name}", made, fact, "matrix")
+        elif rest not in [merge.other for merge in table.merges.values()]:
+            name, made = self._name(fact, block), self._made(fact, ref, rest)
+            kind = _kind(name, made.spec.shape)
+            if kind == "F32" and self._moved(tensor) and _by_number(name):
+                kind = "matrix"
+            swap = table.swaps.get(rest)
+            heads = self._heads(swap) if swap is not None and swap.columns else None
+            yield Named(name, made, fact, kind, heads)
 
     def place(self, fact: TensorFact) -> Place:
         """See `places`."""
-        block = _block(fact.name, self._architecture)
+        block = _block(fact.name, self._architecture, self._table)
         rest = block.rest if block else ""
         swap = self._table.swaps.get(rest)
         heads = self._heads(swap) if swap else None
         return Place(fact, [self._name(fact, block)], heads, self._how(fact, rest))
 
+    def _moved(self, tensor: str) -> bool:
+        """Whether the converter gives the tensor the number of a block after it knew its kind."""
+        return self._table.rounds > 1 and self._architecture.tensors[tensor].part is Part.MTP
+
+    def _cut(self, ref: TensorRef, cut: Cut) -> Iterable[tuple[str, TensorRef]]:
+        """The parts of a matrix, by their names, each of all heads."""
+        size, tensor = self._scope.size, _source(ref)
+        heads, (rows, columns) = size(cut.heads), ref.spec.shape
+        spec = TensorSpec(ref.spec.dtype, (heads, rows // heads, columns))
+        if spec.size != ref.spec.size:
+            raise PlanError(f"{rows} rows are not those of {heads} heads", at=("format",))
+        whole = SourceTensor(tensor.name, spec, tensor.file, tensor.offset, tensor.stored)
+        for part in cut.parts:
+            start = size(part.start)
+            name = f"{tensor.name}: {part.name}"
+            made = slab_stack(name, whole, start, start + size(part.rows))
+            if part.turned:
+                made = turned_stack(name, made, 0, columns)
+            yield part.name, TensorRef(made.spec, made)
+
     def _name(self, fact: TensorFact, block: _Block | None) -> str:
         table, name = self._table, _plain(fact.name)
-        if block is not None:
+        if (found := _spelled(table.mtp, name)) is not None:
+            number = self._architecture.num_layers
+        elif block is not None:
             found = _spelled(table.layer, block.rest)
             number = block.number
-        elif (found := _spelled(table.mtp, name)) is not None:
-            number = self._architecture.num_layers
         else:
             found, number = _spelled(table.model, name), -1
         if found is None:
@@ -318,6 +402,10 @@ class _Model:
         table = self._table
         if (swap := table.swaps.get(rest)) is not None:
             ref = self._swapped(ref, swap)
+        if self._tokens is not None and fact.role is Role.EMBEDDING and not rest:
+            ref = _first_rows(ref, self._tokens)
+        if (shape := table.shapes.get(rest)) is not None:
+            ref = ref.reshaped(*map(self._scope.size, shape))
         if rest in table.squeezed:
             ref = ref.reshaped(*(size for size in ref.spec.shape if size != 1))
         how = self._how(fact, rest)
@@ -345,26 +433,77 @@ class _Model:
         return TensorRef(made.spec, made)
 
 
+def _first_rows(ref: TensorRef, count: int) -> TensorRef:
+    rows, *rest = ref.spec.shape
+    if count >= rows:
+        return ref
+    tensor, spec = _source(ref), TensorSpec(ref.spec.dtype, (count, *rest))
+    made = SourceTensor(tensor.name, spec, tensor.file, tensor.offset, tensor.share(spec))
+    return TensorRef(spec, made)
+
+
+def _merged(first: SourceTensor, second: SourceTensor) -> TensorRef:
+    """Two stacks of experts [experts, rows, columns] as one [experts, 2 * rows, columns]."""
+    experts, rows, columns = first.spec.shape
+    pieces = [
+        slab_rows(tensor, index, 0, rows) for index in range(experts) for tensor in (first, second)
+    ]
+    made = stacked(f"{first.name}, {second.name}", pieces)
+    return TensorRef(made.spec, made).reshaped(experts, 2 * rows, columns)
+
+
+def _tokens(table: Table, about: About) -> int | None:
+    """How many tokens a model has for which the converter leaves out other rows.
+
+    With a SentencePiece vocabulary it fills that up instead.
+    """
+    if not table.trimmed or "tokenizer.model" in about.files or _TOKENIZER not in about.files:
+        return None
+    where = f"{about.where}/{_TOKENIZER}"
+    entries = json_object(where, about.files[_TOKENIZER])
+    model, added = entries.get("model"), entries.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
+        raise CheckpointError("has no vocabulary", where=where)
+    return len(vocabulary) + len(added)
+
+
+_TOKENIZER = "tokenizer.json"
+
+
 def _kind(name: str, shape: Sequence[int]) -> Kind:
     """What the converter writes of a tensor of a model's own file."""
     module, _, end = name.rpartition(".")
     small = len(shape) <= 1 or end != "weight" or module.endswith("_norm")
-    return "F32" if small or module.split(".", 2)[-1] in _WHOLE else "matrix"
+    return "F32" if small or _by_number(name) else "matrix"
+
+
+def _by_number(name: str) -> bool:
+    """Whether it is a matrix that stays F32; the converter knows it by its block's number."""
+    module, _, end = name.rpartition(".")
+    return end == "weight" and module.split(".", 2)[-1] in _WHOLE
 
 
 class _Tower:
     """Makes the tensors of the file of a tower."""
 
-    def __init__(self, table: Projector) -> None:
+    def __init__(self, table: Projector, architecture: Architecture, graph: ActionGraph) -> None:
         self._table = table
+        self._architecture = architecture
+        self._graph = graph
 
     def named(self, fact: TensorFact, ref: TensorRef) -> Sequence[Named]:
         """The tensors of the file that a tensor of the view becomes."""
         table = self._table
+        if table.unread is not None and fact.name.startswith(table.unread):
+            return []
         name = self._name(fact)
+        if self._architecture.offset_norm(fact.name):
+            ref = self._graph.add(Values(), {"how": "add_one"}, ref)[0]
         if fact.name not in table.frames:
             small = len(ref.spec.shape) <= 1 or name == "v.position_embd.weight"
-            return [Named(name, ref, fact, "F32" if small else "matrix")]
+            kind: Kind = table.kinds.get(name, "F32" if small else "matrix")
+            return [Named(name, ref, fact, kind)]
         if ref.spec.shape[2] != _FRAMES:
             raise PlanError(
                 f"the tower looks at {ref.spec.shape[2]} frames at once",
@@ -437,8 +576,9 @@ def places(architecture: Architecture) -> Sequence[Place]:
     table = table_of(architecture.name)
     about = About("", {}, {}, 0, "config.json")
     scope = _scope(architecture, table, about, blocks=0, nextn=0)
-    model = _Model(table, architecture, ActionGraph(), scope)
-    tower = _Tower(table.projector) if table.projector else None
+    graph = ActionGraph()
+    model = _Model(table, architecture, graph, scope, None, {})
+    tower = _Tower(table.projector, architecture, graph) if table.projector else None
     found = []
     for fact in architecture.tensors.values():
         with suppress(PlanError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -34,6 +34,36 @@ class Swap(Strict):
     columns: bool = Field(False, description="It is columns that change places.")
 
 
+class HeadRows(Strict):
+    """Of the rows of each of several heads of a matrix some, as a tensor [heads, rows, columns]."""
+
+    name: str = Field(description="GGUF's name in the block, with its end.")
+    start: Formula = Field(0, description="The first of the rows of a head.")
+    rows: Formula = Field(description="How many of them.")
+    turned: bool = Field(False, description="With columns for rows: [heads, columns, rows].")
+
+
+class Cut(Strict):
+    """A matrix that becomes several tensors, by the rows of its heads."""
+
+    heads: Formula = Field(description="How many it has.")
+    parts: list[HeadRows] = Field(description="What becomes of the rows of a head, in order.")
+
+
+class Merge(Strict):
+    """Stacks of experts that become one, of which each expert has the rows of both."""
+
+    other: str = Field(description="The stack whose rows follow.")
+    name: str = Field(description="GGUF's name in the block, with its end.")
+
+
+class Constant(Strict):
+    """A tensor that no checkpoint holds: numbers that follow from the config."""
+
+    how: str = Field(description="Which numbers; see `constants`.")
+    when: Formula = Field(description="Whether it is there.")
+
+
 class Parameter(Strict):
     """An entry of the metadata; of no value, it is left out."""
 
@@ -54,6 +84,13 @@ class Projector(Strict):
         default_factory=list,
         description="Convolutions over frames, that become one for each frame.",
     )
+    kinds: dict[str, Literal["F32", "F16"]] = Field(
+        default_factory=dict, description="Tensors by GGUF's names that are always of a type."
+    )
+    unread: str | None = Field(
+        None, description="What names of tensors begin with that llama.cpp does not read."
+    )
+    depth: Formula = Field("vision_config.depth", description="How many blocks it has.")
     parameters: list[Parameter] = Field(description="Its metadata.")
 
 
@@ -62,10 +99,20 @@ class Table(Strict):
 
     about: str = Field(description="Where in the converter this is done.")
     arch: str = Field(description="What llama.cpp calls the architecture.")
+    arch_if: dict[str, Formula] = Field(
+        default_factory=dict, description="What else it calls it, each by when it does."
+    )
     model: dict[str, str] = Field(description="Modules outside of layers.")
     layer: dict[str, str] = Field(description="Modules of a layer, also of the MTP head's.")
     mtp: dict[str, str] = Field(
-        default_factory=dict, description="Modules of the MTP head outside of its layers."
+        default_factory=dict, description="Modules of the MTP head; those of its layers by `layer`."
+    )
+    rounds: int = Field(
+        1, description="Layers of the MTP head that are one block, each of them under a name."
+    )
+    headless: bool = Field(False, description="The MTP head is left out, as llama.cpp has none.")
+    trimmed: bool = Field(
+        False, description="Rows of the embedding for which there are no tokens are left out."
     )
     offsets: bool = Field(False, description="Norms that store w for a gain of 1 + w get the 1.")
     functions: dict[str, str] = Field(
@@ -77,12 +124,25 @@ class Table(Strict):
     swaps: dict[str, Swap] = Field(
         default_factory=dict, description="Tensors of a layer in which heads change places."
     )
+    shapes: dict[str, list[Formula]] = Field(
+        default_factory=dict, description="Tensors of a layer that are of another shape."
+    )
+    cuts: dict[str, Cut] = Field(
+        default_factory=dict, description="Tensors of a layer that become several."
+    )
+    merges: dict[str, Merge] = Field(
+        default_factory=dict, description="Stacks of a layer that become one with another."
+    )
+    constants: dict[str, Constant] = Field(
+        default_factory=dict, description="Tensors by GGUF's names that the config alone decides."
+    )
     values: dict[str, Formula] = Field(default_factory=dict, description="Names for formulas.")
     defaults: dict[str, Any] = Field(
         default_factory=dict, description="Entries of the config where it does not state them."
     )
+    common: bool = Field(True, description="What is common to all begins the metadata.")
     parameters: list[Parameter] = Field(
-        default_factory=list, description="The metadata that follows what is common to all."
+        default_factory=list, description="The metadata that follows."
     )
     projector: Projector | None = Field(None, description="The file of the tower, if it has one.")
 
