@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import pytest
 
 from carnice_build.checkpoint.checkpoint import Checkpoint, open_checkpoint, source_view
 from carnice_build.checkpoint.gguf_values import KINDS, LIST, Value
+from carnice_build.checkpoint.profiles import Source
+from carnice_build.checkpoint.quantized import stated_quantization
 from carnice_build.dtypes import NUMPY_NAME
 from carnice_build.formats.gguf.naming import (
     About,
@@ -36,7 +39,11 @@ from carnice_build.graph import ActionGraph, ActionOutput, TensorData, TensorRef
 from carnice_build.kernels.elementwise import narrow, widen
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Architecture, Part
+from carnice_build.planning.coded import coded
 from carnice_build.planning.gather import gathered
+from carnice_build.recipe.schema import SourceSpec
+from carnice_build.steps.base import Codes, PlanContext
+from carnice_build.steps.decode import Decode
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "gguf.json"
@@ -48,7 +55,8 @@ FILE_TYPES: Mapping[str, int] = {"F32": 0, "F16": 1, "BF16": 32}
 NAMES = ("general.name", "general.finetune", "general.basename", "general.version")
 """What follows from the name of a folder, among others."""
 
-_TYPES = {0: "F32", 1: "F16", 30: "BF16"}
+_TYPES = {0: "F32", 1: "F16", 30: "BF16", 39: "MXFP4"}
+_ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "MXFP4": Fraction(17, 32)}
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def read(path: Path) -> Written:
     found = []
     for name, shape, kind, offset in infos:
         dtype = _TYPES[kind]
-        size = int(np.prod(shape)) * (4 if dtype == "F32" else 2)
+        size = int(np.prod(shape) * _ELEMENT_BYTES[dtype])
         data = content[start + offset :][:size]
         found.append((name, dtype, shape, digest(data)))
     return Written(metadata, found)
@@ -161,31 +169,59 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def model_of(folder: Path, *, mtp: bool = True) -> tuple[Checkpoint, Architecture, View]:
-    """A checkpoint and its view, under repaired names, perhaps without its MTP head."""
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint, its architecture, its view under repaired names, and what is quantized in it.
+
+    Of a quantized checkpoint the view has floats.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    view: View
+    codes: Mapping[str, Codes]
+
+
+def model_of(folder: Path, *, mtp: bool = True) -> Opened:
+    """The checkpoint in `folder`, perhaps without its MTP head."""
     checkpoint = open_checkpoint(folder)
     architecture = architecture_of(checkpoint.config, checkpoint.where)
     view = {
         architecture.canonical_name(name) or name: ref
         for name, ref in source_view(checkpoint).items()
     }
+    view, codes = _decoded(view, checkpoint, architecture)
     view = gathered(view, architecture, checkpoint.where)
     facts = architecture.tensors
     if not mtp:
         view = {name: ref for name, ref in view.items() if facts[name].part is not Part.MTP}
-    return checkpoint, architecture, view
+    return Opened(checkpoint, architecture, view, codes)
+
+
+def _decoded(
+    view: View, checkpoint: Checkpoint, architecture: Architecture
+) -> tuple[View, Mapping[str, Codes]]:
+    """As `coded`, with weights in F32, as the converter decodes them."""
+    method = stated_quantization(checkpoint.config)
+    if not method:
+        return view, {}
+    body = Source("body", SourceSpec(model="local/body"), None, checkpoint)
+    context = PlanContext(architecture, ActionGraph(), None, {}, {"body": body})
+    codes = coded(view, context)[1] if method["quant_method"] == "mxfp4" else {}
+    return Decode(dtype="float32").apply(view, context), codes
 
 
 def described(
     folder: Path, dtype: str, *, mtp: bool = True, projector: bool = False
 ) -> Description:
     """What we say that the converter makes of the checkpoint in `folder`."""
-    _, architecture, view = model_of(folder, mtp=mtp)
+    opened = model_of(folder, mtp=mtp)
+    architecture, view = opened.architecture, opened.view
     files = {path.name: path.read_bytes() for path in folder.glob("*.json")}
     about = About(folder.name, files, {}, FILE_TYPES[dtype], str(folder))
     if projector:
         return describe_projector(architecture, view, ActionGraph(), about)
-    return describe(architecture, view, ActionGraph(), about)
+    return describe(architecture, view, ActionGraph(), about, opened.codes)
 
 
 def written(description: Description, dtype: str) -> Written:
@@ -204,6 +240,9 @@ def _rounded(value: Value) -> Value:
 
 
 def _made(tensor: Named, dtype: str) -> tuple[str, str, tuple[int, ...], str]:
+    if tensor.codes is not None:
+        content = np.ascontiguousarray(computed(tensor.codes).array).tobytes()
+        return tensor.name, tensor.kind, tensor.shape, digest(content)
     data = computed(tensor.ref)
     half = "F16" if dtype == "F16" else "F32"
     kept = {"F32": "F32", "F16": "F16", "half": half, "matrix": dtype}[tensor.kind]

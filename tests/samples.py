@@ -47,7 +47,7 @@ from carnice_build.formats.compressed_tensors.storages.nvfp4_ops import (
 from carnice_build.formats.compressed_tensors.storages.row_floats_ops import RowQuantize
 from carnice_build.formats.elementwise import Elementwise
 from carnice_build.formats.gguf.imatrix_ops import ColumnOrder, Importance
-from carnice_build.formats.gguf.ops import Values
+from carnice_build.formats.gguf.ops import PackMxfp4, Values
 from carnice_build.formats.gguf.quantize_ops import (
     GgmlQuantize,
     GgmlQuantizeWeighted,
@@ -472,6 +472,7 @@ OPS: Sequence[OpSample] = [
     ),
     OpSample(Values(), {"how": "add_one"}, drawn(("BF16", (9,)))),
     OpSample(Values(), {"how": "negative_exp"}, drawn(("F16", (9,)))),
+    OpSample(PackMxfp4(), {}, drawn(("U8", (5, 2, 16)), ("U8", (5, 2)))),
     OpSample(BlockQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 32)))),
     OpSample(RowQuantize(), {}, drawn(("BF16", (9, 128)))),
     OpSample(Stacked(RowQuantize()), {}, drawn(("BF16", (9, 4, 128))), _STACKED),

@@ -183,7 +183,7 @@ def test_columns_that_are_no_whole_blocks_are_told_of(project: Project) -> None:
     (plan,) = plan_variants(["notes"], project.options()).variants
     (notice,) = plan.notices
 
-    assert notice.startswith("output.weight and ") or notice.startswith("token_embd.weight and ")
+    assert notice.startswith(("output.weight and ", "token_embd.weight and "))
     assert notice.endswith(
         "more: 128 columns are not whole blocks of 256, as Q6_K has them; they get Q8_0"
     )

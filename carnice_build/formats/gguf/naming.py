@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from math import isqrt
+from dataclasses import dataclass, replace
+from math import isqrt, prod
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,8 @@ from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.formats.gguf.constants import constant_numbers
 from carnice_build.formats.gguf.identity import general
-from carnice_build.formats.gguf.ops import Values
+from carnice_build.formats.gguf.mixes import file_type
+from carnice_build.formats.gguf.ops import PackMxfp4, Values
 from carnice_build.formats.gguf.parameters import ConfigScope, evaluated_parameters
 from carnice_build.formats.gguf.table import (
     Cut,
@@ -37,17 +38,21 @@ from carnice_build.formats.gguf.table import (
 )
 from carnice_build.graph import ActionGraph, TensorRef, View
 from carnice_build.models.base import Architecture, Part, Role, TensorFact
+from carnice_build.steps.base import Codes
 from carnice_build.tensors import STACK, SourceTensor
 
-Kind = Literal["F32", "F16", "half", "matrix"]
-"""The type that the converter writes: F32 or F16 always; F16 in a file of F16, and F32 in any other;
-or the file's own."""
+Kind = Literal["F32", "F16", "MXFP4", "half", "matrix"]
+"""The type that the converter writes: one of these always; F16 in a file of F16, and F32 in any
+other; or the file's own."""
 
 PROJECTOR = "clip"
 """The architecture of the file of a tower."""
 
 QUANTIZATION_VERSION = 2
 """`GGML_QNT_VERSION` in ggml.h."""
+
+_MXFP4_MOE = "MXFP4_MOE"
+"""What a file is whose experts have the codes of the checkpoint."""
 
 _FRAMES = 2
 
@@ -60,6 +65,8 @@ class Named(NamedTuple):
 
     `fact` is that of the tensor of the architecture that it is made of.
     `swapped` says that heads changed places in its columns, and which.
+    Of a tensor that the checkpoint holds in MXFP4 the `codes` are ggml's bytes of it: U8 [...,
+    columns / 32 * 17].
     """
 
     name: str
@@ -67,6 +74,7 @@ class Named(NamedTuple):
     fact: TensorFact
     kind: Kind
     swapped: HeadsSwapped | None = None
+    codes: TensorRef | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,10 +111,15 @@ class About:
 
 
 def describe(
-    architecture: Architecture, view: View, graph: ActionGraph, about: About
+    architecture: Architecture,
+    view: View,
+    graph: ActionGraph,
+    about: About,
+    codes: Mapping[str, Codes] | None = None,
 ) -> Description:
     """The model's own file: all of the view but its tower.
 
+    `codes` are those of weights of the view that the checkpoint holds in MXFP4.
     PlanError for a family without a table, and for a tensor that the table does not name.
     """
     table = table_of(architecture.name)
@@ -118,10 +131,17 @@ def describe(
     layers = [architecture.layer_kind(layer) for layer in range(architecture.num_layers)]
     nextn = blocks - len(layers)
     kinds = [*layers, *["full"] * nextn]
+    if codes:
+        about = replace(about, file_type=file_type(_MXFP4_MOE))
     scope = _scope(architecture, table, about, blocks=blocks, nextn=nextn, kinds=layers)
     model = _Model(table, architecture, graph, scope, _tokens(table, about), kept)
-    tensors = [*model.constants()]
-    tensors += (made for name, ref in _ordered(kept, facts) for made in model.named(name, ref))
+    ordered = _ordered(kept, facts)
+    coded = codes or {}
+    tensors = [model.coded(name, ref, coded[name]) for name, ref in ordered if name in coded]
+    tensors += model.constants()
+    for name, ref in ordered:
+        if name not in coded:
+            tensors += model.named(name, ref)
     parameters = [*(common_parameters() if table.common else ()), *table.parameters]
     arch = next((arch for arch, when in table.arch_if.items() if scope.evaluated(when)), table.arch)
     own = evaluated_parameters(parameters, scope, arch, kinds)
@@ -221,7 +241,7 @@ def _processor(about: About) -> Mapping[str, Any]:
     return found
 
 
-def _ordered(view: View, facts: Mapping[str, TensorFact]) -> Iterable[tuple[str, TensorRef]]:
+def _ordered(view: View, facts: Mapping[str, TensorFact]) -> Sequence[tuple[str, TensorRef]]:
     """The tensors in the converter's order; experts are there when the last of them is.
 
     Of a model without bytes only the names are known.
@@ -334,6 +354,12 @@ class _Model:
                 fact = TensorFact(name, made.spec.shape, Part.BODY, Role.STATE)
                 yield Named(name, TensorRef(made.spec, made), fact, "F32")
 
+    def coded(self, tensor: str, ref: TensorRef, codes: Codes) -> Named:
+        """A tensor with the codes that it has; they come before all others."""
+        fact = self._architecture.tensors[tensor]
+        name = self._name(fact, _block(tensor, self._architecture, self._table))
+        return Named(name, ref, fact, "MXFP4", _packed(codes, self._graph))
+
     def named(self, tensor: str, ref: TensorRef) -> Iterable[Named]:
         """The tensors of the file that a tensor of the view becomes."""
         table, fact = self._table, self._architecture.tensors[tensor]
@@ -431,6 +457,19 @@ class _Model:
         else:
             made = swapped_rows(tensor, first, second, each, skip)
         return TensorRef(made.spec, made)
+
+
+def _packed(codes: Codes, graph: ActionGraph) -> TensorRef:
+    """Codes of MXFP4, `_blocks` [..., groups, 16] and `_scales` [..., groups], as ggml has them."""
+    blocks, scales = (codes.parts[end] for end in ("_blocks", "_scales"))
+    *outer, groups, size = blocks.spec.shape
+    rows = prod(outer)
+    inputs = (
+        TensorRef(blocks.spec, blocks).reshaped(rows, groups, size),
+        TensorRef(scales.spec, scales).reshaped(rows, groups),
+    )
+    (packed,) = graph.add(PackMxfp4(), {}, *inputs)
+    return packed.reshaped(*outer, packed.spec.shape[1])
 
 
 def _first_rows(ref: TensorRef, count: int) -> TensorRef:

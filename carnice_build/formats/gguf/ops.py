@@ -1,4 +1,4 @@
-"""Ops of what llama.cpp computes once that other engines compute of each token."""
+"""Ops of what llama.cpp computes once, or has in another order, and other engines do not."""
 
 from __future__ import annotations
 
@@ -69,3 +69,52 @@ _FUNCTIONS: Mapping[str, Callable[[Any], Any]] = {
     "add_one": _add_one,
     "negative_exp": _negative_exp,
 }
+
+
+class PackMxfp4(ArrayOp):
+    """Blocks of MXFP4 as ggml has them, from those of a checkpoint; no value changes.
+
+    Inputs are codes U8 [rows, groups, 16], of which a byte holds two neighbours, the first in its
+    low half, and scales U8 [rows, groups].
+    The output is U8 [rows, groups * 17]: of each group its scale, and bytes that hold a number of
+    the first half of the group and, above it, that of the second half.
+    """
+
+    name = "gguf.pack_mxfp4"
+    version = 1
+    libraries = ("numpy",)
+    rowwise = True
+
+    def infer(
+        self, params: Mapping[str, Any], inputs: Sequence[TensorSpec]
+    ) -> tuple[TensorSpec, ...]:
+        """One output; PlanError for other shapes."""
+        blocks, scales = inputs
+        rows, groups, size = blocks.shape
+        if blocks.dtype != "U8" or size != _HALF or scales != TensorSpec("U8", (rows, groups)):
+            raise PlanError(
+                f"cannot pack codes {blocks.dtype} {list(blocks.shape)} with scales "
+                f"{scales.dtype} {list(scales.shape)}",
+                expected=f"U8 [rows, groups, {_HALF}] and U8 [rows, groups]",
+            )
+        return (TensorSpec("U8", (rows, groups * (1 + _HALF))),)
+
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        inputs: Sequence[TensorData],
+        outputs: Sequence[TensorData],
+    ) -> None:
+        """Fill the output."""
+        import numpy as np
+
+        (blocks, scales), (out,) = (item.array for item in inputs), outputs
+        rows, groups, _ = blocks.shape
+        numbers = np.stack((blocks & 0x0F, blocks >> 4), axis=-1).reshape(rows, groups, 2 * _HALF)
+        made = out.array.reshape(rows, groups, 1 + _HALF)
+        made[..., 0] = scales
+        made[..., 1:] = numbers[..., :_HALF] | numbers[..., _HALF:] << 4
+
+
+_HALF = 16
+"""Half of a group of MXFP4, and bytes of its codes."""

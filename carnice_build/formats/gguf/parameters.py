@@ -51,7 +51,10 @@ class ConfigScope:
             return self.evaluated(self.values[name])
         section, _, entry = name.rpartition(".")
         found = self.sections.get(section, {}).get(entry)
-        return self.defaults.get(name) if found is None else found
+        if found is not None:
+            return found
+        default = self.defaults.get(name)
+        return self.evaluated(default) if isinstance(default, str) else default
 
     def evaluated(self, formula: str | int, **given: Any) -> Any:
         """What a formula gives where some more names are given; CheckpointError if nothing."""

@@ -138,7 +138,9 @@ class Table(Strict):
     )
     values: dict[str, Formula] = Field(default_factory=dict, description="Names for formulas.")
     defaults: dict[str, Any] = Field(
-        default_factory=dict, description="Entries of the config where it does not state them."
+        default_factory=dict,
+        description="Entries of the config where it does not state them, as transformers has them; "
+        "a text is a formula.",
     )
     common: bool = Field(True, description="What is common to all begins the metadata.")
     parameters: list[Parameter] = Field(
