@@ -1,6 +1,7 @@
 """Runs llama.cpp's converter, from a folder of its source, with the name of a pre-tokenizer.
 
-It knows tokenizers by a hash of what they do to a text, and none that was made for a test.
+It knows tokenizers by a hash of what they do to a text, and none that was made for a test; with
+`none` for PRE it writes nothing of the tokenizer.
 Its e^x is that of torch, whose last place is another on other machines: here it is rounded from
 float64 to nearest, as ours is.
 
@@ -24,6 +25,14 @@ def main() -> None:
     torch.exp = lambda values: exp(values.double()).to(values.dtype)
 
     TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+    if pre == "none":
+        prepare = TextModel.prepare_metadata
+
+        def prepared(self: TextModel, *args: object, **named: object) -> None:
+            type(self).set_vocab = lambda self: None
+            prepare(self, *args, **named)
+
+        TextModel.prepare_metadata = prepared
     sys.argv = ["convert_hf_to_gguf.py", *arguments]
     convert_hf_to_gguf.main()
 

@@ -19,6 +19,7 @@ from gguf_converter import (
     source,
     written,
 )
+from gguf_families import family_cases, folder_of, known_families
 from tiny import Tensor, read_all_tensors, write_shards
 from zoo import write_zoo
 
@@ -41,6 +42,13 @@ def test_the_golden_file_is_what_the_converter_writes() -> None:
     known = json.loads(GOLDEN.read_text())
     for case in cases():
         assert from_json(known[case.name]) == case.converted()
+
+
+def test_the_golden_file_of_families_is_what_the_converter_writes(tmp_path: Path) -> None:
+    """So is what it made of other families."""
+    assert known_families().keys() == {case.name for case in family_cases()}
+    for case in family_cases():
+        assert known_families()[case.name] == case.converted(folder_of(case, tmp_path)), case.name
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +87,37 @@ def test_a_family_becomes_what_the_converter_makes_of_it(
     headless = not any("nextn" in tensor.name for tensor in description.tensors)
     expected = converted(folder, dtype, *(["--no-mtp"] if headless else []))
     actual = written(description, dtype)
+    assert expected.tensors == actual.tensors
+    assert list(expected.metadata.items()) == list(actual.metadata.items())
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", "F32"),
+        ("mistral", "BF16"),
+        ("mixtral", "F16"),
+        ("mistral3", "F16"),
+        ("ministral3", "F16"),
+        ("qwen2", "F16"),
+        ("qwen3", "BF16"),
+        ("gemma3", "F16"),
+        ("gemma3_text", "F32"),
+        ("gemma4", "BF16"),
+        ("gemma4_moe", "F16"),
+        ("gpt_oss", "BF16"),
+        ("glm4_moe", "F32"),
+        ("deepseek_v3", "F16"),
+        ("nemotron_h", "F32"),
+        ("phi3", "F16"),
+        ("minimax_m2", "BF16"),
+    ],
+)
+def test_other_families_do_as_well(zoo: Any, family: str, dtype: str) -> None:
+    """As published: some with weights in FP8, whose floats are the converter's, or in MXFP4."""
+    folder = zoo(family, "hub")
+    expected = converted(folder, dtype, pre="none")
+    actual = written(described(folder, dtype), dtype)
     assert expected.tensors == actual.tensors
     assert list(expected.metadata.items()) == list(actual.metadata.items())
 

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 from gguf_converter import GOLDEN, Case, cases, described, from_json, model_of
+from gguf_families import (
+    CONFIGS,
+    TOKENS,
+    FamilyCase,
+    family_cases,
+    folder_of,
+    known_families,
+    write_checkpoint,
+)
 from tiny import tiny_config, write_json, write_tiny
 
+from carnice_build.checkpoint.known import known_floats
+from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.formats.gguf.naming import About, describe, describe_projector
+from carnice_build.formats.gguf.ops import PackMxfp4
 from carnice_build.formats.gguf.table import families, table_of
 from carnice_build.graph import ActionGraph
 from carnice_build.models import architecture_of
@@ -28,6 +41,23 @@ def test_a_demo_checkpoint_becomes_what_the_converter_makes_of_it(case: Case) ->
     assert list(expected.metadata.items()) == list(actual.metadata.items())
 
 
+@pytest.mark.parametrize("case", family_cases(), ids=lambda case: case.name)
+def test_a_family_becomes_what_the_converter_makes_of_it(
+    case: FamilyCase, checkpoints: Path
+) -> None:
+    """So it is of small checkpoints of other families."""
+    expected = known_families()[case.name]
+    actual = case.described(folder_of(case, checkpoints))
+    assert expected.tensors == actual.tensors
+    assert list(expected.metadata.items()) == list(actual.metadata.items())
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the checkpoints of families are made."""
+    return tmp_path_factory.mktemp("families")
+
+
 @pytest.mark.parametrize("family", families())
 def test_names_are_those_of_the_gguf_package(family: str) -> None:
     """Modules of a table have the names that the package's own map gives them.
@@ -37,11 +67,16 @@ def test_names_are_those_of_the_gguf_package(family: str) -> None:
     table = table_of(family)
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == table.arch)
     known = gguf.get_tensor_name_map(arch, 2)
+    root = "backbone" if any(name.startswith("backbone.") for name in table.model) else "model"
     for ours, expected in table.model.items():
         assert known.get_name(ours, (".weight",)) == expected
-    names = {ours: f"model.layers.1.{ours.replace('.*', '')}" for ours in table.layer}
+    names = {ours: f"{root}.layers.1.{ours.replace('.*', '')}" for ours in table.layer}
     found = {ours: known.get_name(name, (".weight",)) for ours, name in names.items()}
-    same = {ours for ours, name in found.items() if name == f"blk.1.{table.layer[ours]}"}
+    same = {
+        ours
+        for ours, name in found.items()
+        if name == f"blk.1.{table.layer[ours].removesuffix('.weight')}"
+    }
     assert {ours for ours, name in found.items() if name} == same
     assert len(same) > len(table.layer) // 2
 
@@ -83,11 +118,11 @@ def test_an_entry_of_another_kind_is_refused_by_its_key(
     text = dict(config["text_config"])
     stated = {**text[entry], **value} if isinstance(value, dict) else value
     folder = write_tiny(tmp_path / "tiny")
-    _, architecture, view = model_of(folder)
-    wrong = _Spelled(architecture, {**config, "text_config": {**text, entry: stated}})
+    opened = model_of(folder)
+    wrong = _Spelled(opened.architecture, {**config, "text_config": {**text, entry: stated}})
     about = About("Name", {}, {}, 1, "somewhere")
     with pytest.raises(CheckpointError, match=message):
-        describe(wrong, view, ActionGraph(), about)  # type: ignore[arg-type]
+        describe(wrong, opened.view, ActionGraph(), about)  # type: ignore[arg-type]
 
 
 class _Spelled:
@@ -104,13 +139,93 @@ class _Spelled:
         return getattr(self._architecture, name)
 
 
+def test_a_nemotron_without_experts_is_of_the_architecture_without(tmp_path: Path) -> None:
+    """The converter goes by entries for experts, which transformers gives to all such configs."""
+    config = {**CONFIGS["nemotron_h"], "hybrid_override_pattern": "M*-M"}
+    config |= {"num_nextn_predict_layers": 0}
+    found = described(write_checkpoint(tmp_path / "dense", config), "F16")
+    assert "nemotron_h" == found.architecture
+    assert [0, 0, 96, 0] == found.metadata["nemotron_h.feed_forward_length"].value
+    assert "nemotron_h.expert_count" not in found.metadata
+
+
+def test_a_tensor_that_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -> None:
+    """As the converter refuses it: of a model of experts, a layer without any."""
+    config = {**CONFIGS["qwen3_moe"], "mlp_only_layers": [0]}
+    folder = write_checkpoint(tmp_path / "dense", config)
+    with pytest.raises(PlanError, match=r"GGUF has no name for tensor .*\.0\.mlp\.down_proj"):
+        described(folder, "F16")
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"factor": "x"}, r"rope.factor or 8.0 is 'x'; expected a finite number"),
+        ({"factor": -1}, r"rope.factor or 8.0 is -1.0; expected more than 0"),
+        ({"low_freq_factor": 4.0}, "make no sense"),
+        ({"high_freq_factor": 1e40}, "expected a finite number"),
+    ],
+)
+def test_factors_of_rope_that_make_no_sense_are_refused(
+    tmp_path: Path, entries: dict[str, Any], message: str
+) -> None:
+    """They are numbers, and between low and high frequencies there is something."""
+    scaled = CONFIGS["llama scaled"]
+    config = {**scaled, "rope_scaling": {**scaled["rope_scaling"], **entries}}
+    folder = write_checkpoint(tmp_path / "scaled", config)
+    with pytest.raises(CheckpointError, match=message):
+        described(folder, "F16")
+
+
+@pytest.mark.parametrize("content", [{}, {"model": {"vocab": 1}}, {"model": {"vocab": {}}}])
+def test_a_tokenizer_that_tells_no_tokens_is_refused(tmp_path: Path, content: object) -> None:
+    """Of a family whose embeddings lose rows without tokens."""
+    folder = write_checkpoint(tmp_path / "gemma", CONFIGS["gemma3_text"])
+    write_json(folder / "tokenizer.json", content)
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: has no vocabulary"):
+        described(folder, "F16")
+
+
+def test_rows_without_tokens_stay_where_a_sentencepiece_model_fills_them(tmp_path: Path) -> None:
+    """The converter makes tokens for them."""
+    folder = write_checkpoint(tmp_path / "gemma", CONFIGS["gemma3_text"])
+    opened = model_of(folder)
+    files = {path.name: path.read_bytes() for path in folder.glob("*.json")}
+    for more, rows in ({}, TOKENS), ({"tokenizer.model": b""}, 128):
+        about = About("Name", {**files, **more}, {}, 1, "somewhere")
+        found = describe(opened.architecture, opened.view, ActionGraph(), about)
+        shapes = {tensor.name: tensor.shape for tensor in found.tensors}
+        assert (64, rows) == shapes["token_embd.weight"]
+
+
+def test_what_a_config_decides_is_read_like_a_tensor_of_a_file() -> None:
+    """From anywhere, in any pieces."""
+    tensor = known_floats("factors", [1.0, 2.5, 1e30])
+    assert tensor.file is not None
+    with tensor.file.open_range(2, 8) as read:
+        pieces = [bytearray(3), bytearray(5)]
+        for piece in pieces:
+            read(memoryview(piece))
+    assert struct.pack("<3f", 1.0, 2.5, 1e30)[2:10] == b"".join(pieces)
+    assert known_floats("other", [1.0, 2.5, 1e30]).identity == tensor.identity
+    assert known_floats("factors", [1.0, 2.5, 1.0]).identity != tensor.identity
+
+
+def test_codes_of_another_shape_are_not_packed() -> None:
+    """Groups have 32 numbers, and a scale each."""
+    scales = TensorSpec("U8", (4, 2))
+    for blocks in TensorSpec("U8", (4, 2, 8)), TensorSpec("U8", (4, 3, 16)):
+        with pytest.raises(PlanError, match="cannot pack codes U8"):
+            PackMxfp4().infer({}, [blocks, scales])
+
+
 def test_a_family_without_a_table_is_refused_by_name() -> None:
     """The error says which families have one."""
-    config = {"model_type": "phi3", "hidden_size": 64, "intermediate_size": 64}
+    config = {"model_type": "qwen3_next", "hidden_size": 64, "intermediate_size": 64}
     config |= {"num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
     architecture = architecture_of(config, "config.json")
     about = About("Name", {}, {}, 1, "somewhere")
-    with pytest.raises(PlanError, match=r"GGUF has no names for tensors of phi3.*qwen3_5"):
+    with pytest.raises(PlanError, match=r"GGUF has no names for tensors of qwen3_next.*qwen3_5"):
         describe(architecture, {}, ActionGraph(), about)
 
 
@@ -119,10 +234,10 @@ def test_a_tower_of_three_frames_is_refused(tmp_path: Path) -> None:
     config = tiny_config()
     config["vision_config"]["temporal_patch_size"] = 3
     folder = _with_config(tmp_path, config)
-    _, architecture, view = model_of(folder)
+    opened = model_of(folder)
     about = About("Name", {}, {}, 1, "somewhere")
     with pytest.raises(PlanError, match="3 frames at once; expected 2"):
-        describe_projector(architecture, view, ActionGraph(), about)
+        describe_projector(opened.architecture, opened.view, ActionGraph(), about)
 
 
 def _with_config(folder: Path, config: dict[str, Any]) -> Path:

@@ -25,7 +25,11 @@ def constant_numbers(how: str, scope: ConfigScope) -> Sequence[float]:
 
 
 def _llama3(scope: ConfigScope) -> Sequence[float]:
-    """Of Llama 3.1: low frequencies are divided by a factor, high ones not, others in between."""
+    """Of Llama 3.1: low frequencies are divided by a factor, high ones not, others in between.
+
+    Powers are rounded to nearest; torch's, which the converter takes, differ by one in the last
+    place of a few, as they do for heads of 96 and a base of 500000.
+    """
     size = scope.size("head_dim or hidden_size // num_attention_heads")
     base = _number("rope.rope_theta or 10000.0", scope)
     factor = _number("rope.factor or 8.0", scope)

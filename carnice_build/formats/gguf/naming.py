@@ -399,8 +399,6 @@ class _Model:
         size, tensor = self._scope.size, _source(ref)
         heads, (rows, columns) = size(cut.heads), ref.spec.shape
         spec = TensorSpec(ref.spec.dtype, (heads, rows // heads, columns))
-        if spec.size != ref.spec.size:
-            raise PlanError(f"{rows} rows are not those of {heads} heads", at=("format",))
         whole = SourceTensor(tensor.name, spec, tensor.file, tensor.offset, tensor.stored)
         for part in cut.parts:
             start = size(part.start)
@@ -428,7 +426,7 @@ class _Model:
         table = self._table
         if (swap := table.swaps.get(rest)) is not None:
             ref = self._swapped(ref, swap)
-        if self._tokens is not None and fact.role is Role.EMBEDDING and not rest:
+        if self._tokens is not None and fact.name.endswith(_EMBEDDING):
             ref = _first_rows(ref, self._tokens)
         if (shape := table.shapes.get(rest)) is not None:
             ref = ref.reshaped(*map(self._scope.size, shape))
@@ -508,6 +506,9 @@ def _tokens(table: Table, about: About) -> int | None:
 
 
 _TOKENIZER = "tokenizer.json"
+
+_EMBEDDING = "embed_tokens.weight"
+"""How the names of the tensors end that lose rows; others have one for each token, too."""
 
 
 def _kind(name: str, shape: Sequence[int]) -> Kind:
