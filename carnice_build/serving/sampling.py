@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from carnice_build.recipe.serve import FlagValue
 from carnice_build.serving.facts import ServingFacts
 from carnice_build.serving.launches import OVERRIDE, Launch, sampling_of_folder
 
@@ -26,7 +25,7 @@ def launch_sampling(launch: Launch, facts: ServingFacts) -> dict[str, int | floa
     }
 
 
-def _numbers(value: FlagValue) -> Mapping[str, int | float]:
+def _numbers(value: object) -> Mapping[str, int | float]:
     if not isinstance(value, dict):
         return {}
-    return {name: item for name, item in value.items() if type(item) in (int, float)}  # type: ignore[misc]
+    return {name: item for name, item in value.items() if type(item) in (int, float)}

@@ -148,6 +148,11 @@ class GgufFormat(Format):
             for layout in gguf_layouts(file, publication.model, publication.shard_bytes)
         ]
 
+    @classmethod
+    def keeps(cls, method: str) -> bool:
+        """MXFP4, which ggml has too."""
+        return method == "mxfp4"
+
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """The tensors of the files, in the order of those."""
         facts = context.architecture.tensors

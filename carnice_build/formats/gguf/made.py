@@ -102,6 +102,7 @@ class Files:
         assigned = assign(written, model_of(metadata), request)
         refs = found.refs if found else {}
         self._check_importance(assigned, refs, chosen)
+        _check_kept(assigned)
         named = {item.name: item for item in description.tensors}
         file = self._file(
             [named[item.tensor.name] for item in assigned],
@@ -116,7 +117,7 @@ class Files:
         """What is in the model's own file beside the vocabulary, in the converter's order."""
         context = self.context
         about = self._about(self.written)
-        return describe(context.architecture, self.view, context.graph, about)
+        return describe(context.architecture, self.view, context.graph, about, context.codes)
 
     def tower(self, outtype: str) -> GgufFile:
         """The projector's file."""
@@ -232,6 +233,17 @@ class Files:
                 )
 
 
+def _check_kept(assigned: Iterable[Assigned]) -> None:
+    """Raise PlanError where codes that the checkpoint has would become those of another type."""
+    for item in assigned:
+        if item.requantized:
+            raise PlanError(
+                f"{item.tensor.name} is {item.tensor.type} in the checkpoint",
+                expected="`mix: MXFP4_MOE`, which keeps it, or a step `- decode: {}`",
+                at=("mix",),
+            )
+
+
 def _unfit(assigned: Iterable[Assigned]) -> list[str]:
     """What to tell of tensors whose columns are no whole blocks, a sentence for all that are alike.
 
@@ -253,6 +265,8 @@ def _together(first: Assigned, others: int) -> str:
 
 def written_as(item: Named, outtype: str) -> str:
     """The type in which the converter writes a tensor to a file of `outtype`."""
+    if item.codes is not None:
+        return item.kind
     if item.kind == "matrix":
         return outtype
     return "F16" if item.kind == "half" and outtype == "F16" else "F32"

@@ -358,7 +358,7 @@ class _Model:
         """A tensor with the codes that it has; they come before all others."""
         fact = self._architecture.tensors[tensor]
         name = self._name(fact, _block(tensor, self._architecture, self._table))
-        return Named(name, ref, fact, "MXFP4", _packed(codes, self._graph))
+        return Named(name, ref, fact, "MXFP4", codes=_packed(codes, self._graph))
 
     def named(self, tensor: str, ref: TensorRef) -> Iterable[Named]:
         """The tensors of the file that a tensor of the view becomes."""

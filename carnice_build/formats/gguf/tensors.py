@@ -41,6 +41,8 @@ def made_of(
     item: Named, kind: str, importance: TensorRef | None, graph: ActionGraph, backend: Backend
 ) -> OutputTensor:
     """The tensor in a type; `importance` is F32 [columns], or [experts, columns] of a stack."""
+    if item.codes is not None:
+        return OutputTensor(item.name, item.codes, item.fact)
     fused = backend == "fused" and kind in FUSED
     return OutputTensor(item.name, _stored(item.ref, kind, importance, graph, fused), item.fact)
 
