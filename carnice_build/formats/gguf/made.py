@@ -33,6 +33,7 @@ from carnice_build.formats.gguf.mixes import (
     assign,
     file_type,
     model_of,
+    quantizable,
     quantized_metadata,
 )
 from carnice_build.formats.gguf.naming import (
@@ -53,8 +54,6 @@ OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
 """Tensors for which llama-quantize has options of their own."""
 
 _SWAPPED = (1, 0, 2)
-
-_MATRIX = 2
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Files:
             Tensor(item.name, item.shape, written_as(item, self.written))
             for item in description.tensors
         ]
-        found, statistics = self._importance(description.tensors)
+        found, statistics = self._importance(description.tensors, description.architecture)
         request = replace(
             _with_rules(request, chosen, written), importance=bool(found and found.refs)
         )
@@ -186,14 +185,20 @@ class Files:
         }
         return GgufFile("", f"-{self.mix}", metadata, tensors, described, may_split=True)
 
-    def _importance(self, named: Iterable[Named]) -> tuple[Importances | None, GgufFile | None]:
+    def _importance(
+        self, named: Sequence[Named], arch: str
+    ) -> tuple[Importances | None, GgufFile | None]:
         """What the recipe names, and the file of what our own passes found."""
         if self.imatrix is None:
             return None, None
         graph = self.context.graph
         try:
             source = imatrix_source(self.imatrix, self.view, self.context)
-            wanted = [_wanted(item) for item in named if len(item.shape) >= _MATRIX]
+            wanted = [
+                _wanted(item)
+                for item in named
+                if quantizable(Tensor(item.name, item.shape, item.kind), arch)
+            ]
             found = importance_refs(graph, source, wanted)
         except PlanError as error:
             raise error.revised(at=("imatrix",)) from None
