@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY, Finished
+from family_builds import build_checked
 from verifying import Copy
+from zoo import write_zoo
 
 from carnice_build.checkpoint.gguf_header import read_gguf
 from carnice_build.checkpoint.source import LocalFile
@@ -254,3 +256,18 @@ def test_a_folder_is_compared_with_its_source(built: Built) -> None:
     for item in heads:
         assert item.a is not None and item.b is not None, item.module
         assert item.relative is not None and item.relative < 0.1, item.module
+
+
+@pytest.mark.parametrize("mix", ["Q8_0", "Q4_K_M"])
+def test_experts_are_compared_one_by_one(tmp_path: Path, mix: str) -> None:
+    """A stack in one tensor is as near to its source as a matrix must be, and so are others."""
+    source = write_zoo(tmp_path / "model", "qwen3_5_moe", "hub")
+    recipe = f"quantize: {{format: gguf, mix: {mix}, tokenizer_pre: qwen35}}\n"
+    folder = build_checked(tmp_path, source, "experts", recipe)
+
+    found = {item.module: item for item in diff_folders(folder, source, 2).modules}
+    stack = found["model.language_model.layers.1.mlp.experts.*.down_proj"]
+
+    assert all(item.a is not None and item.b is not None for item in found.values())
+    assert stack.relative is not None
+    assert 0 < stack.relative < 0.1
