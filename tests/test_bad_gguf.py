@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, Finished, Project
+from gguf_project import stand_in
 from test_bad_input import check_refused_at_once
 from tiny import read_json, write_json
 
@@ -17,15 +18,12 @@ from carnice_build.commands.plan import plan_variants
 
 Carnice = Callable[..., Finished]
 
-DEMO = REPOSITORY / "demo"
-
 
 @pytest.fixture
 def project(project: Project) -> Project:
-    """With the stand-in that ships, whose tokenizer is one that llama.cpp knows."""
-    shutil.rmtree(project.checkpoint)
-    shutil.copytree(DEMO / project.checkpoint.name, project.checkpoint)
-    shutil.copy(DEMO / "heldout.txt", project.root / "demo")
+    """With the stand-in that ships, and shapes at full size."""
+    stand_in(project)
+    shutil.copy(REPOSITORY / "demo" / "heldout.txt", project.root / "demo")
     shutil.copy(REPOSITORY / "recipes" / "_profiles.yaml", project.recipes)
     (project.root / "benchmarks").symlink_to(REPOSITORY / "benchmarks")
     return project

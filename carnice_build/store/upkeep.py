@@ -14,11 +14,14 @@ from carnice_build.checkpoint.containers import read_entries
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CheckpointError
 from carnice_build.store.answers import is_damaged
-from carnice_build.store.digests import is_digest
-from carnice_build.store.packs import digest_range, extents
+from carnice_build.store.digests import digest_bytes, digest_texts, is_digest
+from carnice_build.store.packs import digest_range, extents, read_header_bytes
 from carnice_build.store.store import Store
 
 _SMALL_BYTES = 1 << 20
+
+_HEADER = "the header"
+"""What stands for a tensor's name where the bytes before all tensors changed."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,10 @@ def find_damage(store: Store, progress: Callable[[int], None]) -> list[Damage]:
 
 
 def _changed_tensors(store: Store, path: Path) -> tuple[str, ...] | None:
-    """Names of the tensors whose bytes changed; () for a pack that is not readable at all."""
+    """Names of the tensors whose bytes changed; () for a pack that is not readable at all.
+
+    Or that the header did: a GGUF's holds the tokenizer and all else that is known of a model.
+    """
     record = store.records.pack(path.stem) if is_digest(path.stem) else None
     if record is None:
         return ()
@@ -185,6 +191,9 @@ def _changed_tensors(store: Store, path: Path) -> tuple[str, ...] | None:
         for group, digest in zip(groups, record.digests, strict=True)
         if digest_range(path, group.offset, group.nbytes) != digest
     )
+    header = digest_bytes(read_header_bytes(path, record.header))
+    if not changed and digest_texts([header, *record.digests]) != path.stem:
+        return (_HEADER,)
     return changed or None
 
 
