@@ -1,8 +1,7 @@
-"""GGUF files as packs: built, split, resumed after a kill, checked, shared by recipes and linked."""
+"""GGUF files in the cache and in folders: built, split, resumed, damaged, shared and published."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -139,7 +138,7 @@ def test_two_mixes_share_what_they_have_in_common(built: Project) -> None:
 
     assert len(new) == result.actions_run
     assert not TYPES_OF_FLOATS & {other[name][0] for name in new}
-    assert os.path.samefile(files(built)[1], files(built, "other")[1])
+    assert files(built)[1].samefile(files(built, "other")[1])
 
 
 def test_files_of_several_types_can_lie_in_one_folder(project: Project) -> None:
