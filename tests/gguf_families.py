@@ -296,6 +296,38 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "original_max_position_embeddings": 1024,
         },
     },
+    "kimi_k2": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "kimi_k2",
+        **_without(_TEXT, "head_dim"),
+        **_GROUPED,
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "scoring_func": "sigmoid",
+    },
+    "qwen3_next": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        **_TEXT,
+        "num_hidden_layers": 4,
+        "partial_rotary_factor": 0.25,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "full_attention_interval": 4,
+        "linear_num_value_heads": 8,
+        "linear_num_key_heads": 4,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 8,
+        "linear_conv_kernel_dim": 4,
+    },
     "nemotron_h": {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
@@ -413,7 +445,7 @@ class FamilyCase:
 
 def family_cases() -> list[FamilyCase]:
     """Those of the golden file."""
-    headless = [FamilyCase(name, mtp=False) for name in ("glm4_moe", "nemotron_h")]
+    headless = [FamilyCase(name, mtp=False) for name in ("glm4_moe", "nemotron_h", "qwen3_next")]
     towers = [FamilyCase("gemma3", projector=True, dtype=dtype) for dtype in ("F16", "BF16")]
     wide = [FamilyCase(name, dtype="BF16") for name in ("llama scaled", "nemotron_h")]
     return [*map(FamilyCase, CONFIGS), *headless, *towers, *wide]

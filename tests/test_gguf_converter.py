@@ -109,6 +109,7 @@ def test_a_family_becomes_what_the_converter_makes_of_it(
         ("glm4_moe", "F32"),
         ("deepseek_v3", "F16"),
         ("nemotron_h", "F32"),
+        ("qwen3_next", "F16"),
         ("phi3", "F16"),
         ("minimax_m2", "BF16"),
     ],

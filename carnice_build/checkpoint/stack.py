@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from math import gcd
 
 from blake3 import blake3
 
@@ -309,3 +310,22 @@ def slab_stack(
     file = EveryRow(flat, start, step) if tensor.file is not None else None
     spec = TensorSpec(tensor.spec.dtype, (slabs, rows // step, *rest))
     return SourceTensor(name, spec, file, 0, tensor.share(spec))
+
+
+def rows_of_slabs(
+    name: str, tensor: SourceTensor, ranges: Sequence[tuple[int, int]]
+) -> SourceTensor:
+    """A matrix of ranges of rows of [slabs, rows, columns]: of all slabs the first, then the next.
+
+    Each range is its first row and where it stops.
+    """
+    unit = gcd(*(row for span in ranges for row in span))
+    pieces = [
+        slab_rows(tensor, slab, row, row + unit)
+        for start, stop in ranges
+        for slab in range(tensor.spec.shape[0])
+        for row in range(start, stop, unit)
+    ]
+    made = stacked(name, pieces)
+    spec = TensorSpec(tensor.spec.dtype, (len(pieces) * unit, *tensor.spec.shape[2:]))
+    return SourceTensor(name, spec, made.file, 0, made.stored)

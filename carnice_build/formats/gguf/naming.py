@@ -18,7 +18,7 @@ from carnice_build.checkpoint.generation import generation_entries
 from carnice_build.checkpoint.gguf_values import Metadata, Value
 from carnice_build.checkpoint.json import json_object
 from carnice_build.checkpoint.known import known_floats
-from carnice_build.checkpoint.stack import slab_rows, slab_stack, stacked
+from carnice_build.checkpoint.stack import rows_of_slabs, slab_rows, slab_stack, stacked
 from carnice_build.checkpoint.swapped import swapped_columns, swapped_rows
 from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.dtypes import TensorSpec
@@ -400,13 +400,17 @@ class _Model:
         heads, (rows, columns) = size(cut.heads), ref.spec.shape
         spec = TensorSpec(ref.spec.dtype, (heads, rows // heads, columns))
         whole = SourceTensor(tensor.name, spec, tensor.file, tensor.offset, tensor.stored)
-        for part in cut.parts:
-            start = size(part.start)
-            name = f"{tensor.name}: {part.name}"
-            made = slab_stack(name, whole, start, start + size(part.rows))
-            if part.turned:
-                made = turned_stack(name, made, 0, columns)
-            yield part.name, TensorRef(made.spec, made)
+        for name in dict.fromkeys(part.name for part in cut.parts):
+            parts = [part for part in cut.parts if part.name == name]
+            ranges = [(start := size(p.start), start + size(p.rows)) for p in parts]
+            label = f"{tensor.name}: {name}"
+            if parts[0].turned:
+                made = turned_stack(label, slab_stack(label, whole, *ranges[0]), 0, columns)
+            elif parts[0].stacked:
+                made = slab_stack(label, whole, *ranges[0])
+            else:
+                made = rows_of_slabs(label, whole, ranges)
+            yield name, TensorRef(made.spec, made)
 
     def _name(self, fact: TensorFact, block: _Block | None) -> str:
         table, name = self._table, _plain(fact.name)

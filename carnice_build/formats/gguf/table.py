@@ -35,11 +35,12 @@ class Swap(Strict):
 
 
 class HeadRows(Strict):
-    """Of the rows of each of several heads of a matrix some, as a tensor [heads, rows, columns]."""
+    """Of the rows of each of several heads of a matrix some, below those of the same name."""
 
     name: str = Field(description="GGUF's name in the block, with its end.")
     start: Formula = Field(0, description="The first of the rows of a head.")
     rows: Formula = Field(description="How many of them.")
+    stacked: bool = Field(False, description="As a tensor [heads, rows, columns].")
     turned: bool = Field(False, description="With columns for rows: [heads, columns, rows].")
 
 
