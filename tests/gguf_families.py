@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from gguf_converter import Written, converted, described, from_json, written
-from tiny import Tensor, write_json, write_safetensors
+from tiny import Tensor, read_safetensors, write_json, write_safetensors
 
 from carnice_build.models import architecture_of
 from carnice_build.models.base import TensorFact
@@ -112,7 +113,7 @@ _PIXTRAL = {
     "model_type": "pixtral",
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "head_dim": 16,
     "image_size": 32,
@@ -364,8 +365,12 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
     write_json(folder / "config.json", config)
     write_json(
         folder / "tokenizer.json",
-        {"model": {"vocab": {str(index): index for index in range(TOKENS)}}, "added_tokens": []},
+        {
+            "model": {"vocab": {str(index): index for index in range(TOKENS - 1)}},
+            "added_tokens": [{"id": TOKENS - 1, "content": "[IMG_BREAK]"}],
+        },
     )
+    write_json(folder / "tokenizer_config.json", {})
     write_json(
         folder / "preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     )
@@ -435,6 +440,8 @@ class FamilyCase:
     def converted(self, folder: Path) -> Written:
         """By the converter, of the checkpoint in `folder`."""
         options = ["--mmproj"] if self.projector else [] if self.mtp else ["--no-mtp"]
+        if self.projector and self.config == "mistral3":
+            folder = _respelled(folder)
         return converted(folder, self.dtype, *options, pre="none")
 
     def described(self, folder: Path) -> Written:
@@ -443,10 +450,26 @@ class FamilyCase:
         return written(made, self.dtype)
 
 
+def _respelled(folder: Path) -> Path:
+    """The checkpoint with names that do not hide the embedding of [IMG_BREAK] from the converter.
+
+    Without that llama.cpp does not load the tower's file.
+    """
+    other = folder.parent / "respelled" / folder.name
+    if not other.is_dir():
+        shutil.copytree(folder, other)
+        path = other / "model.safetensors"
+        tensors = read_safetensors(path)
+        plain = {name.replace("language_model.", ""): item for name, item in tensors.items()}
+        write_safetensors(path, dict(sorted(plain.items())))
+    return other
+
+
 def family_cases() -> list[FamilyCase]:
     """Those of the golden file."""
     headless = [FamilyCase(name, mtp=False) for name in ("glm4_moe", "nemotron_h", "qwen3_next")]
     towers = [FamilyCase("gemma3", projector=True, dtype=dtype) for dtype in ("F16", "BF16")]
+    towers += [FamilyCase("mistral3", projector=True, dtype=dtype) for dtype in ("F16", "F32")]
     wide = [FamilyCase(name, dtype="BF16") for name in ("llama scaled", "nemotron_h")]
     return [*map(FamilyCase, CONFIGS), *headless, *towers, *wide]
 

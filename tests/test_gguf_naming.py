@@ -197,6 +197,28 @@ def test_rows_without_tokens_stay_where_a_sentencepiece_model_fills_them(tmp_pat
         assert (64, rows) == shapes["token_embd.weight"]
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", {}, r"the tokenizer has no token \[IMG_BREAK\]"),
+        ("tokenizer.json", {"added_tokens": [7, {"content": "[IMG_BREAK]"}]}, "has no token"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {}, "7": 7, "128": {"content": "[IMG_BREAK]"}}},
+            r"\[IMG_BREAK\] is token 128 of 128",
+        ),
+    ],
+)
+def test_a_tower_without_the_token_that_it_brings_along_is_refused(
+    tmp_path: Path, file: str, content: object, message: str
+) -> None:
+    """llama.cpp reads its embedding from the tower's file."""
+    folder = write_checkpoint(tmp_path / "mistral", CONFIGS["mistral3"])
+    write_json(folder / file, content)
+    with pytest.raises(CheckpointError, match=message):
+        described(folder, "F16", projector=True)
+
+
 def test_what_a_config_decides_is_read_like_a_tensor_of_a_file() -> None:
     """From anywhere, in any pieces."""
     tensor = known_floats("factors", [1.0, 2.5, 1e30])

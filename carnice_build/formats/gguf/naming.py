@@ -160,12 +160,12 @@ def describe_projector(
         raise PlanError(f"GGUF has no names for the tower of {architecture.name}", at=("format",))
     facts = architecture.tensors
     kept = {name: ref for name, ref in view.items() if facts[name].part is Part.TOWER}
-    tower = _Tower(table.projector, architecture, graph)
-    tensors = [
-        made for name, ref in _ordered(kept, facts) for made in tower.named(facts[name], ref)
-    ]
     scope = _scope(architecture, table, about)
     depth = scope.size(table.projector.depth)
+    tower = _Tower(table.projector, architecture, graph, scope)
+    tensors = [*_token_rows(table.projector, view, facts, about)]
+    for name, ref in _ordered(kept, facts):
+        tensors += tower.named(facts[name], ref)
     own = evaluated_parameters(table.projector.parameters, scope, PROJECTOR, [""] * depth)
     return _described(PROJECTOR, "mmproj", tensors, own, about)
 
@@ -379,7 +379,7 @@ class _Model:
             if kind == "F32" and self._moved(tensor) and _by_number(name):
                 kind = "matrix"
             swap = table.swaps.get(rest)
-            heads = self._heads(swap) if swap is not None and swap.columns else None
+            heads = _heads(swap, self._scope) if swap is not None and swap.columns else None
             yield Named(name, made, fact, kind, heads)
 
     def place(self, fact: TensorFact) -> Place:
@@ -387,7 +387,7 @@ class _Model:
         block = _block(fact.name, self._architecture, self._table)
         rest = block.rest if block else ""
         swap = self._table.swaps.get(rest)
-        heads = self._heads(swap) if swap else None
+        heads = _heads(swap, self._scope) if swap else None
         return Place(fact, [self._name(fact, block)], heads, self._how(fact, rest))
 
     def _moved(self, tensor: str) -> bool:
@@ -429,7 +429,7 @@ class _Model:
         """A tensor as llama.cpp has it, still of any float type."""
         table = self._table
         if (swap := table.swaps.get(rest)) is not None:
-            ref = self._swapped(ref, swap)
+            ref = _swapped(ref, swap, self._scope)
         if self._tokens is not None and fact.name.endswith(_EMBEDDING):
             ref = _first_rows(ref, self._tokens)
         if (shape := table.shapes.get(rest)) is not None:
@@ -446,19 +446,21 @@ class _Model:
             how = "add_one"
         return how
 
-    def _heads(self, swap: Swap) -> HeadsSwapped:
-        size = self._scope.size
-        counts = size(swap.first), size(swap.second), size(swap.size)
-        return HeadsSwapped(*counts, size(swap.skip), swap.columns)
 
-    def _swapped(self, ref: TensorRef, swap: Swap) -> TensorRef:
-        first, second, each, skip, columns = self._heads(swap)
-        tensor = _source(ref)
-        if columns:
-            made = swapped_columns(tensor, first, second, each)
-        else:
-            made = swapped_rows(tensor, first, second, each, skip)
-        return TensorRef(made.spec, made)
+def _heads(swap: Swap, scope: ConfigScope) -> HeadsSwapped:
+    size = scope.size
+    counts = size(swap.first), size(swap.second), size(swap.size)
+    return HeadsSwapped(*counts, size(swap.skip), swap.columns)
+
+
+def _swapped(ref: TensorRef, swap: Swap, scope: ConfigScope) -> TensorRef:
+    first, second, each, skip, columns = _heads(swap, scope)
+    tensor = _source(ref)
+    if columns:
+        made = swapped_columns(tensor, first, second, each)
+    else:
+        made = swapped_rows(tensor, first, second, each, skip)
+    return TensorRef(made.spec, made)
 
 
 def _packed(codes: Codes, graph: ActionGraph) -> TensorRef:
@@ -493,6 +495,39 @@ def _merged(first: SourceTensor, second: SourceTensor) -> TensorRef:
     return TensorRef(made.spec, made).reshaped(experts, 2 * rows, columns)
 
 
+def _token_rows(
+    table: Projector, view: View, facts: Mapping[str, TensorFact], about: About
+) -> Iterable[Named]:
+    """The rows of the embedding that a tower brings along."""
+    for name, token in table.tokens.items():
+        fact = next(facts[tensor] for tensor in view if facts[tensor].part is Part.EMBED)
+        tensor, number = _source(view[fact.name]), _token_number(token, about)
+        rows, columns = tensor.spec.shape
+        if not 0 <= number < rows:
+            raise CheckpointError(f"{token} is token {number} of {rows}", where=about.where)
+        spec = TensorSpec(tensor.spec.dtype, (columns,))
+        offset = tensor.offset + number * tensor.spec.row_bytes
+        label = f"{tensor.name}[{number}]"
+        made = SourceTensor(label, spec, tensor.file, offset, tensor.share(spec))
+        yield Named(name, TensorRef(spec, made), fact, "F32")
+
+
+def _token_number(token: str, about: About) -> int:
+    """The number of an added token; CheckpointError where the tokenizer does not have it."""
+    for file in (_TOKENIZER_CONFIG, _TOKENIZER):
+        entries = json_object(f"{about.where}/{file}", about.files.get(file, b"{}"))
+        listed = entries.get("added_tokens_decoder", entries.get("added_tokens"))
+        if isinstance(listed, dict):
+            items = [(key, item) for key, item in listed.items() if _NUMBER.fullmatch(key)]
+            listed = [{**item, "id": int(key)} for key, item in items if isinstance(item, dict)]
+        for item in listed if isinstance(listed, list) else ():
+            if isinstance(item, dict) and item.get("content") == token:
+                number = item.get("id")
+                if type(number) is int:
+                    return number
+    raise CheckpointError(f"the tokenizer has no token {token}", where=about.where)
+
+
 def _tokens(table: Table, about: About) -> int | None:
     """How many tokens a model has for which the converter leaves out other rows.
 
@@ -510,6 +545,8 @@ def _tokens(table: Table, about: About) -> int | None:
 
 
 _TOKENIZER = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 
 _EMBEDDING = "embed_tokens.weight"
 """How the names of the tensors end that lose rows; others have one for each token, too."""
@@ -531,8 +568,15 @@ def _by_number(name: str) -> bool:
 class _Tower:
     """Makes the tensors of the file of a tower."""
 
-    def __init__(self, table: Projector, architecture: Architecture, graph: ActionGraph) -> None:
+    def __init__(
+        self,
+        table: Projector,
+        architecture: Architecture,
+        graph: ActionGraph,
+        scope: ConfigScope,
+    ) -> None:
         self._table = table
+        self._scope = scope
         self._architecture = architecture
         self._graph = graph
 
@@ -542,6 +586,9 @@ class _Tower:
         if table.unread is not None and fact.name.startswith(table.unread):
             return []
         name = self._name(fact)
+        _, _, rest = fact.name.removeprefix(table.prefix).partition(".")
+        if fact.name.startswith(table.prefix) and (swap := table.swaps.get(rest)) is not None:
+            ref = _swapped(ref, swap, self._scope)
         if self._architecture.offset_norm(fact.name):
             ref = self._graph.add(Values(), {"how": "add_one"}, ref)[0]
         if fact.name not in table.frames:

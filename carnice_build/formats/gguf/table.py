@@ -85,11 +85,17 @@ class Projector(Strict):
         default_factory=list,
         description="Convolutions over frames, that become one for each frame.",
     )
-    kinds: dict[str, Literal["F32", "F16"]] = Field(
-        default_factory=dict, description="Tensors by GGUF's names that are always of a type."
+    swaps: dict[str, Swap] = Field(
+        default_factory=dict, description="Tensors of a block in which rows change places."
+    )
+    kinds: dict[str, Literal["F32", "F16", "half"]] = Field(
+        default_factory=dict, description="Types of tensors by GGUF's names; see `naming.Kind`."
     )
     unread: str | None = Field(
         None, description="What names of tensors begin with that llama.cpp does not read."
+    )
+    tokens: dict[str, str] = Field(
+        default_factory=dict, description="Rows of the embedding, each of a token, by GGUF's names."
     )
     depth: Formula = Field("vision_config.depth", description="How many blocks it has.")
     parameters: list[Parameter] = Field(description="Its metadata.")
