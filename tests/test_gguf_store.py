@@ -1,4 +1,4 @@
-"""GGUF files in the cache and in folders: built, split, resumed, damaged, shared and published."""
+"""GGUF files as packs: built, split, resumed after a kill, checked, shared and linked."""
 
 from __future__ import annotations
 

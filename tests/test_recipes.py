@@ -181,7 +181,8 @@ def test_a_preset_lacks_nothing_but_a_source(tmp_path: Path, name: str) -> None:
     loaded = load(tmp_path / "child.yaml")
 
     assert loaded.description
-    assert loaded.quantize.serving() is None or ["vllm"] == [
+    served = "llama-server" if name.startswith("gguf-") else "vllm"
+    assert loaded.quantize.serving() is None or [served] == [
         spec.profile for spec in loaded.package.serve
     ]
     assert not {"demo", "full", "carnice", "qwen"} & set(re.findall(r"\w+", str(tree).lower()))

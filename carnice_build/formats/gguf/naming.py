@@ -669,7 +669,7 @@ def places(architecture: Architecture) -> Sequence[Place]:
     scope = _scope(architecture, table, about, blocks=0, nextn=0)
     graph = ActionGraph()
     model = _Model(table, architecture, graph, scope, None, {})
-    tower = _Tower(table.projector, architecture, graph) if table.projector else None
+    tower = _Tower(table.projector, architecture, graph, scope) if table.projector else None
     found = []
     for fact in architecture.tensors.values():
         with suppress(PlanError):

