@@ -53,7 +53,8 @@ FORCED: tuple[Forced, ...] = (
 
 LLAMA_FORCED: tuple[Forced, ...] = (
     Forced("ctx-size", CONTEXT, "what is asked is short, and memory is the machine's"),
-    Forced("n-gpu-layers", None, "there is no card"),
+    Forced("gpu-layers", None, "there is no card"),
+    Forced("device", None, "there is no card"),
     Forced("split-mode", None, "there is no card"),
     Forced("tensor-split", None, "there is no card"),
     Forced("parallel", 1, "questions are asked one at a time"),
