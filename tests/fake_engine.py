@@ -22,6 +22,11 @@ vllm:spec_decode_num_drafts_total{engine="0"} {steps}.0
 vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"} {first}.0
 vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"} {second}.0
 """
+LLAMA_COUNTERS = """\
+llamacpp:spec_decode_num_drafts_total {steps}
+llamacpp:spec_decode_num_accepted_tokens_per_pos_total{position="0"} {first}
+llamacpp:spec_decode_num_accepted_tokens_per_pos_total{position="1"} {second}
+"""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -37,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         """`/health`, or the counters of `/metrics`."""
         steps = 10 * Handler.written
         counts = {"steps": steps, "first": steps * 8 // 10, "second": steps * 4 // 10}
-        text = COUNTERS
+        text = LLAMA_COUNTERS if "FAKE_LLAMA" in os.environ else COUNTERS
         for name, count in counts.items():
             text = text.replace(f"{{{name}}}", str(count))
         self.send("text/plain", text.encode())

@@ -262,6 +262,7 @@ def llama(tmp_path: Path, monkeypatch: Patch) -> Callable[..., EngineSettings]:
 
     def make(figure: float, code: int = 0) -> EngineSettings:
         monkeypatch.setenv("FAKE_ENGINE", "answers")
+        monkeypatch.setenv("FAKE_LLAMA", "1")
         monkeypatch.setenv(llama_cpp.VARIABLE, str(folder))
         fake = REPOSITORY / "tests" / "fake_engine.py"
         server = LLAMA_SERVER.format(python=shlex.quote(sys.executable), program=fake)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, Finished
+from conftest import REPOSITORY
 from family_builds import build_checked
 from verifying import Copy
 from zoo import write_zoo
@@ -22,6 +22,7 @@ from carnice_build.commands.build import build_variants
 from carnice_build.commands.diff import State, diff_folders
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
+from carnice_build.commands.report import VariantSummary, collect_report
 from carnice_build.commands.verify import VerifyResult, VerifySettings, verify_variants
 from carnice_build.formats.folder import open_folder
 from carnice_build.formats.gguf.checks import GgufChecks
@@ -41,10 +42,14 @@ UP = "blk.1.ffn_up.weight"
 
 @dataclass(frozen=True)
 class Built:
-    """Builds of both variants, which tests do not change, and what verify says of the mix."""
+    """Builds of both variants, which tests do not change, and what verify says of the mix.
+
+    `summary` is what a report says of it then.
+    """
 
     options: Options
     report: VerifyResult
+    summary: VariantSummary
 
     def folder(self, variant: str) -> Path:
         """A variant's folder."""
@@ -61,8 +66,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         (root / "recipes" / f"{name}.yaml").write_text(recipe)
     options = Options(recipes=root / "recipes", out=root / "build", cache=root / "cache", jobs=2)
     build_variants(list(RECIPES), options)
-    settings = VerifySettings(samples=3, lengths=(160,))
-    return Built(options, verify_variants([MIXED], options, settings))
+    settings = VerifySettings(samples=2, lengths=(128,))
+    result = verify_variants([MIXED], options, settings)
+    (summary,) = collect_report([MIXED], options).variants
+    return Built(options, result, summary)
 
 
 @pytest.fixture
@@ -227,9 +234,19 @@ def test_a_changed_key_is_named(copied: Copy) -> None:
     assert "has qwen35.rope.freq_base 7.0 instead of " in copied.problems()["structure"]
 
 
-def test_two_folders_are_compared_by_modules(
-    built: Built, carnice: Callable[..., Finished]
-) -> None:
+def test_a_report_tells_what_was_found(built: Built) -> None:
+    """Bits by the files' own sizes, figures of torch, and errors by module."""
+    found = built.summary
+
+    assert found.passed
+    assert "gguf" == found.format
+    assert 5.5 < found.bits_per_weight < 6.5
+    assert {"mlp.down_proj", "lm_head"} <= {item.kind for item in found.errors}
+    assert found.findings is not None
+    assert {"BF16", MIXED} == {row.name for row in found.findings.rows}
+
+
+def test_two_folders_are_compared_by_modules(built: Built) -> None:
     """Types are told by ggml's names, and numbers are compared dequantized."""
     found = {
         item.module: item
