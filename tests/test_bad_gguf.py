@@ -83,7 +83,27 @@ KNOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "the same by a rule": (
         "{format: gguf, rules: [{match: '*.layers.1.mlp.down_proj', type: IQ2_XXS}]}",
-        ("bad.yaml:4:33: IQ2_XXS is of no use for blk.1.ffn_down.weight without its importance",),
+        ("bad.yaml:4:76: IQ2_XXS is of no use for blk.1.ffn_down.weight without its importance",),
+    ),
+    "a type that a mix of floats does not give": (
+        "{format: gguf, mix: BF16, rules: [{match: '*.down_proj', type: Q8_0}]}",
+        ("blk.0.ffn_down.weight stays BF16: llama-quantize does not make it Q8_0",),
+    ),
+    "a type for norms alone": (
+        "{format: gguf, rules: [{match: '*.input_layernorm', type: Q8_0}]}",
+        ("blk.0.attn_norm.weight stays F32: llama-quantize does not make it Q8_0",),
+    ),
+    "a type for what has no weight": (
+        "{format: gguf, rules: [{match: '*.layers.0.linear_attn', type: Q8_0}]}",
+        ("bad.yaml:4:34: model.language_model.layers.0.linear_attn has no weight that could be Q",),
+    ),
+    "blocks that columns of the head do not fill": (
+        "{format: gguf, rules: [{match: lm_head, type: Q6_K}]}",
+        ("bad.yaml:4:33: output.weight cannot have the type Q6_K: its 128 columns are not whole",),
+    ),
+    "importance for floats": (
+        "{format: gguf, mix: BF16, imatrix: {file: nowhere.gguf}}",
+        ("bad.yaml:4:46: nothing is quantized by importance in BF16; expected no `imatrix`, or",),
     ),
     "a projector in blocks": (
         "{format: gguf, projector: Q8_0}",

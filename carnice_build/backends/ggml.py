@@ -18,7 +18,7 @@ from carnice_build.checkpoint.gguf_types import TYPES
 from carnice_build.errors import BackendError
 from carnice_build.extras import pip_install
 from carnice_build.kernels._floats import Array, require
-from carnice_build.kernels.ggml.rows import checked_importance, checked_rows, wide_chunks
+from carnice_build.kernels.ggml import checked_importance, checked_rows, wide_chunks
 
 Bytes = NDArray[np.uint8]
 

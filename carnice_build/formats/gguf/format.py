@@ -20,7 +20,7 @@ from carnice_build.formats.base import OP, Conversion, Format
 from carnice_build.formats.card import Card, own_template
 from carnice_build.formats.gguf.imatrix import OWN, ImatrixSpec
 from carnice_build.formats.gguf.layout import GgufFile, gguf_layouts
-from carnice_build.formats.gguf.made import Files
+from carnice_build.formats.gguf.made import Choice, Files
 from carnice_build.formats.gguf.mixes import FLOATS, Request, mix_of, type_of
 from carnice_build.formats.gguf.naming import Named
 from carnice_build.formats.gguf.tensors import FUSED, Backend, scheme_of
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
 
 _FILES, _DRAFTS = "files", "mtp"
 """What `Conversion.stated` calls the files, and whether the MTP head is in them."""
-
-
-_Choice = tuple[str | None, tuple[str | int, ...]]
-"""A type, None for what stays as it is, and the entry of the recipe that says so."""
 
 
 class GgufRule(Rule):
@@ -159,7 +155,7 @@ class GgufFormat(Format):
         files = Files(self.mix, self.imatrix, self.tokenizer_pre, self.backend, view, context)
         request = Request(self.mix, pure=self.pure)
         chosen = self._chosen(files.described().tensors, context)
-        text = files.text(request, {name: kind for name, (kind, _) in chosen.items()})
+        text = files.text(request, chosen)
         made = [text.file]
         if any(facts[name].part is Part.TOWER for name in view):
             made.append(files.tower(self.projector))
@@ -181,7 +177,7 @@ class GgufFormat(Format):
             causes={
                 tensor.name: dict.fromkeys((OP, "type", "dtype"), cause)
                 for tensor in text.file.tensors
-                for _, cause in [chosen.get(tensor.name, (None, ("mix",)))]
+                for _, cause in [chosen.get(tensor.name, Choice(None, ("mix",)))]
             },
             stated={
                 _FILES: [*made, text.statistics] if text.statistics else made,
@@ -190,24 +186,36 @@ class GgufFormat(Format):
             notices=text.notices,
         )
 
-    def _chosen(self, tensors: Sequence[Named], context: PlanContext) -> dict[str, _Choice]:
+    def _chosen(self, tensors: Sequence[Named], context: PlanContext) -> dict[str, Choice]:
         """The types that rules give to tensors, by GGUF's names."""
         layers = {item.fact.module: item.fact.layer for item in tensors}
-        tied = [name.rpartition(".")[0] for name in context.architecture.ties]
-        chosen: dict[str, _Choice] = {}
+        # The tensor of tied embeddings is what both modules read.
+        tied = {_module(name): _module(own) for name, own in context.architecture.ties.items()}
+        layers |= dict.fromkeys(tied)
+        chosen: dict[str, Choice] = {}
         for index, rule in enumerate(self.rules):
             try:
                 if rule.type is None and not rule.skip:
                     raise PlanError("says nothing", expected="`type` or `skip`")
-                found = fitted(rule, layers, tied, context)
+                found = fitted(rule, layers, (), context)
+                found |= {tied[path] for path in found if path in tied}
+                about = [
+                    item.name
+                    for item in tensors
+                    if item.fact.module in found and item.name.endswith(".weight")
+                ]
+                if found and not about and not rule.skip:
+                    raise PlanError(f"{min(found)} has no weight that could be {rule.type}")
             except PlanError as error:
                 raise error.revised(at=("rules", index)) from None
-            for item in tensors:
-                if item.fact.module in found and item.name.endswith(".weight"):
-                    knob = "skip" if rule.skip else "type"
-                    kind = None if rule.skip else rule.type
-                    chosen[item.name] = kind, ("rules", index, knob)
+            cause = ("rules", index, "skip" if rule.skip else "type")
+            chosen |= dict.fromkeys(about, Choice(None if rule.skip else rule.type, cause))
         return chosen
+
+
+def _module(name: str) -> str:
+    """The module of a parameter."""
+    return name.rpartition(".")[0]
 
 
 def _asked(known: Any, value: str) -> str:

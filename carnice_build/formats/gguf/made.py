@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from carnice_build.checkpoint.containers import STATISTICS
 from carnice_build.checkpoint.gguf_header import Described
@@ -56,6 +57,13 @@ OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
 _SWAPPED = (1, 0, 2)
 
 
+class Choice(NamedTuple):
+    """A type that a rule gives, None for what stays as it is, and where the recipe says so."""
+
+    type: str | None
+    cause: tuple[str | int, ...]
+
+
 @dataclass(frozen=True)
 class Text:
     """The model's own file, the one of the importance it was made with, and what to tell."""
@@ -79,14 +87,15 @@ class Files:
     view: View
     context: PlanContext
 
-    def text(self, request: Request, chosen: Mapping[str, str | None]) -> Text:
+    def text(self, request: Request, chosen: Mapping[str, Choice]) -> Text:
         """The model's own file, as `request` asks for it.
 
-        `chosen` are the types of tensors that rules are about, None for those that stay.
+        `chosen` are the types of tensors that rules are about.
         """
         description = self.described()
         metadata: Metadata = {**description.metadata, **self._vocabulary(description)}
         if self.mix in FLOATS and not chosen:
+            self._check_weighed()
             types = {item.name: written_as(item, self.mix) for item in description.tensors}
             file = self._file(description.tensors, types, metadata, {})
             return Text(file, None, self._uncounted())
@@ -98,7 +107,11 @@ class Files:
         request = replace(
             _with_rules(request, chosen, written), importance=bool(found and found.refs)
         )
-        assigned = assign(written, model_of(metadata), request)
+        try:
+            assigned = assign(written, model_of(metadata), request)
+        except PlanError as error:
+            raise error.revised(at=("rules",) if chosen else None) from None
+        _check_heard(assigned, chosen, description.architecture)
         refs = found.refs if found else {}
         self._check_importance(assigned, refs, chosen)
         _check_kept(assigned)
@@ -227,15 +240,53 @@ class Files:
         self,
         assigned: Iterable[Assigned],
         refs: Mapping[str, TensorRef],
-        chosen: Container[str],
+        chosen: Mapping[str, Choice],
     ) -> None:
         for item in assigned:
             if item.needs_importance and item.tensor.name not in refs:
                 raise PlanError(
                     f"{item.type} is of no use for {item.tensor.name} without its importance",
                     expected="a rule with another type" if self.imatrix else "`imatrix`",
-                    at=("rules",) if item.tensor.name in chosen else ("mix",),
+                    at=chosen.get(item.tensor.name, Choice(None, ("mix",))).cause,
                 )
+
+    def _check_weighed(self) -> None:
+        if self.imatrix is not None:
+            raise PlanError(
+                f"nothing is quantized by importance in {self.mix}",
+                expected="no `imatrix`, or another mix",
+                at=("imatrix",),
+            )
+
+
+def _check_heard(assigned: Sequence[Assigned], chosen: Mapping[str, Choice], arch: str) -> None:
+    """Raise PlanError for types that llama-quantize does not give, whatever it is told.
+
+    A rule may be about norms as well as matrices, as one for a whole layer is.
+    """
+    unheard: dict[tuple[str | int, ...], Assigned] = {}
+    for item in assigned:
+        choice = chosen.get(item.tensor.name)
+        if choice is not None and choice.type not in (None, item.wanted):
+            unheard.setdefault(choice.cause, item)
+            if quantizable(item.tensor, arch):
+                raise _unheard(item, choice)
+    heard = {
+        choice.cause
+        for item in assigned
+        for choice in [chosen.get(item.tensor.name)]
+        if choice is not None and choice.type == item.wanted
+    }
+    for cause, item in unheard.items():
+        if cause not in heard:
+            raise _unheard(item, chosen[item.tensor.name])
+
+
+def _unheard(item: Assigned, choice: Choice) -> PlanError:
+    name = item.tensor.name
+    return PlanError(
+        f"{name} stays {item.type}: llama-quantize does not make it {choice.type}", at=choice.cause
+    )
 
 
 def _check_kept(assigned: Iterable[Assigned]) -> None:
@@ -278,10 +329,12 @@ def written_as(item: Named, outtype: str) -> str:
 
 
 def _with_rules(
-    request: Request, chosen: Mapping[str, str | None], written: Iterable[Tensor]
+    request: Request, chosen: Mapping[str, Choice], written: Iterable[Tensor]
 ) -> Request:
     """Rules as llama-quantize is told of them: what stays gets the type that it has."""
-    types = {item.name: chosen[item.name] or item.type for item in written if item.name in chosen}
+    types = {
+        item.name: chosen[item.name].type or item.type for item in written if item.name in chosen
+    }
     named = {name: kind for name, kind in types.items() if name not in (OUTPUT, EMBEDDING)}
     return replace(request, named=named, output=types.get(OUTPUT), embedding=types.get(EMBEDDING))
 

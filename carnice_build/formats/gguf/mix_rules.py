@@ -236,6 +236,9 @@ FALLBACKS: Mapping[str, str] = {
 NEEDING_IMPORTANCE = frozenset({"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"})
 """Types that are garbage without an importance matrix."""
 
+NEEDING_IMPORTANCE_ANYWHERE = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})
+"""Of these, the ones that ggml makes nothing of without one, of embeddings and heads neither."""
+
 NEEDING_IMPORTANCE_IN: Mapping[str, frozenset[str]] = {"Q2_K_S": frozenset({"Q2_K"})}
 """Further ones, by mix."""
 

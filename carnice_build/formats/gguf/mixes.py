@@ -29,6 +29,7 @@ from carnice_build.formats.gguf.mix_rules import (
     LAYERED,
     MIXES,
     NEEDING_IMPORTANCE,
+    NEEDING_IMPORTANCE_ANYWHERE,
     NEEDING_IMPORTANCE_IN,
     OUTPUT,
     PRECISE_PARTS_OF,
@@ -258,7 +259,7 @@ class _Mixer:
 
     def _needs_importance(self, name: str, kind: str) -> bool:
         if name == OUTPUT or name in EMBEDDINGS:
-            return False
+            return kind in NEEDING_IMPORTANCE_ANYWHERE
         further = NEEDING_IMPORTANCE_IN.get(self.mix_name, frozenset())
         return kind in NEEDING_IMPORTANCE or kind in further
 

@@ -10,5 +10,13 @@ Q5_K with importance. That gives other bytes only where a quotient is none that 
 """
 
 from .quantize import QUANTIZERS, Quantizer, quantize
+from .rows import checked_importance, checked_rows, wide_chunks
 
-__all__ = ["QUANTIZERS", "Quantizer", "quantize"]
+__all__ = [
+    "QUANTIZERS",
+    "Quantizer",
+    "checked_importance",
+    "checked_rows",
+    "quantize",
+    "wide_chunks",
+]

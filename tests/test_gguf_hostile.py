@@ -1,0 +1,74 @@
+"""What may be asked of a GGUF file, and what may be in a checkpoint, that few ask or have."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, Finished, Project
+from gguf_project import DEMO, tensors
+
+from carnice_build.commands.plan import plan_variants
+
+Carnice = Callable[..., Finished]
+Tiny = Callable[..., Path]
+
+RECIPE = """\
+variant: {name}
+description: A
+sources: {{body: {{model: local/model}}}}
+quantize: {knobs}
+"""
+
+
+def write(project: Project, knobs: str, name: str = "a") -> None:
+    """Write a recipe for `model`."""
+    (project.recipes / "_profiles.yaml").write_text("demo: {local/model: model}\n")
+    project.recipe(name, RECIPE.format(name=name, knobs=knobs))
+
+
+def checkpoint(project: Project, tiny_checkpoint: Tiny, **options: Any) -> Path:
+    """A checkpoint `model` with the tokenizer of the stand-in that ships."""
+    folder = tiny_checkpoint(project.root / "model", vocabulary=2048, **options)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / "qwen3.6-27b" / name, folder)
+    return folder
+
+
+def built(project: Project, carnice: Carnice, knobs: str) -> Mapping[str, str]:
+    """The types of the tensors of the file that is built."""
+    write(project, knobs)
+    assert 0 == carnice("build", "a").code
+    (file,) = [file for file in (project.out / "a").glob("model-*.gguf") if file.is_file()]
+    return {name: kind for name, (kind, *_) in tensors(file).items()}
+
+
+def test_a_rule_for_a_tied_head_is_about_the_embedding(
+    project: Project, carnice: Carnice, tiny_checkpoint: Tiny
+) -> None:
+    """As llama.cpp reads that one for both, and so does `--output-tensor-type` for llama-quantize."""
+    checkpoint(project, tiny_checkpoint, tied=True)
+    found = built(
+        project, carnice, "{format: gguf, mix: Q8_0, rules: [{match: lm_head, type: F32}]}"
+    )
+
+    assert ("F32", "Q8_0") == (found["token_embd.weight"], found["blk.0.ffn_up.weight"])
+    assert "output.weight" not in found
+
+
+def test_nothing_but_the_package_reaches_into_the_kernels_of_ggml() -> None:
+    """Two threads that import it by different modules each would wait for the other, and fail."""
+    package = REPOSITORY / "carnice_build" / "kernels" / "ggml"
+    reaching = [
+        (file.name, node.module)
+        for file in (REPOSITORY / "carnice_build").rglob("*.py")
+        if file.parent != package
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith("carnice_build.kernels.ggml.")
+    ]
+    assert [] == reaching
