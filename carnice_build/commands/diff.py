@@ -66,8 +66,11 @@ def relative(modules: Iterable[ModuleDiff]) -> float | None:
         for item in modules
         if item.squared_difference is not None and item.squared_norm is not None
     ]
-    norm = sum(pair[1] for pair in pairs)
-    return float((sum(pair[0] for pair in pairs) / norm) ** 0.5) if norm else None
+    difference, norm = (sum(pair[index] for pair in pairs) for index in (0, 1))
+    if not norm:
+        # Zeros in both, of one type and of another.
+        return None if difference or not pairs else 0.0
+    return float((difference / norm) ** 0.5)
 
 
 @dataclass(frozen=True)
