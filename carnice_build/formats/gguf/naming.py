@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import isqrt, prod
+from math import isqrt
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
@@ -18,20 +18,24 @@ from carnice_build.checkpoint.generation import generation_entries
 from carnice_build.checkpoint.gguf_values import Metadata, Value
 from carnice_build.checkpoint.json import json_object
 from carnice_build.checkpoint.known import known_floats
-from carnice_build.checkpoint.stack import rows_of_slabs, slab_rows, slab_stack, stacked
-from carnice_build.checkpoint.swapped import swapped_columns, swapped_rows
-from carnice_build.checkpoint.turned import turned_stack
-from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.formats.gguf.constants import constant_numbers
 from carnice_build.formats.gguf.identity import general
 from carnice_build.formats.gguf.mixes import file_type
-from carnice_build.formats.gguf.ops import PackMxfp4, Values
+from carnice_build.formats.gguf.ops import Values
 from carnice_build.formats.gguf.parameters import ConfigScope, evaluated_parameters
-from carnice_build.formats.gguf.table import (
-    Cut,
+from carnice_build.formats.gguf.refs import (
+    cut_ref,
+    first_rows,
+    frame_of,
+    merged_stacks,
+    packed_codes,
+    row_of,
+    source_of,
+    swapped_ref,
+)
+from carnice_build.formats.gguf.table import Swap, (
     Projector,
-    Swap,
     Table,
     common_parameters,
     table_of,
@@ -39,7 +43,7 @@ from carnice_build.formats.gguf.table import (
 from carnice_build.graph import ActionGraph, TensorRef, View
 from carnice_build.models.base import Architecture, Part, Role, TensorFact
 from carnice_build.steps.base import Codes
-from carnice_build.tensors import STACK, SourceTensor
+from carnice_build.tensors import STACK
 
 Kind = Literal["F32", "F16", "MXFP4", "half", "matrix"]
 """The type that the converter writes: one of these always; F16 in a file of F16, and F32 in any
@@ -259,7 +263,7 @@ def _ordered(view: View, facts: Mapping[str, TensorFact]) -> Sequence[tuple[str,
         if fused is None or name in alone:
             # An expert's number stands before all letters, and so does what all of them are.
             return files[name], name.replace(STACK, "9~"), 0
-        held = _source(ref).located(0)[0].name
+        held = source_of(ref).located(0)[0].name
         turned = fused.turned is not None and fused.turned.endswith(held.rpartition(".")[2])
         return files[name], fused.turned if turned and fused.turned else fused.name, fused.part
 
@@ -271,7 +275,7 @@ def _numbered_experts(view: View) -> Iterable[Sequence[str]]:
     found: dict[str, list[str]] = {}
     for name, ref in view.items():
         if STACK in name:
-            tensor, _ = _source(ref).located(0)
+            tensor, _ = source_of(ref).located(0)
             start, _, rest = name.partition(STACK)
             if tensor.name.endswith(f".0{rest}"):
                 found.setdefault(start, []).append(name)
@@ -280,17 +284,11 @@ def _numbered_experts(view: View) -> Iterable[Sequence[str]]:
 
 def _file_name(ref: TensorRef) -> str:
     """The name of the file that a tensor lies in; of experts in several, the last name."""
-    tensor, size = _source(ref), ref.spec.size
+    tensor, size = source_of(ref), ref.spec.size
     experts = ref.spec.shape[0] if STACK in tensor.name else 1
     places = (tensor.located(index)[0] for index in range(0, size, max(1, size // max(1, experts))))
     names = {PurePath(place.file.name).name for place in places if place.file is not None}
     return max(names, default="")
-
-
-def _source(ref: TensorRef) -> SourceTensor:
-    """No step makes new bytes."""
-    assert isinstance(ref.origin, SourceTensor)
-    return ref.origin
 
 
 class _Block(NamedTuple):
@@ -358,7 +356,7 @@ class _Model:
         """A tensor with the codes that it has; they come before all others."""
         fact = self._architecture.tensors[tensor]
         name = self._name(fact, _block(tensor, self._architecture, self._table))
-        return Named(name, ref, fact, "MXFP4", codes=_packed(codes, self._graph))
+        return Named(name, ref, fact, "MXFP4", codes=packed_codes(codes, self._graph))
 
     def named(self, tensor: str, ref: TensorRef) -> Iterable[Named]:
         """The tensors of the file that a tensor of the view becomes."""
@@ -366,12 +364,12 @@ class _Model:
         block = _block(tensor, self._architecture, table)
         rest = block.rest if block else ""
         if block is not None and rest in table.cuts:
-            for name, made in self._cut(ref, table.cuts[rest]):
+            for name, made in cut_ref(ref, table.cuts[rest], self._scope):
                 yield Named(f"blk.{block.number}.{name}", made, fact, _kind(name, made.spec.shape))
         elif block is not None and rest in table.merges:
             merge = table.merges[rest]
             other = self._view[tensor.removesuffix(rest) + merge.other]
-            made = _merged(_source(ref), _source(other))
+            made = merged_stacks(source_of(ref), source_of(other))
             yield Named(f"blk.{block.number}.{merge.name}", made, fact, "matrix")
         elif rest not in [merge.other for merge in table.merges.values()]:
             name, made = self._name(fact, block), self._made(fact, ref, rest)
@@ -394,24 +392,6 @@ class _Model:
         """Whether the converter gives the tensor the number of a block after it knew its kind."""
         return self._table.rounds > 1 and self._architecture.tensors[tensor].part is Part.MTP
 
-    def _cut(self, ref: TensorRef, cut: Cut) -> Iterable[tuple[str, TensorRef]]:
-        """The parts of a matrix, by their names, each of all heads."""
-        size, tensor = self._scope.size, _source(ref)
-        heads, (rows, columns) = size(cut.heads), ref.spec.shape
-        spec = TensorSpec(ref.spec.dtype, (heads, rows // heads, columns))
-        whole = SourceTensor(tensor.name, spec, tensor.file, tensor.offset, tensor.stored)
-        for name in dict.fromkeys(part.name for part in cut.parts):
-            parts = [part for part in cut.parts if part.name == name]
-            ranges = [(start := size(p.start), start + size(p.rows)) for p in parts]
-            label = f"{tensor.name}: {name}"
-            if parts[0].turned:
-                made = turned_stack(label, slab_stack(label, whole, *ranges[0]), 0, columns)
-            elif parts[0].stacked:
-                made = slab_stack(label, whole, *ranges[0])
-            else:
-                made = rows_of_slabs(label, whole, ranges)
-            yield name, TensorRef(made.spec, made)
-
     def _name(self, fact: TensorFact, block: _Block | None) -> str:
         table, name = self._table, _plain(fact.name)
         if (found := _spelled(table.mtp, name)) is not None:
@@ -429,9 +409,9 @@ class _Model:
         """A tensor as llama.cpp has it, still of any float type."""
         table = self._table
         if (swap := table.swaps.get(rest)) is not None:
-            ref = _swapped(ref, swap, self._scope)
+            ref = swapped_ref(ref, swap, self._scope)
         if self._tokens is not None and fact.name.endswith(_EMBEDDING):
-            ref = _first_rows(ref, self._tokens)
+            ref = first_rows(ref, self._tokens)
         if (shape := table.shapes.get(rest)) is not None:
             ref = ref.reshaped(*map(self._scope.size, shape))
         if rest in table.squeezed:
@@ -453,63 +433,16 @@ def _heads(swap: Swap, scope: ConfigScope) -> HeadsSwapped:
     return HeadsSwapped(*counts, size(swap.skip), swap.columns)
 
 
-def _swapped(ref: TensorRef, swap: Swap, scope: ConfigScope) -> TensorRef:
-    first, second, each, skip, columns = _heads(swap, scope)
-    tensor = _source(ref)
-    if columns:
-        made = swapped_columns(tensor, first, second, each)
-    else:
-        made = swapped_rows(tensor, first, second, each, skip)
-    return TensorRef(made.spec, made)
-
-
-def _packed(codes: Codes, graph: ActionGraph) -> TensorRef:
-    """Codes of MXFP4, `_blocks` [..., groups, 16] and `_scales` [..., groups], as ggml has them."""
-    blocks, scales = (codes.parts[end] for end in ("_blocks", "_scales"))
-    *outer, groups, size = blocks.spec.shape
-    rows = prod(outer)
-    inputs = (
-        TensorRef(blocks.spec, blocks).reshaped(rows, groups, size),
-        TensorRef(scales.spec, scales).reshaped(rows, groups),
-    )
-    (packed,) = graph.add(PackMxfp4(), {}, *inputs)
-    return packed.reshaped(*outer, packed.spec.shape[1])
-
-
-def _first_rows(ref: TensorRef, count: int) -> TensorRef:
-    rows, *rest = ref.spec.shape
-    if count >= rows:
-        return ref
-    tensor, spec = _source(ref), TensorSpec(ref.spec.dtype, (count, *rest))
-    made = SourceTensor(tensor.name, spec, tensor.file, tensor.offset, tensor.share(spec))
-    return TensorRef(spec, made)
-
-
-def _merged(first: SourceTensor, second: SourceTensor) -> TensorRef:
-    """Two stacks of experts [experts, rows, columns] as one [experts, 2 * rows, columns]."""
-    experts, rows, columns = first.spec.shape
-    pieces = [
-        slab_rows(tensor, index, 0, rows) for index in range(experts) for tensor in (first, second)
-    ]
-    made = stacked(f"{first.name}, {second.name}", pieces)
-    return TensorRef(made.spec, made).reshaped(experts, 2 * rows, columns)
-
-
 def _token_rows(
     table: Projector, view: View, facts: Mapping[str, TensorFact], about: About
 ) -> Iterable[Named]:
     """The rows of the embedding that a tower brings along."""
     for name, token in table.tokens.items():
         fact = next(facts[tensor] for tensor in view if facts[tensor].part is Part.EMBED)
-        tensor, number = _source(view[fact.name]), _token_number(token, about)
-        rows, columns = tensor.spec.shape
+        number, rows = _token_number(token, about), fact.shape[0]
         if not 0 <= number < rows:
             raise CheckpointError(f"{token} is token {number} of {rows}", where=about.where)
-        spec = TensorSpec(tensor.spec.dtype, (columns,))
-        offset = tensor.offset + number * tensor.spec.row_bytes
-        label = f"{tensor.name}[{number}]"
-        made = SourceTensor(label, spec, tensor.file, offset, tensor.share(spec))
-        yield Named(name, TensorRef(spec, made), fact, "F32")
+        yield Named(name, row_of(view[fact.name], number), fact, "F32")
 
 
 def _token_number(token: str, about: About) -> int:
@@ -588,7 +521,7 @@ class _Tower:
         name = self._name(fact)
         _, _, rest = fact.name.removeprefix(table.prefix).partition(".")
         if fact.name.startswith(table.prefix) and (swap := table.swaps.get(rest)) is not None:
-            ref = _swapped(ref, swap, self._scope)
+            ref = swapped_ref(ref, swap, self._scope)
         if self._architecture.offset_norm(fact.name):
             ref = self._graph.add(Values(), {"how": "add_one"}, ref)[0]
         if fact.name not in table.frames:
@@ -602,7 +535,9 @@ class _Tower:
                 at=("format",),
             )
         names = _frame_names(name, ref.spec.shape)
-        return [Named(each, _frame(ref, number), fact, "half") for number, each in enumerate(names)]
+        return [
+            Named(each, frame_of(ref, number), fact, "half") for number, each in enumerate(names)
+        ]
 
     def place(self, fact: TensorFact) -> Place:
         """See `places`."""
@@ -624,16 +559,6 @@ class _Tower:
 def _frame_names(name: str, shape: Sequence[int]) -> Sequence[str]:
     """By the shape of a convolution [out, in, frames, ...]."""
     return [name, *(f"{name}.{number}" for number in range(1, shape[2]))]
-
-
-def _frame(ref: TensorRef, number: int) -> TensorRef:
-    """Of a convolution [out, in, frames, height, width] that over frame `number`."""
-    out, channels, frames, *rest = ref.spec.shape
-    tensor = _source(ref)
-    flat = TensorSpec(ref.spec.dtype, (1, out * channels * frames, *rest))
-    planes = SourceTensor(tensor.name, flat, tensor.file, tensor.offset, tensor.stored)
-    made = slab_stack(f"{tensor.name}, frame {number}", planes, number, flat.shape[1], frames)
-    return TensorRef(made.spec, made).reshaped(out, channels, *rest)
 
 
 class HeadsSwapped(NamedTuple):
