@@ -344,6 +344,18 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "sliding_window": 2047,
         "pad_token_id": 0,
     },
+    "phi3 longrope": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        **_without(_TEXT, "head_dim"),
+        "original_max_position_embeddings": 1024,
+        "rope_scaling": {
+            "type": "longrope",
+            "long_factor": [1.0, 1.5, 2.0, 3.0, 4.1, 5.3, 6.7, 8.9],
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+        },
+        "pad_token_id": 0,
+    },
     "minimax_m2": {
         "architectures": ["MiniMaxM2ForCausalLM"],
         "model_type": "minimax_m2",

@@ -1,13 +1,14 @@
 """Formulas of family tables: a small part of Python's expressions, over the entries of a config.
 
 Numbers, comparisons, `and`, `or`, `not`, `x if y else z`, `in`, indices, and the functions `min`,
-`max`, `len` and `int`.  Nothing else is understood, so a formula can neither run code nor take
-long: what comes from a config is never multiplied unless it is a number.
+`max`, `len`, `int`, `sqrt` and `log`.  Nothing else is understood, so a formula can neither run
+code nor take long: what comes from a config is never multiplied unless it is a number.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -51,7 +52,14 @@ _COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.NotIn: lambda item, items: item not in items,
 }
 
-_FUNCTIONS: Mapping[str, Callable[..., Any]] = {"min": min, "max": max, "len": len, "int": int}
+_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "min": min,
+    "max": max,
+    "len": len,
+    "int": int,
+    "sqrt": math.sqrt,
+    "log": math.log,
+}
 
 
 @cache

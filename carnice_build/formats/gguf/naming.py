@@ -148,8 +148,13 @@ def describe(
             tensors += model.named(name, ref)
     parameters = [*(common_parameters() if table.common else ()), *table.parameters]
     arch = next((arch for arch, when in table.arch_if.items() if scope.evaluated(when)), table.arch)
-    own = evaluated_parameters(parameters, scope, arch, kinds)
-    return _described(arch, "model", tensors, own, about)
+    before, own = (
+        evaluated_parameters(
+            [item for item in parameters if item.first is first], scope, arch, kinds
+        )
+        for first in (True, False)
+    )
+    return _described(arch, "model", tensors, own, about, before)
 
 
 def describe_projector(
@@ -175,13 +180,19 @@ def describe_projector(
 
 
 def _described(
-    name: str, kind: str, tensors: Sequence[Named], own: Mapping[str, Value], about: About
+    name: str,
+    kind: str,
+    tensors: Sequence[Named],
+    own: Mapping[str, Value],
+    about: About,
+    before: Mapping[str, Value] | None = None,
 ) -> Description:
-    """With what all files say of themselves around their `own` metadata."""
+    """With what all files say of themselves around their `own` metadata, and some `before` it."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     generation = generation_entries(about.files, about.where)
     metadata = {
         "general.architecture": Value("str", name),
+        **(before or {}),
         **general(kind, about.name, shapes, generation, about.card),
         **own,
         "general.quantization_version": Value("u32", QUANTIZATION_VERSION),

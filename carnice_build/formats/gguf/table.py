@@ -72,6 +72,7 @@ class Parameter(Strict):
     kind: str = Field(description="One of `gguf_values.KINDS`, or a list of such: `[i32]`.")
     value: Formula = Field(description="Of entries of the config.")
     when: Formula | None = Field(None, description="Whether it is there.")
+    first: bool = Field(False, description="It stands before all but the architecture's name.")
     each: bool = Field(False, description="`value` is that of a layer; the entry has all of them.")
 
 
