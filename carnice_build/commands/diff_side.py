@@ -97,7 +97,9 @@ class OpenedSide:
         """The numbers of a module, of all experts in turn; Incomparable if they cannot be told."""
         from carnice_build.formats.values import Joined
 
-        found = [self._values(names) for names in module.pieces.values()]
+        # Files may have expert 10 before expert 2.
+        pieces = sorted(module.pieces, key=_numbers)
+        found = [self._values(module.pieces[piece]) for piece in pieces]
         return found[0] if len(found) == 1 else Joined(found)
 
     def _values(self, names: Sequence[str]) -> Values:
@@ -227,6 +229,10 @@ def open_side(path: Path) -> OpenedSide:
 
 def _bare(name: str) -> str:
     return name.removesuffix(".weight")
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(word) for word in name.split(".") if word.isdecimal()]
 
 
 def _as_matrix(stack: SourceTensor) -> SourceTensor:

@@ -23,15 +23,26 @@ from carnice_build.formats.folder import ModelFolder
 from carnice_build.formats.gguf.blocks import KINDS, Groups, allowed, unpacked
 from carnice_build.formats.gguf.mix_rules import FALLBACKS, MIXES
 from carnice_build.formats.gguf.mixes import FLOATS
-from carnice_build.formats.gguf.restored import BlockTensor, restored
+from carnice_build.formats.gguf.naming import HeadPart
+from carnice_build.formats.gguf.restored import BlockTensor, HeadsTensor, restored
 from carnice_build.formats.gguf.tensors import scheme_of
 from carnice_build.formats.layout import PackLayout
 from carnice_build.formats.library import Library
 from carnice_build.formats.scheme import Scheme
-from carnice_build.formats.values import Floats, Incomparable, as_float32, matrix, read_rows
+from carnice_build.formats.values import (
+    HALF_PLACE,
+    HALF_SMALLEST,
+    Floats,
+    Incomparable,
+    PlainValues,
+    as_float32,
+    matrix,
+    read_rows,
+)
 from carnice_build.graph import TensorData
 from carnice_build.kernels.ggml import quantize
 from carnice_build.models.base import QUANTIZATION, Architecture
+from carnice_build.tensors import SourceTensor
 
 _SHOWN = 60
 """Characters of a value in a problem."""
@@ -60,8 +71,9 @@ class GgufReader(FolderReader):
         """See `FolderReader.parts`."""
         found = restored(tensors, architecture)
         for tensor in chain.from_iterable(parts.values() for parts in found.values()):
-            if isinstance(tensor, BlockTensor):
-                self._kinds[tensor.name.rpartition(".")[0]] = tensor.kind
+            kinds = _kinds_of(tensor)
+            if kinds:
+                self._kinds[tensor.name.rpartition(".")[0]] = kinds[0]
         return found
 
     def scheme(self, module: str) -> Scheme | None:
@@ -69,7 +81,7 @@ class GgufReader(FolderReader):
         kind = self._kinds.get(module)
         return None if kind is None else scheme_of(kind)
 
-    def values(self, tensors: Tensors, module: str) -> BlockValues:
+    def values(self, tensors: Tensors, module: str) -> BlockValues | HeadsValues:
         """See `FolderReader.values`."""
         return block_values(tensors, module)
 
@@ -106,8 +118,9 @@ class GgufChecks(TorchChecks):
     def values(self, tensors: Tensors, module: str, scheme: Scheme) -> QuantizedValues:
         """See `FormatChecks.values`."""
         values = block_values(tensors, module, weighted=self.weighted)
-        if values.kind != scheme.name:
-            raise CheckpointError(f"is {values.kind} instead of {scheme.name}", where=module)
+        if scheme.name not in values.kinds:
+            kinds = " and ".join(values.kinds)
+            raise CheckpointError(f"is {kinds} instead of {scheme.name}", where=module)
         return values
 
     def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
@@ -178,6 +191,7 @@ class BlockValues:
         self._tensor = tensor
         self._weighted = weighted
         self.kind = tensor.kind
+        self.kinds = (tensor.kind,)
         how = KINDS[self.kind]
         self.tolerated = how.tolerated_weighted if weighted else how.tolerated
         rows, row_bytes = matrix(tensor.spec)
@@ -214,11 +228,109 @@ def _swapped(values: Floats, first: int, second: int, size: int) -> Floats:
     return np.ascontiguousarray(values.reshape(shape).swapaxes(2, 3)).reshape(values.shape)
 
 
-def block_values(tensors: Tensors, module: str, *, weighted: bool = False) -> BlockValues:
-    """The numbers of a module; Incomparable where it is in no blocks that are known."""
-    tensor = tensors.get(f"{module}.weight")
+class CastValues:
+    """The numbers of a matrix of floats [rows, columns], which were cast; see `QuantizedValues`."""
+
+    tolerated = 0.0
+    kinds = ()
+
+    def __init__(self, tensor: SourceTensor) -> None:
+        self._values = PlainValues(tensor)
+        self._dtype = tensor.spec.dtype
+        self.shape = self._values.shape
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The rows from `start` to `stop`."""
+        return self._values.rows(start, stop)
+
+    def allowance(self, source: Floats, start: int) -> Floats:
+        """Half a unit in the last place."""
+        half, smallest = HALF_PLACE[self._dtype], HALF_SMALLEST[self._dtype]
+        found: Floats = np.float32(half) * np.abs(source) + np.float32(smallest)
+        return found
+
+
+class HeadsValues:
+    """The numbers of a matrix whose heads were cut; see `QuantizedValues`.
+
+    Blocks of what is turned span rows of the matrix, so whole heads are read.
+    """
+
+    def __init__(self, tensor: HeadsTensor, *, weighted: bool) -> None:
+        self._parts = [(part, _of_tensor(held, weighted=weighted)) for part, held in tensor.parts]
+        self.kinds = _kinds_of(tensor)
+        self.tolerated = max(values.tolerated for _, values in self._parts)
+        self._size = sum(part.rows for part, _ in self._parts)
+        (part, values) = self._parts[0]
+        columns = values.shape[0] // tensor.heads if part.turned else values.shape[1]
+        self.shape = tensor.heads * self._size, columns
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The rows from `start` to `stop`."""
+        first, last = start // self._size, -(-stop // self._size)
+        found = [self._head(head) for head in range(first, last)]
+        return np.concatenate(found)[start - first * self._size :][: stop - start]
+
+    def allowance(self, source: Floats, start: int) -> Floats:
+        """See `QuantizedValues.allowance`."""
+        first, last = start // self._size, -(-(start + len(source)) // self._size)
+        # What a weight may be off follows from that weight alone: of others nothing is asked.
+        whole = np.zeros(((last - first) * self._size, self.shape[1]), np.float32)
+        asked = slice(start - first * self._size, start - first * self._size + len(source))
+        whole[asked] = source
+        heads = whole.reshape(last - first, self._size, -1)
+        found = [self._allowed(head, of) for head, of in enumerate(heads, first)]
+        return np.concatenate(found)[asked]
+
+    def _head(self, head: int) -> Floats:
+        found = np.empty((self._size, self.shape[1]), np.float32)
+        for part, values in self._parts:
+            first, last = self._lines(part, head)
+            made = values.rows(first, last)
+            found[part.start : part.start + part.rows] = made.T if part.turned else made
+        return found
+
+    def _allowed(self, head: int, source: Floats) -> Floats:
+        found = np.empty_like(source)
+        for part, values in self._parts:
+            rows = slice(part.start, part.start + part.rows)
+            own = np.ascontiguousarray(source[rows].T) if part.turned else source[rows]
+            made = values.allowance(own, self._lines(part, head)[0])
+            found[rows] = made.T if part.turned else made
+        return found
+
+    def _lines(self, part: HeadPart, head: int) -> tuple[int, int]:
+        """Where a head is in the tensor of a part."""
+        count = self.shape[1] if part.turned else part.rows
+        return head * count, (head + 1) * count
+
+
+def _of_tensor(tensor: SourceTensor, *, weighted: bool) -> BlockValues | CastValues:
     if not isinstance(tensor, BlockTensor):
-        raise Incomparable(f"{module} is not in blocks")
+        return CastValues(tensor)
     if tensor.kind not in KINDS:
         raise Incomparable(f"the blocks of {tensor.kind} are not known")
     return BlockValues(tensor, weighted=weighted)
+
+
+def _kinds_of(tensor: SourceTensor) -> Sequence[str]:
+    """The types of the blocks that a tensor is in."""
+    if isinstance(tensor, BlockTensor):
+        return (tensor.kind,)
+    held = tensor.parts if isinstance(tensor, HeadsTensor) else ()
+    found = (kind for part in held for kind in _kinds_of(part.tensor))
+    return tuple(dict.fromkeys(found))
+
+
+def block_values(
+    tensors: Tensors, module: str, *, weighted: bool = False
+) -> BlockValues | HeadsValues:
+    """The numbers of a module; Incomparable where it is in no blocks that are known."""
+    tensor = tensors.get(f"{module}.weight")
+    if isinstance(tensor, HeadsTensor):
+        return HeadsValues(tensor, weighted=weighted)
+    if not isinstance(tensor, BlockTensor):
+        raise Incomparable(f"{module} is not in blocks")
+    found = _of_tensor(tensor, weighted=weighted)
+    assert isinstance(found, BlockValues)
+    return found

@@ -107,7 +107,7 @@ class GgufFormat(Format):
         """See `Format.checks`."""
         from carnice_build.formats.gguf.checks import GgufChecks
 
-        return GgufChecks(self.mix)
+        return GgufChecks(self.mix, weighted=self.imatrix is not None)
 
     @classmethod
     def reader(cls) -> type[GgufReader]:
@@ -154,16 +154,18 @@ class GgufFormat(Format):
         facts = context.architecture.tensors
         files = Files(self.mix, self.imatrix, self.tokenizer_pre, self.backend, view, context)
         request = Request(self.mix, pure=self.pure)
-        chosen = self._chosen(files.described().tensors, context)
+        named = files.described().tensors
+        chosen = self._chosen(named, context)
         text = files.text(request, chosen)
         made = [text.file]
         if any(facts[name].part is Part.TOWER for name in view):
             made.append(files.tower(self.projector))
         kinds = {name: item.type for name, item in text.file.described.items()}
         quantized = {
-            tensor.fact.module: scheme_of(kinds[tensor.name])
-            for tensor in text.file.tensors
-            if kinds[tensor.name] not in FLOATS
+            fact.module: scheme_of(kinds[item.name])
+            for item in named
+            for fact in (item.fact, item.merged)
+            if fact is not None and kinds[item.name] not in FLOATS
         }
         return Conversion(
             tensors=[tensor for file in made for tensor in file.tensors],

@@ -34,8 +34,9 @@ from carnice_build.formats.gguf.refs import (
     source_of,
     swapped_ref,
 )
-from carnice_build.formats.gguf.table import Swap, (
+from carnice_build.formats.gguf.table import (
     Projector,
+    Swap,
     Table,
     common_parameters,
     table_of,
@@ -68,6 +69,7 @@ class Named(NamedTuple):
     """A tensor of the file: `ref` has its values, of any float type, to be cast or quantized.
 
     `fact` is that of the tensor of the architecture that it is made of.
+    `merged` is that of the stack whose rows follow in each expert, if there is one.
     `swapped` says that heads changed places in its columns, and which.
     Of a tensor that the checkpoint holds in MXFP4 the `codes` are ggml's bytes of it: U8 [...,
     columns / 32 * 17].
@@ -79,6 +81,7 @@ class Named(NamedTuple):
     kind: Kind
     swapped: HeadsSwapped | None = None
     codes: TensorRef | None = None
+    merged: TensorFact | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -379,9 +382,10 @@ class _Model:
                 yield Named(f"blk.{block.number}.{name}", made, fact, _kind(name, made.spec.shape))
         elif block is not None and rest in table.merges:
             merge = table.merges[rest]
-            other = self._view[tensor.removesuffix(rest) + merge.other]
-            made = merged_stacks(source_of(ref), source_of(other))
-            yield Named(f"blk.{block.number}.{merge.name}", made, fact, "matrix")
+            other = self._followed(fact, rest)
+            made = merged_stacks(source_of(ref), source_of(self._view[other.name]))
+            name = f"blk.{block.number}.{merge.name}"
+            yield Named(name, made, fact, "matrix", merged=other)
         elif rest not in [merge.other for merge in table.merges.values()]:
             name, made = self._name(fact, block), self._made(fact, ref, rest)
             kind = _kind(name, made.spec.shape)
@@ -393,11 +397,25 @@ class _Model:
 
     def place(self, fact: TensorFact) -> Place:
         """See `places`."""
-        block = _block(fact.name, self._architecture, self._table)
+        table, size = self._table, self._scope.size
+        block = _block(fact.name, self._architecture, table)
         rest = block.rest if block else ""
-        swap = self._table.swaps.get(rest)
+        if block is not None and rest in table.cuts:
+            parts = table.cuts[rest].parts
+            rows = [HeadPart(size(part.start), size(part.rows), part.turned) for part in parts]
+            names = [f"blk.{block.number}.{part.name}" for part in parts]
+            return Place(fact, names, heads=size(table.cuts[rest].heads), parts=rows)
+        if block is not None and rest in table.merges:
+            name = f"blk.{block.number}.{table.merges[rest].name}"
+            return Place(fact, [name], merged=self._followed(fact, rest))
+        swap = table.swaps.get(rest)
         heads = _heads(swap, self._scope) if swap else None
         return Place(fact, [self._name(fact, block)], heads, self._how(fact, rest))
+
+    def _followed(self, fact: TensorFact, rest: str) -> TensorFact:
+        """The stack whose rows follow on those of `fact`, whose name ends with `rest`."""
+        name = fact.name.removesuffix(rest) + self._table.merges[rest].other
+        return self._architecture.tensors[name]
 
     def _moved(self, tensor: str) -> bool:
         """Whether the converter gives the tensor the number of a block after it knew its kind."""
@@ -554,7 +572,8 @@ class _Tower:
         """See `places`."""
         name = self._name(fact)
         frames = fact.name in self._table.frames
-        return Place(fact, _frame_names(name, fact.shape) if frames else [name])
+        how = "add_one" if self._architecture.offset_norm(fact.name) else None
+        return Place(fact, _frame_names(name, fact.shape) if frames else [name], how=how)
 
     def _name(self, fact: TensorFact) -> str:
         table = self._table
@@ -582,17 +601,33 @@ class HeadsSwapped(NamedTuple):
     columns: bool
 
 
+class HeadPart(NamedTuple):
+    """Rows of each head of a matrix, which a tensor has: [heads, rows, columns].
+
+    If it is `turned`, [heads, columns, rows].
+    """
+
+    start: int
+    rows: int
+    turned: bool
+
+
 @dataclass(frozen=True)
 class Place:
     """What the tensors of files are called that one of the architecture becomes, and how.
 
-    There is one name, but of a convolution over frames.  `how` is a function of `ops.Values`.
+    There is one name, but of a convolution over frames, and of a matrix of `heads` whose `parts`
+    have one each.  `how` is a function of `ops.Values`.
+    Of a stack that is one tensor with another, `merged` is the one whose rows follow.
     """
 
     fact: TensorFact
     names: Sequence[str]
     swapped: HeadsSwapped | None = None
     how: str | None = None
+    heads: int = 0
+    parts: Sequence[HeadPart] = ()
+    merged: TensorFact | None = None
 
 
 def places(architecture: Architecture) -> Sequence[Place]:

@@ -5,22 +5,24 @@ Nothing is read before rows are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
+from typing import NamedTuple
 
 import numpy as np
 
 from carnice_build.checkpoint.gguf_header import Described, read_gguf
 from carnice_build.checkpoint.rows import FillRows, RowsOfTensor
-from carnice_build.checkpoint.stack import stacked
+from carnice_build.checkpoint.stack import slab_rows, stacked
 from carnice_build.checkpoint.swapped import swapped_columns, swapped_rows
+from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.dtypes import ITEM_SIZE, TensorSpec
 from carnice_build.formats.checks import Tensors
-from carnice_build.formats.gguf.naming import HeadsSwapped, Place, places
+from carnice_build.formats.gguf.naming import HeadPart, HeadsSwapped, Place, places
 from carnice_build.formats.values import Floats
-from carnice_build.models.base import Architecture
-from carnice_build.tensors import ByteSource, Reader, SourceTensor, members
+from carnice_build.models.base import Architecture, TensorFact
+from carnice_build.tensors import ByteSource, Reader, SourceTensor, members, numbered
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,28 @@ class BlockTensor(SourceTensor):
     swapped: HeadsSwapped | None = None
 
 
+class HeldPart(NamedTuple):
+    """Some rows of each head, as `part` says, and the tensor that has them.
+
+    That is of blocks, or [heads * rows, columns] of floats, of what is turned [heads * columns,
+    rows].
+    """
+
+    part: HeadPart
+    tensor: SourceTensor
+
+
+@dataclass(frozen=True)
+class HeadsTensor(SourceTensor):
+    """A matrix of which the rows of heads are in several tensors, and some of these in blocks.
+
+    It has the first one's bytes, which say nothing alone.
+    """
+
+    heads: int = 0
+    parts: Sequence[HeldPart] = ()
+
+
 def restored(tensors: Tensors, architecture: Architecture) -> Mapping[str, Tensors]:
     """By the name of a tensor in files, what it is of the model, by the names of that.
 
@@ -44,7 +68,12 @@ def restored(tensors: Tensors, architecture: Architecture) -> Mapping[str, Tenso
     for place in places(architecture):
         if all(name in tensors for name in place.names):
             first, *others = place.names
-            found[first] = dict(_restored(place, tensors, kinds))
+            if place.parts:
+                found[first] = {place.fact.name: _uncut(place, tensors, kinds)}
+            elif place.merged is not None:
+                found[first] = dict(_apart(place.fact, place.merged, tensors[first], kinds))
+            else:
+                found[first] = dict(_restored(place, tensors, kinds))
             found |= dict.fromkeys(others, found[first])
     return found
 
@@ -84,6 +113,59 @@ def _restored(
             columns = swap if swap is not None and swap.columns else None
             one = BlockTensor(name, spec, tensor.file, one.offset, None, kind, columns)
         yield name, one
+
+
+def _apart(
+    first: TensorFact, second: TensorFact, tensor: SourceTensor, kinds: Mapping[str, str]
+) -> Iterator[tuple[str, SourceTensor]]:
+    """Two stacks of experts out of the one that has the rows of both."""
+    experts, rows, _ = tensor.spec.shape
+    kind = kinds.get(tensor.name)
+    for fact, start in (first, 0), (second, rows // 2):
+        for index, name in enumerate(numbered(fact.name, experts)):
+            one = slab_rows(tensor, index, start, start + rows // 2)
+            one = replace(one, name=name)
+            yield name, one if kind is None else _in_blocks(one, kind)
+
+
+def _in_blocks(tensor: SourceTensor, kind: str) -> BlockTensor:
+    return BlockTensor(tensor.name, tensor.spec, tensor.file, tensor.offset, None, kind)
+
+
+def _uncut(place: Place, tensors: Tensors, kinds: Mapping[str, str]) -> SourceTensor:
+    """The matrix whose heads were cut."""
+    held = [tensors[name] for name in place.names]
+    types = {tensor.spec.dtype for tensor in held}
+    if len(types) == 1 and not any(tensor.name in kinds for tensor in held):
+        return _heads_joined(place, held)
+    parts = []
+    for part, tensor in zip(place.parts, held, strict=True):
+        *outer, columns = tensor.spec.shape
+        flat = replace(tensor, spec=TensorSpec(tensor.spec.dtype, (prod(outer), columns)))
+        kind = kinds.get(tensor.name)
+        parts.append(HeldPart(part, flat if kind is None else _in_blocks(flat, kind)))
+    first = held[0]
+    name, spec = place.fact.name, TensorSpec("U8", (first.spec.nbytes,))
+    return HeadsTensor(name, spec, first.file, first.offset, None, place.heads, parts)
+
+
+def _heads_joined(place: Place, held: Sequence[SourceTensor]) -> SourceTensor:
+    """The rows of all heads as they lay, of tensors of one type of floats."""
+    shape = place.fact.shape
+    # Pieces of a stack are all alike.
+    size = gcd(*(part.rows for part in place.parts))
+    inner = [
+        turned_stack(tensor.name, tensor, 0, part.rows) if part.turned else tensor
+        for part, tensor in zip(place.parts, held, strict=True)
+    ]
+    pieces = [
+        slab_rows(tensor, head, start, start + size)
+        for head in range(place.heads)
+        for part, tensor in zip(place.parts, inner, strict=True)
+        for start in range(0, part.rows, size)
+    ]
+    whole = stacked(place.fact.name, pieces)
+    return replace(whole, spec=TensorSpec(whole.spec.dtype, shape))
 
 
 def _joined(frames: list[SourceTensor], shape: tuple[int, ...]) -> SourceTensor:
