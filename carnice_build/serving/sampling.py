@@ -16,8 +16,12 @@ def launch_sampling(launch: Launch, facts: ServingFacts) -> dict[str, int | floa
     """
     if launch.engine.sampling:
         options = {name: launch.flags.get(flag) for name, flag in launch.engine.sampling.items()}
-        given = {name: option.value for name, option in options.items() if option is not None}
-        return {**sampling_of_folder(launch.flags, facts), **_numbers(given)}
+        given = {
+            name: option.value
+            for name, option in options.items()
+            if option is not None and isinstance(option.value, int | float)
+        }
+        return {**sampling_of_folder(launch.flags, facts), **given}
     override = launch.flags.get(OVERRIDE)
     return {
         **sampling_of_folder(launch.flags, facts),
