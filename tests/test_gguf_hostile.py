@@ -8,11 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 from conftest import REPOSITORY, Finished, Project
 from gguf_project import DEMO, tensors
-
-from carnice_build.commands.plan import plan_variants
 
 Carnice = Callable[..., Finished]
 Tiny = Callable[..., Path]
@@ -50,7 +47,7 @@ def built(project: Project, carnice: Carnice, knobs: str) -> Mapping[str, str]:
 def test_a_rule_for_a_tied_head_is_about_the_embedding(
     project: Project, carnice: Carnice, tiny_checkpoint: Tiny
 ) -> None:
-    """As llama.cpp reads that one for both, and so does `--output-tensor-type` for llama-quantize."""
+    """As llama.cpp reads that one for both, and as `--output-tensor-type` is about it."""
     checkpoint(project, tiny_checkpoint, tied=True)
     found = built(
         project, carnice, "{format: gguf, mix: Q8_0, rules: [{match: lm_head, type: F32}]}"
