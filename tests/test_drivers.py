@@ -177,7 +177,10 @@ def test_experts_one_by_one_are_those_of_a_stack(zoo: Any) -> None:
     )
 
     assert all(torch.equal(a, b) for ((a,), _), ((b,), _) in zip(one_by_one, stacked, strict=True))
-    assert [seen for _, seen in one_by_one] == [seen for _, seen in stacked]
+    assert [seen.amax for _, seen in one_by_one] == [seen.amax for _, seen in stacked]
+    for (_, one), (_, other) in zip(one_by_one, stacked, strict=True):
+        assert one.squares.keys() == other.squares.keys()
+        assert all(torch.equal(one.squares[name], other.squares[name]) for name in one.squares)
     assert {f"mlp.experts.{n}.down_proj" for n in range(4)} <= set(stacked[-1][1].amax)
 
 
