@@ -9,6 +9,8 @@ from typing import Any
 from conftest import REPOSITORY, Project
 from gguf import GGUFReader
 
+from carnice_build.checkpoint.gguf_header import ALIGNMENT
+
 DEMO = REPOSITORY / "demo"
 
 TYPES_OF_FLOATS = {"F32", "F16", "BF16"}
@@ -37,3 +39,9 @@ def metadata(file: Path) -> dict[str, Any]:
     """What a file says beside its tensors."""
     fields = GGUFReader(file).fields
     return {key: item.contents() for key, item in fields.items() if not key.startswith("GGUF.")}
+
+
+def gap(file: Path) -> int:
+    """A place between two tensors, where a file has zeros; 0 where no tensor needs them."""
+    ends = (int(item.data_offset + item.n_bytes) for item in GGUFReader(file).tensors)
+    return next((end for end in ends if end % ALIGNMENT), 0)

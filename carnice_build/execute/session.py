@@ -155,8 +155,11 @@ class _Run:
                 steps=sum(job.steps for job in jobs),
             )
         )
-        for pack in self._packs.values():
+        for identity, pack in self._packs.items():
             pack.prepare()
+            for offset, count in status.pending[identity].gaps:
+                # They hold something else where a damaged pack is made good.
+                pack.write(offset, memoryview(bytes(count)))
         with (
             ThreadPoolExecutor(1, thread_name_prefix="carnice-sync") as finisher,
             self._store.workspace() as scratch,

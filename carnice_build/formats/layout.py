@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -41,6 +42,15 @@ class PackLayout:
         last = self.slots[-1]
         end = last.offset + last.tensor.ref.spec.nbytes
         return end + -end % self.alignment
+
+    @property
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """Where zeros fill up what lies after a tensor, and how many."""
+        starts = [*(slot.offset for slot in self.slots[1:]), self.size]
+        for slot, start in zip(self.slots, starts, strict=True):
+            end = slot.offset + slot.tensor.ref.spec.nbytes
+            if start > end:
+                yield end, start - end
 
     @cached_property
     def counts(self) -> tuple[int, ...]:

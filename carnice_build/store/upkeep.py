@@ -6,7 +6,7 @@ A pack is needed while a build folder links to it; the system's link count says 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CheckpointError
 from carnice_build.store.answers import is_damaged
 from carnice_build.store.digests import digest_bytes, digest_texts, is_digest
-from carnice_build.store.packs import digest_range, extents, read_header_bytes
+from carnice_build.store.packs import Extent, digest_range, extents, read_header_bytes
 from carnice_build.store.store import Store
 
 _SMALL_BYTES = 1 << 20
 
-_HEADER = "the header"
-"""What stands for a tensor's name where the bytes before all tensors changed."""
+_HEADER, _GAPS = "the header", "the places between tensors"
+"""What stands for a tensor's name where others of a pack's bytes changed."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ def find_damage(store: Store, progress: Callable[[int], None]) -> list[Damage]:
 def _changed_tensors(store: Store, path: Path) -> tuple[str, ...] | None:
     """Names of the tensors whose bytes changed; () for a pack that is not readable at all.
 
-    Or that the header did: a GGUF's holds the tokenizer and all else that is known of a model.
+    Or that the header did: a GGUF's holds the tokenizer and all else that is known of a model; or
+    what fills up the places between its tensors.
     """
     record = store.records.pack(path.stem) if is_digest(path.stem) else None
     if record is None:
@@ -194,7 +195,22 @@ def _changed_tensors(store: Store, path: Path) -> tuple[str, ...] | None:
     header = digest_bytes(read_header_bytes(path, record.header))
     if not changed and digest_texts([header, *record.digests]) != path.stem:
         return (_HEADER,)
+    if not changed and _strays(path, groups):
+        return (_GAPS,)
     return changed or None
+
+
+def _strays(path: Path, groups: Sequence[Extent]) -> bool:
+    """Whether anything but zeros fills up what lies between tensors."""
+    starts = [*(group.offset for group in groups[1:]), path.stat().st_size]
+    with path.open("rb") as file:
+        for group, start in zip(groups, starts, strict=True):
+            end = group.offset + group.nbytes
+            if start > end:
+                file.seek(end)
+                if any(file.read(start - end)):
+                    return True
+    return False
 
 
 def _answers(store: Store) -> list[Path]:

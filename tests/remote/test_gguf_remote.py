@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from gguf import GGUFReader
-from gguf_project import stand_in
+from gguf_project import gap, stand_in
 from remotes import Team
 from tiny import contents
-
-from carnice_build.checkpoint.gguf_header import ALIGNMENT
 
 pytest_plugins = ["remotes"]
 
@@ -67,12 +62,6 @@ def test_one_tensor_is_computed_and_the_rest_fetched(shared: Team) -> None:
 
     assert 1 == built.result.actions_run < alone.result.actions_run
     assert shared.output("alone") == shared.output("two")
-
-
-def gap(file: Path) -> int:
-    """A place between two tensors, where a file has zeros; 0 where no tensor needs them."""
-    ends = (int(item.data_offset + item.n_bytes) for item in GGUFReader(file).tensors)
-    return next((end for end in ends if end % ALIGNMENT), 0)
 
 
 @pytest.mark.parametrize("where", ["tensor", "gap", "header"])

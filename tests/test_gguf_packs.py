@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Finished, Project
-from gguf_project import TYPES_OF_FLOATS, metadata, stand_in, tensors
+from gguf_project import TYPES_OF_FLOATS, gap, metadata, stand_in, tensors
 from tiny import contents
 
 from carnice_build.commands.build import BuildResult, build_variants
@@ -155,16 +155,20 @@ def test_files_of_several_types_can_lie_in_one_folder(project: Project) -> None:
 
 
 def test_damage_is_found_and_made_good(built: Project, carnice: Carnice) -> None:
-    """In a tensor and in the header, which holds the tokenizer; only what is lost is made again."""
+    """In a tensor, in the header, which holds the tokenizer, and in the zeros between tensors.
+
+    Only what is lost is made again.
+    """
     expected = contents(built.out)
     model = files(built)[0]
     pack = next(path for path in (built.cache / "packs").iterdir() if path.samefile(model))
-    content = model.read_bytes()
+    content, between = model.read_bytes(), gap(model)
     _, _, data = tensors(model)["blk.3.ffn_down.weight"]
     (built.out / "plain").rename(built.root / "published")
     for place, said, lost in (
         (content.index(b"tokenizer.ggml.merges") + 100, "the header", 0),
         (content.index(data) + 7, "blk.3.ffn_down.weight", 1),
+        (between, "the places between tensors", 0),
     ):
         damaged = bytearray(content)
         damaged[place] ^= 1
