@@ -26,6 +26,8 @@ _FIRST = re.compile(r"-00001-of-\d{5}\.gguf$")
 _ESTIMATE = re.compile(r"Final estimate: PPL = (\S+) \+/- (\S+)")
 _MOST_DRAFTS = 1
 """Where no launch says how many tokens to draft."""
+_ATTEMPTS = 4
+"""What the program has not written yet when it ends is lost, which of small models is the result."""
 
 
 def find_program(name: str) -> Path | None:
@@ -99,21 +101,24 @@ def measured(
     """
     command = [str(program), "--model", str(model_file(folder)), "--file", str(text.resolve())]
     command += ["--ctx-size", str(length), "--chunks", str(samples)]
-    try:
-        finished = subprocess.run(
-            command,
-            capture_output=True,
-            env=dict(environment),
-            timeout=seconds,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        raise EngineError(f"{PERPLEXITY} took more than {seconds:g} s") from None
-    except OSError as error:
-        raise EngineError(f"{PERPLEXITY} cannot be run: {error.strerror}") from None
-    said = (finished.stdout + finished.stderr).decode(errors="replace")
-    found = _ESTIMATE.search(said)
+    for _ in range(_ATTEMPTS):
+        try:
+            finished = subprocess.run(
+                command,
+                capture_output=True,
+                env=dict(environment),
+                timeout=seconds,
+                check=False,
+                stdin=subprocess.DEVNULL,
+            )
+        except subprocess.TimeoutExpired:
+            raise EngineError(f"{PERPLEXITY} took more than {seconds:g} s") from None
+        except OSError as error:
+            raise EngineError(f"{PERPLEXITY} cannot be run: {error.strerror}") from None
+        said = (finished.stdout + finished.stderr).decode(errors="replace")
+        found = _ESTIMATE.search(said)
+        if finished.returncode or found is not None:
+            break
     if finished.returncode or found is None:
         last = said.strip().splitlines()[-1:] or ["it said nothing"]
         raise EngineError(f"{PERPLEXITY} died with code {finished.returncode}: {last[0].strip()}")

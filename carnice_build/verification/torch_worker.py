@@ -55,11 +55,20 @@ class StoredModel:
     activations: bool = False
 
     def tensor(self, name: str) -> Any:
-        """A torch tensor: dequantized to float32, or in its own type; a stack as one."""
+        """A torch tensor: dequantized to float32, or in its own type; a stack as one.
+
+        Rows that the folder leaves out, as GGUF does those of an embedding that have no tokens, are
+        zeros.
+        """
         import torch
 
         if STACK not in name or name in self.tensors:
-            return self._one(name, name.rpartition(".")[0])
+            found = self._one(name, name.rpartition(".")[0])
+            fact = self.architecture.tensors.get(name)
+            left_out = fact.shape[0] - len(found) if fact and fact.shape and found.ndim else 0
+            if left_out <= 0:
+                return found
+            return torch.cat([found, found.new_zeros(left_out, *found.shape[1:])])
         fact = self.architecture.tensors[name]
         experts = numbered(name, fact.shape[0])
         return torch.stack([self._one(expert, fact.module) for expert in experts])
