@@ -27,7 +27,7 @@ _ESTIMATE = re.compile(r"Final estimate: PPL = (\S+) \+/- (\S+)")
 _MOST_DRAFTS = 1
 """Where no launch says how many tokens to draft."""
 _ATTEMPTS = 4
-"""What the program has not written yet when it ends is lost, which of small models is the result."""
+"""What the program has not written when it ends is lost: of small models that is the result."""
 
 
 def find_program(name: str) -> Path | None:

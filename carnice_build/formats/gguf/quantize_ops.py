@@ -9,7 +9,7 @@ from carnice_build.checkpoint.gguf_header import stored_spec
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.blame import require_floats
-from carnice_build.graph import ArrayOp, TensorData, require_finite
+from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, require_finite
 
 
 class Quantize(ArrayOp):
@@ -40,7 +40,7 @@ class Quantize(ArrayOp):
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
         """Quantize rows; raises NonFiniteValue."""
-        importance = inputs[1].array if len(inputs) > 1 else None
+        importance = _importance(inputs[1]) if len(inputs) > 1 else None
         _, bad = self._quantize(params["type"], inputs[0].array, importance, outputs[0].array)
         require_finite(bad)
 
@@ -49,6 +49,23 @@ class Quantize(ArrayOp):
         from carnice_build.kernels.ggml import quantize
 
         return quantize(*arguments)
+
+
+def _importance(given: TensorData) -> Any:
+    """Numbers that weigh; raises NonFiniteValue or BadInput, which tell of the second input."""
+    import numpy as np
+
+    from carnice_build.kernels.elementwise import non_finite_index
+
+    bad = non_finite_index(given.array, given.dtype)
+    if bad >= 0:
+        raise NonFiniteValue(bad, 1)
+    negative = given.array < 0
+    if negative.any():
+        raise BadInput(
+            1, "says that a column counts less than nothing", index=int(np.argmax(negative))
+        )
+    return given.array
 
 
 class QuantizeWeighted(Quantize):
