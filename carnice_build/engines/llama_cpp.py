@@ -27,7 +27,7 @@ _ESTIMATE = re.compile(r"Final estimate: PPL = (\S+) \+/- (\S+)")
 _MOST_DRAFTS = 1
 """Where no launch says how many tokens to draft."""
 _ATTEMPTS = 4
-"""What the program has not written when it ends is lost: of small models that is the result."""
+"""What the program has not written when it ends is lost; of small models that is the result."""
 
 
 def find_program(name: str) -> Path | None:
@@ -64,13 +64,13 @@ def _is_projector(path: Path) -> bool:
 def arguments(folder: Path, launch: Launch | None, name: str) -> tuple[list[str], int]:
     """How the server is started for a folder, and how many tokens it drafts a step.
 
-    It drafts where the file has an MTP head, whether the launch says so or not.
+    Without a launch that says so, it drafts where the file has an MTP head.
     """
     model = model_file(folder)
     found = ["--model", str(model), "--alias", name, "--offline", "--metrics"]
     found += [word for path in folder.glob(f"{_PROJECTOR}*") for word in ("--mmproj", str(path))]
     options = options_on_processor(launch, LLAMA_FORCED)
-    if "spec-type" not in options and _has_head(model):
+    if launch is None and _has_head(model):
         options |= {"spec-type": "draft-mtp", "spec-draft-n-max": str(_MOST_DRAFTS)}
     for option, value in options.items():
         if option not in ("model", "alias", "mmproj"):

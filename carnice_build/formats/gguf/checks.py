@@ -245,8 +245,8 @@ class CastValues:
 
     def allowance(self, source: Floats, start: int) -> Floats:
         """Half a unit in the last place."""
-        half, smallest = HALF_PLACE[self._dtype], HALF_SMALLEST[self._dtype]
-        found: Floats = np.float32(half) * np.abs(source) + np.float32(smallest)
+        found: Floats = np.abs(source) * np.float32(HALF_PLACE[self._dtype])
+        found += np.float32(HALF_SMALLEST[self._dtype])
         return found
 
 
