@@ -5,7 +5,9 @@ Which of its ways the converter takes depends on the family (`set_vocab` of its 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from carnice_build.checkpoint.gguf_values import Value
@@ -63,8 +65,23 @@ def tokenizer_metadata(
     """
     if pre is not None:
         checked(pre)
+    return dict(
+        _made(tuple(files.items()), json.dumps(config), model_type, vocab, pre, where),
+    )
+
+
+@lru_cache(maxsize=2)
+def _made(
+    files: tuple[tuple[str, bytes], ...],
+    config: str,
+    model_type: str,
+    vocab: int,
+    pre: str | None,
+    where: str,
+) -> dict[str, Value]:
+    """Remembered, as all variants of a checkpoint hold the same, and reading it takes long."""
     make = _FAMILIES.get(model_type.removesuffix("_text"), _gpt2)
-    return make(_Source(files, config, model_type, vocab, pre, where))
+    return make(_Source(dict(files), json.loads(config), model_type, vocab, pre, where))
 
 
 def _values(model: str, pre: str | None, vocabulary: Vocabulary) -> dict[str, Value]:
