@@ -57,6 +57,19 @@ class SourceTensor:
         return piece.located(offset // item)
 
 
+@dataclass(frozen=True)
+class Piece(SourceTensor):
+    """Elements of `whole` that follow one another, as a tensor of its own."""
+
+    whole: SourceTensor | None = None
+
+    def located(self, index: int) -> tuple[SourceTensor, int]:
+        """See `SourceTensor.located`: the whole tensor is the checkpoint's."""
+        assert self.whole is not None
+        before = (self.offset - self.whole.offset) // ITEM_SIZE[self.spec.dtype]
+        return self.whole.located(before + index)
+
+
 STACK = "*"
 """In the place of an expert's number: what all experts have, as one tensor [E, ...]."""
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from conftest import REPOSITORY, Finished, Project
 from gguf_project import DEMO, tensors
+from tiny import read_all_tensors, write_shards
+
+from carnice_build.dtypes import ITEM_SIZE
 
 Carnice = Callable[..., Finished]
 Tiny = Callable[..., Path]
@@ -47,7 +51,7 @@ def built(project: Project, carnice: Carnice, knobs: str) -> Mapping[str, str]:
 def test_a_rule_for_a_tied_head_is_about_the_embedding(
     project: Project, carnice: Carnice, tiny_checkpoint: Tiny
 ) -> None:
-    """As llama.cpp reads that one for both, and as `--output-tensor-type` is about it."""
+    """As llama.cpp reads that one for both, and as `--output-tensor-type` takes it."""
     checkpoint(project, tiny_checkpoint, tied=True)
     found = built(
         project, carnice, "{format: gguf, mix: Q8_0, rules: [{match: lm_head, type: F32}]}"
@@ -55,6 +59,29 @@ def test_a_rule_for_a_tied_head_is_about_the_embedding(
 
     assert ("F32", "Q8_0") == (found["token_embd.weight"], found["blk.0.ffn_up.weight"])
     assert "output.weight" not in found
+
+
+SWAPPED = {"linear_attn.in_proj_qkv.weight": 1025 * 3 + 77, "linear_attn.A_log": 1}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_what_is_not_finite_is_named_as_the_checkpoint_has_it(
+    project: Project, carnice: Carnice, tiny_checkpoint: Tiny, name: str
+) -> None:
+    """Where heads are reordered too: the tensor and the element are the checkpoint's."""
+    folder = checkpoint(project, tiny_checkpoint)
+    full = f"model.language_model.layers.0.{name}"
+    held = read_all_tensors(folder)
+    damaged = bytearray(held[full].data)
+    size = ITEM_SIZE[held[full].dtype]
+    damaged[SWAPPED[name] * size : (SWAPPED[name] + 1) * size] = b"\xff" * (size - 1) + b"\x7f"
+    held[full] = replace(held[full], data=bytes(damaged))
+    write_shards(folder, held, 1)
+    write(project, "{format: gguf, mix: BF16}")
+    finished = carnice("build", "a")
+
+    assert 2 == finished.code
+    assert f"tensor {full!r} holds NaN or infinity at element {SWAPPED[name]}" in finished.err
 
 
 def test_nothing_but_the_package_reaches_into_the_kernels_of_ggml() -> None:

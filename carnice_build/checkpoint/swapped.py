@@ -7,7 +7,7 @@ from math import gcd
 from carnice_build.checkpoint.rows import FillRows, RowsOfTensor
 from carnice_build.checkpoint.stack import BLOCK_BYTES, stacked
 from carnice_build.dtypes import ITEM_SIZE, TensorSpec
-from carnice_build.tensors import Reader, SourceTensor
+from carnice_build.tensors import Piece, Reader, SourceTensor
 
 
 class Swapped(RowsOfTensor):
@@ -109,7 +109,8 @@ def _swapped(tensor: SourceTensor, first: int, second: int, piece: int) -> Sourc
 def _rows(tensor: SourceTensor, start: int, count: int) -> SourceTensor:
     spec = TensorSpec(tensor.spec.dtype, (count, *tensor.spec.shape[1:]))
     offset = tensor.offset + start * tensor.spec.row_bytes
-    return SourceTensor(f"{tensor.name}[{start}]", spec, tensor.file, offset, tensor.share(spec))
+    name = f"{tensor.name}[{start}]"
+    return Piece(name, spec, tensor.file, offset, tensor.share(spec), tensor)
 
 
 def _name(tensor: SourceTensor, first: int, second: int, piece: int) -> str:
