@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import REPOSITORY, Finished, Project
 from gguf_project import DEMO, tensors
 from tiny import read_all_tensors, write_shards
