@@ -99,6 +99,16 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path: Path) -> 
     assert [11, 11, 10, 0] == found["qwen35.rope.dimension_sections"].value
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "minimax_m2"])
+def test_experts_are_chosen_by_sigmoids_where_a_config_saved_by_transformers_says_nothing(
+    tmp_path: Path, family: str
+) -> None:
+    """Without the entry llama.cpp takes a softmax, or stops."""
+    config = {key: value for key, value in CONFIGS[family].items() if key != "scoring_func"}
+    found = described(write_checkpoint(tmp_path / "saved", config), "F16")
+    assert 2 == found.metadata[f"{found.architecture}.expert_gating_func"].value
+
+
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
