@@ -28,10 +28,10 @@ from carnice_build.checkpoint.gguf_values import KINDS, LIST, Value
 from carnice_build.checkpoint.profiles import Source
 from carnice_build.checkpoint.quantized import stated_quantization
 from carnice_build.dtypes import NUMPY_NAME
+from carnice_build.formats.gguf.named import Named
 from carnice_build.formats.gguf.naming import (
     About,
     Description,
-    Named,
     describe,
     describe_projector,
 )

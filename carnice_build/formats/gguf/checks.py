@@ -23,7 +23,7 @@ from carnice_build.formats.folder import ModelFolder
 from carnice_build.formats.gguf.blocks import KINDS, Groups, allowed, unpacked
 from carnice_build.formats.gguf.mix_rules import FALLBACKS, MIXES
 from carnice_build.formats.gguf.mixes import FLOATS
-from carnice_build.formats.gguf.naming import HeadPart
+from carnice_build.formats.gguf.named import HeadPart
 from carnice_build.formats.gguf.restored import BlockTensor, HeadsTensor, restored
 from carnice_build.formats.gguf.tensors import scheme_of
 from carnice_build.formats.layout import PackLayout

@@ -22,7 +22,7 @@ from carnice_build.formats.gguf.imatrix import OWN, ImatrixSpec
 from carnice_build.formats.gguf.layout import GgufFile, gguf_layouts
 from carnice_build.formats.gguf.made import Choice, Files
 from carnice_build.formats.gguf.mixes import FLOATS, Request, mix_of, type_of
-from carnice_build.formats.gguf.naming import Named
+from carnice_build.formats.gguf.named import Named
 from carnice_build.formats.gguf.tensors import FUSED, Backend, scheme_of
 from carnice_build.formats.layout import PackLayout, Publication
 from carnice_build.formats.rules import Rule, fitted

@@ -37,10 +37,10 @@ from carnice_build.formats.gguf.mixes import (
     quantizable,
     quantized_metadata,
 )
+from carnice_build.formats.gguf.named import Named
 from carnice_build.formats.gguf.naming import (
     About,
     Description,
-    Named,
     describe,
     describe_projector,
 )

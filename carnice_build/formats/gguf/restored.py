@@ -19,7 +19,8 @@ from carnice_build.checkpoint.swapped import swapped_columns, swapped_rows
 from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.dtypes import ITEM_SIZE, TensorSpec
 from carnice_build.formats.checks import Tensors
-from carnice_build.formats.gguf.naming import HeadPart, HeadsSwapped, Place, places
+from carnice_build.formats.gguf.named import HeadPart, HeadsSwapped, Place
+from carnice_build.formats.gguf.naming import places
 from carnice_build.formats.values import Floats
 from carnice_build.models.base import Architecture, TensorFact
 from carnice_build.tensors import ByteSource, Reader, SourceTensor, members, numbered

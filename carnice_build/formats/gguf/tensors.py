@@ -8,7 +8,7 @@ from typing import Literal
 from carnice_build.dtypes import ITEM_SIZE
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.elementwise import Elementwise
-from carnice_build.formats.gguf.naming import Named
+from carnice_build.formats.gguf.named import Named
 from carnice_build.formats.gguf.quantize_ops import (
     GgmlQuantize,
     GgmlQuantizeWeighted,

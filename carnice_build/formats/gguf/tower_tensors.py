@@ -1,0 +1,118 @@
+"""The tensors of the file of a tower, which llama.cpp calls a projector."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from carnice_build.checkpoint.json import json_object
+from carnice_build.errors import CheckpointError, PlanError
+from carnice_build.formats.gguf.named import Kind, Named, Place, spelled
+from carnice_build.formats.gguf.ops import Values
+from carnice_build.formats.gguf.parameters import ConfigScope
+from carnice_build.formats.gguf.refs import frame_of, row_of, swapped_ref
+from carnice_build.formats.gguf.table import Projector
+from carnice_build.graph import ActionGraph, TensorRef, View
+from carnice_build.models.base import Architecture, Part, TensorFact
+
+_FRAMES = 2
+
+_TOKENIZER = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
+
+
+class TowerTensors:
+    """Makes the tensors of the file of a tower."""
+
+    def __init__(
+        self,
+        table: Projector,
+        architecture: Architecture,
+        graph: ActionGraph,
+        scope: ConfigScope,
+    ) -> None:
+        self._table = table
+        self._scope = scope
+        self._architecture = architecture
+        self._graph = graph
+
+    def named(self, fact: TensorFact, ref: TensorRef) -> Sequence[Named]:
+        """The tensors of the file that a tensor of the view becomes."""
+        table = self._table
+        if table.unread is not None and fact.name.startswith(table.unread):
+            return []
+        name = self._name(fact)
+        _, _, rest = fact.name.removeprefix(table.prefix).partition(".")
+        if fact.name.startswith(table.prefix) and (swap := table.swaps.get(rest)) is not None:
+            ref = swapped_ref(ref, swap, self._scope)
+        if self._architecture.offset_norm(fact.name):
+            ref = self._graph.add(Values(), {"how": "add_one"}, ref)[0]
+        if fact.name not in table.frames:
+            small = len(ref.spec.shape) <= 1 or name == "v.position_embd.weight"
+            kind: Kind = table.kinds.get(name, "F32" if small else "matrix")
+            return [Named(name, ref, fact, kind)]
+        if ref.spec.shape[2] != _FRAMES:
+            raise PlanError(
+                f"the tower looks at {ref.spec.shape[2]} frames at once",
+                expected=f"{_FRAMES}, as llama.cpp does",
+                at=("format",),
+            )
+        names = frame_names(name, ref.spec.shape)
+        return [
+            Named(each, frame_of(ref, number), fact, "half") for number, each in enumerate(names)
+        ]
+
+    def place(self, fact: TensorFact) -> Place:
+        """See `places`."""
+        name = self._name(fact)
+        frames = fact.name in self._table.frames
+        how = "add_one" if self._architecture.offset_norm(fact.name) else None
+        return Place(fact, frame_names(name, fact.shape) if frames else [name], how=how)
+
+    def _name(self, fact: TensorFact) -> str:
+        table = self._table
+        if fact.name.startswith(table.prefix):
+            number, _, rest = fact.name.removeprefix(table.prefix).partition(".")
+            if (found := spelled(table.block, rest)) is not None:
+                return f"v.blk.{number}.{found}"
+        elif (found := spelled(table.tensors, fact.name)) is not None:
+            return found
+        raise PlanError(f"GGUF has no name for tensor {fact.name!r}", at=("format",))
+
+
+def frame_names(name: str, shape: Sequence[int]) -> Sequence[str]:
+    """By the shape of a convolution [out, in, frames, ...]."""
+    return [name, *(f"{name}.{number}" for number in range(1, shape[2]))]
+
+
+def token_rows(
+    table: Projector,
+    view: View,
+    facts: Mapping[str, TensorFact],
+    files: Mapping[str, bytes],
+    where: str,
+) -> Iterable[Named]:
+    """The rows of the embedding that a tower brings along."""
+    for name, token in table.tokens.items():
+        fact = next(facts[tensor] for tensor in view if facts[tensor].part is Part.EMBED)
+        number, rows = _token_number(token, files, where), fact.shape[0]
+        if not 0 <= number < rows:
+            raise CheckpointError(f"{token} is token {number} of {rows}", where=where)
+        yield Named(name, row_of(view[fact.name], number), fact, "F32")
+
+
+def _token_number(token: str, files: Mapping[str, bytes], where: str) -> int:
+    """The number of an added token; CheckpointError where the tokenizer does not have it."""
+    for file in (_TOKENIZER_CONFIG, _TOKENIZER):
+        entries = json_object(f"{where}/{file}", files.get(file, b"{}"))
+        listed = entries.get("added_tokens_decoder", entries.get("added_tokens"))
+        if isinstance(listed, dict):
+            items = [(key, item) for key, item in listed.items() if _NUMBER.fullmatch(key)]
+            listed = [{**item, "id": int(key)} for key, item in items if isinstance(item, dict)]
+        for item in listed if isinstance(listed, list) else ():
+            if isinstance(item, dict) and item.get("content") == token:
+                number = item.get("id")
+                if type(number) is int:
+                    return number
+    raise CheckpointError(f"the tokenizer has no token {token}", where=where)
