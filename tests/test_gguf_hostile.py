@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, Finished, Project
 from gguf_project import DEMO, tensors
-from tiny import read_all_tensors, write_shards
+from tiny import read_all_tensors, read_json, write_json, write_shards
 
 from carnice_build.dtypes import ITEM_SIZE
 
@@ -60,6 +60,20 @@ def test_a_rule_for_a_tied_head_is_about_the_embedding(
 
     assert ("F32", "Q8_0") == (found["token_embd.weight"], found["blk.0.ffn_up.weight"])
     assert "output.weight" not in found
+
+
+def test_what_a_rule_leaves_alone_has_the_type_of_the_model(
+    project: Project, carnice: Carnice, tiny_checkpoint: Tiny
+) -> None:
+    """BF16 would take bits from weights of a model in F16."""
+    folder = checkpoint(project, tiny_checkpoint)
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**config, "dtype": "float16"})
+    found = built(
+        project, carnice, '{format: gguf, mix: Q8_0, rules: [{match: "*.up_proj", skip: true}]}'
+    )
+
+    assert ("F16", "Q8_0") == (found["blk.0.ffn_up.weight"], found["blk.0.ffn_down.weight"])
 
 
 SWAPPED = {"linear_attn.in_proj_qkv.weight": 1025 * 3 + 77, "linear_attn.A_log": 1}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from carnice_build.checkpoint.containers import STATISTICS
 from carnice_build.checkpoint.gguf_header import Described
 from carnice_build.checkpoint.gguf_values import Metadata
+from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.checkpoint.readme import front_matter
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import OutputTensor
@@ -143,8 +144,11 @@ class Files:
 
     @property
     def written(self) -> str:
-        """The type of matrices in the file that is quantized, which the converter would write."""
-        return self.mix if self.mix in FLOATS else "BF16"
+        """The type of matrices before a mix changes them: that of the model, so that what a rule
+        leaves alone loses nothing."""
+        if self.mix in FLOATS:
+            return self.mix
+        return stated_dtype(self.context.body.config) or "BF16"
 
     def _about(self, outtype: str) -> About:
         body = self.context.body
