@@ -237,6 +237,14 @@ def _slab(stack: TensorData, index: int) -> TensorData:
     return TensorData(stack.dtype, array[index : index + 1].reshape(array.shape[1:]))
 
 
+KEPT_UNASKED = 1 << 16
+"""So many bytes of an output that nobody asked for are kept all the same.
+
+A recipe that asks for them one day, as one with scales of a cache does for the ranges of keys, so
+takes no pass for them.
+"""
+
+
 class ProcessOp(Op):
     """An op that works on files, in a process of its own: it brings a large library, most often.
 

@@ -186,7 +186,8 @@ def test_hidden_states_do_not_outlive_the_build(shared: Project) -> None:
 
     # Tokens 2 x 24 x I32; eight linears in each linear layer, seven in the full one,
     # of whose keys and values there are four ends for each of two samples.
-    assert Counter({192: 1, 32: 3 + 1, 28: 1}) == sizes
+    # Then squares of what linears of a layer are given, of 128, 256 and 512 columns, and counts.
+    assert Counter({192: 1, 32: 3 + 1, 28: 1, 512: 8, 1024: 4, 2048: 4, 4: 1}) == sizes
     assert [] == list((shared.cache / "partial").iterdir())
 
 
@@ -246,7 +247,7 @@ def test_base_and_fine_tune_together_run_equal_layers_once(
     assert reference == contents(calibrated.out / FINE_TUNE)
     assert 4 + 2 == made[FORWARD]
     assert (1, 1) == (made["calibration.tokens"], made["calibration.embed"])
-    assert {192, 32, 28} == set(blob_sizes(calibrated))
+    assert {192, 32, 28, 512, 1024, 2048, 4} == set(blob_sizes(calibrated))
 
 
 def test_builds_at_once_share_a_cache(calibrated: Project, reference: dict[str, bytes]) -> None:
@@ -305,7 +306,8 @@ def test_a_killed_calibration_goes_on_where_it_was(
     made = ran(calibrated, FINE_TUNE)
 
     assert 2 <= done
-    assert 4 - done == made[FORWARD]
+    # One that had put away its maxima, and not yet the rest, is not done.
+    assert made[FORWARD] in (4 - done, 5 - done)
     assert 1 == len(left)
     assert [] == list((calibrated.cache / "partial").iterdir())
     assert reference == contents(calibrated.out / FINE_TUNE)

@@ -21,18 +21,18 @@ from carnice_build.execute.jobs import Job
 from carnice_build.execute.source_files import SourceFiles, own_folder
 from carnice_build.execute.transients import own_link
 from carnice_build.execute.workbench import JobResult, Workbench
-from carnice_build.graph import ActionOutput, BadInput, NonFiniteValue, ProcessOp, TensorRef
+from carnice_build.graph import (
+    KEPT_UNASKED,
+    ActionOutput,
+    BadInput,
+    NonFiniteValue,
+    ProcessOp,
+    TensorRef,
+)
 from carnice_build.store.files import hold_range
 from carnice_build.store.packs import Location, digest_range
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import SourceTensor
-
-_SMALL = 1 << 16
-"""So many bytes of an output that nobody asked for are kept all the same.
-
-A recipe that asks for them one day, as one with scales of a cache does for the ranges of keys, so
-takes no pass for them.
-"""
 
 
 class ProcessJob:
@@ -178,7 +178,7 @@ class ProcessJob:
                 Location(path, 0), sink.offset, file.spec.nbytes
             )
         transient = index in self._op.transient
-        if self._job.keeps(action, index) or not (transient or file.spec.nbytes > _SMALL):
+        if self._job.keeps(action, index) or not (transient or file.spec.nbytes > KEPT_UNASKED):
             self._hold(index, path)
             self._bench.store.adopt_blob(path, digest, durable=not transient)
         return digest

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 
-from carnice_build.graph import Action, ActionOutput, ProcessOp, TensorRef
+from carnice_build.graph import KEPT_UNASKED, Action, ActionOutput, ProcessOp, TensorRef
 from carnice_build.planning.scratch import transient_inputs
 from carnice_build.planning.status import BuildStatus
 from carnice_build.rates import PASSES, Rates, Work
@@ -168,6 +168,7 @@ class _Surveyed:
         }
         slots = [slot.tensor.ref for pack in status.pending.values() for slot in pack.slots]
         self._packed = {ref.identity: ref for ref in slots}
+        self._read = {ref.identity for action in self._pending for ref in action.inputs}
         self._copies = Counter(ref.identity for ref in slots)
         self.pack_bytes = sum(ref.spec.nbytes for ref in slots)
 
@@ -224,7 +225,9 @@ class _Surveyed:
             spec.nbytes
             for action in actions
             for index, spec in enumerate(action.outputs)
-            if f"{action.identity}|{index}" not in self._packed and _lasts(action, index)
+            if _lasts(action, index)
+            and (name := f"{action.identity}|{index}") not in self._packed
+            and (spec.nbytes <= KEPT_UNASKED or name in self._read)
         )
         return sum(ref.spec.nbytes for ref in packed) + sum(kept)
 
