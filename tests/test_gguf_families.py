@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,14 +21,11 @@ from carnice_build.formats.gguf.checks import GgufChecks, block_values
 from carnice_build.formats.values import PlainValues
 
 VOCABULARY = 512
-SPECIAL = ("[gMASK]", "<|endoftext|>", "<|user|>", "<|observation|>")
+SPECIAL = ("[gMASK]", "<|endoftext|>", "<|user|>", "<|observation|>", "[IMG_BREAK]")
 """Those that the converter looks for in some family."""
 
 WIDTH = 256
 """Of hidden states: a block of K-quants."""
-
-TOWERS = ("*vision_tower*", "*multi_modal_projector*")
-"""What is left out of families whose towers no table names."""
 
 UNLIKE = (
     "llama scaled",
@@ -42,7 +38,10 @@ UNLIKE = (
 )
 """Those that have between them all that is done to tensors."""
 
-REST = [name for name in CONFIGS if name not in UNLIKE]
+PARTLY = "qwen3_next"
+"""Its queries, keys, values and gates lie in one matrix, which is not put together again."""
+
+REST = [name for name in CONFIGS if name not in (*UNLIKE, PARTLY)]
 
 
 def build(root: Path, name: str, mix: str) -> tuple[Path, Path]:
@@ -52,8 +51,6 @@ def build(root: Path, name: str, mix: str) -> tuple[Path, Path]:
         write_source(model, name)
     pre = "" if name.startswith("gemma4") else ", tokenizer_pre: qwen2"
     recipe = f"quantize: {{format: gguf, mix: {mix}{pre}}}\n"
-    if name.startswith("mistral3"):
-        recipe += f"steps: [{{drop: {{match: {json.dumps(TOWERS)}}}}}]\n"
     return model, build_checked(root, model, mix.lower(), recipe)
 
 
@@ -85,7 +82,8 @@ def check_compared(found: Mapping[str, ModuleDiff], most: float) -> None:
     alone = {name for name, item in found.items() if item.state is State.ONLY_A} - coded
     unread = {name for name, item in found.items() if item.state is State.INCOMPARABLE}
     apart = {name: item.relative for name, item in found.items() if (item.relative or 0) > most}
-    assert alone <= {"rope_freqs"}
+    constants = {"rope_freqs", "rope_factors_long", "rope_factors_short"}
+    assert alone <= {*constants, "v.token_embd.img_break"}
     assert all(name.endswith("embed_tokens") for name in unread)
     assert {} == apart
 

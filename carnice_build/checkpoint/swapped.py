@@ -38,8 +38,8 @@ class Swapped(RowsOfTensor):
         return self.tensor, block * self._row_bytes + piece * self._piece + rest
 
     def held_bytes(self) -> int:
-        """See `Holding.held_bytes`: a block as it lies, and one in order."""
-        return 2 * self._row_bytes + self.tensor.held_bytes
+        """See `Holding.held_bytes`: blocks as they lie, and one in order."""
+        return max(BLOCK_BYTES, self._row_bytes) + self._row_bytes + self.tensor.held_bytes
 
     def _span(self, first: int, stop: int) -> tuple[int, int]:
         return self.tensor.offset + first * self._row_bytes, (stop - first) * self._row_bytes

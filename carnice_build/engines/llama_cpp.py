@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from carnice_build.checkpoint.containers import STATISTICS
 from carnice_build.checkpoint.gguf_header import SUFFIX, read_gguf
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.engines.forced import LLAMA_FORCED, options_on_processor
@@ -50,7 +51,11 @@ def server() -> Path:
 
 def model_file(folder: Path) -> Path:
     """The file that a folder is loaded by: of split ones, the first; EngineError without any."""
-    files = sorted(path for path in folder.glob(f"*{SUFFIX}") if not _is_projector(path))
+    files = sorted(
+        path
+        for path in folder.glob(f"*{SUFFIX}")
+        if not _is_projector(path) and not path.name.endswith(STATISTICS)
+    )
     found = [path for path in files if _FIRST.search(path.name) or not _SPLIT.search(path.name)]
     if not found:
         raise EngineError("holds no GGUF file to start with", where=str(folder))
@@ -68,7 +73,11 @@ def arguments(folder: Path, launch: Launch | None, name: str) -> tuple[list[str]
     """
     model = model_file(folder)
     found = ["--model", str(model), "--alias", name, "--offline", "--metrics"]
-    found += [word for path in folder.glob(f"{_PROJECTOR}*") for word in ("--mmproj", str(path))]
+    found += [
+        word
+        for path in sorted(folder.glob(f"{_PROJECTOR}*{SUFFIX}"))
+        for word in ("--mmproj", str(path))
+    ]
     options = options_on_processor(launch, LLAMA_FORCED)
     if launch is None and _has_head(model):
         options |= {"spec-type": "draft-mtp", "spec-draft-n-max": str(_MOST_DRAFTS)}

@@ -26,7 +26,7 @@ class Groups:
     """Groups of weights: `levels` [groups, size], all else float32 [groups, 1].
 
     `unit` is what the step is a whole number of, and `shift_unit` that of the shift, 0 where they
-    are numbers of their own; `most` is the largest such number.
+    are numbers of their own.
     """
 
     levels: Levels

@@ -21,8 +21,8 @@ from carnice_build.errors import CheckpointError
 from carnice_build.formats.checks import FolderReader, QuantizedValues, Tensors, TorchChecks
 from carnice_build.formats.folder import ModelFolder
 from carnice_build.formats.gguf.blocks import KINDS, Groups, allowed, unpacked
-from carnice_build.formats.gguf.mix_rules import FALLBACKS, MIXES
-from carnice_build.formats.gguf.mixes import FLOATS
+from carnice_build.formats.gguf.mix_rules import MIXES
+from carnice_build.formats.gguf.mixes import FLOATS, fitting
 from carnice_build.formats.gguf.named import HeadPart
 from carnice_build.formats.gguf.restored import BlockTensor, HeadsTensor, restored
 from carnice_build.formats.gguf.tensors import scheme_of
@@ -124,16 +124,19 @@ class GgufChecks(TorchChecks):
         return values
 
     def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
-        """See `TorchChecks.rounded`: in the mix's own type, or what it falls back to."""
-        return [_round_trip(MIXES[self.mix].default, weight) for weight in weights]
+        """See `TorchChecks.rounded`: in the mix's own type, or what it falls back to.
+
+        Types that no kernel of ours makes are taken for those of as many bits.
+        """
+        mix = MIXES[self.mix]
+        kind = "Q8_0" if mix.stacks else mix.default
+        if kind not in KINDS and kind not in FLOATS:
+            kind = "Q3_K" if kind.startswith("IQ3") else "Q2_K"
+        return [_round_trip(fitting(kind, weight.shape[1]), weight) for weight in weights]
 
 
 def _round_trip(kind: str, weight: Floats) -> Floats:
     rows, columns = weight.shape
-    if columns % TYPES[kind].elements:
-        kind = FALLBACKS[kind]
-    if columns % TYPES[kind].elements:
-        kind = "F16"
     raw, _ = quantize(kind, weight)
     if kind in FLOATS:
         return as_float32(TensorData(kind, raw.view(NUMPY_NAME[kind])))

@@ -160,6 +160,10 @@ class GgufFormat(Format):
         made = [text.file]
         if any(facts[name].part is Part.TOWER for name in view):
             made.append(files.tower(self.projector))
+        drafts = any(item.fact.part is Part.MTP for item in named)
+        kept = {
+            name: ref for name, ref in view.items() if drafts or facts[name].part is not Part.MTP
+        }
         kinds = {name: item.type for name, item in text.file.described.items()}
         quantized = {
             fact.module: scheme_of(kinds[item.name])
@@ -169,12 +173,12 @@ class GgufFormat(Format):
         }
         return Conversion(
             tensors=[tensor for file in made for tensor in file.tensors],
-            parameters=sum(ref.spec.size for ref in view.values()),
+            parameters=sum(ref.spec.size for ref in kept.values()),
             quantized=quantized,
             ignored=[
                 fact.module
                 for name, fact in facts.items()
-                if name in view and fact.role in LINEARS and fact.module not in quantized
+                if name in kept and fact.role in LINEARS and fact.module not in quantized
             ],
             causes={
                 tensor.name: dict.fromkeys((OP, "type", "dtype"), cause)
@@ -183,7 +187,7 @@ class GgufFormat(Format):
             },
             stated={
                 _FILES: [*made, text.statistics] if text.statistics else made,
-                _DRAFTS: any(fact.part is Part.MTP for name, fact in facts.items() if name in view),
+                _DRAFTS: drafts,
             },
             notices=text.notices,
         )

@@ -345,6 +345,8 @@ def _with_rules(
 
 def _wanted(item: Named) -> Wanted:
     """What importance a tensor could have."""
-    module = item.fact.module if item.fact.role in LINEARS else None
+    # What is cut out of a matrix is given other vectors than that, or by other columns.
+    whole = len(item.ref.spec.shape) == len(item.fact.shape)
+    module = item.fact.module if item.fact.role in LINEARS and whole else None
     columns = Order(item.swapped[:3], _SWAPPED) if item.swapped is not None else None
     return Wanted(item.name, item.ref.spec.shape, module, columns)

@@ -254,7 +254,7 @@ class _Mixer:
             kind = wanted = self.mix.default
         else:
             wanted = self._overridden(tensor.name) or self._mixed(tensor)
-            kind = _fitting(wanted, tensor.shape[0])
+            kind = fitting(wanted, tensor.shape[0])
         return Assigned(tensor, kind, wanted, self._needs_importance(tensor.name, kind))
 
     def _needs_importance(self, name: str, kind: str) -> bool:
@@ -339,7 +339,7 @@ class _Mixer:
         return Place(self.model, index, count, self.request.importance)
 
 
-def _fitting(kind: str, columns: int) -> str:
+def fitting(kind: str, columns: int) -> str:
     """`kind`, or the one in its place where the columns are not whole blocks of it."""
     if columns % TYPES[kind].elements == 0:
         return kind

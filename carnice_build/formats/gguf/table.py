@@ -90,7 +90,7 @@ class Projector(Strict):
         default_factory=dict, description="Tensors of a block in which rows change places."
     )
     kinds: dict[str, Literal["F32", "F16", "half"]] = Field(
-        default_factory=dict, description="Types of tensors by GGUF's names; see `naming.Kind`."
+        default_factory=dict, description="Types of tensors by GGUF's names; see `named.Kind`."
     )
     unread: str | None = Field(
         None, description="What names of tensors begin with that llama.cpp does not read."

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from carnice_build.checkpoint.json import json_object
 from carnice_build.errors import CheckpointError, PlanError
+from carnice_build.formats.gguf.model_tensors import heads_of
 from carnice_build.formats.gguf.named import Kind, Named, Place, spelled
 from carnice_build.formats.gguf.ops import Values
 from carnice_build.formats.gguf.parameters import ConfigScope
@@ -67,8 +69,11 @@ class TowerTensors:
         """See `places`."""
         name = self._name(fact)
         frames = fact.name in self._table.frames
+        _, _, rest = fact.name.removeprefix(self._table.prefix).partition(".")
+        swap = self._table.swaps.get(rest) if fact.name.startswith(self._table.prefix) else None
+        heads = heads_of(swap, self._scope) if swap else None
         how = "add_one" if self._architecture.offset_norm(fact.name) else None
-        return Place(fact, frame_names(name, fact.shape) if frames else [name], how=how)
+        return Place(fact, frame_names(name, fact.shape) if frames else [name], heads, how)
 
     def _name(self, fact: TensorFact) -> str:
         table = self._table
@@ -99,7 +104,8 @@ def token_rows(
         number, rows = _token_number(token, files, where), fact.shape[0]
         if not 0 <= number < rows:
             raise CheckpointError(f"{token} is token {number} of {rows}", where=where)
-        yield Named(name, row_of(view[fact.name], number), fact, "F32")
+        made = row_of(view[fact.name], number)
+        yield Named(name, made, replace(fact, part=Part.TOWER), "F32")
 
 
 def _token_number(token: str, files: Mapping[str, bytes], where: str) -> int:
