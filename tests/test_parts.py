@@ -154,8 +154,8 @@ def test_parts_that_are_killed_go_on_where_they_were(
     process.wait()
     made = ran(calibrated, FINE_TUNE, changes=(*TEXT, *TWO), jobs=2)
 
-    # Of the three that were there, one may be what two passes found together.
-    assert 0 < made[FORWARD] <= 2 * 4 - 2
+    # Of the three that were there, two may be of passes that had not put away the rest.
+    assert 0 < made[FORWARD] <= 2 * 4 - 1
     assert expected == shards(calibrated.out / FINE_TUNE)
     assert [] == list((calibrated.cache / "partial").iterdir())
 
