@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pytest
+from gguf_converter import source
 
 from carnice_build.checkpoint.gguf_values import Value
 from carnice_build.formats.gguf.pre_tokenizer import table
@@ -460,14 +459,6 @@ def scored_cases() -> dict[str, Made]:
         "gemma3 in JSON": gemma3,
         "gemma4": gemma4,
     }
-
-
-def source() -> Path:
-    """The folder of llama.cpp's source; a skip where there is none."""
-    folder = Path(os.environ.get("LLAMA_CPP") or REPOSITORY / ".llama.cpp")
-    if not (folder / "convert_hf_to_gguf.py").is_file():
-        pytest.skip("llama.cpp's source is not here: make llama-cpp")
-    return folder
 
 
 def converted(tokenizers: Iterable[Made]) -> list[list[Any]]:

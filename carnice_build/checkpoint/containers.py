@@ -17,6 +17,10 @@ STATISTICS = "imatrix.gguf"
 """The end of the name of a file that tells what weights were quantized by, and has none."""
 
 
+PROJECTOR = "mmproj-"
+"""The beginning of the name of a tower's GGUF file, as llama.cpp's programs know it."""
+
+
 def has_index(names: Iterable[str]) -> bool:
     """Whether a folder of these files of tensors has an index: libraries want none of GGUF."""
     return any(not name.endswith(GGUF) for name in names)

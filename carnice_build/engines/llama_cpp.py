@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from carnice_build.checkpoint.containers import STATISTICS
+from carnice_build.checkpoint.containers import PROJECTOR, STATISTICS
 from carnice_build.checkpoint.gguf_header import SUFFIX, read_gguf
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.engines.forced import LLAMA_FORCED, options_on_processor
@@ -21,7 +21,6 @@ VARIABLE = "CARNICE_LLAMA_CPP"
 SERVER = "llama-server"
 PERPLEXITY = "llama-perplexity"
 
-_PROJECTOR = "mmproj-"
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _FIRST = re.compile(r"-00001-of-\d{5}\.gguf$")
 _ESTIMATE = re.compile(r"Final estimate: PPL = (\S+) \+/- (\S+)")
@@ -63,7 +62,7 @@ def model_file(folder: Path) -> Path:
 
 
 def _is_projector(path: Path) -> bool:
-    return path.name.startswith(_PROJECTOR)
+    return path.name.startswith(PROJECTOR)
 
 
 def arguments(folder: Path, launch: Launch | None, name: str) -> tuple[list[str], int]:
@@ -75,7 +74,7 @@ def arguments(folder: Path, launch: Launch | None, name: str) -> tuple[list[str]
     found = ["--model", str(model), "--alias", name, "--offline", "--metrics"]
     found += [
         word
-        for path in sorted(folder.glob(f"{_PROJECTOR}*{SUFFIX}"))
+        for path in sorted(folder.glob(f"{PROJECTOR}*{SUFFIX}"))
         for word in ("--mmproj", str(path))
     ]
     options = options_on_processor(launch, LLAMA_FORCED)

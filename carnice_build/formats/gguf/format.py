@@ -154,9 +154,10 @@ class GgufFormat(Format):
         facts = context.architecture.tensors
         files = Files(self.mix, self.imatrix, self.tokenizer_pre, self.backend, view, context)
         request = Request(self.mix, pure=self.pure)
-        named = files.described().tensors
+        description = files.described()
+        named = description.tensors
         chosen = self._chosen(named, context)
-        text = files.text(request, chosen)
+        text = files.text(description, request, chosen)
         made = [text.file]
         if any(facts[name].part is Part.TOWER for name in view):
             made.append(files.tower(self.projector))

@@ -17,6 +17,7 @@ from carnice_build.checkpoint.gguf_header import Described
 from carnice_build.errors import PlanError, nearest
 from carnice_build.formats.gguf.imatrix_file import Entry, Imatrix, described, read_imatrix
 from carnice_build.formats.gguf.imatrix_ops import ColumnOrder, Importance
+from carnice_build.formats.gguf.mix_rules import EMBEDDING
 from carnice_build.graph import ActionGraph, TensorRef, View
 from carnice_build.recipe.schema import FileSpec
 from carnice_build.steps.base import PlanContext
@@ -28,9 +29,6 @@ OWN: Own = "calibration"
 
 ImatrixSpec = Own | FileSpec
 """Where a recipe has an importance matrix from."""
-
-_EMBEDDING = "token_embd.weight"
-"""The tensor whose importance may have any size: nobody multiplies by it but where it is tied."""
 
 _MATRIX = 2
 
@@ -194,7 +192,8 @@ def _of_file(graph: ActionGraph, source: Imatrix, wanted: Sequence[Wanted]) -> I
             continue
         if entry.sums.spec.size == item.matrices * item.shape[-1]:
             refs[item.name] = _of_entry(graph, entry).reshaped(*item.importance)
-        elif item.name != _EMBEDDING:
+        elif item.name != EMBEDDING:
+            # Nobody multiplies by it but where it is tied, so that it may have any size.
             others.append((item, entry.sums.spec.size))
     if others or (wanted and not refs):
         raise _of_another_model(source, wanted, others, len(refs))

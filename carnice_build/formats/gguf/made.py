@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from carnice_build.checkpoint.containers import STATISTICS
+from carnice_build.checkpoint.containers import PROJECTOR, STATISTICS
 from carnice_build.checkpoint.gguf_header import Described
 from carnice_build.checkpoint.gguf_values import Metadata
 from carnice_build.checkpoint.model_dtype import stated_dtype
@@ -26,6 +27,7 @@ from carnice_build.formats.gguf.imatrix import (
 )
 from carnice_build.formats.gguf.imatrix_file import imatrix_metadata
 from carnice_build.formats.gguf.layout import GgufFile
+from carnice_build.formats.gguf.mix_rules import EMBEDDING, OUTPUT
 from carnice_build.formats.gguf.mixes import (
     FLOATS,
     Assigned,
@@ -51,9 +53,6 @@ from carnice_build.formats.gguf.tokenizer_file import NAME as TOKENIZER
 from carnice_build.graph import TensorRef, View
 from carnice_build.models.base import LINEARS
 from carnice_build.steps.base import PlanContext
-
-OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
-"""Tensors for which llama-quantize has options of their own."""
 
 _SWAPPED = (1, 0, 2)
 
@@ -88,12 +87,13 @@ class Files:
     view: View
     context: PlanContext
 
-    def text(self, request: Request, chosen: Mapping[str, Choice]) -> Text:
-        """The model's own file, as `request` asks for it.
+    def text(
+        self, description: Description, request: Request, chosen: Mapping[str, Choice]
+    ) -> Text:
+        """The model's own file, which `described` describes, as `request` asks for it.
 
         `chosen` are the types of tensors that rules are about.
         """
-        description = self.described()
         metadata: Metadata = {**description.metadata, **self._vocabulary(description)}
         if self.mix in FLOATS and not chosen:
             self._check_weighed()
@@ -140,7 +140,7 @@ class Files:
         )
         types = {item.name: written_as(item, outtype) for item in description.tensors}
         file = self._file(description.tensors, types, description.metadata, {})
-        return replace(file, prefix="mmproj-", ending=f"-{outtype}", may_split=False)
+        return replace(file, prefix=PROJECTOR, ending=f"-{outtype}", may_split=False)
 
     @property
     def written(self) -> str:
@@ -156,10 +156,15 @@ class Files:
         return About(
             name=source.spec.model,
             files=self.context.files,
-            card=front_matter(body),
+            card=self._card,
             file_type=file_type(outtype),
             where=body.where,
         )
+
+    @cached_property
+    def _card(self) -> Mapping[str, Any]:
+        """Of the source, whose page is read once for all files."""
+        return front_matter(self.context.body)
 
     @property
     def _has_vocabulary(self) -> bool:

@@ -138,8 +138,9 @@ Fused projections that hold values have the role, and share the count, of `attn_
 LAYERED = ("ffn_down", "ffn_gate", "ffn_up")
 """Roles whose tensors are counted against the layers of the model, not against each other."""
 
-EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
-OUTPUT = "output.weight"
+OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
+"""Tensors for which llama-quantize has options of their own."""
+EMBEDDINGS = (EMBEDDING, "per_layer_token_embd.weight")
 
 EIGHT: Mapping[str, str] = {"attn_v": "Q8_0", "attn_k": "Q8_0"}
 """Types by role in models of 8 experts, where they are small."""

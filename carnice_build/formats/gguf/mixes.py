@@ -21,6 +21,7 @@ from carnice_build.formats.gguf.mix_rules import (
     ALIASES,
     BETTER,
     EIGHT,
+    EMBEDDING,
     EMBEDDINGS,
     FALLBACKS,
     KEPT_NAMES,
@@ -281,7 +282,7 @@ class _Mixer:
 
     def _named(self, name: str) -> bool:
         """Whether an override may speak for embeddings: for those of layers, where one matches."""
-        return name != EMBEDDINGS[0] and self._overridden(name) is not None
+        return name != EMBEDDING and self._overridden(name) is not None
 
     def _overridden(self, name: str) -> str | None:
         if name in self.request.named:

@@ -18,7 +18,7 @@ from carnice_build.checkpoint.gguf_values import Metadata, Value
 from carnice_build.checkpoint.json import json_object
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.formats.gguf.identity import general
-from carnice_build.formats.gguf.mixes import file_type
+from carnice_build.formats.gguf.mixes import QUANTIZATION_VERSION, file_type
 from carnice_build.formats.gguf.model_tensors import ModelTensors, block_of
 from carnice_build.formats.gguf.named import Named, Place
 from carnice_build.formats.gguf.parameters import ConfigScope, evaluated_parameters
@@ -30,6 +30,7 @@ from carnice_build.formats.gguf.table import (
     common_parameters,
     table_of,
 )
+from carnice_build.formats.gguf.tokenizer_file import NAME as TOKENIZER
 from carnice_build.formats.gguf.tower_tensors import TowerTensors, token_rows
 from carnice_build.graph import ActionGraph, TensorRef, View
 from carnice_build.models.base import Architecture, Part, TensorFact
@@ -38,9 +39,6 @@ from carnice_build.tensors import STACK
 
 PROJECTOR = "clip"
 """The architecture of the file of a tower."""
-
-QUANTIZATION_VERSION = 2
-"""`GGML_QNT_VERSION` in ggml.h."""
 
 _MXFP4_MOE = "MXFP4_MOE"
 """What a file is whose experts have the codes of the checkpoint."""
@@ -267,18 +265,15 @@ def _tokens(table: Table, about: About) -> int | None:
 
     With a SentencePiece vocabulary it fills that up instead.
     """
-    if not table.trimmed or "tokenizer.model" in about.files or _TOKENIZER not in about.files:
+    if not table.trimmed or "tokenizer.model" in about.files or TOKENIZER not in about.files:
         return None
-    where = f"{about.where}/{_TOKENIZER}"
-    entries = json_object(where, about.files[_TOKENIZER])
+    where = f"{about.where}/{TOKENIZER}"
+    entries = json_object(where, about.files[TOKENIZER])
     model, added = entries.get("model"), entries.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
         raise CheckpointError("has no vocabulary", where=where)
     return len(vocabulary) + len(added)
-
-
-_TOKENIZER = "tokenizer.json"
 
 
 def places(architecture: Architecture) -> Sequence[Place]:

@@ -16,9 +16,8 @@ from carnice_build.formats.gguf.quantize_ops import (
     QuantizeWeighted,
 )
 from carnice_build.formats.scheme import Scheme
-from carnice_build.graph import ActionGraph, Stacked, TensorRef
+from carnice_build.graph import ActionGraph, TensorRef
 
-_MATRIX = 2
 _BITS = re.compile(r"\d+")
 
 
@@ -58,8 +57,7 @@ def _stored(
         return made
     if importance is not None:
         op = QuantizeWeighted() if fused else GgmlQuantizeWeighted()
-        stacked = len(ref.spec.shape) > _MATRIX
-        (made,) = graph.add(Stacked(op) if stacked else op, {"type": kind}, ref, importance)
+        (made,) = graph.add_each(op, {"type": kind}, ref, importance)
         return made
     # Rows of a stack are rows like others.
     *outer, columns = ref.spec.shape

@@ -14,13 +14,12 @@ from carnice_build.formats.gguf.ops import Values
 from carnice_build.formats.gguf.parameters import ConfigScope
 from carnice_build.formats.gguf.refs import frame_of, row_of, swapped_ref
 from carnice_build.formats.gguf.table import Projector
+from carnice_build.formats.gguf.tokenizer_file import CONFIG, NAME
 from carnice_build.graph import ActionGraph, TensorRef, View
 from carnice_build.models.base import Architecture, Part, TensorFact
 
 _FRAMES = 2
 
-_TOKENIZER = "tokenizer.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 _NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 
 
@@ -110,7 +109,7 @@ def token_rows(
 
 def _token_number(token: str, files: Mapping[str, bytes], where: str) -> int:
     """The number of an added token; CheckpointError where the tokenizer does not have it."""
-    for file in (_TOKENIZER_CONFIG, _TOKENIZER):
+    for file in (CONFIG, NAME):
         entries = json_object(f"{where}/{file}", files.get(file, b"{}"))
         listed = entries.get("added_tokens_decoder", entries.get("added_tokens"))
         if isinstance(listed, dict):
