@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from carnice_build.backends.ggml import quantize_with_ggml
+from carnice_build.kernels.ggml import quantize
 
 Array = np.ndarray[Any, Any]
 
@@ -105,3 +110,48 @@ def importances(columns: int, seed: int = 0) -> Mapping[str, Array]:
         "of all sizes": 10.0 ** draw.uniform(-38, 38, columns),
     }
     return {name: item.astype(np.float32) for name, item in made.items()}
+
+
+all_finite = -1
+"""What a kernel returns that met no NaN and no Inf."""
+
+
+def made(name: str, rows: Array, importance: Array | None = None) -> Array:
+    """The bytes of our kernel."""
+    found, bad = quantize(name, rows, importance)
+    assert all_finite == bad
+    return found
+
+
+def reference(name: str, rows: Array, importance: Array | None = None) -> Array:
+    """Those of ggml."""
+    found, bad = quantize_with_ggml(name, rows, importance)
+    assert all_finite == bad
+    return found
+
+
+def differing(name: str, weights: Mapping[str, Array], ways: Mapping[str, Any]) -> list[str]:
+    """The kinds of weights and importances of which a byte is not ggml's."""
+    return [
+        f"{kind}, importance {way}"
+        for kind, rows in weights.items()
+        for way, importance in ways.items()
+        if made(name, rows, importance).tobytes() != reference(name, rows, importance).tobytes()
+    ]
+
+
+def every_bf16() -> Mapping[str, Array]:
+    """All finite values of BF16, in order and shuffled."""
+    ordered = finite_bf16()
+    shuffled = np.random.default_rng(0).permutation(ordered.reshape(-1)).reshape(ordered.shape)
+    return {"in order": ordered, "shuffled": shuffled}
+
+
+def drawn(data: st.DataObject) -> tuple[Array, Array | None]:
+    """Two rows of any finite weights, and any importance of their columns, or none."""
+    finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    weight = st.one_of(finite, st.floats(-1, 1, width=32), st.sampled_from([0.0, -0.0, 0.5, -0.5]))
+    rows = data.draw(arrays(np.float32, (2, 256), elements=weight, fill=weight))
+    positive = st.floats(0, width=32, allow_nan=False, allow_infinity=False)
+    importance = data.draw(st.none() | arrays(np.float32, 256, elements=positive, fill=positive))
+    return rows, importance

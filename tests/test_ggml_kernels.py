@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from ggml_weights import Array, families, finite_bf16, importances, to_bf16
+from ggml_weights import (
+    Array,
+    differing,
+    drawn,
+    every_bf16,
+    families,
+    importances,
+    made,
+    reference,
+    to_bf16,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from carnice_build.backends.ggml import quantize_with_ggml
 from carnice_build.checkpoint.gguf_types import TYPES
@@ -21,32 +29,7 @@ from carnice_build.kernels.ggml.rows import CHUNK
 
 K_QUANTS = ("Q2_K", "Q4_K", "Q5_K")
 
-all_finite = -1
-"""What a kernel returns that met no NaN and no Inf."""
-
 every_k_quant = pytest.mark.parametrize("name", K_QUANTS)
-
-
-def made(name: str, rows: Array, importance: Array | None = None) -> Array:
-    found, bad = quantize(name, rows, importance)
-    assert all_finite == bad
-    return found
-
-
-def reference(name: str, rows: Array, importance: Array | None = None) -> Array:
-    found, bad = quantize_with_ggml(name, rows, importance)
-    assert all_finite == bad
-    return found
-
-
-def differing(name: str, weights: Mapping[str, Array], ways: Mapping[str, Any]) -> list[str]:
-    """The kinds of weights and importances of which a byte is not ggml's."""
-    return [
-        f"{kind}, importance {way}"
-        for kind, rows in weights.items()
-        for way, importance in ways.items()
-        if made(name, rows, importance).tobytes() != reference(name, rows, importance).tobytes()
-    ]
 
 
 def ordinary(rows: int, columns: int, seed: int = 0) -> Array:
@@ -75,11 +58,9 @@ def test_weights_of_every_kind_get_the_bytes_of_ggml(name: str) -> None:
 @every_k_quant
 def test_every_value_of_bf16_gets_the_bytes_of_ggml(name: str) -> None:
     """So do all finite values of BF16, in order and shuffled."""
-    ordered = finite_bf16()
-    shuffled = np.random.default_rng(0).permutation(ordered.reshape(-1)).reshape(ordered.shape)
-    weights = {"in order": ordered, "shuffled": shuffled}
-
-    assert [] == differing(name, weights, {"none": None, "one": importances(256)["as measured"]})
+    assert [] == differing(
+        name, every_bf16(), {"none": None, "one": importances(256)["as measured"]}
+    )
 
 
 @every_k_quant
@@ -87,11 +68,7 @@ def test_every_value_of_bf16_gets_the_bytes_of_ggml(name: str) -> None:
 @given(data=st.data())
 def test_any_floats_get_the_bytes_of_ggml(name: str, data: st.DataObject) -> None:
     """Whatever finite floats weights and importances are, the bytes are those of ggml."""
-    finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
-    weight = st.one_of(finite, st.floats(-1, 1, width=32), st.sampled_from([0.0, -0.0, 0.5, -0.5]))
-    rows = data.draw(arrays(np.float32, (2, 256), elements=weight, fill=weight))
-    positive = st.floats(0, width=32, allow_nan=False, allow_infinity=False)
-    importance = data.draw(st.none() | arrays(np.float32, 256, elements=positive, fill=positive))
+    rows, importance = drawn(data)
 
     assert reference(name, rows, importance).tobytes() == made(name, rows, importance).tobytes()
 

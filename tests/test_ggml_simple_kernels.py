@@ -7,13 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ggml_weights import Array, families, finite_bf16, importances, to_bf16
+from ggml_weights import (
+    Array,
+    differing,
+    drawn,
+    every_bf16,
+    families,
+    importances,
+    made,
+    reference,
+    to_bf16,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
-from carnice_build.backends.ggml import quantize_with_ggml
-from carnice_build.kernels.ggml import QUANTIZERS, quantize
+from carnice_build.kernels.ggml import QUANTIZERS
 from carnice_build.kernels.ggml._iq4_loops import BOUNDS
 
 K_QUANTS = ("Q2_K", "Q4_K", "Q5_K")
@@ -21,35 +29,10 @@ K_QUANTS = ("Q2_K", "Q4_K", "Q5_K")
 
 TYPES = [name for name in QUANTIZERS if name not in K_QUANTS]
 
-all_finite = -1
-"""What a kernel returns that met no NaN and no Inf."""
-
 every_type = pytest.mark.parametrize("name", TYPES)
 every_weighted_type = pytest.mark.parametrize(
     "name", [name for name in TYPES if QUANTIZERS[name].weighted is not None]
 )
-
-
-def made(name: str, rows: Array, importance: Array | None = None) -> Array:
-    found, bad = quantize(name, rows, importance)
-    assert all_finite == bad
-    return found
-
-
-def reference(name: str, rows: Array, importance: Array | None = None) -> Array:
-    found, bad = quantize_with_ggml(name, rows, importance)
-    assert all_finite == bad
-    return found
-
-
-def differing(name: str, weights: Mapping[str, Array], ways: Mapping[str, Any]) -> list[str]:
-    """The kinds of weights and importances of which a byte is not ggml's."""
-    return [
-        f"{kind}, importance {way}"
-        for kind, rows in weights.items()
-        for way, importance in ways.items()
-        if made(name, rows, importance).tobytes() != reference(name, rows, importance).tobytes()
-    ]
 
 
 def ways(name: str, columns: int, seed: int = 0) -> Mapping[str, Any]:
@@ -81,11 +64,9 @@ def test_weights_of_every_kind_get_the_bytes_of_ggml(name: str) -> None:
 @every_type
 def test_every_value_of_bf16_gets_the_bytes_of_ggml(name: str) -> None:
     """So do all finite values of BF16, in order and shuffled."""
-    ordered = finite_bf16()
-    shuffled = np.random.default_rng(0).permutation(ordered.reshape(-1)).reshape(ordered.shape)
-    weights = {"in order": ordered, "shuffled": shuffled}
-
-    assert [] == differing(name, weights, {"none": None, "one": importances(256)["as measured"]})
+    assert [] == differing(
+        name, every_bf16(), {"none": None, "one": importances(256)["as measured"]}
+    )
 
 
 @every_type
@@ -93,11 +74,7 @@ def test_every_value_of_bf16_gets_the_bytes_of_ggml(name: str) -> None:
 @given(data=st.data())
 def test_any_floats_get_the_bytes_of_ggml(name: str, data: st.DataObject) -> None:
     """Whatever finite floats weights and importances are, the bytes are those of ggml."""
-    finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
-    weight = st.one_of(finite, st.floats(-1, 1, width=32), st.sampled_from([0.0, -0.0, 0.5, -0.5]))
-    rows = data.draw(arrays(np.float32, (2, 256), elements=weight, fill=weight))
-    positive = st.floats(0, width=32, allow_nan=False, allow_infinity=False)
-    importance = data.draw(st.none() | arrays(np.float32, 256, elements=positive, fill=positive))
+    rows, importance = drawn(data)
 
     assert reference(name, rows, importance).tobytes() == made(name, rows, importance).tobytes()
 
