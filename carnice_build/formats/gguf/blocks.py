@@ -35,10 +35,6 @@ class Groups:
     unit: Floats
     shift_unit: Floats
 
-    def values(self) -> Floats:
-        """The weights [groups, size], rounded as ggml rounds them."""
-        return self.levels * self.step - self.shift
-
 
 @dataclass(frozen=True)
 class Kind:

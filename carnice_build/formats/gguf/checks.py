@@ -20,7 +20,7 @@ from carnice_build.dtypes import NUMPY_NAME
 from carnice_build.errors import CheckpointError
 from carnice_build.formats.checks import FolderReader, QuantizedValues, Tensors, TorchChecks
 from carnice_build.formats.folder import ModelFolder
-from carnice_build.formats.gguf.blocks import KINDS, Groups, allowed, unpacked
+from carnice_build.formats.gguf.blocks import KINDS, Bytes, Groups, allowed, unpacked
 from carnice_build.formats.gguf.mix_rules import MIXES
 from carnice_build.formats.gguf.mixes import FLOATS, fitting
 from carnice_build.formats.gguf.named import HeadPart
@@ -41,6 +41,7 @@ from carnice_build.formats.values import (
 )
 from carnice_build.graph import TensorData
 from carnice_build.kernels.ggml import quantize
+from carnice_build.kernels.ggml.decode import dequantize
 from carnice_build.models.base import QUANTIZATION, Architecture
 from carnice_build.tensors import SourceTensor
 
@@ -136,11 +137,10 @@ class GgufChecks(TorchChecks):
 
 
 def _round_trip(kind: str, weight: Floats) -> Floats:
-    rows, columns = weight.shape
     raw, _ = quantize(kind, weight)
     if kind in FLOATS:
         return as_float32(TensorData(kind, raw.view(NUMPY_NAME[kind])))
-    return unpacked(kind, raw).values().reshape(rows, columns)
+    return dequantize(kind, raw)
 
 
 class _Planned:
@@ -203,7 +203,7 @@ class BlockValues:
 
     def rows(self, start: int, stop: int) -> Floats:
         """The rows from `start` to `stop`, as ggml dequantizes them."""
-        return self._in_order(self._groups(start, stop).values())
+        return self._in_order(dequantize(self.kind, self._raw(start, stop)))
 
     def allowance(self, source: Floats, start: int) -> Floats:
         """See `QuantizedValues.allowance`."""
@@ -212,7 +212,10 @@ class BlockValues:
         return self._in_order(allowed(self.kind, groups, ordered, weighted=self._weighted))
 
     def _groups(self, start: int, stop: int) -> Groups:
-        return unpacked(self.kind, read_rows(self._tensor, self._tensor.spec, start, stop).array)
+        return unpacked(self.kind, self._raw(start, stop))
+
+    def _raw(self, start: int, stop: int) -> Bytes:
+        return read_rows(self._tensor, self._tensor.spec, start, stop).array
 
     def _in_order(self, values: Floats) -> Floats:
         """Columns as the model has them."""
