@@ -11,8 +11,7 @@ from ggml_weights import Array, families
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carnice_build.kernels.ggml import QUANTIZERS, quantize
-from carnice_build.kernels.ggml.decode import DECODERS, dequantize
+from carnice_build.kernels.ggml import DECODERS, QUANTIZERS, dequantize, quantize
 
 every_type = pytest.mark.parametrize("name", DECODERS)
 

@@ -40,8 +40,7 @@ from carnice_build.formats.values import (
     read_rows,
 )
 from carnice_build.graph import TensorData
-from carnice_build.kernels.ggml import quantize
-from carnice_build.kernels.ggml.decode import dequantize
+from carnice_build.kernels.ggml import dequantize, quantize
 from carnice_build.models.base import QUANTIZATION, Architecture
 from carnice_build.tensors import SourceTensor
 

@@ -9,14 +9,17 @@ Q5_K with importance. That gives other bytes only where a quotient is none that 
 1.5 * 2**23 rounds: under importances or weights that differ by tens of powers of ten.
 """
 
+from .decode import DECODERS, dequantize
 from .quantize import QUANTIZERS, Quantizer, quantize
 from .rows import checked_importance, checked_rows, wide_chunks
 
 __all__ = [
+    "DECODERS",
     "QUANTIZERS",
     "Quantizer",
     "checked_importance",
     "checked_rows",
+    "dequantize",
     "quantize",
     "wide_chunks",
 ]
