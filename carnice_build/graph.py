@@ -237,14 +237,6 @@ def _slab(stack: TensorData, index: int) -> TensorData:
     return TensorData(stack.dtype, array[index : index + 1].reshape(array.shape[1:]))
 
 
-KEPT_UNASKED = 1 << 16
-"""So many bytes of an output that nobody asked for are kept all the same.
-
-A recipe that asks for them one day, as one with scales of a cache does for the ranges of keys, so
-takes no pass for them.
-"""
-
-
 class ProcessOp(Op):
     """An op that works on files, in a process of its own: it brings a large library, most often.
 
@@ -323,6 +315,12 @@ class ActionOutput:
         """Names the output's bytes before they exist."""
         return f"{self.action.identity}|{self.index}"
 
+    @property
+    def is_transient(self) -> bool:
+        """Whether it is not kept longer than a build needs it."""
+        op = self.action.op
+        return isinstance(op, ProcessOp) and self.index in op.transient
+
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
@@ -342,6 +340,33 @@ class TensorRef:
         if spec.size != self.spec.size:
             raise ValueError(f"cannot see {self.spec.shape} as {shape}")
         return TensorRef(spec, self.origin)
+
+
+_LITTLE = 1 << 16
+"""So many bytes are little, whatever an action reads."""
+
+_LITTLE_OF = 512
+"""And so is this part of what it reads.
+
+What gated experts are given has sums of squares of one part in 1.5 times their width, which is 512
+or more in the models that we know; a Hessian of hidden states would be one part in ten or a
+hundred.
+"""
+
+
+def kept_unasked(action: Action) -> int:
+    """So many bytes of an output of a process that nobody asked for are kept all the same.
+
+    What is little beside what would be read to make it again, hidden states apart: a recipe that
+    asks for it one day, for the ranges of keys as one with scales of a cache does, or for sums of
+    squares as one with an importance matrix does, takes no pass for it.
+    """
+    read = sum(
+        ref.spec.nbytes
+        for ref in action.inputs
+        if not (isinstance(ref.origin, ActionOutput) and ref.origin.is_transient)
+    )
+    return max(_LITTLE, read // _LITTLE_OF)
 
 
 View = dict[str, TensorRef]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,9 +13,11 @@ from gguf_project import metadata, stand_in, tensors
 from pages import code_blocks, shown, write_files
 from test_cards import pages
 
+from carnice_build.calibration.passes import Forward
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.formats.gguf.format import GgufFormat
+from carnice_build.graph import ActionOutput, kept_unasked
 from carnice_build.planning.planner import VariantPlan
 from carnice_build.recipe.presets import presets
 
@@ -75,14 +78,39 @@ def test_one_set_of_passes_does_for_all(full: Mapping[str, VariantPlan]) -> None
     assert (1, 1) == (len(matrices), len(projectors))
 
 
-def test_the_passes_are_those_of_the_preset_nvfp4() -> None:
-    """So that whoever builds both runs them once."""
-    ours, theirs = (
-        yaml.safe_load((REPOSITORY / "carnice_build" / "presets" / f"{name}.yaml").read_text())
-        for name in ("gguf-q4_k_m", "nvfp4")
-    )
+@pytest.mark.parametrize(
+    ("model", "layers", "megabytes"), [("qwen3.6-27b", 64, 14), ("qwen3.6-35b-a3b", 40, 191)]
+)
+def test_importance_takes_no_pass_after_nvfp4(
+    tmp_path: Path, model: str, layers: int, megabytes: int
+) -> None:
+    """At full size: the passes are the same, and keep the sums, which are a thousandth or less."""
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "_profiles.yaml").write_text("demo: hub\n")
+    for preset in ("nvfp4", "gguf-q4_k_m"):
+        (recipes / f"{preset}.yaml").write_text(
+            f"extends: preset:{preset}\nvariant: {preset}\n"
+            "sources: {body: {model: it/self}}\ncalibration: {dataset: rows.jsonl}\n"
+        )
+    body = REPOSITORY / "benchmarks" / "shapes" / f"{model}.json"
+    options = Options(recipes=recipes, sources={"body": body})
+    first, second = plan_variants(["nvfp4", "gguf-q4_k_m"], options).variants
+    passes = {action.identity for action in first.actions.values()}
+    found = {
+        ref.identity: ref.spec.nbytes <= kept_unasked(action) and ref.spec.nbytes
+        for reader in second.actions.values()
+        for ref in reader.inputs
+        if isinstance(ref.origin, ActionOutput)
+        for action in [ref.origin.action]
+        if isinstance(action.op, Forward) and not ref.origin.is_transient
+    }
 
-    assert theirs["calibration"] == ours["calibration"]
+    assert passes >= {name.partition("|")[0] for name in found}
+    assert layers == len({name.partition("|")[0] for name in found})
+    assert all(found.values())
+    assert megabytes == round(sum(found.values()) / 1e6)
 
 
 def test_the_sizes_are_those_of_the_table_of_formats(full: Mapping[str, VariantPlan]) -> None:

@@ -14,8 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from carnice_build.execute.jobs import Job, plan_jobs
-from carnice_build.graph import Action, ActionOutput, ProcessOp
+from carnice_build.graph import Action, ActionOutput
 from carnice_build.planning.planner import VariantPlan
+from carnice_build.planning.scratch import transient_inputs
 from carnice_build.planning.status import survey
 from carnice_build.store.store import Store
 
@@ -143,11 +144,8 @@ def _reached(
 
 def _is_large(maker: Job, reader: Job) -> bool:
     """Whether the reader is given something that is not kept."""
-    made = {action.identity: action.op for action in maker.actions}
-    origins = (ref.origin for action in reader.actions for ref in action.inputs)
-    for origin in origins:
-        if isinstance(origin, ActionOutput) and origin.action.identity in made:
-            op = made[origin.action.identity]
-            if isinstance(op, ProcessOp) and origin.index in op.transient:
-                return True
-    return False
+    made = {action.identity for action in maker.actions}
+    given = (ref for action in reader.actions for ref in transient_inputs(action))
+    return any(
+        isinstance(ref.origin, ActionOutput) and ref.origin.action.identity in made for ref in given
+    )

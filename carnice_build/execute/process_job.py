@@ -22,12 +22,12 @@ from carnice_build.execute.source_files import SourceFiles, own_folder
 from carnice_build.execute.transients import own_link
 from carnice_build.execute.workbench import JobResult, Workbench
 from carnice_build.graph import (
-    KEPT_UNASKED,
     ActionOutput,
     BadInput,
     NonFiniteValue,
     ProcessOp,
     TensorRef,
+    kept_unasked,
 )
 from carnice_build.store.files import hold_range
 from carnice_build.store.packs import Location, digest_range
@@ -178,7 +178,8 @@ class ProcessJob:
                 Location(path, 0), sink.offset, file.spec.nbytes
             )
         transient = index in self._op.transient
-        if self._job.keeps(action, index) or not (transient or file.spec.nbytes > KEPT_UNASKED):
+        unasked = not transient and file.spec.nbytes <= kept_unasked(action)
+        if unasked or self._job.keeps(action, index):
             self._hold(index, path)
             self._bench.store.adopt_blob(path, digest, durable=not transient)
         return digest

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 
-from carnice_build.graph import KEPT_UNASKED, Action, ActionOutput, ProcessOp, TensorRef
+from carnice_build.graph import Action, ActionOutput, ProcessOp, TensorRef, kept_unasked
 from carnice_build.planning.scratch import transient_inputs
 from carnice_build.planning.status import BuildStatus
 from carnice_build.rates import PASSES, Rates, Work
@@ -227,7 +227,7 @@ class _Surveyed:
             for index, spec in enumerate(action.outputs)
             if _lasts(action, index)
             and (name := f"{action.identity}|{index}") not in self._packed
-            and (spec.nbytes <= KEPT_UNASKED or name in self._read)
+            and (name in self._read or spec.nbytes <= kept_unasked(action))
         )
         return sum(ref.spec.nbytes for ref in packed) + sum(kept)
 

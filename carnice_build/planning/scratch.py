@@ -17,12 +17,8 @@ def transient_inputs(action: Action) -> Iterator[TensorRef]:
     seen: set[str] = set()
     for ref in action.inputs:
         origin = ref.origin
-        if (
-            isinstance(origin, ActionOutput)
-            and isinstance(origin.action.op, ProcessOp)
-            and origin.index in origin.action.op.transient
-            and ref.identity not in seen
-        ):
+        transient = isinstance(origin, ActionOutput) and origin.is_transient
+        if transient and ref.identity not in seen:
             seen.add(ref.identity)
             yield ref
 
