@@ -115,7 +115,22 @@ KNOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "importance that is a text": (
         "{format: gguf, imatrix: {file: demo/heldout.txt}}",
-        ("demo/heldout.txt: is no importance matrix",),
+        ("bad.yaml:4:35: imatrix: ", "demo/heldout.txt: is no importance matrix"),
+    ),
+    "importance that is nowhere": (
+        "{format: gguf, imatrix: {file: nowhere.gguf}}",
+        ("bad.yaml:4:35: imatrix: ", "nowhere.gguf: cannot read the file"),
+    ),
+    "a file of importance by its name alone": (
+        "{format: gguf, imatrix: some.gguf}",
+        (
+            "bad.yaml:4:35: quantize.imatrix: Input should be 'calibration', or a file as "
+            "`{file: NAME.gguf}` (got 'some.gguf')",
+        ),
+    ),
+    "importance from a calibration, misspelt": (
+        "{format: gguf, imatrix: calibraton}",
+        ("(got 'calibraton'); did you mean 'calibration'?",),
     ),
 }
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from carnice_build.checkpoint.assets import Reads
 from carnice_build.checkpoint.json import to_json
@@ -29,6 +29,7 @@ from carnice_build.formats.rules import Rule, fitted
 from carnice_build.formats.variant import Variant
 from carnice_build.graph import View
 from carnice_build.models.base import LINEARS, Architecture, Part
+from carnice_build.recipe.schema import FileSpec
 from carnice_build.steps.base import PlanContext
 
 if TYPE_CHECKING:
@@ -90,6 +91,15 @@ class GgufFormat(Format):
     @classmethod
     def _known(cls, value: str) -> str:
         return _asked(mix_of, value)
+
+    @field_validator("imatrix", mode="before")
+    @classmethod
+    def _told_apart(cls, value: object) -> object:
+        """A path alone would be one word for two things."""
+        if value is None or value == OWN or isinstance(value, dict | FileSpec):
+            return value
+        expected = f"'{OWN}', or a file as `{{file: NAME.gguf}}`"
+        raise PydanticKnownError("literal_error", {"expected": expected})
 
     def engine_reads(self) -> Collection[Reads]:
         """llama.cpp reads nothing beside its file; the tokenizer is what that is made of."""

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from carnice_build.calibration.chain import Activations, Squares
 from carnice_build.calibration.plan import Calibration
 from carnice_build.checkpoint.gguf_header import Described
-from carnice_build.errors import PlanError, nearest
+from carnice_build.errors import CheckpointError, PlanError, nearest
 from carnice_build.formats.gguf.imatrix_file import Entry, Imatrix, described, read_imatrix
 from carnice_build.formats.gguf.imatrix_ops import ColumnOrder, Importance
 from carnice_build.formats.gguf.mix_rules import EMBEDDING
@@ -113,11 +113,10 @@ class Passes:
 def imatrix_source(spec: ImatrixSpec, view: View, context: PlanContext) -> Imatrix | Passes:
     """What a recipe names: a file, found and read but for its sums, or passes of our own.
 
-    PlanError for passes in a recipe that does not say over which text; CheckpointError for a file
-    that is none.
+    PlanError for passes in a recipe that does not say over which text, and for a file that is none.
     """
     if spec != OWN:
-        return read_imatrix(context.find(spec))
+        return _read(spec, context)
     source = context.calibrated()
     calibration = Calibration(view, source)
     tokens = [part.tokens.spec for part in calibration.parts]
@@ -128,6 +127,16 @@ def imatrix_source(spec: ImatrixSpec, view: View, context: PlanContext) -> Imatr
         sum(samples for samples, _ in (spec.shape for spec in tokens)),
         tokens[0].shape[1],
     )
+
+
+def _read(spec: FileSpec, context: PlanContext) -> Imatrix:
+    try:
+        return read_imatrix(context.find(spec))
+    except CheckpointError as error:
+        what = f"imatrix: {error.where}: {error.what}"
+        raise PlanError(
+            what, expected=error.expected, nearest=error.nearest, problems=error.problems
+        ) from None
 
 
 def importance_refs(
@@ -217,15 +226,14 @@ def _of_another_model(
     if not others:
         first = wanted[0].name
         return PlanError(
-            f"is of another model: {counted}, for it has no {first}",
-            where=source.name,
+            f"imatrix: {source.name}: is of another model: {counted}, for it has no {first}",
             expected=expected,
             nearest=nearest(first, source.entries),
         )
     item, values = others[0]
     needed = item.matrices * item.shape[-1]
     return PlanError(
-        f"is of another model: {counted}; {item.name} has {values} values there and needs {needed}",
-        where=source.name,
+        f"imatrix: {source.name}: is of another model: {counted}; {item.name} has {values} values "
+        f"there and needs {needed}",
         expected=expected,
     )
