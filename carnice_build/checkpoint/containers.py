@@ -16,9 +16,13 @@ SUFFIXES = (".safetensors", GGUF)
 STATISTICS = "imatrix.gguf"
 """The end of the name of a file that tells what weights were quantized by, and has none."""
 
-
 PROJECTOR = "mmproj-"
 """The beginning of the name of a tower's GGUF file, as llama.cpp's programs know it."""
+
+
+def is_statistics(name: str) -> bool:
+    """Whether a file is one of importance, which has no weights."""
+    return name.endswith(STATISTICS)
 
 
 def has_index(names: Iterable[str]) -> bool:

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from carnice_build.checkpoint.containers import PROJECTOR, STATISTICS
+from carnice_build.checkpoint.containers import PROJECTOR, is_statistics
 from carnice_build.checkpoint.gguf_header import SUFFIX, read_gguf
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.engines.forced import LLAMA_FORCED, options_on_processor
@@ -53,7 +53,7 @@ def model_file(folder: Path) -> Path:
     files = sorted(
         path
         for path in folder.glob(f"*{SUFFIX}")
-        if not _is_projector(path) and not path.name.endswith(STATISTICS)
+        if not _is_projector(path) and not is_statistics(path.name)
     )
     found = [path for path in files if _FIRST.search(path.name) or not _SPLIT.search(path.name)]
     if not found:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carnice_build.checkpoint.containers import STATISTICS, SUFFIXES, read_entries
+from carnice_build.checkpoint.containers import SUFFIXES, is_statistics, read_entries
 from carnice_build.checkpoint.json import object_or_none
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.errors import CheckpointError, StoreError
@@ -52,9 +52,7 @@ def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def open_folder(path: Path) -> ModelFolder:
     """Read the headers and JSON files of `path`; StoreError when it holds no shard at all."""
     shards = sorted(
-        item
-        for item in path.glob("*")
-        if item.suffix in SUFFIXES and not item.name.endswith(STATISTICS)
+        item for item in path.glob("*") if item.suffix in SUFFIXES and not is_statistics(item.name)
     )
     if not shards:
         raise StoreError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from carnice_build.checkpoint.containers import STATISTICS
+from carnice_build.checkpoint.containers import is_statistics
 from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.profiles import Source
 from carnice_build.dtypes import TensorSpec
@@ -93,7 +93,7 @@ class Variant:
         return sum(
             spec.nbytes
             for shard in self.shards
-            if not shard.name.endswith(STATISTICS)
+            if not is_statistics(shard.name)
             for _, spec, _ in shard.tensors
         )
 

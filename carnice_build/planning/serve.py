@@ -9,7 +9,7 @@ from typing import NamedTuple
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import tool_format
-from carnice_build.checkpoint.containers import STATISTICS
+from carnice_build.checkpoint.containers import is_statistics
 from carnice_build.checkpoint.generation import generation_entries, sampling
 from carnice_build.checkpoint.gguf_header import SUFFIX
 from carnice_build.errors import PlanError
@@ -81,7 +81,7 @@ class _Weights(NamedTuple):
 def _weights(packs: Sequence[PackLayout]) -> _Weights:
     if not all(pack.name.endswith(SUFFIX) for pack in packs):
         return _Weights(sum(pack.size for pack in packs))
-    model = [pack for pack in packs if not pack.name.endswith(STATISTICS)]
+    model = [pack for pack in packs if not is_statistics(pack.name)]
     towers = [
         pack for pack in model if all(slot.tensor.fact.part is Part.TOWER for slot in pack.slots)
     ]
