@@ -61,6 +61,10 @@ KNOBS: dict[str, tuple[str, tuple[str, ...]]] = {
         "{format: gguf, mix: best}",
         ("quantize.mix: there is no mix 'best', expected F32, F16, BF16, Q8_0",),
     ),
+    "a label that is taken for a projector's": (
+        "{format: gguf, label: mmproj-Q8}",
+        ("bad.yaml:4:33: quantize.label: 'mmproj-Q8' is no label by which llama.cpp would find",),
+    ),
     "a type for products alone": (
         "{format: gguf, rules: [{match: lm_head, type: Q8_1}]}",
         ("quantize.rules.0.type: weights cannot have the type 'Q8_1'; did you mean 'Q8_0'?",),

@@ -16,6 +16,7 @@ from test_cards import pages
 from carnice_build.calibration.passes import Forward
 from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
+from carnice_build.errors import PlanError
 from carnice_build.formats.gguf.format import GgufFormat
 from carnice_build.graph import ActionOutput, kept_unasked
 from carnice_build.planning.planner import VariantPlan
@@ -166,6 +167,49 @@ def test_a_card_says_what_is_not_there(project: Project) -> None:
     assert "llama-server --model owner/small-GGUF/Carnice-V2-27b-Q8_0-00001-of-" in card
     assert "`llama-server -hf owner/small-GGUF:Q8_0`" in card
     assert not {"mmproj", "MTP", "mportance"} & set(re.findall(r"mmproj|MTP|mportance", card))
+
+
+def test_another_label_is_another_name_of_the_same_file(project: Project) -> None:
+    """In the folder, on the card and for whoever asks a repository for it."""
+    stand_in(project)
+    recipe(project, "named", "label: UD-Q8_K_XL, mix: Q8_0", "owner/small-GGUF")
+    recipe(project, "plain", "mix: Q8_0", "owner/small-GGUF")
+    named, plain = plan_variants(["named", "plain"], project.options()).variants
+    card = dict(pages(named))["README.md"]
+
+    assert ["Carnice-V2-27b-UD-Q8_K_XL.gguf"] == [pack.name for pack in named.packs]
+    assert [pack.identity for pack in plain.packs] == [pack.identity for pack in named.packs]
+    assert "`llama-server -hf owner/small-GGUF:UD-Q8_K_XL`" in card
+    assert ((), ()) == (named.notices, plain.notices)
+
+
+def test_two_files_of_one_name_are_told_of(project: Project) -> None:
+    """Folders of their own can have both; one repository cannot, and is refused."""
+    stand_in(project)
+    rule = "mix: Q8_0, rules: [{match: lm_head, type: F16}]"
+    recipe(project, "plain", "mix: Q8_0", "owner/small-GGUF")
+    recipe(project, "other", rule, "owner/other-GGUF")
+    recipe(project, "same", rule, "owner/small-GGUF")
+    what = "Carnice-V2-27b-Q8_0.gguf is the name of another file of plain"
+    plans = plan_variants(["plain", "other"], project.options()).variants
+
+    assert [(), (f"{what}; to publish both in one repository takes a `label`",)] == [
+        plan.notices for plan in plans
+    ]
+    with pytest.raises(PlanError) as raised:
+        plan_variants(["plain", "same"], project.options())
+    assert f"{what}, and both are for owner/small-GGUF" == raised.value.what
+    assert (raised.value.where or "").endswith("same.yaml:4:11")
+    assert "a `label`" == raised.value.expected
+
+
+def recipe(project: Project, name: str, knobs: str, repo: str) -> None:
+    """Write one of the text model, for a repository."""
+    project.recipe(
+        name,
+        f"extends: _base/carnice-text.yaml\nvariant: {name}\ndescription: A\n"
+        f"quantize: {{format: gguf, {knobs}}}\ncard: {{repo: {repo}}}\n",
+    )
 
 
 def test_the_page_of_the_format_builds_what_it_shows(project: Project, carnice: Carnice) -> None:

@@ -14,6 +14,7 @@ from carnice_build.commands.rows import check_rows
 from carnice_build.errors import PlanError, PluginError, nearest
 from carnice_build.graph import ActionGraph
 from carnice_build.planning.planner import VariantPlan, plan_variant
+from carnice_build.planning.same_names import told_of_same_names
 from carnice_build.planning.status import BuildStatus, survey
 from carnice_build.planning.vocabulary import vocabulary
 from carnice_build.recipe.loader import Recipe, find_recipe, list_recipes, load_recipe
@@ -52,7 +53,7 @@ def plan_variants(names: Sequence[str], options: Options) -> Plan:
         variant = plan_variant(recipe, finders[profile], graph, ask)
         variants += [variant, *variant.companions]
     _check_companions(variants, options)
-    return Plan(tuple(variants), graph)
+    return Plan(tuple(told_of_same_names(variants)), graph)
 
 
 def _check_companions(variants: Sequence[VariantPlan], options: Options) -> None:

@@ -7,6 +7,7 @@ The tower of a model that has one goes into a file of its own, the projector.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
     from carnice_build.formats.gguf.checks import GgufChecks, GgufReader
     from carnice_build.serving.profile import Serving
 
+_LABEL = re.compile(r"[A-Za-z0-9_]{1,40}(-[A-Za-z0-9_]{1,40}){0,3}")
+_NO_MODEL = re.compile(r"mmproj|imatrix|(mtp|eagle3|dflash|dspark)-|\d{5}-of-\d{5}-")
+"""What is in names of files that llama.cpp takes for another thing: `gguf_filename_is_model`, and
+parts of a split one."""
+
 _FILES, _DRAFTS = "files", "mtp"
 """What `Conversion.stated` calls the files, and whether the MTP head is in them."""
 
@@ -59,6 +65,11 @@ class GgufFormat(Format):
         "Q4_K_M",
         description="The mix, by the name that llama-quantize has for it (`Q4_K_M`, `Q5_K_M`, "
         "`Q6_K`, `Q8_0`, `IQ4_XS`, ...), or `BF16`, `F16` or `F32`, as the converter writes them.",
+    )
+    label: str | None = Field(
+        None,
+        description="What the model's file is called in the place of the mix, where rules make "
+        "another of it: `Q4_K_L`, or `UD-Q4_K_XL`.",
     )
     rules: list[GgufRule] = Field(
         default_factory=list, description="Exceptions; the last rule that fits a module wins."
@@ -91,6 +102,16 @@ class GgufFormat(Format):
     @classmethod
     def _known(cls, value: str) -> str:
         return _asked(mix_of, value)
+
+    @field_validator("label")
+    @classmethod
+    def _found_by(cls, value: str | None) -> str | None:
+        """As `llama-server -hf OWNER/NAME:LABEL` finds a file."""
+        if value is None:
+            return None
+        if not _LABEL.fullmatch(value) or _NO_MODEL.search(f"{value}-"):
+            raise ValueError(f"{value!r} is no label by which llama.cpp would find a model")
+        return value
 
     @field_validator("imatrix", mode="before")
     @classmethod
@@ -162,7 +183,10 @@ class GgufFormat(Format):
     def convert(self, view: View, context: PlanContext) -> Conversion:
         """The tensors of the files, in the order of those."""
         facts = context.architecture.tensors
-        files = Files(self.mix, self.imatrix, self.tokenizer_pre, self.backend, view, context)
+        label = self.label or self.mix
+        files = Files(
+            self.mix, label, self.imatrix, self.tokenizer_pre, self.backend, view, context
+        )
         request = Request(self.mix, pure=self.pure)
         description = files.described()
         named = description.tensors

@@ -77,10 +77,12 @@ class Text:
 class Files:
     """Makes the files of a view.
 
-    `mix` is what most weights are to be, `imatrix` where their importance comes from.
+    `mix` is what most weights are to be, `label` what the model's file calls it, and `imatrix`
+    where importance comes from.
     """
 
     mix: str
+    label: str
     imatrix: ImatrixSpec | None
     tokenizer_pre: str | None
     backend: Backend
@@ -205,7 +207,7 @@ class Files:
         described = {
             item.name: Described(item.name, types[item.name], item.ref.spec.shape) for item in named
         }
-        return GgufFile("", f"-{self.mix}", metadata, tensors, described, may_split=True)
+        return GgufFile("", f"-{self.label}", metadata, tensors, described, may_split=True)
 
     def _importance(
         self, named: Sequence[Named], arch: str
