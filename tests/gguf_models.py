@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -459,46 +460,53 @@ OPTIONS: Mapping[str, Request] = {
     "output and embedding": Request("Q4_K_M", output="Q8_0", embedding="Q4_0"),
     "output": Request("Q4_K_M", output="Q8_0"),
     "output and embedding of F16": Request("F16", output="Q8_0", embedding="BF16"),
-    "embedding and its override": Request(
-        "Q4_K_S", embedding="Q8_0", overrides=((r"token_embd", "Q5_1"),)
-    ),
+    "embedding and its override": Request("Q4_K_S", embedding="Q8_0"),
     "pure": Request("Q4_K_M", pure=True),
     "pure IQ4_XS": Request("IQ4_XS", pure=True, importance=True),
-    "output kept": Request("Q5_K_M", keep_output=True),
-    "overrides": Request(
-        "Q4_K_M",
-        overrides=(
-            ("ATTN_V", "q8_0"),
-            (r"blk\.[0-3]\.ffn_down", "bf16"),
-            ("ffn_(down|up)", "iq4_nl"),
-        ),
-    ),
-    "overrides of few bits": Request(
-        "IQ2_S", importance=True, overrides=((r"^blk\.(1|2)\.attn_.*", "q6_K"),)
-    ),
+    "overrides": Request("Q4_K_M"),
+    "overrides of few bits": Request("IQ2_S", importance=True),
 }
 """What is tried with all models besides the mixes."""
 
+NAMED: Mapping[str, Mapping[str, str]] = {
+    "embedding and its override": {"token_embd": "Q5_1"},
+    "overrides": {
+        "attn_v": "Q8_0",
+        r"blk\.[0-3]\.ffn_down": "BF16",
+        "ffn_(down|up)": "IQ4_NL",
+    },
+    "overrides of few bits": {r"^blk\.(1|2)\.attn_.*": "Q6_K"},
+}
+"""Which tensors are given a type by their names, where an option does that: the first that fits."""
 
 WITH_IMPORTANCE = " with importance"
 
 
-def requests(name: str) -> dict[str, Request]:
+def requests(name: str, made: Sample) -> dict[str, Request]:
     """The cases of a model by name: mixes with and without an importance matrix, and options."""
     cases = {mix: Request(mix) for mix in MIXES}
     cases |= {mix + WITH_IMPORTANCE: Request(mix, importance=True) for mix in MIXES}
-    options = {
-        case: request
+    cases |= {
+        case: replace(request, named=named(NAMED.get(case, {}), made))
         for case, request in OPTIONS.items()
         if name != "llama-odd" or (request.output is None and request.embedding is None)
     }
-    cases |= options
     if name == "clip":
         # llama-quantize asks how many heads share one, of no layers, and ends.
         cases = {
             case: request for case, request in cases.items() if not re.match("IQ|Q2", request.mix)
         }
     return cases
+
+
+def named(types: Mapping[str, str], made: Sample) -> dict[str, str]:
+    """The types of tensors by their names, of types by expressions."""
+    found = {}
+    for item in made.tensors:
+        fitting = [kind for pattern, kind in types.items() if re.search(pattern, item.name)]
+        if fitting:
+            found[item.name] = fitting[0]
+    return found
 
 
 LETTERS: Mapping[str, str] = {
@@ -596,14 +604,13 @@ def arguments(request: Request, importance: Path | None) -> list[str]:
     given: list[str] = []
     if request.importance:
         given += ["--imatrix", str(importance)]
-    for pattern, kind in request.overrides:
-        given += ["--tensor-type", f"{pattern}={kind}"]
+    for name, kind in request.named.items():
+        given += ["--tensor-type", f"^{re.escape(name)}$={kind}"]
     if request.output is not None:
         given += ["--output-tensor-type", request.output]
     if request.embedding is not None:
         given += ["--token-embedding-type", request.embedding]
-    given += ["--pure"] * request.pure + ["--leave-output-tensor"] * request.keep_output
-    return given
+    return [*given, *["--pure"] * request.pure]
 
 
 def run(program: str, *given: str) -> subprocess.CompletedProcess[str]:
@@ -646,7 +653,7 @@ def renew(program: str) -> None:
             importance = write_importance(Path(folder) / "imatrix.gguf", made.tensors[:1], ["some"])
             said = {
                 case: spelt(asked(program, path, request, importance).types.values())
-                for case, request in requests(name).items()
+                for case, request in requests(name, made).items()
             }
             found[name] = distinct(said)
     GOLDEN.write_text(json.dumps(found, indent=0) + "\n")

@@ -38,11 +38,7 @@ from carnice_build.formats.gguf.imatrix import (
     imatrix_tensors,
     importance_refs,
 )
-from carnice_build.formats.gguf.imatrix_file import (
-    encode_imatrix,
-    imatrix_metadata,
-    read_imatrix,
-)
+from carnice_build.formats.gguf.imatrix_file import described, imatrix_metadata, read_imatrix
 from carnice_build.formats.gguf.imatrix_ops import ColumnOrder, Importance
 from carnice_build.graph import (
     ActionGraph,
@@ -93,6 +89,21 @@ def value(ref: TensorRef) -> Floats:
 def written(path: Path, content: bytes) -> LocalFile:
     path.write_bytes(content)
     return LocalFile(path)
+
+
+def encoded(
+    entries: Mapping[str, tuple[Floats, Floats]], datasets: Sequence[str], chunks: int, size: int
+) -> bytes:
+    """A file in GGUF of sums [matrices, columns] and counts [matrices], by name."""
+    names = sorted(entries)
+    tensors = [item for name in names for item in described(name, *entries[name][0].shape)]
+    arrays = [array for name in names for array in entries[name]]
+    made = encode_gguf(imatrix_metadata(datasets, chunks, size), tensors)
+    file = bytearray(made.size)
+    file[: len(made.header)] = made.header
+    for offset, array in zip(made.offsets, arrays, strict=True):
+        file[offset : offset + array.nbytes] = array.tobytes()
+    return bytes(file)
 
 
 def stack_and_matrix() -> dict[str, tuple[Floats, Floats]]:
@@ -180,7 +191,7 @@ def test_columns_follow_those_of_the_weight() -> None:
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
     """Tensors by the order of their names, sums before counts, and the four keys."""
-    content = encode_imatrix(stack_and_matrix(), ["text.txt"], 3, 128)
+    content = encoded(stack_and_matrix(), ["text.txt"], 3, 128)
     file = written(tmp_path / "a.gguf", content)
     read, graph = read_imatrix(file), ActionGraph()
     found = importance_refs(graph, read, WANTED)
@@ -204,7 +215,7 @@ def test_the_gguf_package_reads_what_is_written(tmp_path: Path) -> None:
     """Keys and tensors."""
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "a.gguf"
-    path.write_bytes(encode_imatrix(stack_and_matrix(), ["a", "b"], 3, 128))
+    path.write_bytes(encoded(stack_and_matrix(), ["a", "b"], 3, 128))
     reader = gguf.GGUFReader(path)
     found = {tensor.name: tensor.data for tensor in reader.tensors}
 
@@ -223,8 +234,8 @@ def test_what_else_llama_imatrix_writes_is_passed_over(tmp_path: Path) -> None:
         Described("a.weight.stats", "F32", (12,)),
     ]
     metadata = {**imatrix_metadata([], 1, 2), "imatrix.stats_schema": Value("[str]", ["sum_sq"])}
-    encoded = encode_gguf(metadata, tensors)
-    file = written(tmp_path / "a", encoded.header + bytes(encoded.size - len(encoded.header)))
+    made = encode_gguf(metadata, tensors)
+    file = written(tmp_path / "a", made.header + bytes(made.size - len(made.header)))
 
     assert ["a.weight"] == list(read_imatrix(file).entries)
 
@@ -364,7 +375,7 @@ def test_a_gguf_that_is_none_is_refused(tmp_path: Path, what: str) -> None:
 def test_a_tensor_without_importance_is_told(tmp_path: Path) -> None:
     """It is quantized without; an embedding of another size counts as one."""
     entries = {**stack_and_matrix(), "token_embd.weight": (SUMS[None], floats([1]))}
-    read = read_imatrix(written(tmp_path / "a", encode_imatrix(entries, [], 1, 1)))
+    read = read_imatrix(written(tmp_path / "a", encoded(entries, [], 1, 1)))
     more = [Wanted("output.weight", (9, 6)), Wanted("token_embd.weight", (9, 6))]
     found = importance_refs(ActionGraph(), read, [*WANTED, *more])
 
@@ -376,7 +387,7 @@ def test_a_tensor_without_importance_is_told(tmp_path: Path) -> None:
 
 def test_a_matrix_of_another_model_is_refused(tmp_path: Path) -> None:
     """It says how many tensors fit, and what is different."""
-    read = read_imatrix(written(tmp_path / "a", encode_imatrix(stack_and_matrix(), [], 1, 1)))
+    read = read_imatrix(written(tmp_path / "a", encoded(stack_and_matrix(), [], 1, 1)))
     wider = [WANTED[0], Wanted("blk.0.ffn_up_exps.weight", (3, 8, 5))]
     others = [Wanted("blk.0.attn_k.weight", (8, 6))]
 
@@ -477,7 +488,7 @@ def test_a_recipe_says_where_importance_is_from(
     monkeypatch.setattr("carnice_build.formats.nvfp4.format.Calibration", keeping)
     plan_variants([FINE_TUNE], small.options(overrides=QUICK))
     ((view, source),) = given
-    file = written(tmp_path / "a", encode_imatrix(stack_and_matrix(), ["b"], 3, 4))
+    file = written(tmp_path / "a", encoded(stack_and_matrix(), ["b"], 3, 4))
     context = PlanContext(
         source.architecture, source.graph, None, {}, {}, source, find=lambda spec: file
     )
@@ -647,7 +658,7 @@ def test_llama_quantize_makes_of_ours_what_it_makes_of_its_own(model: Path, tmp_
         for name, entry in read.entries.items()
     }
     ours = tmp_path / "ours.gguf"
-    ours.write_bytes(encode_imatrix(entries, read.datasets, read.chunks, read.chunk_size))
+    ours.write_bytes(encoded(entries, read.datasets, read.chunks, read.chunk_size))
     made = {}
     for name in ("imatrix", "ours"):
         out = tmp_path / f"{name}-q4.gguf"

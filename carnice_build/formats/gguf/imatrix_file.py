@@ -11,13 +11,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from carnice_build.checkpoint.gguf_header import (
     MAGIC,
     Described,
     GgufHeader,
-    encode_gguf,
     read_gguf,
 )
 from carnice_build.checkpoint.gguf_values import Metadata, Value
@@ -25,10 +23,6 @@ from carnice_build.checkpoint.source import refuse_pointer
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError
 from carnice_build.tensors import ByteSource, SourceTensor
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 
@@ -208,25 +202,3 @@ def described(name: str, matrices: int, columns: int) -> tuple[Described, Descri
         Described(name + SUMS, "F32", (matrices, columns)),
         Described(name + COUNTS, "F32", (matrices, 1)),
     )
-
-
-def encode_imatrix(
-    entries: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
-    datasets: Sequence[str],
-    chunks: int,
-    chunk_size: int,
-) -> bytes:
-    """The bytes of a file in GGUF: by name, sums [matrices, columns] and counts [matrices].
-
-    Names are in the order of their bytes, as llama-imatrix has them.
-    """
-    names = sorted(entries, key=str.encode)
-    tensors = [item for name in names for item in described(name, *entries[name][0].shape)]
-    arrays: list[Any] = [array for name in names for array in entries[name]]
-    encoded = encode_gguf(imatrix_metadata(datasets, chunks, chunk_size), tensors)
-    file = bytearray(encoded.size)
-    file[: len(encoded.header)] = encoded.header
-    for offset, array in zip(encoded.offsets, arrays, strict=True):
-        content = array.astype("<f4").tobytes()
-        file[offset : offset + len(content)] = content
-    return bytes(file)

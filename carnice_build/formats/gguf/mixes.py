@@ -41,7 +41,6 @@ from carnice_build.formats.gguf.mix_rules import (
     Place,
     decide,
 )
-from carnice_build.recipe.patterns import compile_pattern, in_time
 
 FLOATS = ("F32", "F16", "BF16")
 """Types that are not quantized."""
@@ -69,21 +68,16 @@ class Request:
     """What llama-quantize is told.
 
     `importance` is whether there is an importance matrix, with an entry at least.
-    `overrides` are `--tensor-type`'s pairs of an expression, searched for in names, and a type;
-    the first that matches wins, and llama-quantize writes expressions in lower case.
-    `named` are the same by the whole name of a tensor, and go before them.
-    `output` and `embedding` are `--output-tensor-type` and `--token-embedding-type`; `keep_output`
-    is `--leave-output-tensor`.
+    `named` are the types that `--tensor-type` gives, by the name of a tensor; `output` and
+    `embedding` are `--output-tensor-type` and `--token-embedding-type`.
     """
 
     mix: str
     importance: bool = False
-    overrides: tuple[tuple[str, str], ...] = ()
     named: Mapping[str, str] = field(default_factory=dict)
     output: str | None = None
     embedding: str | None = None
     pure: bool = False
-    keep_output: bool = False
 
 
 class Assigned(NamedTuple):
@@ -192,7 +186,7 @@ def assign(tensors: Iterable[Tensor], model: Model, request: Request) -> tuple[A
     """
     ordered = sorted(tensors, key=lambda tensor: order(tensor.name))
     mixer = _Mixer([tensor.name for tensor in ordered], model, request)
-    return tuple(mixer.assigned(tensor) for tensor in in_time(ordered))
+    return tuple(mixer.assigned(tensor) for tensor in ordered)
 
 
 class ImportanceFile(NamedTuple):
@@ -237,16 +231,12 @@ class _Mixer:
         self.tied = OUTPUT not in names
         self.values = sum(role_of(name) == "attn_v" for name in names)
         self.seen: Counter[str] = Counter()
-        self.overrides = [
-            (_compiled(pattern), type_of(kind)) for pattern, kind in request.overrides
-        ]
         self.output = type_of(request.output) if request.output is not None else None
         self.embedding = type_of(request.embedding) if request.embedding is not None else None
 
     def assigned(self, tensor: Tensor) -> Assigned:
         """The type of the next tensor of the file."""
-        kept = self.request.keep_output and tensor.name == OUTPUT
-        if kept or not quantizable(tensor, self.model.arch):
+        if not quantizable(tensor, self.model.arch):
             return Assigned(tensor, tensor.type, tensor.type)
         wanted = self._stated(tensor)
         if wanted is not None:
@@ -254,7 +244,7 @@ class _Mixer:
         elif self.mix.default in FLOATS:
             kind = wanted = self.mix.default
         else:
-            wanted = self._overridden(tensor.name) or self._mixed(tensor)
+            wanted = self.request.named.get(tensor.name) or self._mixed(tensor)
             kind = fitting(wanted, tensor.shape[0])
         return Assigned(tensor, kind, wanted, self._needs_importance(tensor.name, kind))
 
@@ -281,13 +271,8 @@ class _Mixer:
         return kind
 
     def _named(self, name: str) -> bool:
-        """Whether an override may speak for embeddings: for those of layers, where one matches."""
-        return name != EMBEDDING and self._overridden(name) is not None
-
-    def _overridden(self, name: str) -> str | None:
-        if name in self.request.named:
-            return self.request.named[name]
-        return next((kind for pattern, kind in self.overrides if pattern.search(name)), None)
+        """Whether the type that a name was given counts: of embeddings, for those of layers."""
+        return name != EMBEDDING and name in self.request.named
 
     def _mixed(self, tensor: Tensor) -> str:
         """The type that the mix has for a tensor, whatever its columns."""
@@ -346,13 +331,6 @@ def fitting(kind: str, columns: int) -> str:
         return kind
     smaller = FALLBACKS.get(kind, kind)
     return smaller if columns % TYPES[smaller].elements == 0 else "F16"
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return compile_pattern(f"re:{pattern.lower()}")
-    except ValueError as error:
-        raise PlanError(str(error)) from None
 
 
 def _value(metadata: Metadata, key: str) -> Value:
