@@ -115,7 +115,15 @@ class OpenedSide:
     def stores_gain(self, module: str) -> bool:
         """True for a norm of which this folder has 1 + w, because it is one of MLX."""
         item = self._mlx_names.get(f"{module}.weight")
-        return item is not None and item.kind is Kind.SHIFT and item.name in self.folder.tensors
+        if item is None or item.kind is not Kind.SHIFT or not self._of_mlx:
+            return False
+        return item.name in self.folder.tensors
+
+    @cached_property
+    def _of_mlx(self) -> bool:
+        """Whether tensors have names that MLX alone gives them; most have those of checkpoints."""
+        own = {item.name for item in self._mlx_names.values()} - self.architecture.built.keys()
+        return not own.isdisjoint(self.folder.tensors)
 
     @cached_property
     def _mlx_names(self) -> Mapping[str, Traced]:

@@ -123,9 +123,6 @@ class ModelTensors:
             parts = table.cuts[rest].parts
             rows = [HeadPart(size(part.start), size(part.rows), part.turned) for part in parts]
             names = [f"blk.{block.number}.{part.name}" for part in parts]
-            if len(set(names)) < len(names):
-                # Rows of several parts in one tensor are not told apart.
-                raise PlanError(f"{fact.name!r} is not put together again")
             return Place(fact, names, heads=size(table.cuts[rest].heads), parts=rows)
         if block is not None and rest in table.merges:
             name = f"blk.{block.number}.{table.merges[rest].name}"

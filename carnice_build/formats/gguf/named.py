@@ -64,7 +64,7 @@ class Place:
     """What the tensors of files are called that one of the architecture becomes, and how.
 
     There is one name, but of a convolution over frames, and of a matrix of `heads` whose `parts`
-    have one each.  `how` is a function of `ops.Values`.
+    have one each; those of one name lie below each other.  `how` is a function of `ops.Values`.
     Of a stack that is one tensor with another, `merged` is the one whose rows follow.
     """
 

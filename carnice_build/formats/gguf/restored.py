@@ -135,19 +135,38 @@ def _in_blocks(tensor: SourceTensor, kind: str) -> BlockTensor:
 
 def _uncut(place: Place, tensors: Tensors, kinds: Mapping[str, str]) -> SourceTensor:
     """The matrix whose heads were cut."""
-    held = [tensors[name] for name in place.names]
+    held = _held(place, tensors)
     types = {tensor.spec.dtype for tensor in held}
-    if len(types) == 1 and not any(tensor.name in kinds for tensor in held):
+    if len(types) == 1 and not any(name in kinds for name in place.names):
         return _heads_joined(place, held)
     parts = []
-    for part, tensor in zip(place.parts, held, strict=True):
+    for part, name, tensor in zip(place.parts, place.names, held, strict=True):
         *outer, columns = tensor.spec.shape
         flat = replace(tensor, spec=TensorSpec(tensor.spec.dtype, (prod(outer), columns)))
-        kind = kinds.get(tensor.name)
+        kind = kinds.get(name)
         parts.append(HeldPart(part, flat if kind is None else _in_blocks(flat, kind)))
     first = held[0]
     name, spec = place.fact.name, TensorSpec("U8", (first.spec.nbytes,))
     return HeadsTensor(name, spec, first.file, first.offset, None, place.heads, parts)
+
+
+def _held(place: Place, tensors: Tensors) -> Sequence[SourceTensor]:
+    """What files have of each part: [heads, rows, columns], of what is turned [heads, columns,
+    rows].
+
+    In a tensor of several parts they lie one below another, each of all heads.
+    """
+    found = []
+    below = dict.fromkeys(place.names, 0)
+    for part, name in zip(place.parts, place.names, strict=True):
+        tensor, start = tensors[name], below[name]
+        columns = tensor.spec.shape[-1]
+        rows = tensor.spec.shape[-2] if part.turned else part.rows
+        spec = TensorSpec(tensor.spec.dtype, (place.heads, rows, columns))
+        offset = tensor.offset + start * (spec.row_bytes // rows)
+        found.append(SourceTensor(tensor.name, spec, tensor.file, offset, tensor.share(spec)))
+        below[name] += place.heads * rows
+    return found
 
 
 def _heads_joined(place: Place, held: Sequence[SourceTensor]) -> SourceTensor:
