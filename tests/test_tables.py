@@ -313,7 +313,7 @@ CASES = {
     ),
     "deepseek_v3, biases": Case("deepseek_v3", {"attention_bias": True, **TIED}),
     "gpt_oss": Case("gpt_oss", {**SIZES, "num_local_experts": 3, "attention_bias": False}),
-    "minimax_m2": Case("minimax_m2", {**SIZES, "num_local_experts": 3}),
+    "minimax_m2": Case("minimax_m2", {**SIZES, "num_local_experts": 3, "rotary_dim": 12}),
     "nemotron_h": Case(
         "nemotron_h",
         {
@@ -498,6 +498,18 @@ def test_text_configs_are_of_types_that_transformers_runs() -> None:
         architecture = architecture_of(case.made().config, case.family)
         config_class = CONFIG_MAPPING[architecture.text_config["model_type"]]
         assert config_class in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+@pytest.mark.parametrize(("stated", "told"), [({}, 0.5), ({"partial_rotary_factor": 0.25}, 0.25)])
+def test_what_transformers_does_not_know_is_said_in_its_own_words(
+    stated: Mapping[str, Any], told: float
+) -> None:
+    """As how much of a head turns, unless the config says that too; it goes out as it came."""
+    config = {"model_type": "minimax_m2", "head_dim": 128, "rotary_dim": 64, **stated}
+    architecture = architecture_of(config, "config.json")
+
+    assert told == architecture.text_config["partial_rotary_factor"]
+    assert config == architecture.published_config([])
 
 
 # --- what tables say of modules -------------------------------------------------------------------

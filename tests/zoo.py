@@ -383,6 +383,8 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 2,
             "intermediate_size": 128,
             "rotary_dim": 32,
+            # Without it transformers 5.17 turns whole heads, and libraries with it.
+            "partial_rotary_factor": 0.5,
             "use_qk_norm": True,
         },
         minimax_m2_hub,

@@ -135,8 +135,9 @@ def deepseek_hub(tensors: Tensors, config: dict[str, Any]) -> None:
 
 
 def minimax_m2_hub(tensors: Tensors, config: dict[str, Any]) -> None:
-    """FP8 in blocks of 128 by 128 for the linears of decoder layers."""
+    """FP8 in blocks of 128 by 128 for the linears of decoder layers; `rotary_dim` alone."""
     old_rope(tensors, config)
+    del config["partial_rotary_factor"]
     config["shared_intermediate_size"] = 0
     _fp8_blocks(tensors, config, keep=("lm_head", "embed_tokens", "block_sparse_moe.gate."))
     _wide_biases(tensors)

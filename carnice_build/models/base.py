@@ -205,7 +205,7 @@ class Architecture(ABC):
         """The entries that describe the text model, in the spelling of `published_config`.
 
         Their `model_type` is the one that transformers gives it, of which it makes a causal
-        language model.
+        language model; what it would not understand is there in its own words, too.
         """
 
     @property

@@ -99,9 +99,16 @@ class FamilyTable(Architecture):
     def text_config(self) -> Mapping[str, Any]:
         """See `Architecture.text_config`."""
         own, reader = self._table.text.type, self._reader
+        entries = {**self._restated, **reader.text_entries}
         if own is None or (reader.text is not reader.root and reader.text.states("model_type")):
-            return reader.text_entries
-        return {**reader.text_entries, "model_type": own}
+            return entries
+        return {**entries, "model_type": own}
+
+    @cached_property
+    def _restated(self) -> Mapping[str, Any]:
+        """What transformers is told of the config in its own words."""
+        formulas = self._table.restated.items()
+        return {name: self._values.evaluate(how, ("restated", name)) for name, how in formulas}
 
     @property
     def layer_config(self) -> Mapping[str, Any]:

@@ -201,6 +201,11 @@ class Table(_Strict):
     defaults: dict[str, Formula] = Field(
         default_factory=dict, description="What transformers takes where a config is silent."
     )
+    restated: dict[str, Formula] = Field(
+        default_factory=dict,
+        description="Entries that transformers goes by, of what configs state in other words; one "
+        "that a config states itself stays.",
+    )
     values: dict[str, Formula] = Field(
         default_factory=dict,
         description="Names for formulas, which may use each other, and `layer` and `kind` in rows.",

@@ -50,9 +50,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_oss": {},
     # llama.cpp has no dense layers of these two.
     "qwen3_moe": {"mlp_only_layers": []},
+    "qwen3_next": {},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe", "mamba"]},
-    # transformers turns whole heads, whatever this says.
-    "minimax_m2": {"rotary_dim": 64},
+    # As on the hub, where `rotary_dim` says it alone.
+    "minimax_m2": {"partial_rotary_factor": None},
 }
 """What is changed in configs of the zoo."""
 
