@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Finished, Project, TinyCheckpoint
+from gguf_families import CONFIGS, write_checkpoint
 from numpy.typing import NDArray
 from tiny import Tensor, bf16, read_all_tensors, read_json, write_json, write_safetensors
 
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.diff import ModuleDiff, State, diff_folders
+from carnice_build.commands.diff_side import open_side
 from carnice_build.errors import StoreError
 
 LINEARS = 8 * 3 + 6 * 5 + 2 * 4 + 2
@@ -325,6 +327,18 @@ def test_norms_of_mlx_are_not_compared_with_those_of_torch(
     assert 0.05 < head["relative_difference"] < 0.15
     conv = found["model.language_model.layers.0.linear_attn.conv1d"]
     assert 0 == conv["relative_difference"]
+
+
+def test_norms_of_torch_that_mlx_calls_alike_are_those_of_torch(tmp_path: Path) -> None:
+    """Qwen3-Next's, as long as nothing else has a name that MLX alone gives it."""
+    folder = write_checkpoint(tmp_path / "model", CONFIGS["qwen3_next"])
+    of_torch = open_side(folder).stores_gain("model.norm")
+    number = Tensor("BF16", (1,), bytes(2))
+    names = ("model.norm.weight", "model.layers.0.mlp.switch_mlp.up_proj.weight")
+    write_safetensors(folder / "model.safetensors", dict.fromkeys(names, number))
+
+    assert not of_torch
+    assert open_side(folder).stores_gain("model.norm")
 
 
 KINDS = {

@@ -110,22 +110,32 @@ def test_a_build_of_another_mix_passes(tmp_path: Path, name: str, mix: str, most
     check_compared(compared(folder, model), most)
 
 
-def test_heads_that_were_cut_are_put_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "module", "shape"),
+    [
+        ("deepseek_v3", "self_attn.kv_b_proj", (160, 32)),
+        # Three of the parts of a head lie in one tensor of the file.
+        ("qwen3_next", "linear_attn.in_proj_qkvz", (224, WIDTH)),
+    ],
+)
+def test_heads_that_were_cut_are_put_together(
+    tmp_path: Path, family: str, module: str, shape: tuple[int, int]
+) -> None:
     """Floats as they were; of blocks any rows, with bounds of their own, as all of them have."""
-    model, plain = build(tmp_path, "deepseek_v3", "BF16")
-    _, blocks = build(tmp_path, "deepseek_v3", "Q8_0")
+    model, plain = build(tmp_path, family, "BF16")
+    _, blocks = build(tmp_path, family, "Q8_0")
     (plan,) = plan_variants(["bf16"], options_of(tmp_path, model)).variants
-    name = "model.layers.1.self_attn.kv_b_proj.weight"
-    source = PlainValues(open_folder(model).tensors[name]).rows(0, 160)
+    name = f"model.layers.1.{module}.weight"
+    source = PlainValues(open_folder(model).tensors[name]).rows(0, shape[0])
     checks = GgufChecks("Q8_0")
 
     floats = checks.by_module(open_folder(plain).tensors, plan.architecture)[name]
     cut = checks.by_module(open_folder(blocks).tensors, plan.architecture)
     values = block_values(cut, name.removesuffix(".weight"))
-    whole, allowed = values.rows(0, 160), values.allowance(source, 0)
+    whole, allowed = values.rows(0, shape[0]), values.allowance(source, 0)
 
-    np.testing.assert_array_equal(PlainValues(floats).rows(0, 160), source)
-    assert (160, 32) == values.shape
+    np.testing.assert_array_equal(PlainValues(floats).rows(0, shape[0]), source)
+    assert shape == values.shape
     assert (np.abs(whole - source) <= allowed).all()
     for start, stop in (0, 7), (39, 41), (47, 130):
         np.testing.assert_array_equal(values.rows(start, stop), whole[start:stop])
