@@ -98,6 +98,14 @@ def test_a_config_whose_entry_is_not_known_is_told_in_transformers_words() -> No
         LayerDriver(config, 0, arithmetic("llama"))
 
 
+def test_a_model_that_transformers_does_not_know_is_named() -> None:
+    """By its type, whichever way it is asked for."""
+    with pytest.raises(BackendError, match=r"has no causal language model 'acme'"):
+        LayerDriver({"model_type": "acme"}, 0, arithmetic("llama"))
+    with pytest.raises(BackendError, match=r"has no causal language model 'siglip'"):
+        usual_attention({"model_type": "siglip"})
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_make_the_bits_that_they_make_in_the_whole_model(

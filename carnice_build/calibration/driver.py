@@ -106,8 +106,12 @@ def usual_attention(text_config: Mapping[str, Any]) -> Literal["sdpa", "eager"]:
 
 def _classes(text_config: Mapping[str, Any]) -> tuple[Any, Any]:
     """transformers' config and causal language model of a `text_config`."""
-    config_class: Any = CONFIG_MAPPING[text_config["model_type"]]
-    return config_class, MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    model_type = text_config["model_type"]
+    try:
+        config_class: Any = CONFIG_MAPPING[model_type]
+        return config_class, MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    except KeyError:
+        raise BackendError(f"transformers has no causal language model {model_type!r}") from None
 
 
 def _revive(model: Any, path: str, module: nn.Module, device: str) -> None:

@@ -113,7 +113,7 @@ class Text(_Strict):
 
     section: str | None = Field(None, description="Section of config.json; a flat one will do.")
     type: str | None = Field(
-        None, description="Its model type in transformers, where its section states none."
+        None, description="Its model type in transformers, where no section of its own states one."
     )
 
 
