@@ -63,17 +63,22 @@ def options_of(root: Path, source: Path) -> Options:
     )
 
 
+def write_recipe(recipes: Path, variant: str, sections: str) -> None:
+    """A recipe with these sections in the folder `recipes`, with sources as `options_of` has
+    them."""
+    recipes.mkdir(exist_ok=True)
+    (recipes / "_profiles.yaml").write_text("demo: {}\n")
+    (recipes / f"{variant}.yaml").write_text(
+        f"variant: {variant}\ndescription: A\nsources: {{body: {{model: a/b}}}}\n{sections}"
+    )
+
+
 def build_checked(root: Path, source: Path, variant: str, recipe: str) -> Path:
     """The folder of a variant of the checkpoint `source`, which passes its checks.
 
     `recipe` are the sections `quantize` and, if there are any, `calibration`.
     """
-    recipes = root / "recipes"
-    recipes.mkdir(exist_ok=True)
-    (recipes / "_profiles.yaml").write_text("demo: {}\n")
-    (recipes / f"{variant}.yaml").write_text(
-        f"variant: {variant}\ndescription: A\nsources: {{body: {{model: a/b}}}}\n{recipe}"
-    )
+    write_recipe(root / "recipes", variant, recipe)
     options = options_of(root, source)
     build_variants([variant], options)
     (result,) = verify_variants([variant], options, VerifySettings(run=False)).variants

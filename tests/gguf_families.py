@@ -109,6 +109,27 @@ _SIGLIP = {
     "image_size": 32,
     "patch_size": 8,
 }
+_PATCHES = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "patch_size": 4,
+    "position_embedding_size": 16,
+}
+_SOUNDS = {
+    "model_type": "gemma4_audio",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [8, 4],
+    "conv_kernel_size": 5,
+    "use_clipped_linears": True,
+    "output_proj_dims": 24,
+}
 _PIXTRAL = {
     "model_type": "pixtral",
     "hidden_size": 32,
@@ -210,6 +231,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "final_logit_softcapping": 30.0,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
+        "vision_config": {**_PATCHES, "use_clipped_linears": True},
+        "audio_config": _SOUNDS,
     },
     "gemma4 experts": {
         "architectures": ["Gemma4ForConditionalGeneration"],
@@ -228,6 +251,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "num_global_key_value_heads": 1,
             "layer_types": ["sliding_attention", "full_attention"],
         },
+        "vision_config": {**_PATCHES, "standardize": True},
+        "audio_config": None,
     },
     "gpt_oss": {
         "architectures": ["GptOssForCausalLM"],
@@ -482,6 +507,8 @@ def family_cases() -> list[FamilyCase]:
     headless = [FamilyCase(name, mtp=False) for name in ("glm4_moe", "nemotron_h", "qwen3_next")]
     towers = [FamilyCase("gemma3", projector=True, dtype=dtype) for dtype in ("F16", "BF16")]
     towers += [FamilyCase("mistral3", projector=True, dtype=dtype) for dtype in ("F16", "F32")]
+    towers += [FamilyCase("gemma4", projector=True, dtype=dtype) for dtype in ("F16", "BF16")]
+    towers += [FamilyCase("gemma4 experts", projector=True, dtype="F32")]
     wide = [FamilyCase(name, dtype="BF16") for name in ("llama scaled", "nemotron_h")]
     return [*map(FamilyCase, CONFIGS), *headless, *towers, *wide]
 

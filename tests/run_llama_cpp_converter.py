@@ -2,8 +2,8 @@
 
 It knows tokenizers by a hash of what they do to a text, and none that was made for a test; with
 `none` for PRE it writes nothing of the tokenizer.
-Its e^x is that of torch, whose last place is another on other machines: here it is rounded from
-float64 to nearest, as ours is.
+Its e^x and log(1 + e^x) are those of torch, whose last place is another on other machines: here
+they are rounded from float64 to nearest, as ours are.
 
     python tests/run_llama_cpp_converter.py SOURCE PRE CHECKPOINT --outfile FILE ...
 """
@@ -23,6 +23,10 @@ def main() -> None:
 
     exp = torch.exp
     torch.exp = lambda values: exp(values.double()).to(values.dtype)
+    log1p = torch.log1p
+    torch.nn.functional.softplus = lambda values: log1p(exp(values.double()).float().double()).to(
+        values.dtype
+    )
 
     TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
     if pre == "none":

@@ -472,6 +472,7 @@ OPS: Sequence[OpSample] = [
     ),
     OpSample(Values(), {"how": "add_one"}, drawn(("BF16", (9,)))),
     OpSample(Values(), {"how": "negative_exp"}, drawn(("F16", (9,)))),
+    OpSample(Values(), {"how": "softplus"}, drawn(("F32", (9,)))),
     OpSample(PackMxfp4(), {}, drawn(("U8", (5, 2, 16)), ("U8", (5, 2)))),
     OpSample(BlockQuantize(), {}, drawn(("BF16", (9, 32)), ("BF16", (4, 32)))),
     OpSample(RowQuantize(), {}, drawn(("BF16", (9, 128)))),

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from family_builds import build_checked, options_of, write_family
+from family_builds import build_checked, options_of, write_family, write_recipe
 from gguf_families import CONFIGS, write_checkpoint
+from test_cards import pages
 from tiny import write_json
 from verifying import Copy
 from vocabularies import byte_level, sentencepiece_json
@@ -31,6 +32,7 @@ UNLIKE = (
     "llama scaled",
     "mixtral",
     "gemma3",
+    "gemma4",
     "gemma4 experts",
     "gpt_oss",
     "deepseek_v3",
@@ -91,6 +93,29 @@ def test_a_build_passes_and_every_module_is_found(tmp_path: Path, name: str) -> 
     mix = "MXFP4_MOE" if name == "gpt_oss" else "Q4_K_M"
     model, folder = build(tmp_path, name, mix)
     check_compared(compared(folder, model), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "serve"),
+    [
+        ("gemma4", "the towers, for images and sounds", "images and sounds are"),
+        ("gemma4 experts", "the vision tower, for images", "images are"),
+    ],
+)
+def test_pages_tell_what_towers_are_for(tmp_path: Path, name: str, card: str, serve: str) -> None:
+    """One file has those for images and for sounds."""
+    write_source(tmp_path / "model", name)
+    recipe = "quantize: {format: gguf, mix: BF16}\npackage: {serve: llama-server}\n"
+    write_recipe(tmp_path / "recipes", "towers", recipe)
+    (plan,) = plan_variants(["towers"], options_of(tmp_path, tmp_path / "model")).variants
+    found = dict(pages(plan))
+
+    assert f"| {card}: `--mmproj` |" in found["README.md"]
+    assert (
+        f"The Modelfile is of the text model; {serve} `llama-server`'s."
+        in (found["serve/README.md"])
+    )
+    assert "/mmproj-b-F16.gguf" in found["serve/vision.sh"]
 
 
 @pytest.mark.wide

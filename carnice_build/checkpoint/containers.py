@@ -20,6 +20,10 @@ PROJECTOR = "mmproj-"
 """The beginning of the name of a tower's GGUF file, as llama.cpp's programs know it."""
 
 
+SOUND = "a."
+"""The beginning of the names of its tensors that are of a tower for sound."""
+
+
 def is_statistics(name: str) -> bool:
     """Whether a file is one of importance, which has no weights."""
     return name.endswith(STATISTICS)

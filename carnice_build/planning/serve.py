@@ -9,7 +9,7 @@ from typing import NamedTuple
 from carnice_build.chat.files import template_files
 from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.chat.tool_format import tool_format
-from carnice_build.checkpoint.containers import is_statistics
+from carnice_build.checkpoint.containers import SOUND, is_statistics
 from carnice_build.checkpoint.generation import generation_entries, sampling
 from carnice_build.checkpoint.gguf_header import SUFFIX
 from carnice_build.errors import PlanError
@@ -65,6 +65,8 @@ def plan_serving(
         model_file=weights.file,
         projector=weights.projector.name if weights.projector else None,
         projector_bytes=weights.projector.size if weights.projector else 0,
+        hears=weights.projector is not None
+        and any(slot.tensor.name.startswith(SOUND) for slot in weights.projector.slots),
     )
     _check_sections(recipe, facts)
     return facts

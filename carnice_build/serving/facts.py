@@ -27,7 +27,8 @@ class ServingFacts:
     `stated_sampling` what the recipe says, which is none where it says nothing;
     `kv_cache_dtype` is the type of a cache whose scales are in the folder, None without any;
     `model_file` is what is served where an engine loads no folder, the first of split files, and
-    `projector` that of the vision tower, which has `projector_bytes` beside `weights_bytes`.
+    `projector` that of the towers, which has `projector_bytes` beside `weights_bytes`, and `hears`
+    if one of them is for sound.
     """
 
     repo: str
@@ -50,3 +51,4 @@ class ServingFacts:
     model_file: str | None = None
     projector: str | None = None
     projector_bytes: int = 0
+    hears: bool = False

@@ -118,7 +118,7 @@ def describe(
 def describe_projector(
     architecture: Architecture, view: View, graph: ActionGraph, about: About
 ) -> Description:
-    """The file of the tower, which llama.cpp calls `mmproj`; see `describe`.
+    """The file of the towers, which llama.cpp calls `mmproj`; see `describe`.
 
     PlanError for a family whose towers no table names.
     """
@@ -176,6 +176,7 @@ def _scope(architecture: Architecture, table: Table, about: About, **given: Any)
         "rope": full,
         "sliding_rope": sliding,
         "vision_config": vision,
+        "audio_config": _section(root, "audio_config"),
         "processor": _processor(about),
     }
     positions, patch = vision.get("num_position_embeddings"), vision.get("patch_size")

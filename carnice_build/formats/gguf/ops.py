@@ -14,9 +14,10 @@ class Values(ArrayOp):
     """A function of each number, computed in F16 where the tensor is of that type, else in F32.
 
     Parameter `how`: `add_one` (of a norm that stores w for a gain of 1 + w), or `negative_exp`
-    (-e^x, of a decay whose logarithm is stored).  The output is F32.
-    What a function rounds, it rounds to nearest; the converter's own e^x is that of torch's
-    library, which differs by one in the last place of a few numbers, by machine.
+    (-e^x, of a decay whose logarithm is stored), or `softplus` (log(1 + e^x), of scales).  The
+    output is F32.
+    What a function rounds, it rounds to nearest; the converter's own e^x and log(1 + e^x)
+    are those of torch's library, which differ in the last place of a few numbers, by machine.
     """
 
     name = "gguf.values"
@@ -65,9 +66,23 @@ def _negative_exp(values: Any) -> Any:
     return -np.exp(values.astype(np.float64)).astype(values.dtype)
 
 
+def _softplus(values: Any) -> Any:
+    import numpy as np
+
+    # In two steps, of which torch rounds the first one as well.
+    powers = np.exp(values.astype(np.float64)).astype(np.float32)
+    found = np.where(values > _LINEAR, values, np.log1p(powers.astype(np.float64)))
+    return found.astype(values.dtype)
+
+
+_LINEAR = 20
+"""Above it softplus is its argument, in torch and in F32."""
+
+
 _FUNCTIONS: Mapping[str, Callable[[Any], Any]] = {
     "add_one": _add_one,
     "negative_exp": _negative_exp,
+    "softplus": _softplus,
 }
 
 

@@ -100,12 +100,12 @@ def _restored(
         tensor = _joined([tensor, *others], fact.shape)
     if place.how is not None:
         tensor = replace(tensor, file=_Undone(tensor, place.how), offset=0)
+    if kind is None and tensor.spec.size == prod(fact.shape):
+        tensor = replace(tensor, spec=TensorSpec(tensor.spec.dtype, fact.shape))
     if swap is not None and not swap.columns:
         tensor = swapped_rows(tensor, swap.second, swap.first, swap.size, swap.skip)
     if swap is not None and swap.columns and kind is None:
         tensor = swapped_columns(tensor, swap.second, swap.first, swap.size)
-    if kind is None and tensor.spec.size == prod(fact.shape):
-        tensor = replace(tensor, spec=TensorSpec(tensor.spec.dtype, fact.shape))
     offset = tensor.offset
     for name, spec in members(fact.name, tensor.spec):
         one = SourceTensor(name, spec, tensor.file, offset)
@@ -241,4 +241,14 @@ def _log_of_negative(values: Floats) -> Floats:
     return found
 
 
-_UNDO = {"add_one": _minus_one, "negative_exp": _log_of_negative}
+def _softplus_undone(values: Floats) -> Floats:
+    # Of large values log(e^y - 1) would be none.
+    found: Floats = values + np.log(-np.expm1(-values))
+    return found
+
+
+_UNDO = {
+    "add_one": _minus_one,
+    "negative_exp": _log_of_negative,
+    "softplus": _softplus_undone,
+}

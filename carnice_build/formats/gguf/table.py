@@ -76,18 +76,35 @@ class Parameter(Strict):
     each: bool = Field(False, description="`value` is that of a layer; the entry has all of them.")
 
 
+class Blocks(Strict):
+    """The blocks of a tower."""
+
+    prefix: str = Field(description="What their names begin with, before their number.")
+    name: str = Field("v.blk", description="What GGUF's names begin with there.")
+    modules: dict[str, str] = Field(description="Modules of a block.")
+
+
 class Projector(Strict):
-    """The file of the tower."""
+    """The file of the towers.
+
+    A tensor of a block is called here what its name says behind the block's number, any other by
+    its whole name, and so it is of GGUF's names.
+    """
 
     tensors: dict[str, str] = Field(description="Modules outside of blocks.")
-    prefix: str = Field(description="What names of blocks begin with, before their number.")
-    block: dict[str, str] = Field(description="Modules of a block.")
+    blocks: list[Blocks] = Field(description="Those of each tower.")
     frames: list[str] = Field(
         default_factory=list,
         description="Convolutions over frames, that become one for each frame.",
     )
+    functions: dict[str, str] = Field(
+        default_factory=dict, description="What is computed of a tensor; see `ops`."
+    )
     swaps: dict[str, Swap] = Field(
-        default_factory=dict, description="Tensors of a block in which rows change places."
+        default_factory=dict, description="Tensors in which rows or columns change places."
+    )
+    shapes: dict[str, list[Formula]] = Field(
+        default_factory=dict, description="Tensors that are of another shape."
     )
     kinds: dict[str, Literal["F32", "F16", "half"]] = Field(
         default_factory=dict, description="Types of tensors by GGUF's names; see `named.Kind`."
@@ -154,7 +171,7 @@ class Table(Strict):
     parameters: list[Parameter] = Field(
         default_factory=list, description="The metadata that follows."
     )
-    projector: Projector | None = Field(None, description="The file of the tower, if it has one.")
+    projector: Projector | None = Field(None, description="The file of its towers, if it has any.")
 
 
 class _Common(Strict):

@@ -1,10 +1,11 @@
-"""The tensors of the file of a tower, which llama.cpp calls a projector."""
+"""The tensors of the file of a model's towers, which llama.cpp calls a projector."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from carnice_build.checkpoint.json import json_object
 from carnice_build.errors import CheckpointError, PlanError
@@ -23,8 +24,17 @@ _FRAMES = 2
 _NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 
 
+class _Spot(NamedTuple):
+    """What a table calls a tensor, what it calls it in GGUF, and GGUF's whole name; see
+    `Projector`."""
+
+    key: str
+    end: str
+    name: str
+
+
 class TowerTensors:
-    """Makes the tensors of the file of a tower."""
+    """Makes the tensors of the file of the towers."""
 
     def __init__(
         self,
@@ -43,15 +53,12 @@ class TowerTensors:
         table = self._table
         if table.unread is not None and fact.name.startswith(table.unread):
             return []
-        name = self._name(fact)
-        _, _, rest = fact.name.removeprefix(table.prefix).partition(".")
-        if fact.name.startswith(table.prefix) and (swap := table.swaps.get(rest)) is not None:
-            ref = swapped_ref(ref, swap, self._scope)
-        if self._architecture.offset_norm(fact.name):
-            ref = self._graph.add(Values(), {"how": "add_one"}, ref)[0]
+        spot = self._spot(fact)
+        ref = self._made(ref, fact, spot)
+        name = spot.name
         if fact.name not in table.frames:
             small = len(ref.spec.shape) <= 1 or name == "v.position_embd.weight"
-            kind: Kind = table.kinds.get(name, "F32" if small else "matrix")
+            kind: Kind = table.kinds.get(spot.end, "F32" if small else "matrix")
             return [Named(name, ref, fact, kind)]
         if ref.spec.shape[2] != _FRAMES:
             raise PlanError(
@@ -66,22 +73,38 @@ class TowerTensors:
 
     def place(self, fact: TensorFact) -> Place:
         """See `places`."""
-        name = self._name(fact)
+        spot = self._spot(fact)
         frames = fact.name in self._table.frames
-        _, _, rest = fact.name.removeprefix(self._table.prefix).partition(".")
-        swap = self._table.swaps.get(rest) if fact.name.startswith(self._table.prefix) else None
+        swap = self._table.swaps.get(spot.key)
         heads = heads_of(swap, self._scope) if swap else None
-        how = "add_one" if self._architecture.offset_norm(fact.name) else None
-        return Place(fact, frame_names(name, fact.shape) if frames else [name], heads, how)
+        names = frame_names(spot.name, fact.shape) if frames else [spot.name]
+        return Place(fact, names, heads, self._how(fact, spot))
 
-    def _name(self, fact: TensorFact) -> str:
+    def _made(self, ref: TensorRef, fact: TensorFact, spot: _Spot) -> TensorRef:
+        """A tensor as llama.cpp has it, still of any float type."""
         table = self._table
-        if fact.name.startswith(table.prefix):
-            number, _, rest = fact.name.removeprefix(table.prefix).partition(".")
-            if (found := spelled(table.block, rest)) is not None:
-                return f"v.blk.{number}.{found}"
-        elif (found := spelled(table.tensors, fact.name)) is not None:
-            return found
+        if (swap := table.swaps.get(spot.key)) is not None:
+            ref = swapped_ref(ref, swap, self._scope)
+        if (shape := table.shapes.get(spot.key)) is not None:
+            ref = ref.reshaped(*map(self._scope.size, shape))
+        if not ref.spec.shape:
+            ref = ref.reshaped(1)
+        how = self._how(fact, spot)
+        return ref if how is None else self._graph.add(Values(), {"how": how}, ref)[0]
+
+    def _how(self, fact: TensorFact, spot: _Spot) -> str | None:
+        if self._architecture.offset_norm(fact.name):
+            return "add_one"
+        return self._table.functions.get(spot.key)
+
+    def _spot(self, fact: TensorFact) -> _Spot:
+        for blocks in self._table.blocks:
+            if fact.name.startswith(blocks.prefix):
+                number, _, key = fact.name.removeprefix(blocks.prefix).partition(".")
+                if (end := spelled(blocks.modules, key)) is not None:
+                    return _Spot(key, end, f"{blocks.name}.{number}.{end}")
+        if (name := spelled(self._table.tensors, fact.name)) is not None:
+            return _Spot(fact.name, name, name)
         raise PlanError(f"GGUF has no name for tensor {fact.name!r}", at=("format",))
 
 
