@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -155,6 +156,29 @@ DOWN_AT = 5 * 256 * 2 + 32
 )
 def test_lies_are_named(tmp_path: Path, edit, said: str) -> None:
     assert said in broken(tmp_path, edit)
+
+
+COUNTS = {
+    "tensors": (struct.pack("<QQ", 2**17, 0), "131072 tensors; expected 65536 at most"),
+    "keys": (struct.pack("<QQ", 0, 2**17), "131072 keys; expected 65536 at most"),
+    "items": (
+        struct.pack("<QQQ1sIIQ", 0, 1, 1, b"a", 9, 7, 2**24),
+        "16777216 items of 'a'; expected 8388608 at most",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", COUNTS)
+def test_a_file_that_is_large_enough_has_no_more_than_anybody_has(
+    tmp_path: Path, what: str
+) -> None:
+    """Memory would follow counts, and a file of zeros takes no disk."""
+    start, said = COUNTS[what]
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<I", 3) + start)
+    os.truncate(path, 2**28)
+    with pytest.raises(CheckpointError, match=said):
+        read_gguf(LocalFile(path))
 
 
 def test_alignment_is_a_power_of_two(tmp_path: Path) -> None:

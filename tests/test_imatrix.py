@@ -304,6 +304,15 @@ def test_a_damaged_file_of_the_old_form_is_refused(tmp_path: Path, what: str) ->
     assert file.name == raised.value.where
 
 
+def test_a_file_of_the_old_form_has_no_more_entries_than_anybody_has(tmp_path: Path) -> None:
+    """However large it is."""
+    file = written(tmp_path / "some.dat", NUMBER(1 << 20))
+    os.truncate(tmp_path / "some.dat", 2**28)
+
+    with pytest.raises(CheckpointError, match="would have 1048576 entries"):
+        read_imatrix(file)
+
+
 Change = Callable[[dict[str, Value], list[Described]], None]
 
 

@@ -31,6 +31,9 @@ ALIGNMENT = 32
 MAX_HEADER_BYTES = 256_000_000
 """A vocabulary of 250,000 tokens takes some 12 MB; more than this is no model's."""
 
+MAX_TENSORS = 1 << 16
+"""The largest models have some two thousand, and a file of importance two for each."""
+
 MAX_NAME_BYTES = 63
 """Of a tensor's name: ggml has 64 bytes with the zero at the end (GGML_MAX_NAME)."""
 
@@ -38,6 +41,10 @@ _VERSION = 3
 _READABLE_VERSIONS = (2, 3)
 _MAX_AXES = 4
 _MAX_KEY_BYTES = 65535
+_MAX_KEYS = 1 << 16
+_MAX_ITEMS = 1 << 23
+"""Of all lists together: a vocabulary of 250,000 tokens has a million, with types and merges."""
+
 _LEAST_ENTRY = 24
 _LEAST_PAIR = 13
 _FIRST_READ = 1 << 16
@@ -175,6 +182,7 @@ class _Parser:
         self._source = source
         self._raw = bytearray()
         self._at = 0
+        self._items_left = _MAX_ITEMS
 
     def header(self) -> GgufHeader:
         refuse_pointer(self._source)
@@ -184,8 +192,8 @@ class _Parser:
         if version not in _READABLE_VERSIONS:
             raise self._error(f"is of GGUF version {version}", "version 2 or 3, little-endian")
         tensors, pairs = self._unpack("<QQ")
-        self._expect(tensors, _LEAST_ENTRY, "tensors")
-        self._expect(pairs, _LEAST_PAIR, "keys")
+        self._expect(tensors, _LEAST_ENTRY, "tensors", MAX_TENSORS)
+        self._expect(pairs, _LEAST_PAIR, "keys", _MAX_KEYS)
         metadata = self._metadata(pairs)
         infos = [self._info() for _ in range(tensors)]
         alignment = self._alignment(metadata)
@@ -212,7 +220,8 @@ class _Parser:
             raise self._error(f"has lists in a list at {key!r}")
         (count,) = self._unpack("<Q")
         size = 8 if kind == "str" else struct.calcsize(_FORMATS[kind])
-        self._expect(count, size, f"items of {key!r}")
+        self._expect(count, size, f"items of {key!r}", self._items_left)
+        self._items_left -= count
         if kind == "str":
             return Value("[str]", [self._text(key) for _ in range(count)])
         raw = self._take(count * size)
@@ -293,10 +302,13 @@ class _Parser:
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         return struct.unpack(layout, self._take(struct.calcsize(layout)))
 
-    def _expect(self, count: int, least: int, what: str) -> None:
-        """Refuse a count of things that the rest of the file cannot hold."""
+    def _expect(self, count: int, least: int, what: str, most: int) -> None:
+        """Refuse a count of things that the rest of the file cannot hold, or nobody has."""
         if count * least > min(self._source.size, MAX_HEADER_BYTES) - self._at:
             raise self._error(f"says that it has {count} {what}, more than fit into it")
+        if count > most:
+            # Memory and time would follow such a number, of which a file may be a few blocks.
+            raise self._error(f"says that it has {count} {what}", f"{most} at most")
 
     def _take(self, count: int) -> bytes:
         end = self._at + count

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from carnice_build.checkpoint.gguf_header import (
     MAGIC,
+    MAX_TENSORS,
     Described,
     GgufHeader,
     read_gguf,
@@ -134,7 +135,7 @@ class _Old:
 
     def imatrix(self) -> Imatrix:
         count = self._number()
-        if not 0 < count <= self._file.size // _LEAST_ENTRY:
+        if not 0 < count <= min(self._file.size // _LEAST_ENTRY, MAX_TENSORS):
             raise _no_imatrix(self._file, f"it would have {count} entries")
         entries: dict[str, Entry] = {}
         for _ in range(count):

@@ -14,7 +14,7 @@ from carnice_build.chat.special_tokens import special_tokens
 from carnice_build.checkpoint.json import json_object
 from carnice_build.errors import CheckpointError, PlanError
 
-MOST_TOKENS = 1 << 22
+MOST_TOKENS = 1 << 20
 """Tokens that a vocabulary may have; the largest known have some 260,000."""
 
 NAME, CONFIG = "tokenizer.json", "tokenizer_config.json"
