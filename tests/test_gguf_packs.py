@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Finished, Project
 from gguf_project import TYPES_OF_FLOATS, gap, metadata, stand_in, tensors
@@ -15,6 +16,7 @@ from tiny import contents
 
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.plan import plan_variants
+from carnice_build.formats.gguf.imatrix_file import encode_imatrix
 
 pytest.importorskip("numba")
 
@@ -139,6 +141,24 @@ def test_two_mixes_share_what_they_have_in_common(built: Project) -> None:
     assert len(new) == result.actions_run
     assert not TYPES_OF_FLOATS & {other[name][0] for name in new}
     assert files(built)[1].samefile(files(built, "other")[1])
+
+
+def test_where_an_importance_matrix_lies_changes_no_byte(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another current folder, too: the file tells its name, and nothing of the machine."""
+    entries = {"blk.0.ffn_down.weight": (np.ones((1, 512), "f4"), np.ones(1, "f4"))}
+    (project.root / "mine").mkdir()
+    (project.root / "mine" / "own.gguf").write_bytes(encode_imatrix(entries, ["a"], 1, 2))
+    write(project, "weighed", "{format: gguf, mix: Q4_0, imatrix: {file: mine/own.gguf}}")
+
+    def header() -> bytes:
+        return plan_variants(["weighed"], project.options()).variants[0].packs[0].header
+
+    here = header()
+    monkeypatch.chdir(project.recipes)
+    assert here == header()
+    assert b"quantize.imatrix.file\x08\0\0\0\x08\0\0\0\0\0\0\0own.gguf" in here
 
 
 def test_files_of_several_types_can_lie_in_one_folder(project: Project) -> None:

@@ -68,7 +68,7 @@ class Wanted:
 class Importances:
     """Importance by tensor, F32 [columns] or [experts, columns], and which tensors have none.
 
-    `file`, `datasets`, `entries` and `chunks` are what llama-quantize writes down of an imatrix.
+    `datasets`, `entries` and `chunks` are what llama-quantize writes down of an imatrix.
     """
 
     refs: Mapping[str, TensorRef]
@@ -76,7 +76,6 @@ class Importances:
     datasets: tuple[str, ...]
     entries: int
     chunks: int
-    file: str | None = None
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -207,9 +206,7 @@ def _of_file(graph: ActionGraph, source: Imatrix, wanted: Sequence[Wanted]) -> I
     if others or (wanted and not refs):
         raise _of_another_model(source, wanted, others, len(refs))
     missing = tuple(item.name for item in wanted if item.name not in refs)
-    return Importances(
-        refs, missing, source.datasets, len(source.entries), source.chunks, source.name
-    )
+    return Importances(refs, missing, source.datasets, len(source.entries), source.chunks)
 
 
 def _of_entry(graph: ActionGraph, entry: Entry) -> TensorRef:

@@ -16,6 +16,7 @@ from carnice_build.checkpoint.readme import front_matter
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.gguf.imatrix import (
+    OWN,
     ImatrixSpec,
     Importances,
     Order,
@@ -239,13 +240,18 @@ class Files:
         return found, file
 
     def _importance_file(self, found: Importances | None) -> ImportanceFile | None:
-        """What the file says of the importance it was made with."""
-        if found is None:
+        """What the file says of the importance it was made with.
+
+        Its name is that of the recipe, without a folder: where it lies on a machine is nobody's
+        business, and would give the file other bytes on each.
+        """
+        if found is None or self.imatrix is None:
             return None
         source = next(iter(self.context.sources.values()))
         own = f"{PurePosixPath(source.spec.model).name}-{STATISTICS}"
+        name = own if self.imatrix == OWN else PurePosixPath(self.imatrix.file).name
         dataset = found.datasets[0] if found.datasets else None
-        return ImportanceFile(found.file or own, dataset, found.entries, found.chunks)
+        return ImportanceFile(name, dataset, found.entries, found.chunks)
 
     def _check_importance(
         self,
