@@ -16,7 +16,7 @@ from family_builds import build_checked
 from verifying import Copy
 from zoo import write_zoo
 
-from carnice_build.checkpoint.gguf_header import read_gguf
+from carnice_build.checkpoint.gguf_header import encode_gguf, read_gguf
 from carnice_build.checkpoint.source import LocalFile
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.diff import State, diff_folders
@@ -220,6 +220,38 @@ def test_another_type_of_as_many_bytes_is_named(copied: Copy) -> None:
     found = copied.problems()
 
     assert f"has {UP} as I8" in found["structure"]
+
+
+RESHAPED = {
+    "more axes": {"blk.0.ssm_a": ("blk.0.ssm_a", (1, 4))},
+    "nothing": {"blk.1.ssm_conv1d.weight": ("blk.1.ssm_conv1d.weight", (0, 4))},
+    "each other's": {"blk.2.attn_qkv.weight": (DOWN, ()), DOWN: ("blk.2.attn_qkv.weight", ())},
+}
+"""By the name of a tensor, what it is called and of which shape it is told to be; () for its own"""
+
+
+@pytest.mark.parametrize("case", RESHAPED)
+def test_a_tensor_of_another_shape_is_named(built: Built, copied: Copy, case: str) -> None:
+    """Verify says which, and diff compares the rest, with neither ending in a traceback."""
+    path = model(copied.folder)
+    header = read_gguf(LocalFile(path))
+    changed = RESHAPED[case]
+    told = [
+        item._replace(name=changed[item.name][0], shape=changed[item.name][1] or item.shape)
+        if item.name in changed
+        else item
+        for item in header.described
+    ]
+    encoded = encode_gguf(header.metadata, told)
+    path.unlink()
+    path.write_bytes(encoded.header + bytes(encoded.size - len(encoded.header)))
+    name = next(iter(changed))
+
+    assert f"has {name} as " in copied.problems()["structure"]
+    found = {
+        item.module: item for item in diff_folders(built.folder(MIXED), copied.folder, 2).modules
+    }
+    assert found[name.removesuffix(".weight")].state is State.ONLY_B
 
 
 def test_a_changed_key_is_named(copied: Copy) -> None:

@@ -126,10 +126,13 @@ class ModelTensors:
             return Place(fact, names, heads=size(table.cuts[rest].heads), parts=rows)
         if block is not None and rest in table.merges:
             name = f"blk.{block.number}.{table.merges[rest].name}"
-            return Place(fact, [name], merged=self._followed(fact, rest))
+            experts, count, columns = fact.shape
+            other = self._followed(fact, rest)
+            return Place(fact, [name], (experts, 2 * count, columns), merged=other)
         swap = table.swaps.get(rest)
         heads = heads_of(swap, self._scope) if swap else None
-        return Place(fact, [self._name(fact, block)], heads, self._how(fact, rest))
+        shape = self._shape(fact.shape, rest)
+        return Place(fact, [self._name(fact, block)], shape, heads, self._how(fact, rest))
 
     def _followed(self, fact: TensorFact, rest: str) -> TensorFact:
         """The stack whose rows follow on those of `fact`, whose name ends with `rest`."""
@@ -160,12 +163,15 @@ class ModelTensors:
             ref = swapped_ref(ref, swap, self._scope)
         if self._tokens is not None and fact.name.endswith(_EMBEDDING):
             ref = first_rows(ref, self._tokens)
-        if (shape := table.shapes.get(rest)) is not None:
-            ref = ref.reshaped(*map(self._scope.size, shape))
-        if rest in table.squeezed:
-            ref = ref.reshaped(*(size for size in ref.spec.shape if size != 1))
+        ref = ref.reshaped(*self._shape(ref.spec.shape, rest))
         how = self._how(fact, rest)
         return ref if how is None else self._graph.add(Values(), {"how": how}, ref)[0]
+
+    def _shape(self, shape: tuple[int, ...], rest: str) -> tuple[int, ...]:
+        """What llama.cpp has for the `shape` of a tensor of the model."""
+        if (stated := self._table.shapes.get(rest)) is not None:
+            shape = tuple(map(self._scope.size, stated))
+        return tuple(size for size in shape if size != 1) if rest in self._table.squeezed else shape
 
     def _how(self, fact: TensorFact, rest: str) -> str | None:
         table = self._table

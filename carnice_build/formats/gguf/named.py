@@ -66,10 +66,12 @@ class Place:
     There is one name, but of a convolution over frames, and of a matrix of `heads` whose `parts`
     have one each; those of one name lie below each other.  `how` is a function of `ops.Values`.
     Of a stack that is one tensor with another, `merged` is the one whose rows follow.
+    `shape` is that of each tensor, rows first; of parts it follows from these.
     """
 
     fact: TensorFact
     names: Sequence[str]
+    shape: Sequence[int] = ()
     swapped: HeadsSwapped | None = None
     how: str | None = None
     heads: int = 0

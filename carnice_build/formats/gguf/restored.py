@@ -22,7 +22,7 @@ from carnice_build.formats.checks import Tensors
 from carnice_build.formats.gguf.named import HeadPart, HeadsSwapped, Place
 from carnice_build.formats.gguf.naming import places
 from carnice_build.formats.values import Floats
-from carnice_build.models.base import Architecture, TensorFact
+from carnice_build.models.base import Architecture, Role, TensorFact
 from carnice_build.tensors import ByteSource, Reader, SourceTensor, members, numbered
 
 
@@ -63,11 +63,13 @@ def restored(tensors: Tensors, architecture: Architecture) -> Mapping[str, Tenso
     """By the name of a tensor in files, what it is of the model, by the names of that.
 
     A stack of experts is one tensor for each of them.
+    What has another shape than llama.cpp wants, nobody's converter has made: it stays as it is.
     """
-    kinds = _kinds(tensors)
+    described = _described(tensors)
+    kinds = {name: item.type for name, item in described.items() if item.type not in ITEM_SIZE}
     found: dict[str, Tensors] = {}
     for place in places(architecture):
-        if all(name in tensors for name in place.names):
+        if all(name in tensors for name in place.names) and _fits(place, described):
             first, *others = place.names
             if place.parts:
                 found[first] = {place.fact.name: _uncut(place, tensors, kinds)}
@@ -79,15 +81,38 @@ def restored(tensors: Tensors, architecture: Architecture) -> Mapping[str, Tenso
     return found
 
 
-def _kinds(tensors: Tensors) -> Mapping[str, str]:
-    """The types of the tensors of blocks, by the headers of their files."""
+def _described(tensors: Tensors) -> Mapping[str, Described]:
+    """What the headers of their files say of tensors."""
     files: dict[int, ByteSource] = {
         id(tensor.file): tensor.file for tensor in tensors.values() if tensor.file is not None
     }
-    described: list[Described] = []
-    for file in files.values():
-        described += read_gguf(file).described
-    return {item.name: item.type for item in described if item.type not in ITEM_SIZE}
+    return {item.name: item for file in files.values() for item in read_gguf(file).described}
+
+
+def _fits(place: Place, described: Mapping[str, Described]) -> bool:
+    """Whether tensors have the shapes of their place, and what was computed is in F32."""
+    if place.how is not None and described[place.names[0]].type != "F32":
+        return False
+    found = {name: described[name].shape for name in place.names}
+    if place.parts:
+        matrices = {name: (prod(shape[:-1]), shape[-1]) for name, shape in found.items()}
+        return matrices == _matrices_of_parts(place)
+    wanted = tuple(place.shape) or (1,)
+    if place.fact.role is Role.EMBEDDING:
+        # Some families leave out the rows that stand for no token.
+        (shape,) = found.values()
+        return shape[1:] == wanted[1:] and 0 < shape[0] <= wanted[0]
+    return all(shape == wanted for shape in found.values())
+
+
+def _matrices_of_parts(place: Place) -> Mapping[str, tuple[int, int]]:
+    """Rows and columns of the tensors of a matrix whose heads were cut."""
+    found: dict[str, tuple[int, int]] = {}
+    own = place.fact.shape[-1]
+    for part, name in zip(place.parts, place.names, strict=True):
+        rows, columns = (own, part.rows) if part.turned else (part.rows, own)
+        found[name] = found.get(name, (0, 0))[0] + place.heads * rows, columns
+    return found
 
 
 def _restored(

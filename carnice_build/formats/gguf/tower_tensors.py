@@ -77,20 +77,25 @@ class TowerTensors:
         frames = fact.name in self._table.frames
         swap = self._table.swaps.get(spot.key)
         heads = heads_of(swap, self._scope) if swap else None
-        names = frame_names(spot.name, fact.shape) if frames else [spot.name]
-        return Place(fact, names, heads, self._how(fact, spot))
+        how = self._how(fact, spot)
+        if not frames:
+            return Place(fact, [spot.name], self._shape(fact.shape, spot), heads, how)
+        shape = fact.shape[:2] + fact.shape[3:]
+        return Place(fact, frame_names(spot.name, fact.shape), shape, heads, how)
 
     def _made(self, ref: TensorRef, fact: TensorFact, spot: _Spot) -> TensorRef:
         """A tensor as llama.cpp has it, still of any float type."""
-        table = self._table
-        if (swap := table.swaps.get(spot.key)) is not None:
+        if (swap := self._table.swaps.get(spot.key)) is not None:
             ref = swapped_ref(ref, swap, self._scope)
-        if (shape := table.shapes.get(spot.key)) is not None:
-            ref = ref.reshaped(*map(self._scope.size, shape))
-        if not ref.spec.shape:
-            ref = ref.reshaped(1)
+        ref = ref.reshaped(*self._shape(ref.spec.shape, spot))
         how = self._how(fact, spot)
         return ref if how is None else self._graph.add(Values(), {"how": how}, ref)[0]
+
+    def _shape(self, shape: tuple[int, ...], spot: _Spot) -> tuple[int, ...]:
+        """What llama.cpp has for the `shape` of a tensor of the model."""
+        if (stated := self._table.shapes.get(spot.key)) is not None:
+            shape = tuple(map(self._scope.size, stated))
+        return shape or (1,)
 
     def _how(self, fact: TensorFact, spot: _Spot) -> str | None:
         if self._architecture.offset_norm(fact.name):
