@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from carnice_build.calibration.every_expert import EveryExpert
 from carnice_build.calibration.parts import Combine, CombineExperts, Join, Total
 from carnice_build.calibration.passes import (
     Forward,
@@ -37,7 +38,7 @@ class Chain:
         `kind` takes `workspace` and `transient`.
         Its inputs are those of `Forward`, its outputs begin and end as those do.
         """
-        inputs = self._inputs(layer)
+        inputs = self.inputs(layer)
         params |= layer.params
         specs = [ref.spec for ref in inputs]
         count = len(kind(layer.workspace, frozenset()).infer(params, specs))
@@ -55,9 +56,10 @@ class Chain:
 
         The chain stays where it is.
         """
-        return self._graph.add(op, {**params, **layer.params}, *self._inputs(layer))
+        return self._graph.add(op, {**params, **layer.params}, *self.inputs(layer))
 
-    def _inputs(self, layer: LayerPart) -> Sequence[TensorRef]:
+    def inputs(self, layer: LayerPart) -> Sequence[TensorRef]:
+        """Those of `Forward`, of the next layer."""
         given = (ref for item in layer.given for ref in self._given(layer.params["layer"], item))
         return self._samples.tokens, self._hidden, *layer.weights, *given
 
@@ -95,7 +97,7 @@ class Activations:
     """The largest inputs of linears, layer by layer, as far as somebody asks for them.
 
     And the sums of their squares, and the ranges of keys and values, which come from the same
-    passes.
+    passes; and those of experts that are all given every token.
     """
 
     def __init__(self, calibration: Calibration) -> None:
@@ -104,6 +106,7 @@ class Activations:
         self._amax: list[tuple[TensorRef, tuple[str, ...]]] = []
         self._squares: dict[int, dict[str, list[Squares]]] = {}
         self._ranges: dict[int, list[TensorRef]] = {}
+        self._read: dict[int, tuple[LayerPart, list[Sequence[TensorRef]]]] = {}
         self.experts: dict[int, TensorRef] = {}
         """How many tokens each expert was sent, I64 [experts], in those layers that have experts.
 
@@ -127,6 +130,21 @@ class Activations:
             self._forward(len(self._amax))
         return self._amax[layer]
 
+    def everyone(self, number: int) -> tuple[TensorRef, tuple[str, ...]]:
+        """As `amax`, of a layer's experts alone, when every expert is given every token.
+
+        That takes passes of their own, through all experts.
+        """
+        layer, inputs = self._entered(number)
+        linears = [name for name in layer.linears if STACK in name]
+        params = {"linears": linears, **layer.params}
+        found = [
+            self._calibration.graph.add(EveryExpert(layer.workspace, part.first), params, *refs)[0]
+            for (part, _), refs in zip(self._parts, inputs, strict=True)
+        ]
+        (amax,) = self._combined(found, Combine())
+        return amax, _modules(layer, linears)
+
     def squares(self, layer: int) -> dict[str, Squares]:
         """The sums of squares of what a layer's linears were given, by their module paths.
 
@@ -149,8 +167,17 @@ class Activations:
         """See `Calibration.longest_order`."""
         return self._calibration.longest_order()
 
+    def _entered(self, number: int) -> tuple[LayerPart, list[Sequence[TensorRef]]]:
+        """A layer, and what each part's passes through it read."""
+        if number not in self._read:
+            while len(self._amax) < number:
+                self._forward(len(self._amax))
+            layer = self._calibration.layer(number)
+            self._read[number] = layer, [chain.inputs(layer) for _, chain in self._parts]
+        return self._read[number]
+
     def _forward(self, number: int) -> None:
-        layer = self._calibration.layer(number)
+        layer, _ = self._entered(number)
         linears = list(layer.linears)
         op = ForwardExperts if any(STACK in name for name in linears) else Forward
         more = {"caches": True} if layer.caches else {}
@@ -166,14 +193,7 @@ class Activations:
         }
         found = [ref for outputs in kept for ref in outputs]
         amax, *experts = self._combined(found, _COMBINED[op]())
-        params = {"names": layer.names, "linears": linears}
-        counts = linear_counts(params, [ref.spec for ref in layer.weights])
-        modules = (
-            layer.prefix + name
-            for name, count in zip(layer.linears, counts, strict=True)
-            for _ in range(count)
-        )
-        self._amax.append((amax, tuple(modules)))
+        self._amax.append((amax, _modules(layer, linears)))
         if experts:
             (self.experts[number],) = experts
 
@@ -189,3 +209,14 @@ class Activations:
         if len(self._parts) == 1:
             return found
         return self._calibration.graph.add(op, {}, *found)
+
+
+def _modules(layer: LayerPart, linears: Sequence[str]) -> tuple[str, ...]:
+    """The module path of each linear of a layer's amax, that of a stack for each of its experts."""
+    params = {"names": layer.names, "linears": linears}
+    counts = linear_counts(params, [ref.spec for ref in layer.weights])
+    return tuple(
+        layer.prefix + name
+        for name, count in zip(linears, counts, strict=True)
+        for _ in range(count)
+    )

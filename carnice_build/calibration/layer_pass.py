@@ -35,7 +35,7 @@ def run_layer(
     Raises CheckpointError when one is NaN or infinity, or when transformers refuses the config;
     BackendError when torch has no such device, or keys and values are not seen where they must be.
     """
-    driver, layer, owners = _load(params, weights)
+    driver, layer, owners = load_layer(params, weights)
     beside = BesideFiles(params, samples, given, out[1:])
     name = layer_name(params, weights)
     caching = seen_caches(layer) if params.get("caches") else nullcontext()
@@ -53,9 +53,14 @@ def run_layer(
     return seen
 
 
-def _load(
+def load_layer(
     params: Mapping[str, Any], weights: Sequence[TensorFile]
 ) -> tuple[LayerDriver, torch.nn.Module, Mapping[str, Owners]]:
+    """A layer of files, what runs it, and whose weights its parameters are.
+
+    Raises CheckpointError when transformers refuses the config, BackendError when torch has no such
+    device.
+    """
     check_device(params["device"])
     tensors = layer_tensors(params, weights)
     try:

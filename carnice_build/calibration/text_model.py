@@ -38,7 +38,7 @@ from carnice_build.calibration.watch import Watch, WeightPlaces
 from carnice_build.calibration.weights import Owners, Placing
 from carnice_build.errors import BackendError, nearest
 from carnice_build.models.base import Architecture, Part, Role, TensorFact
-from carnice_build.tensors import stacks
+from carnice_build.tensors import numbered
 
 InputTransform = Callable[[Tensor], Tensor]
 """From the input of a linear to what the linear shall see, of the same shape and type."""
@@ -55,7 +55,7 @@ class ModelSource:
 
     `tensor` gives a tensor by its canonical name, dequantized, of any float type.
     `input_transforms` are by the paths of linears in decoder layers (`...layers.0.mlp.up_proj`) or
-    before them; linears that are fused, and all experts of a stack, have one input, and need one
+    before them, each expert's by its number; linears that are fused have one input, and need one
     transform.
     """
 
@@ -107,7 +107,12 @@ class OpenModel:
         self.arithmetic = arithmetic
         self._source = source
         facts = self._facts(Part.LAYERS, Part.BODY)
-        linears = [fact.module for fact in facts if fact.role is Role.LINEAR]
+        linears = [
+            module
+            for fact in facts
+            if fact.role is Role.LINEAR
+            for module in numbered(fact.module, fact.shape[0])
+        ]
         for module in source.input_transforms:
             if module not in linears:
                 raise BackendError(
@@ -243,10 +248,8 @@ class OpenModel:
 
         def watch(linears: Sequence[str], given: Tensor) -> Tensor:
             for linear in linears:
-                name = prefix + linear
-                for owner in (name, *stacks(name)):
-                    if owner in transforms:
-                        return transforms[owner](given)
+                if prefix + linear in transforms:
+                    return transforms[prefix + linear](given)
             return given
 
         return partial(Watch, WeightPlaces(module, owners), watch) if transforms else nullcontext

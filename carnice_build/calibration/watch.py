@@ -71,6 +71,15 @@ class Seen:
     squares: dict[str, Tensor] = field(default_factory=dict)
     ranges: list[tuple[float, float, float, float]] = field(default_factory=list)
 
+    def see(self, linears: Sequence[str], given: Tensor) -> None:
+        """Take what `linears` are given into `amax`; NonFiniteInput for NaN or infinity."""
+        low, high = (end.item() for end in torch.aminmax(given))
+        amax = max(-low, high)
+        if not amax < float("inf"):
+            raise NonFiniteInput(linears[0])
+        for linear in linears:
+            self.amax[linear] = max(amax, self.amax.get(linear, 0.0))
+
     def largest(self, linears: Iterable[Sequence[str]], prefix: str = "") -> list[float]:
         """The amax of all `linears` in turn, those of one stack of experts, or one, in one entry.
 
@@ -101,19 +110,58 @@ def seen_inputs(layer: nn.Module, owners: Mapping[str, Owners]) -> Iterator[Seen
 
     def watch(linears: Sequence[str], given: Tensor) -> Tensor:
         if given.numel():
-            low, high = (end.item() for end in torch.aminmax(given))
-            amax = max(-low, high)
-            if not amax < float("inf"):
-                raise NonFiniteInput(linears[0])
+            seen.see(linears, given)
             squares = sum_of_squares(given)
             for linear in linears:
-                seen.amax[linear] = max(amax, seen.amax.get(linear, 0.0))
                 seen.tokens[linear] += given.shape[:-1].numel()
                 seen.squares[linear] = seen.squares.get(linear, 0) + squares
         return given
 
     with Watch(WeightPlaces(layer, owners), watch):
         yield seen
+
+
+@contextmanager
+def seen_by_everyone(layer: nn.Module, owners: Mapping[str, Owners]) -> Iterator[Seen]:
+    """While this is open, collect the largest inputs of experts, each given every token.
+
+    `owners` are as `LayerDriver.owners` has them.
+    What an expert makes of tokens that the router sends elsewhere goes nowhere else.
+    A pass raises NonFiniteInput on NaN or infinity.
+    """
+    seen = Seen()
+
+    def watch(linears: Sequence[str], given: Tensor) -> Tensor:
+        seen.see(linears, given)
+        return given
+
+    watching = Watch(WeightPlaces(layer, owners), watch)
+
+    def send(experts: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def before(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            # What experts of transformers are called with: tokens, and for each of these the
+            # experts that it is sent to, and how much they weigh.
+            hidden = given[0]
+            everyone = (len(hidden), 1)
+            weights = hidden.new_ones(everyone)
+            with watching:
+                for expert in range(experts):
+                    # One at a time, as they are masked by tokens times those that each is sent to.
+                    chosen = torch.full(everyone, expert, device=hidden.device)
+                    module.forward(hidden, chosen, weights)
+
+        return before
+
+    stacks = {name.rpartition(".")[0]: len(items) for name, items in owners.items() if items[1:]}
+    hooks = [
+        layer.get_submodule(path).register_forward_pre_hook(send(experts))
+        for path, experts in stacks.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 _BLOCK = 1 << 20

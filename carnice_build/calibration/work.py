@@ -92,6 +92,15 @@ def _head_sizes(config: Mapping[str, Any], heads: int) -> int:
     return 2 * int(size)
 
 
+def everyone_work(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Work:
+    """One pass of all samples through a layer, and every expert for every token beside it."""
+    once = layer_operations(params, inputs)
+    everyone = layer_operations(
+        params, inputs, within=lambda name: STACK in name, everyone=True
+    )
+    return Work(Kind.FORWARD, once + everyone)
+
+
 def search_work(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Work:
     """AWQ's search: for each mapping, passes through what its linears are in, and two of the layer.
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from carnice_build.errors import BackendError
 from carnice_build.formats.checks import Rounding, TorchChecks
+from carnice_build.formats.exclusions import modules_of
 from carnice_build.formats.scheme import Scheme
 from carnice_build.formats.values import matrix, read_rows
 from carnice_build.graph import TensorData
@@ -96,7 +97,8 @@ class StoredModel:
         replaced = changed or {}
         transforms = {}
         if self.activations and self.checks:
-            for module in self.quantized or ():
+            modules = {fact.module: modules_of(fact) for fact in self.architecture.tensors.values()}
+            for module in (one for name in self.quantized or () for one in modules[name]):
                 rounding = self.checks.input_rounding(self.tensors, module)
                 if rounding:
                     transforms[module] = _transform(rounding)

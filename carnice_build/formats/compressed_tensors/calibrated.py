@@ -15,18 +15,13 @@ from carnice_build.graph import ArrayOp, BadInput, TensorData, TensorRef, View, 
 from carnice_build.steps.base import PlanContext
 from carnice_build.tensors import STACK
 
-_EXPERTS = (
-    "inputs of experts are calibrated on the tokens that they are sent, and llm-compressor does "
-    "it on all tokens"
-)
-
-
 class InputScales(ArrayOp):
     """The scales of static inputs, bit for bit llm-compressor's under its observer static_minmax.
 
     Input: the largest magnitudes F32 [linears].
-    Outputs: for each of `indices` into them, one number: for 8 `bits` amax / 448, of type `dtype`;
-    for 4 a global scale, F32, which is 2688 / amax as `kernels.global_nvfp4` computes it.
+    Outputs: for each of `indices` into them one number [1], or [E, 1] for a list of them, those of
+    a stack of experts: for 8 `bits` amax / 448, of type `dtype`; for 4 a global scale, F32, which
+    is 2688 / amax as `kernels.global_nvfp4` computes it.
     Parameters: `indices`, `bits`, and `dtype`, that in which the library computes: the weights'.
     """
 
@@ -39,7 +34,10 @@ class InputScales(ArrayOp):
     ) -> tuple[TensorSpec, ...]:
         """One number each."""
         dtype = params["dtype"] if params["bits"] == 8 else "F32"
-        return tuple(TensorSpec(dtype, (1,)) for _ in params["indices"])
+        return tuple(
+            TensorSpec(dtype, (len(index), 1) if isinstance(index, list) else (1,))
+            for index in params["indices"]
+        )
 
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
@@ -55,10 +53,11 @@ class InputScales(ArrayOp):
         require_finite(non_finite_index(amax, inputs[0].dtype))
         if (amax < 0).any():
             raise BadInput(0, "was given a negative magnitude")
+        scale = global_scale if params["bits"] == 4 else tensor_scale
         for index, output in zip(params["indices"], outputs, strict=True):
-            largest = np.float32(amax[index])
-            scale = global_scale if params["bits"] == 4 else tensor_scale
-            output.array[...] = scale(largest, params["dtype"])
+            scales = output.array.reshape(-1)
+            for place, largest in enumerate(np.atleast_1d(amax[index])):
+                scales[place : place + 1] = scale(largest, params["dtype"])
 
 
 def is_stored(inputs: Activations | None) -> bool:
@@ -72,6 +71,7 @@ def input_scales(
     """By module, the end of the name of its input's scale, and that scale.
 
     `passes` are those of the calibration, which are asked for where there are such scales.
+    Every expert is calibrated on every token, as the library does it.
     PlanError for modules whose inputs no calibration tells.
     """
     wanted = {
@@ -81,16 +81,14 @@ def input_scales(
     }
     if not wanted:
         return {}
-    refuse_unfit(
-        {module: _EXPERTS if STACK in module else "" for module in wanted},
-        "a scheme with dynamic inputs, or a pattern for it under `ignore`",
-    )
     maxima = passes()
     found: dict[str, tuple[str, TensorRef]] = {}
     for layer in range(context.architecture.num_layers):
         modules = [module for module in wanted if _layer(grouping, module) == layer]
-        if modules:
-            found |= _of_layer(modules, wanted, *maxima.amax(layer), grouping, view, context)
+        for stacked, seen in ((False, maxima.amax), (True, maxima.everyone)):
+            alike = [module for module in modules if (STACK in module) == stacked]
+            if alike:
+                found |= _of_layer(alike, wanted, *seen(layer), grouping, view, context)
     refuse_unfit(
         {module: "" if module in found else UNCALIBRATED for module in wanted},
         "a pattern for it under `ignore`",
@@ -116,8 +114,15 @@ def _of_layer(
         dtype = view[grouping.facts[module].name].spec.dtype
         kinds.setdefault((wanted[module], dtype), []).append(module)
     for (bits, dtype), alike in kinds.items():
-        indices = [linears.index(module) for module in alike]
+        indices = [_places(module, linears) for module in alike]
         params = {"indices": indices, "bits": bits, "dtype": dtype}
         scales = context.graph.add(InputScales(), params, amax)
         for module, scale in zip(alike, scales, strict=True):
             yield module, (INPUT_SUFFIXES[bits], scale)
+
+
+def _places(module: str, linears: Sequence[str]) -> int | list[int]:
+    """Where a module is among `linears`, or where each expert of a stack is."""
+    if STACK not in module:
+        return linears.index(module)
+    return [place for place, linear in enumerate(linears) if linear == module]

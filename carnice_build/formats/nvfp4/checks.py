@@ -161,17 +161,16 @@ class Nvfp4Checks(TorchChecks):
     def input_rounding(self, tensors: Tensors, module: str) -> Rounding | None:
         """See `TorchChecks.input_rounding`: under the static `input_scale`, where there is one.
 
-        All experts have one.  In NVFP4, each block has a scale of its own under it; of MXFP8, each
+        In NVFP4, each block has a scale of its own under it; of MXFP8, each
         has its own alone, and stored weights of four bits without an `input_scale` take what comes.
         """
-        owner = module.replace(STACK, "0")
-        packed = tensors.get(f"{owner}.weight_scale_2")
-        if packed is not None and f"{owner}.input_scale" not in tensors:
+        packed = tensors.get(f"{module}.weight_scale_2")
+        if packed is not None and f"{module}.input_scale" not in tensors:
             return None
-        if packed is None and f"{owner}.input_scale" not in tensors:
+        if packed is None and f"{module}.input_scale" not in tensors:
             return mxfp8_round_trip
         kind = fp8_round_trip if packed is None else nvfp4_rounded
-        return partial(kind, scale=scalar(tensors, f"{owner}.input_scale"))
+        return partial(kind, scale=scalar(tensors, f"{module}.input_scale"))
 
     def rounded(self, weights: Sequence[Floats]) -> list[Floats]:
         """See `TorchChecks.rounded`."""
