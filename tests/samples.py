@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tiny import bf16, tiny_config
 
 from carnice_build.calibration.beside import Beside, passed_specs, told
+from carnice_build.calibration.every_expert import EveryExpert
 from carnice_build.calibration.parts import Combine, CombineExperts, Cut, Join, Total
 from carnice_build.calibration.passes import Embed, Forward, ForwardExperts
 from carnice_build.calibration.tokens import LongestFirst, LongestOrder, Tokens
@@ -69,6 +70,7 @@ from carnice_build.formats.nvfp4.ops import BlockQuantize, InputScales, TakeTurn
 from carnice_build.graph import Op, Stacked, TensorData
 from carnice_build.models import architecture_of
 from carnice_build.models.base import Part, Role
+from carnice_build.tensors import STACK
 
 Inputs = Callable[[], Sequence[TensorData]]
 
@@ -536,7 +538,7 @@ OPS: Sequence[OpSample] = [
     *(
         OpSample(
             StaticScales(),
-            {"indices": [0, 2], "bits": bits, "dtype": "BF16"},
+            {"indices": [0, [2, 1]], "bits": bits, "dtype": "BF16"},
             drawn(("F32", (3,)), around=5),
         )
         for bits in (4, 8)
@@ -599,6 +601,15 @@ OPS: Sequence[OpSample] = [
         {**_experts_layer().params, "linears": list(_experts_layer().linears)},
         _experts_layer().inputs(1),
         _FORWARD,
+    ),
+    OpSample(
+        EveryExpert(workspace=1 << 20),
+        {
+            **_experts_layer().params,
+            "linears": [name for name in _experts_layer().linears if STACK in name],
+        },
+        _experts_layer().inputs(1),
+        frozenset({"workspace", "first"}),
     ),
     OpSample(
         Forward(workspace=1 << 20),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from driving import Checkpoint, tokens
 from torch import Tensor, nn
+from torch.nn import functional
 from zoo import FAMILIES
 
 from carnice_build.calibration import driver as driver_module
@@ -20,9 +21,10 @@ from carnice_build.calibration.driver import (
     decoder_layers,
     usual_attention,
 )
+from carnice_build.calibration.every_expert import EveryExpert
 from carnice_build.calibration.passes import Forward, ForwardExperts
 from carnice_build.calibration.text_model import OpenModel
-from carnice_build.calibration.watch import Seen, seen_inputs
+from carnice_build.calibration.watch import NonFiniteInput, Seen, seen_by_everyone, seen_inputs
 from carnice_build.checkpoint.checkpoint import open_checkpoint
 from carnice_build.errors import BackendError, CheckpointError
 from carnice_build.formats.autoround.tune import Advance, Tune
@@ -169,7 +171,7 @@ def test_a_sample_has_the_bits_that_it_has_alone(zoo: Any) -> None:
     assert all(map(torch.equal, together, alone))
 
 
-@pytest.mark.parametrize("op", [Forward, ForwardExperts, Smooth, Tune, Advance])
+@pytest.mark.parametrize("op", [Forward, ForwardExperts, EveryExpert, Smooth, Tune, Advance])
 def test_whatever_transformers_may_take_for_a_layer_is_in_the_key(op: type[ProcessOp]) -> None:
     """Of the packages that it looks for when it builds the layers of any family."""
     optional = {"flash-linear-attention", "causal-conv1d", "mamba-ssm"}
@@ -305,6 +307,56 @@ def test_an_expert_without_tokens_is_told_and_changes_nothing(zoo: Any) -> None:
     assert 0 == experts[2]
     assert 2 * 64 == sum(experts.values())
     assert not [linear for linear in seen.amax if ".experts.2." in linear]
+
+
+def test_every_expert_is_seen_with_every_token(zoo: Any) -> None:
+    """What it makes of those that go elsewhere counts for its own linears, and for nothing else.
+
+    All have one input on their way in, which the experts that tokens were sent to were given.
+    """
+    checkpoint, how = zoo("qwen3_moe"), arithmetic("qwen3_moe")
+    tensors, hidden = checkpoint.layer(1), checkpoint.embedded(tokens(64))
+    driver = LayerDriver(checkpoint.config, 1, how)
+    layer = driver.layer(tensors)
+    owners = driver.owners(tensors)
+    with seen_inputs(layer, owners) as sent:
+        made = driver.run(layer, hidden)
+    with seen_by_everyone(layer, owners) as seen:
+        again = driver.run(layer, hidden)
+    given: list[Tensor] = []
+    experts = layer.mlp.experts
+    experts.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    driver.run(layer, hidden)
+
+    assert torch.equal(made, again)
+    assert {name for name in sent.amax if ".experts." in name} == set(seen.amax)
+    for number in range(4):
+        gate, up = functional.linear(given[0], experts.gate_up_proj[number]).chunk(2, dim=-1)
+        inner = experts.act_fn(gate) * up
+        for part, wanted in (("gate", given[0]), ("up", given[0]), ("down", inner)):
+            name = f"mlp.experts.{number}.{part}_proj"
+            assert wanted.abs().max().item() == seen.amax[name]
+            assert sent.amax[name] <= seen.amax[name]
+
+
+def test_infinity_in_an_expert_that_no_token_is_sent_to_is_told(zoo: Any) -> None:
+    """A scale of its inputs would be none; the passes do not mind."""
+    checkpoint, how = zoo("qwen3_moe"), arithmetic("qwen3_moe")
+    tensors, hidden = checkpoint.layer(1), checkpoint.embedded(tokens(8)).abs()
+    for name in ("mlp.gate.weight", "mlp.experts.*.up_proj.weight"):
+        tensors[name] = tensors[name].clone()
+    tensors["mlp.gate.weight"][:] = tensors["mlp.gate.weight"][0]
+    tensors["mlp.gate.weight"][2] = -1000 * tensors["mlp.gate.weight"][0].abs()
+    tensors["mlp.experts.*.up_proj.weight"][2] = 3e38
+    driver = LayerDriver(checkpoint.config, 1, how)
+    layer = driver.layer(tensors)
+    owners = driver.owners(tensors)
+    with seen_inputs(layer, owners):
+        driver.run(layer, hidden)
+    with seen_by_everyone(layer, owners), pytest.raises(NonFiniteInput) as error:
+        driver.run(layer, hidden)
+
+    assert "mlp.experts.2.down_proj" == error.value.linear
 
 
 @pytest.mark.parametrize(

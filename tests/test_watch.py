@@ -92,7 +92,7 @@ def test_an_expert_without_tokens_has_zero_if_another_has_some() -> None:
         seen.largest([["experts.0.down", "experts.1.down"]])
 
 
-@pytest.mark.parametrize("op", ["forward", "forward_experts", "beside"])
+@pytest.mark.parametrize("op", ["forward", "forward_experts", "every_expert", "beside"])
 def test_a_pass_stops_where_a_linear_was_not_watched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op: str
 ) -> None:

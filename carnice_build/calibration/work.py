@@ -95,9 +95,7 @@ def _head_sizes(config: Mapping[str, Any], heads: int) -> int:
 def everyone_work(params: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> Work:
     """One pass of all samples through a layer, and every expert for every token beside it."""
     once = layer_operations(params, inputs)
-    everyone = layer_operations(
-        params, inputs, within=lambda name: STACK in name, everyone=True
-    )
+    everyone = layer_operations(params, inputs, within=lambda name: STACK in name, everyone=True)
     return Work(Kind.FORWARD, once + everyone)
 
 

@@ -15,6 +15,7 @@ from carnice_build.graph import ArrayOp, BadInput, TensorData, TensorRef, View, 
 from carnice_build.steps.base import PlanContext
 from carnice_build.tensors import STACK
 
+
 class InputScales(ArrayOp):
     """The scales of static inputs, bit for bit llm-compressor's under its observer static_minmax.
 
