@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from carnice_build.calibration.chain import Activations
 from carnice_build.calibration.parts import Total
-from carnice_build.calibration.passes import Forward
+from carnice_build.calibration.passes import Embed, Forward
 from carnice_build.calibration.plan import Calibration
 from carnice_build.calibration.source import CalibrationSource
 from carnice_build.checkpoint.gguf_header import Described, encode_gguf, read_gguf
@@ -49,9 +49,11 @@ from carnice_build.graph import (
     TensorData,
     TensorRef,
     View,
+    kept_unasked,
 )
 from carnice_build.recipe.schema import FileSpec
 from carnice_build.steps.base import PlanContext
+from carnice_build.tensors import SourceTensor
 
 pytest_plugins = ["calibrating"]
 
@@ -482,6 +484,33 @@ def test_no_pass_is_for_importance_alone(small: Project, found: list[Activations
     assert [(1, 256), (1, 1), (1, 128), (1, 1)] == [item.shape for item, _ in tensors]
     with pytest.raises(PlanError, match=r"has importance \[64\], and .* is given \[128\]"):
         importance_refs(graph, source, [Wanted("blk.1.attn_q.weight", (512, 64), f"{FULL}.q_proj")])
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "little"), [(5120, 17408, 5120 * 17408 * 2 // 512), (64, 128, 1 << 16)]
+)
+def test_what_is_little_beside_a_layer_is_kept_unasked(
+    rows: int, columns: int, little: int
+) -> None:
+    """Hidden states are as large as the samples are many, and say nothing of it."""
+    graph = ActionGraph()
+    (hidden,) = graph.add(
+        Embed(), {"dtype": "BF16"}, source("I32", 9, 4096), source("BF16", 99, columns)
+    )
+    params = {"names": ["down.weight"], "linears": ["down"], "dtype": "bfloat16"}
+    op = Forward(transient=frozenset({0}))
+    outputs = graph.add(op, params, source("I32", 0), hidden, source("BF16", rows, columns))
+    _, _, sums, _ = outputs
+    assert isinstance(sums.origin, ActionOutput)
+
+    assert little == kept_unasked(sums.origin.action)
+    assert 4 * columns == sums.spec.nbytes < little < hidden.spec.nbytes
+
+
+def source(dtype: str, *shape: int) -> TensorRef:
+    """A tensor of a checkpoint that has no bytes."""
+    spec = TensorSpec(dtype, shape)
+    return TensorRef(spec, SourceTensor(str(shape), spec, None, 0))
 
 
 def test_a_recipe_says_where_importance_is_from(
