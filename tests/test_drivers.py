@@ -23,7 +23,7 @@ from carnice_build.calibration.driver import (
 )
 from carnice_build.calibration.every_expert import EveryExpert
 from carnice_build.calibration.passes import Forward, ForwardExperts
-from carnice_build.calibration.text_model import OpenModel
+from carnice_build.calibration.text_model import ModelSource, OpenModel, State
 from carnice_build.calibration.watch import NonFiniteInput, Seen, seen_by_everyone, seen_inputs
 from carnice_build.checkpoint.checkpoint import open_checkpoint
 from carnice_build.errors import BackendError, CheckpointError
@@ -337,6 +337,28 @@ def test_every_expert_is_seen_with_every_token(zoo: Any) -> None:
             name = f"mlp.experts.{number}.{part}_proj"
             assert wanted.abs().max().item() == seen.amax[name]
             assert sent.amax[name] <= seen.amax[name]
+
+
+def test_an_input_of_one_expert_is_transformed_by_itself(zoo: Any) -> None:
+    """Doubling what one linear of one expert is given is doubling its weight."""
+    checkpoint, how = zoo("qwen3_moe"), arithmetic("qwen3_moe", "float32")
+    prefix = f"{checkpoint.prefix}layers.1."
+    linear = "mlp.experts.1.down_proj"
+    stack = f"{prefix}mlp.experts.*.down_proj.weight"
+    plain = {f"{prefix}{name}": tensor.float() for name, tensor in checkpoint.layer(1).items()}
+    doubled = {**plain, stack: plain[stack].clone()}
+    doubled[stack][1] *= 2
+    architecture = architecture_of(checkpoint.config, str(checkpoint.folder))
+    state = State(checkpoint.embedded(tokens(32)).float(), {}, {})
+
+    def made(named: Mapping[str, Tensor], transforms: Mapping[str, Any]) -> Tensor:
+        source = ModelSource(architecture, named.__getitem__, transforms)
+        return OpenModel(source, how).layer(1)(state).hidden
+
+    transformed = made(plain, {f"{prefix}{linear}": lambda given: 2 * given})
+    # Powers of two scale without rounding.
+    assert torch.equal(made(doubled, {}), transformed)
+    assert not torch.equal(made(plain, {}), transformed)
 
 
 def test_infinity_in_an_expert_that_no_token_is_sent_to_is_told(zoo: Any) -> None:
