@@ -35,6 +35,25 @@ BAD = {
     "a negative number": (with_model(vocab={"a": -1}), "a token without a number"),
     "a number that is true": (with_model(vocab={"a": True}), "a token without a number"),
     "an absurd number": (with_model(vocab={"a": 10**15}), "a token without a number"),
+    "padding that is there": (
+        replace(
+            QWEN.changed("tokenizer.json", added_tokens=added("[PAD270]", first=261)),
+            config={"vocab_size": 300},
+        ),
+        r"has two tokens that are '\[PAD270\]'",
+    ),
+    "what two tokens become": (
+        QWEN.changed(
+            "tokenizer.json", added_tokens=added("\u2581x", " x", first=261, special=False)
+        ),
+        "has two tokens that are ' x' in a GGUF file",
+    ),
+    "a piece twice": (
+        PIECES.with_file(
+            "tokenizer.model", sentencepiece_model([*model_pieces(), ("<s>", 0.0, 1)])
+        ),
+        "tokenizer.model: has two tokens that are '<s>'",
+    ),
     "one number for two": (with_model(vocab={"a": 0, "b": 0}), "gives two tokens one number"),
     "a Unigram model": (with_model(type="Unigram"), "model of type 'Unigram'"),
     "no model": (QWEN.changed("tokenizer.json", model=3), "has no model"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from vocabularies import byte_level, sentencepiece_json
 
 from carnice_build.commands.diff import ModuleDiff, State, diff_folders
 from carnice_build.commands.plan import plan_variants
+from carnice_build.errors import CheckpointError
 from carnice_build.formats.folder import open_folder
 from carnice_build.formats.gguf.checks import GgufChecks, block_values
+from carnice_build.formats.layout import PackLayout
 from carnice_build.formats.values import PlainValues
 
 VOCABULARY = 512
@@ -133,6 +137,31 @@ def test_a_build_of_another_mix_passes(tmp_path: Path, name: str, mix: str, most
     """As are those that change less, or nothing but the floats of a projector."""
     model, folder = build(tmp_path, name, mix)
     check_compared(compared(folder, model), most)
+
+
+def planned(root: Path, name: str, tokenizer: Mapping[str, Any]) -> PackLayout:
+    """The file that would be made of a checkpoint with that tokenizer."""
+    write_source(root / "model", name)
+    write_json(root / "model" / "tokenizer.json", tokenizer)
+    write_json(root / "_profiles.yaml", {"demo": {}})
+    recipe = {"variant": "a", "description": "A", "sources": {"body": {"model": "a/b"}}}
+    write_json(root / "a.yaml", {**recipe, "quantize": {"format": "gguf", "mix": "Q8_0"}})
+    options = replace(options_of(root, root / "model"), recipes=root)
+    return plan_variants(["a"], options).variants[0].packs[0]
+
+
+def test_rows_of_an_embedding_are_as_many_as_tokens(tmp_path: Path) -> None:
+    """Also where added tokens are the model's own: llama.cpp loads no other file."""
+    tokenizer = sentencepiece_json(gemma=True)
+    tokens = tokenizer["model"]["vocab"].keys() | {
+        token["content"] for token in tokenizer["added_tokens"]
+    }
+    pack = planned(tmp_path / "gemma", "gemma4", tokenizer)
+    (embedding,) = (slot.tensor for slot in pack.slots if slot.tensor.name == "token_embd.weight")
+
+    assert len(tokens) == embedding.ref.spec.shape[0]
+    with pytest.raises(CheckpointError, match=r"has \d+ tokens and an embedding of 512 rows"):
+        planned(tmp_path / "llama", "llama scaled", sentencepiece_json())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from carnice_build.checkpoint.gguf_header import Described
 from carnice_build.checkpoint.gguf_values import Metadata
 from carnice_build.checkpoint.model_dtype import stated_dtype
 from carnice_build.checkpoint.readme import front_matter
-from carnice_build.errors import PlanError
+from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.gguf.imatrix import (
     OWN,
@@ -184,7 +184,7 @@ class Files:
         body = self.context.body
         if not self._has_vocabulary:
             return {}
-        return tokenizer_metadata(
+        values = tokenizer_metadata(
             self.context.files,
             body.config,
             self.context.architecture.name,
@@ -192,6 +192,15 @@ class Files:
             self.tokenizer_pre,
             body.where,
         )
+        tokens = len(values["tokenizer.ggml.tokens"].value)
+        if tokens != rows:
+            raise CheckpointError(
+                f"has {tokens} tokens and an embedding of {rows} rows, which llama.cpp does not "
+                "load",
+                where=body.where,
+                expected="as many",
+            )
+        return values
 
     def _file(
         self,

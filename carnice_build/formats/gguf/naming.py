@@ -264,7 +264,8 @@ def _file_name(ref: TensorRef) -> str:
 def _tokens(table: Table, about: About) -> int | None:
     """How many tokens a model has for which the converter leaves out other rows.
 
-    With a SentencePiece vocabulary it fills that up instead.
+    With a SentencePiece vocabulary it fills that up instead.  Tokens that are both added and the
+    model's own count once, unlike there, where llama.cpp would find more rows than tokens.
     """
     if not table.trimmed or "tokenizer.model" in about.files or TOKENIZER not in about.files:
         return None
@@ -274,7 +275,11 @@ def _tokens(table: Table, about: About) -> int | None:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
         raise CheckpointError("has no vocabulary", where=where)
-    return len(vocabulary) + len(added)
+    if isinstance(vocabulary, list):
+        # A model that is not written as GGUF, which is told where its tokens are read.
+        return None
+    texts = (token.get("content") for token in added if isinstance(token, dict))
+    return len(vocabulary.keys() | {text for text in texts if isinstance(text, str)})
 
 
 def places(architecture: Architecture) -> Sequence[Place]:

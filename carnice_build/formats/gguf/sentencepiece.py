@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from carnice_build.checkpoint.json import json_object
 from carnice_build.errors import CheckpointError
 from carnice_build.formats.gguf.tokenizer_file import ADDED, CONFIG, MOST_TOKENS, described, listed
-from carnice_build.formats.gguf.vocabulary import Kind, Vocabulary, looks_special, padded
+from carnice_build.formats.gguf.vocabulary import Kind, Vocabulary, distinct, looks_special, padded
 
 NAME = "tokenizer.model"
 
@@ -69,7 +69,7 @@ def sentencepiece_vocabulary(files: Mapping[str, bytes], size: int | None) -> Vo
             tokens[number] = text if control else text.replace("\u2581", " ")
             scores[number] = _ADDED_SCORE
             kinds[number] = int(Kind.CONTROL if control else Kind.USER_DEFINED)
-    return Vocabulary(tokens, kinds, scores)
+    return distinct(Vocabulary(tokens, kinds, scores), NAME)
 
 
 def _read(files: Mapping[str, bytes], name: str) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -28,6 +29,21 @@ class Vocabulary(NamedTuple):
     tokens: list[str]
     kinds: list[int]
     scores: list[float] | None = None
+
+
+def distinct(vocabulary: Vocabulary, where: str) -> Vocabulary:
+    """The vocabulary itself; CheckpointError where two tokens have one text.
+
+    llama.cpp ends with a failed assertion when it loads such a file.
+    """
+    tokens = vocabulary.tokens
+    # Those without a text get one there, each another.
+    if len(set(tokens)) < len(tokens) - max(0, tokens.count("") - 1):
+        text = next(text for text, count in Counter(tokens).items() if text and count > 1)
+        raise CheckpointError(
+            f"has two tokens that are {text!r} in a GGUF file", where=where, expected="one of each"
+        )
+    return vocabulary
 
 
 _SCORE = -1000.0
@@ -68,7 +84,7 @@ def byte_pairs(read: TokenizerFile, size: int) -> Vocabulary:
         control = token.special or looks_special(text)
         tokens[token.number] = text if control else text.replace(_SPACE, " ")
         kinds[token.number] = int(Kind.CONTROL if control else Kind.USER_DEFINED)
-    return Vocabulary(tokens, kinds)
+    return distinct(Vocabulary(tokens, kinds), NAME)
 
 
 def scored_pairs(read: TokenizerFile, visible: Iterable[str] = ()) -> Vocabulary:
@@ -93,7 +109,7 @@ def scored_pairs(read: TokenizerFile, visible: Iterable[str] = ()) -> Vocabulary
             kinds[index] = int(Kind.CONTROL)
         if text in shown:
             kinds[index] = int(Kind.USER_DEFINED)
-    return Vocabulary(tokens, kinds, [_SCORE] * len(tokens))
+    return distinct(Vocabulary(tokens, kinds, [_SCORE] * len(tokens)), NAME)
 
 
 def is_scored_pairs(read: TokenizerFile) -> bool:
