@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -220,6 +221,23 @@ def test_a_tensor_whose_halves_changed_places_is_named(
     copied.edit(tensor, swap)
 
     assert module in copied.problems()["round trip"]
+
+
+def test_a_tensor_of_another_shape_is_not_put_together(tmp_path: Path) -> None:
+    """Whatever else its header makes of as many bytes: that is named, and nothing else read."""
+    model, folder = build(tmp_path, "deepseek_v3", "BF16")
+    (path,) = folder.glob("*.gguf")
+    name, data = b"blk.1.attn_k_b.weight", bytearray(path.read_bytes())
+    # Behind the name and the number of axes.
+    at = data.index(name) + len(name) + 4
+    columns, rows = struct.unpack_from("<2Q", data, at)
+    struct.pack_into("<2Q", data, at, columns // 2, rows * 2)
+    path.unlink()  # it is the cache's, too
+    path.write_bytes(data)
+
+    problems = Copy("bf16", options_of(tmp_path, model)).problems()
+
+    assert f"has {name.decode()} as BF16 [4, 64, 8] instead of" in problems["structure"]
 
 
 @pytest.mark.wide
