@@ -501,6 +501,17 @@ def test_text_configs_are_of_types_that_transformers_runs() -> None:
         assert config_class in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
+@pytest.mark.parametrize(
+    ("model_type", "entry"), [("deepseek_v3", "q_lora_rank"), ("mistral", "sliding_window")]
+)
+def test_null_is_not_silence(model_type: str, entry: str) -> None:
+    """Where a config states it, transformers takes no default of its own in its place."""
+    architecture = architecture_of({"model_type": model_type, entry: None}, "config.json")
+
+    assert architecture.text_config[entry] is None
+    assert CONFIG_MAPPING[model_type]().to_dict()[entry] is not None
+
+
 @pytest.mark.parametrize(("stated", "told"), [({}, 0.5), ({"partial_rotary_factor": 0.25}, 0.25)])
 def test_what_transformers_does_not_know_is_said_in_its_own_words(
     stated: Mapping[str, Any], told: float

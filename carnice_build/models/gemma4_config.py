@@ -23,7 +23,7 @@ class Gemma4Config(PlainReader):
 
     @cached_property
     def text_entries(self) -> Mapping[str, Any]:
-        """The section as published, without what states nothing."""
+        """The section as published."""
         return self._respelled(super().text_entries)
 
     def published(self, parts: Container[Part]) -> dict[str, Any]:

@@ -27,7 +27,10 @@ class Reader(Protocol):
 
     @property
     def text_entries(self) -> Mapping[str, Any]:
-        """The entries that describe the text model, in the one spelling; none is null."""
+        """The entries that describe the text model, in the one spelling.
+
+        Null is not silence: transformers then takes no default.
+        """
 
     def published(self, parts: Container[Part]) -> dict[str, Any]:
         """See `Architecture.published_config`."""
@@ -53,9 +56,8 @@ class PlainReader:
 
     @cached_property
     def text_entries(self) -> Mapping[str, Any]:
-        """The section without what states nothing."""
-        entries = self.text.entries.items()
-        return {key: value for key, value in entries if value is not None}
+        """The section as it is."""
+        return self.text.entries
 
     def published(self, parts: Container[Part]) -> dict[str, Any]:
         """As it is, without an MTP head that the folder does not hold, and not quantized."""

@@ -99,7 +99,8 @@ class FamilyTable(Architecture):
     def text_config(self) -> Mapping[str, Any]:
         """See `Architecture.text_config`."""
         own, reader = self._table.text.type, self._reader
-        entries = {**self._restated, **reader.text_entries}
+        entries = {**reader.text_entries}
+        entries |= {key: value for key, value in self._restated.items() if entries.get(key) is None}
         if own is None or (reader.text is not reader.root and reader.text.states("model_type")):
             return entries
         return {**entries, "model_type": own}
