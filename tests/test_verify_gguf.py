@@ -24,10 +24,12 @@ from carnice_build.commands.options import Options
 from carnice_build.commands.plan import plan_variants
 from carnice_build.commands.report import VariantSummary, collect_report
 from carnice_build.commands.verify import VerifyResult, VerifySettings, verify_variants
-from carnice_build.formats.folder import open_folder
+from carnice_build.formats.folder import BUILD_NAME, open_folder
 from carnice_build.formats.gguf.checks import GgufChecks
+from carnice_build.formats.gguf.imatrix_file import SUMS, encode_imatrix
 from carnice_build.formats.values import PlainValues
 from carnice_build.report.verify_table import verify_json
+from carnice_build.store.digests import digest_bytes
 from carnice_build.verification.result import Outcome
 
 MIXED, WHOLE = "gguf-mixed-mtp", "gguf-whole"
@@ -190,6 +192,26 @@ def test_one_wrong_level_is_out_of_bounds(copied: Copy) -> None:
     change(copied, flip)
 
     assert "layers.1.mlp.up_proj: 1 weights" in copied.problems()["round trip"]
+
+
+def test_a_matrix_of_importance_is_read_as_well(copied: Copy) -> None:
+    """Its sums belong to no module, but to the folder: nothing is missing, and damage is named."""
+    path, file = copied.folder / "model-imatrix.gguf", copied.folder / BUILD_NAME
+    name, sums = "blk.0.ffn_up.weight", np.ones((1, 128), np.float32)
+    path.write_bytes(encode_imatrix({name: (sums, sums[0, :1])}, ["text"], 1, 128))
+    record = json.loads(file.read_text(encoding="utf-8"))
+    record["files"][path.name] = {"size": path.stat().st_size}
+    sums_record = {"file": path.name, "digest": digest_bytes(sums.tobytes())}
+    record["tensors"][name + SUMS] = sums_record
+    file.write_text(json.dumps(record), encoding="utf-8")
+
+    whole = copied.problems()
+    path.write_bytes(path.read_bytes()[:-200] + bytes(200))
+    damaged = copied.problems()
+
+    assert {} == whole
+    assert f"tensor {name}{SUMS} in {path.name} is damaged" in damaged["digests"]
+    assert {"digests"} == set(damaged)
 
 
 def test_a_truncated_file_is_named(copied: Copy) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class ModelFolder:
 
     `shards` names the tensors of each file in the order of their bytes; `problems` says which
     files cannot be read; `record` is build.json, {} when there is none.
+    `statistics` are tensors that no model has: they tell what weights were quantized by.
     """
 
     path: Path
@@ -35,10 +37,16 @@ class ModelFolder:
     tensors: Mapping[str, SourceTensor]
     shards: Mapping[str, Sequence[str]]
     problems: Sequence[str]
+    statistics: Mapping[str, SourceTensor] = field(default_factory=dict)
+
+    @cached_property
+    def stored(self) -> Mapping[str, SourceTensor]:
+        """Every tensor of the files, whatever it is for."""
+        return {**self.tensors, **self.statistics}
 
     def shard_of(self, name: str) -> str:
         """The file that holds the tensor `name`."""
-        file = self.tensors[name].file
+        file = self.stored[name].file
         assert file is not None
         return Path(file.name).name
 
@@ -50,17 +58,16 @@ def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def open_folder(path: Path) -> ModelFolder:
-    """Read the headers and JSON files of `path`; StoreError when it holds no shard at all."""
-    shards = sorted(
-        item for item in path.glob("*") if item.suffix in SUFFIXES and not is_statistics(item.name)
-    )
-    if not shards:
+    """Read the headers and JSON files of `path`; StoreError when it holds no weights at all."""
+    shards = sorted(item for item in path.glob("*") if item.suffix in SUFFIXES)
+    if all(is_statistics(shard.name) for shard in shards):
         raise StoreError(
             "holds no safetensors or GGUF file",
             where=str(path),
             expected="a built folder, as `carnice build` makes it",
         )
     tensors: dict[str, SourceTensor] = {}
+    statistics: dict[str, SourceTensor] = {}
     names: dict[str, list[str]] = {}
     problems: list[str] = []
     for shard in shards:
@@ -71,15 +78,16 @@ def open_folder(path: Path) -> ModelFolder:
             problems.append(f"{shard.name}: {error.what}")
             continue
         names[shard.name] = [entry.name for entry in entries]
+        held = statistics if is_statistics(shard.name) else tensors
         for entry in entries:
-            if entry.name in tensors:
+            if entry.name in held:
                 problems.append(f"{shard.name}: tensor {entry.name} is in another file too")
             else:
-                tensors[entry.name] = SourceTensor(entry.name, entry.spec, source, entry.offset)
+                held[entry.name] = SourceTensor(entry.name, entry.spec, source, entry.offset)
     config = read_object(path / "config.json")
     if not config:
         problems.append("config.json: is missing or not a JSON object")
-    return ModelFolder(path, read_build(path), config, tensors, names, problems)
+    return ModelFolder(path, read_build(path), config, tensors, names, problems, statistics)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def _sizes(folder: Path, files: Mapping[str, Any]) -> tuple[dict[str, Any], list
 def _tensors(folder: ModelFolder, tensors: Mapping[str, Any], jobs: int) -> Iterator[str]:
     def damage(name: str) -> str | None:
         names = _members(name, tensors[name])
-        found = [folder.tensors[member] for member in names if member in folder.tensors]
+        found = [folder.stored[member] for member in names if member in folder.stored]
         if len(found) < len(names) or not found:
             return f"tensor {name} is missing"
         shard = folder.shard_of(names[0])
@@ -94,7 +94,7 @@ def _headers(
         expected = present.get(shard, {}).get("pack")
         if expected is None or not covered.issuperset(names):
             continue
-        start = min((folder.tensors[name].offset for name in names), default=0)
+        start = min((folder.stored[name].offset for name in names), default=0)
         header = digest_range(folder.path / shard, 0, start)
         slots = (firsts[name] for name in names if name in firsts)
         digests = [str(tensors[slot].get("digest")) for slot in slots]

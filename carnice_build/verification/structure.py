@@ -38,8 +38,9 @@ def check_structure(variant: VariantPlan, folder: ModelFolder, checks: FormatChe
     problems += small_file_problems(variant, folder.path)
     if problems and _other_recipe(variant, folder):
         problems.insert(0, "the folder was built from another recipe than this one; build it again")
-    summary = f"{len(folder.tensors)} tensors in {len(folder.shards)} shards"
-    return judged(NAME, problems, summary, {"tensors": len(folder.tensors)})
+    tensors = sum(map(len, folder.shards.values()))
+    summary = f"{tensors} tensors in {len(folder.shards)} shards"
+    return judged(NAME, problems, summary, {"tensors": tensors})
 
 
 def _tensors(variant: VariantPlan, folder: ModelFolder) -> Iterator[str]:
