@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from calibrating import FINE_TUNE, QUICK
 from conftest import REPOSITORY, Project
+from imatrix_files import imatrix_file
 from numpy.typing import NDArray
 
 from carnice_build.calibration.chain import Activations
@@ -38,7 +39,7 @@ from carnice_build.formats.gguf.imatrix import (
     imatrix_tensors,
     importance_refs,
 )
-from carnice_build.formats.gguf.imatrix_file import described, imatrix_metadata, read_imatrix
+from carnice_build.formats.gguf.imatrix_file import imatrix_metadata, read_imatrix
 from carnice_build.formats.gguf.imatrix_ops import ColumnOrder, Importance
 from carnice_build.graph import (
     ActionGraph,
@@ -91,21 +92,6 @@ def value(ref: TensorRef) -> Floats:
 def written(path: Path, content: bytes) -> LocalFile:
     path.write_bytes(content)
     return LocalFile(path)
-
-
-def encoded(
-    entries: Mapping[str, tuple[Floats, Floats]], datasets: Sequence[str], chunks: int, size: int
-) -> bytes:
-    """A file in GGUF of sums [matrices, columns] and counts [matrices], by name."""
-    names = sorted(entries)
-    tensors = [item for name in names for item in described(name, *entries[name][0].shape)]
-    arrays = [array for name in names for array in entries[name]]
-    made = encode_gguf(imatrix_metadata(datasets, chunks, size), tensors)
-    file = bytearray(made.size)
-    file[: len(made.header)] = made.header
-    for offset, array in zip(made.offsets, arrays, strict=True):
-        file[offset : offset + array.nbytes] = array.tobytes()
-    return bytes(file)
 
 
 def stack_and_matrix() -> dict[str, tuple[Floats, Floats]]:
@@ -193,7 +179,7 @@ def test_columns_follow_those_of_the_weight() -> None:
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
     """Tensors by the order of their names, sums before counts, and the four keys."""
-    content = encoded(stack_and_matrix(), ["text.txt"], 3, 128)
+    content = imatrix_file(stack_and_matrix(), ["text.txt"], 3, 128)
     file = written(tmp_path / "a.gguf", content)
     read, graph = read_imatrix(file), ActionGraph()
     found = importance_refs(graph, read, WANTED)
@@ -217,7 +203,7 @@ def test_the_gguf_package_reads_what_is_written(tmp_path: Path) -> None:
     """Keys and tensors."""
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "a.gguf"
-    path.write_bytes(encoded(stack_and_matrix(), ["a", "b"], 3, 128))
+    path.write_bytes(imatrix_file(stack_and_matrix(), ["a", "b"], 3, 128))
     reader = gguf.GGUFReader(path)
     found = {tensor.name: tensor.data for tensor in reader.tensors}
 
@@ -386,7 +372,7 @@ def test_a_gguf_that_is_none_is_refused(tmp_path: Path, what: str) -> None:
 def test_a_tensor_without_importance_is_told(tmp_path: Path) -> None:
     """It is quantized without; an embedding of another size counts as one."""
     entries = {**stack_and_matrix(), "token_embd.weight": (SUMS[None], floats([1]))}
-    read = read_imatrix(written(tmp_path / "a", encoded(entries, [], 1, 1)))
+    read = read_imatrix(written(tmp_path / "a", imatrix_file(entries, [], 1, 1)))
     more = [Wanted("output.weight", (9, 6)), Wanted("token_embd.weight", (9, 6))]
     found = importance_refs(ActionGraph(), read, [*WANTED, *more])
 
@@ -398,7 +384,7 @@ def test_a_tensor_without_importance_is_told(tmp_path: Path) -> None:
 
 def test_a_matrix_of_another_model_is_refused(tmp_path: Path) -> None:
     """It says how many tensors fit, and what is different."""
-    read = read_imatrix(written(tmp_path / "a", encoded(stack_and_matrix(), [], 1, 1)))
+    read = read_imatrix(written(tmp_path / "a", imatrix_file(stack_and_matrix(), [], 1, 1)))
     wider = [WANTED[0], Wanted("blk.0.ffn_up_exps.weight", (3, 8, 5))]
     others = [Wanted("blk.0.attn_k.weight", (8, 6))]
 
@@ -526,7 +512,7 @@ def test_a_recipe_says_where_importance_is_from(
     monkeypatch.setattr("carnice_build.formats.nvfp4.format.Calibration", keeping)
     plan_variants([FINE_TUNE], small.options(overrides=QUICK))
     ((view, source),) = given
-    file = written(tmp_path / "a", encoded(stack_and_matrix(), ["b"], 3, 4))
+    file = written(tmp_path / "a", imatrix_file(stack_and_matrix(), ["b"], 3, 4))
     context = PlanContext(
         source.architecture, source.graph, None, {}, {}, source, find=lambda spec: file
     )
@@ -696,7 +682,7 @@ def test_llama_quantize_makes_of_ours_what_it_makes_of_its_own(model: Path, tmp_
         for name, entry in read.entries.items()
     }
     ours = tmp_path / "ours.gguf"
-    ours.write_bytes(encoded(entries, read.datasets, read.chunks, read.chunk_size))
+    ours.write_bytes(imatrix_file(entries, read.datasets, read.chunks, read.chunk_size))
     made = {}
     for name in ("imatrix", "ours"):
         out = tmp_path / f"{name}-q4.gguf"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from family_builds import build_checked
+from imatrix_files import imatrix_file
 from verifying import Copy
 from zoo import write_zoo
 
@@ -26,7 +27,7 @@ from carnice_build.commands.report import VariantSummary, collect_report
 from carnice_build.commands.verify import VerifyResult, VerifySettings, verify_variants
 from carnice_build.formats.folder import BUILD_NAME, open_folder
 from carnice_build.formats.gguf.checks import GgufChecks
-from carnice_build.formats.gguf.imatrix_file import SUMS, encode_imatrix
+from carnice_build.formats.gguf.imatrix_file import SUMS
 from carnice_build.formats.values import PlainValues
 from carnice_build.report.verify_table import verify_json
 from carnice_build.store.digests import digest_bytes
@@ -198,7 +199,7 @@ def test_a_matrix_of_importance_is_read_as_well(copied: Copy) -> None:
     """Its sums belong to no module, but to the folder: nothing is missing, and damage is named."""
     path, file = copied.folder / "model-imatrix.gguf", copied.folder / BUILD_NAME
     name, sums = "blk.0.ffn_up.weight", np.ones((1, 128), np.float32)
-    path.write_bytes(encode_imatrix({name: (sums, sums[0, :1])}, ["text"], 1, 128))
+    path.write_bytes(imatrix_file({name: (sums, sums[0, :1])}, ["text"], 1, 128))
     record = json.loads(file.read_text(encoding="utf-8"))
     record["files"][path.name] = {"size": path.stat().st_size}
     sums_record = {"file": path.name, "digest": digest_bytes(sums.tobytes())}
