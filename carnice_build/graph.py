@@ -64,7 +64,11 @@ class BadInput(Exception):
 
     def at(self, index: int) -> BadInput:
         """The same of an input in which this one begins at element `index`."""
-        return BadInput(self.operand, self.what, self.expected, self.index + index)
+        return type(self)(self.operand, self.what, self.expected, self.index + index)
+
+
+class BadElement(BadInput):
+    """An op cannot work on the one number that `index` says."""
 
 
 class Op(ABC):

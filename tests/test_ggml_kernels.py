@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_bool, c_char_p, c_int, c_size_t
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ from ggml_weights import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carnice_build.backends.ggml import quantize_with_ggml
+from carnice_build.backends.ggml import _library, quantize_with_ggml
 from carnice_build.checkpoint.gguf_types import TYPES
 from carnice_build.errors import BackendError
-from carnice_build.kernels.ggml import QUANTIZERS, quantize
+from carnice_build.kernels.ggml import QUANTIZERS, first_unsound, quantize
 from carnice_build.kernels.ggml.rows import CHUNK
 
 K_QUANTS = ("Q2_K", "Q4_K", "Q5_K")
@@ -71,6 +72,24 @@ def test_any_floats_get_the_bytes_of_ggml(name: str, data: st.DataObject) -> Non
     rows, importance = drawn(data)
 
     assert reference(name, rows, importance).tobytes() == made(name, rows, importance).tobytes()
+
+
+QUANTIZED = [name for name, found in TYPES.items() if found.elements > 1]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_blocks_are_sound_that_ggml_takes_for_sound(name: str) -> None:
+    """Whatever their bytes: a scale that is NaN or infinity is none, wherever it stands."""
+    validate = _library().ggml_validate_row_data
+    validate.argtypes, validate.restype = [c_int, c_char_p, c_size_t], c_bool
+    size = TYPES[name].nbytes
+    draws = np.random.default_rng(3).integers(0, 256, (400, size), np.uint8)
+    # Of MXFP4 one exponent in 256 is none.
+    blocks = np.where(draws > 250, 255, draws).astype(np.uint8)
+    sound = [validate(TYPES[name].number, block.tobytes(), size) for block in blocks]
+
+    assert sound == [first_unsound(name, block[None]) < 0 for block in blocks]
+    assert sound.index(False) == first_unsound(name, blocks)
 
 
 @pytest.mark.wide

@@ -99,6 +99,27 @@ def test_what_is_not_finite_is_named_as_the_checkpoint_has_it(
     assert f"tensor {full!r} holds NaN or infinity at element {SWAPPED[name]}" in finished.err
 
 
+@pytest.mark.parametrize("module", ["mlp.up_proj", "linear_attn.out_proj"])
+def test_what_no_scale_of_a_block_holds_is_named_as_the_checkpoint_has_it(
+    project: Project, carnice: Carnice, tiny_checkpoint: Tiny, module: str
+) -> None:
+    """Rather than written as NaN; llama-quantize refuses such a model, too."""
+    folder = checkpoint(project, tiny_checkpoint)
+    full = f"model.language_model.layers.0.{module}.weight"
+    held = read_all_tensors(folder)
+    damaged = bytearray(held[full].data)
+    element = 128 * 71 + 37
+    damaged[2 * element : 2 * element + 2] = b"\x00\xff"
+    held[full] = replace(held[full], data=bytes(damaged))
+    write_shards(folder, held, 1)
+    write(project, "{format: gguf, mix: Q8_0}")
+    finished = carnice("build", "a")
+
+    assert 2 == finished.code
+    said = f"{full}' holds a number too large for the scale of a block of Q8_0 at element {element}"
+    assert said in finished.err
+
+
 def test_nothing_but_the_package_reaches_into_the_kernels_of_ggml() -> None:
     """Two threads that import it by different modules each would wait for the other, and fail."""
     package = REPOSITORY / "carnice_build" / "kernels" / "ggml"

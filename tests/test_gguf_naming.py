@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from gguf_converter import GOLDEN, Case, cases, described, from_json, model_of
 from gguf_families import (
@@ -27,7 +28,7 @@ from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.formats.gguf.naming import About, describe, describe_projector
 from carnice_build.formats.gguf.ops import PackMxfp4
 from carnice_build.formats.gguf.table import families, table_of
-from carnice_build.graph import ActionGraph
+from carnice_build.graph import ActionGraph, BadElement, TensorData
 
 KNOWN = json.loads(GOLDEN.read_text())
 
@@ -248,6 +249,15 @@ def test_codes_of_another_shape_are_not_packed() -> None:
     for blocks in TensorSpec("U8", (4, 2, 8)), TensorSpec("U8", (4, 3, 16)):
         with pytest.raises(PlanError, match="cannot pack codes U8"):
             PackMxfp4().infer({}, [blocks, scales])
+
+
+def test_a_scale_that_is_none_is_not_packed() -> None:
+    """NaN of MXFP4; llama-quantize refuses it too."""
+    blocks, scales = np.zeros((2, 2, 16), np.uint8), np.array([[0, 254], [255, 127]], np.uint8)
+    out = TensorData("U8", np.empty((2, 34), np.uint8))
+    with pytest.raises(BadElement, match="has a scale that is NaN") as raised:
+        PackMxfp4().apply({}, [TensorData("U8", blocks), TensorData("U8", scales)], [out])
+    assert (1, 2) == (raised.value.operand, raised.value.index)
 
 
 def test_a_family_without_a_table_is_refused_by_name() -> None:

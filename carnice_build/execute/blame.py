@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from carnice_build.errors import CheckpointError
-from carnice_build.graph import Action, BadInput, NonFiniteValue
+from carnice_build.graph import Action, BadElement, BadInput, NonFiniteValue
 from carnice_build.tensors import STACK, SourceTensor, numbered
 
 
@@ -13,10 +13,11 @@ def non_finite(action: Action, error: NonFiniteValue) -> CheckpointError:
     """The error for NaN or infinity in an input of `action`, or in what it makes of finite ones."""
     if error.operand is None:
         origins = [ref.origin for ref in action.inputs]
-        names = [repr(item.name) for item in origins if isinstance(item, SourceTensor)]
-        of = f" of {' and '.join(names)}" if names else ""
+        held = [item.located(0)[0] for item in origins if isinstance(item, SourceTensor)]
+        of = f" of {' and '.join(repr(item.name) for item in held)}" if held else ""
         return CheckpointError(
-            f"{action.op.name} makes NaN or infinity{of}, though what it reads is finite"
+            f"{action.op.name} makes NaN or infinity{of}, though what it reads is finite",
+            where=held[0].file.name if held and held[0].file else None,
         )
     origin = action.inputs[error.operand].origin
     if isinstance(origin, SourceTensor):
@@ -29,9 +30,10 @@ def bad_input(action: Action, error: BadInput) -> CheckpointError:
     origin = action.inputs[error.operand].origin
     if not isinstance(origin, SourceTensor):
         return CheckpointError(f"{action.op.name} {error.what}", expected=error.expected)
-    tensor, _ = origin.located(error.index)
+    tensor, place = origin.located(error.index)
+    at = f" at element {place}" if isinstance(error, BadElement) else ""
     return CheckpointError(
-        f"tensor {tensor.name!r} {error.what}{_expert(origin, tensor, error.index)}",
+        f"tensor {tensor.name!r} {error.what}{at}{_expert(origin, tensor, error.index)}",
         where=tensor.file.name if tensor.file else None,
         expected=error.expected,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.graph import ArrayOp, BadInput, TensorData, require_finite
+from carnice_build.graph import ArrayOp, BadElement, TensorData, require_finite
 
 
 class Elementwise(ArrayOp):
@@ -59,11 +59,11 @@ class Elementwise(ArrayOp):
 def cast_finite(source: TensorData, out: TensorData) -> None:
     """Fill `out` with the floats of `source`, in its own type.
 
-    Raises NonFiniteValue for NaN or infinity, BadInput for a number that the type cannot hold.
+    Raises NonFiniteValue for NaN or infinity, BadElement for a number that the type cannot hold.
     """
     from carnice_build.kernels import elementwise
 
     require_finite(elementwise.cast(source.array, source.dtype, out.dtype, out.array))
     beyond = elementwise.non_finite_index(out.array, out.dtype)
     if beyond >= 0:
-        raise BadInput(0, f"holds a number at element {beyond} that {out.dtype} cannot hold")
+        raise BadElement(0, f"holds a number beyond those of {out.dtype}", index=beyond)

@@ -10,7 +10,7 @@ from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.graph import (
     ArrayOp,
-    BadInput,
+    BadElement,
     NonFiniteValue,
     TensorData,
     require_finite,
@@ -46,7 +46,7 @@ class Importance(ArrayOp):
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Fill the output; raises NonFiniteValue, and BadInput for what is no sum of squares."""
+        """Fill the output; raises NonFiniteValue, and BadElement for what is no sum of squares."""
         import numpy as np
 
         from carnice_build.kernels.elementwise import non_finite_index
@@ -57,14 +57,15 @@ class Importance(ArrayOp):
                 raise NonFiniteValue(bad_index, operand)
         sums, *counted = (item.array.reshape(-1) for item in inputs)
         if (sums < 0).any():
-            raise BadInput(0, "has a negative sum of squares", index=int(np.argmax(sums < 0)))
+            raise BadElement(0, "has a negative sum of squares", index=int(np.argmax(sums < 0)))
         if not counted:
             calls = np.float32(max(params["calls"], 1))
             outputs[0].array[...] = (sums / calls).reshape(outputs[0].array.shape)
             return
         (counts,) = counted
-        if (np.abs(counts) > _MOST).any():
-            raise BadInput(1, "has a count of more vectors than there are")
+        if (beyond := np.abs(counts) > _MOST).any():
+            what = "has a count of more vectors than there are"
+            raise BadElement(1, what, index=int(np.argmax(beyond)))
         # Halves are rounded away from zero, and only what is above zero was counted.
         whole = np.floor(counts.astype(np.float64) + 0.5).astype(np.float32)
         parts = sums.reshape(len(whole), -1)

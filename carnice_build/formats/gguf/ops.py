@@ -7,7 +7,7 @@ from typing import Any
 
 from carnice_build.dtypes import WIDE_FLOATS, TensorSpec
 from carnice_build.errors import PlanError
-from carnice_build.graph import ArrayOp, NonFiniteValue, TensorData, require_finite
+from carnice_build.graph import ArrayOp, BadElement, NonFiniteValue, TensorData, require_finite
 
 
 class Values(ArrayOp):
@@ -120,16 +120,21 @@ class PackMxfp4(ArrayOp):
         inputs: Sequence[TensorData],
         outputs: Sequence[TensorData],
     ) -> None:
-        """Fill the output."""
+        """Fill the output; raises BadElement for a scale that is none."""
         import numpy as np
 
         (blocks, scales), (out,) = (item.array for item in inputs), outputs
+        if (bad := scales == _NO_POWER).any():
+            raise BadElement(1, "has a scale that is NaN", index=int(np.argmax(bad)))
         rows, groups, _ = blocks.shape
         numbers = np.stack((blocks & 0x0F, blocks >> 4), axis=-1).reshape(rows, groups, 2 * _HALF)
         made = out.array.reshape(rows, groups, 1 + _HALF)
         made[..., 0] = scales
         made[..., 1:] = numbers[..., :_HALF] | numbers[..., _HALF:] << 4
 
+
+_NO_POWER = 0xFF
+"""The scale in MXFP4 that is NaN."""
 
 _HALF = 16
 """Half of a group of MXFP4, and bytes of its codes."""

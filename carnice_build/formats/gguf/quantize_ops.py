@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from carnice_build.checkpoint.gguf_header import stored_spec
+from carnice_build.checkpoint.gguf_types import TYPES
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import PlanError
 from carnice_build.formats.blame import require_floats
-from carnice_build.graph import ArrayOp, BadInput, NonFiniteValue, TensorData, require_finite
+from carnice_build.graph import ArrayOp, BadElement, NonFiniteValue, TensorData, require_finite
 
 
 class Quantize(ArrayOp):
@@ -39,10 +40,17 @@ class Quantize(ArrayOp):
     def apply(
         self, params: Mapping[str, Any], inputs: Sequence[TensorData], outputs: Sequence[TensorData]
     ) -> None:
-        """Quantize rows; raises NonFiniteValue."""
+        """Quantize rows; raises NonFiniteValue, and BadElement for what no block can hold."""
+        from carnice_build.kernels.ggml import first_unsound
+
+        kind, weight, made = params["type"], inputs[0], outputs[0].array
         importance = _importance(inputs[1]) if len(inputs) > 1 else None
-        _, bad = self._quantize(params["type"], inputs[0].array, importance, outputs[0].array)
+        _, bad = self._quantize(kind, weight.array, importance, made)
         require_finite(bad)
+        block = first_unsound(kind, made.reshape(-1, TYPES[kind].nbytes))
+        if block >= 0:
+            what = f"holds a number too large for the scale of a block of {kind}"
+            raise BadElement(0, what, index=_largest(weight, block, TYPES[kind].elements))
 
     def _quantize(self, *arguments: Any) -> Any:
         """See `kernels.ggml.quantize`."""
@@ -51,8 +59,18 @@ class Quantize(ArrayOp):
         return quantize(*arguments)
 
 
+def _largest(weight: TensorData, block: int, size: int) -> int:
+    """The index of the number of largest magnitude in a block of so many."""
+    import numpy as np
+
+    from carnice_build.kernels.elementwise import widen
+
+    some = weight.array.reshape(-1)[block * size : (block + 1) * size]
+    return block * size + int(np.argmax(np.abs(widen(some, weight.dtype))))
+
+
 def _importance(given: TensorData) -> Any:
-    """Numbers that weigh; raises NonFiniteValue or BadInput, which tell of the second input."""
+    """Numbers that weigh; raises NonFiniteValue or BadElement, which tell of the second input."""
     import numpy as np
 
     from carnice_build.kernels.elementwise import non_finite_index
@@ -62,7 +80,7 @@ def _importance(given: TensorData) -> Any:
         raise NonFiniteValue(bad, 1)
     negative = given.array < 0
     if negative.any():
-        raise BadInput(
+        raise BadElement(
             1, "says that a column counts less than nothing", index=int(np.argmax(negative))
         )
     return given.array

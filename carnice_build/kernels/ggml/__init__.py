@@ -12,6 +12,7 @@ Q5_K with importance. That gives other bytes only where a quotient is none that 
 from .decode import DECODERS, dequantize
 from .quantize import QUANTIZERS, Quantizer, quantize
 from .rows import checked_importance, checked_rows, wide_chunks
+from .sound import first_unsound
 
 __all__ = [
     "DECODERS",
@@ -20,6 +21,7 @@ __all__ = [
     "checked_importance",
     "checked_rows",
     "dequantize",
+    "first_unsound",
     "quantize",
     "wide_chunks",
 ]
