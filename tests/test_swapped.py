@@ -13,6 +13,7 @@ from tiny import Tensor, write_safetensors
 from carnice_build.checkpoint.checkpoint import open_checkpoint
 from carnice_build.checkpoint.swapped import swapped_columns, swapped_rows
 from carnice_build.dtypes import TensorSpec
+from carnice_build.errors import CheckpointError
 from carnice_build.tensors import SourceTensor
 
 ROWS, COLUMNS = 24, 12
@@ -109,7 +110,12 @@ def test_tensors_without_bytes_differ_from_what_they_are_made_of() -> None:
     assert 3 == len({tensor.identity for tensor in made})
 
 
-def test_rows_that_are_no_blocks_are_refused(matrix: SourceTensor) -> None:
-    """24 rows do not hold blocks of 10."""
-    with pytest.raises(ValueError, match="24 rows are not 0 and blocks of 10"):
+def test_what_is_no_blocks_is_refused(matrix: SourceTensor) -> None:
+    """24 rows do not hold blocks of 10, nor 12 columns any of 5 or of none."""
+    with pytest.raises(CheckpointError, match="24 rows are not 0 and blocks of 10"):
         swapped_rows(matrix, 2, 5, 1)
+    for first, size in (5, 1), (0, 2):
+        with pytest.raises(CheckpointError, match=f"12 columns are not blocks of {first * size}"):
+            swapped_columns(matrix, 1, first, size)
+    with pytest.raises(CheckpointError, match="24 rows are not 0 and blocks of 0"):
+        swapped_rows(matrix, 4, 0, 1)

@@ -7,6 +7,7 @@ from math import gcd
 from carnice_build.checkpoint.rows import FillRows, RowsOfTensor
 from carnice_build.checkpoint.stack import BLOCK_BYTES, stacked
 from carnice_build.dtypes import ITEM_SIZE, TensorSpec
+from carnice_build.errors import CheckpointError
 from carnice_build.tensors import Piece, Reader, SourceTensor
 
 
@@ -67,12 +68,13 @@ def swapped_rows(
     """Behind `skip` rows, blocks [first, second] of so many `rows` as blocks [second, first].
 
     Of a block alone, which may be a whole matrix, no more than what is asked for is read at once.
+    CheckpointError for rows that are no such blocks.
     """
     block = first * second * rows
     count, *rest = tensor.spec.shape
-    blocks, odd = divmod(count - skip, block)
+    blocks, odd = divmod(count - skip, block) if block else (0, count)
     if odd or (skip and blocks != 1):
-        raise ValueError(f"{count} rows are not {skip} and blocks of {block}")
+        raise _unfit(tensor, f"{count} rows are not {skip} and blocks of {block}")
     if 1 in (first, second):
         return tensor
     if blocks != 1:
@@ -91,13 +93,25 @@ def swapped_rows(
 
 
 def swapped_columns(tensor: SourceTensor, first: int, second: int, columns: int) -> SourceTensor:
-    """Blocks [first, second] of so many `columns` of a matrix as blocks [second, first]."""
-    if tensor.spec.shape[-1] % (first * second * columns):
-        raise ValueError(f"columns of {tensor.spec.shape} are not blocks of {first}, {second}")
+    """Blocks [first, second] of so many `columns` of a matrix as blocks [second, first].
+
+    CheckpointError for columns that are no such blocks.
+    """
+    count, block = tensor.spec.shape[-1], first * second * columns
+    if not block or count % block:
+        raise _unfit(tensor, f"{count} columns are not blocks of {block}")
     if 1 in (first, second):
         return tensor
     piece = columns * ITEM_SIZE[tensor.spec.dtype]
     return _swapped(tensor, first, second, piece)
+
+
+def _unfit(tensor: SourceTensor, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"heads of tensor {tensor.name!r} cannot change places: {why}",
+        where=tensor.file.name if tensor.file else None,
+        expected="numbers of heads in config.json of which one divides the other",
+    )
 
 
 def _swapped(tensor: SourceTensor, first: int, second: int, piece: int) -> SourceTensor:
