@@ -251,6 +251,15 @@ def test_codes_of_another_shape_are_not_packed() -> None:
             PackMxfp4().infer({}, [blocks, scales])
 
 
+@pytest.mark.parametrize(("entry", "count"), [("value", 3), ("key", 0)])
+def test_heads_that_rows_are_not_of_are_refused(tmp_path: Path, entry: str, count: int) -> None:
+    """Three value heads do not belong to two key heads."""
+    config = {**CONFIGS["qwen3_next"], f"linear_num_{entry}_heads": count}
+    folder = write_checkpoint(tmp_path / "model", config)
+    with pytest.raises(CheckpointError, match=r"has \d+ rows, which are not \d heads of"):
+        described(folder, "F16")
+
+
 def test_a_scale_that_is_none_is_not_packed() -> None:
     """NaN of MXFP4; llama-quantize refuses it too."""
     blocks, scales = np.zeros((2, 2, 16), np.uint8), np.array([[0, 254], [255, 127]], np.uint8)

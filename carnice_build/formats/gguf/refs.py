@@ -12,6 +12,7 @@ from carnice_build.checkpoint.stack import rows_of_slabs, slab_rows, slab_stack,
 from carnice_build.checkpoint.swapped import swapped_columns, swapped_rows
 from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.dtypes import TensorSpec
+from carnice_build.errors import CheckpointError
 from carnice_build.formats.gguf.ops import PackMxfp4
 from carnice_build.formats.gguf.parameters import ConfigScope
 from carnice_build.formats.gguf.table import Cut, Swap
@@ -38,9 +39,18 @@ def swapped_ref(ref: TensorRef, swap: Swap, scope: ConfigScope) -> TensorRef:
 
 
 def cut_ref(ref: TensorRef, cut: Cut, scope: ConfigScope) -> Iterable[tuple[str, TensorRef]]:
-    """The parts of a matrix, by their names, each of all heads."""
+    """The parts of a matrix, by their names, each of all heads.
+
+    CheckpointError for a config whose heads have not the rows that the matrix has.
+    """
     size, tensor = scope.size, source_of(ref)
     heads, (rows, columns) = size(cut.heads), ref.spec.shape
+    each = max(size(part.start) + size(part.rows) for part in cut.parts)
+    if heads * each != rows or not rows:
+        raise CheckpointError(
+            f"tensor {tensor.name!r} has {rows} rows, which are not {heads} heads of {each}",
+            where=scope.where,
+        )
     spec = TensorSpec(ref.spec.dtype, (heads, rows // heads, columns))
     whole = SourceTensor(tensor.name, spec, tensor.file, tensor.offset, tensor.stored)
     for name in dict.fromkeys(part.name for part in cut.parts):
