@@ -249,6 +249,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "moe_intermediate_size": 32,
             "attention_k_eq_v": True,
             "num_global_key_value_heads": 1,
+            "final_logit_softcapping": 30.0,
             "layer_types": ["sliding_attention", "full_attention"],
         },
         "vision_config": {**_PATCHES, "standardize": True},

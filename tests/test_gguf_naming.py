@@ -100,6 +100,15 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path: Path) -> 
     assert [11, 11, 10, 0] == found["qwen35.rope.dimension_sections"].value
 
 
+def test_logits_without_a_cap_are_said_to_have_none(tmp_path: Path) -> None:
+    """llama.cpp caps those of Gemma 4 at 30 where a file does not say."""
+    config = CONFIGS["gemma4"]
+    text = {**config["text_config"], "final_logit_softcapping": None}
+    folder = write_checkpoint(tmp_path / "uncapped", {**config, "text_config": text})
+    found = described(folder, "F16").metadata
+    assert 0.0 == found["gemma4.final_logit_softcapping"].value
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "minimax_m2"])
 def test_experts_are_chosen_by_sigmoids_where_a_config_saved_by_transformers_says_nothing(
     tmp_path: Path, family: str
