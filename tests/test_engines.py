@@ -310,6 +310,34 @@ def test_llama_cpp_s_perplexity_is_held_against_ours(
     assert json.dumps(near.details)
 
 
+@pytest.mark.parametrize(
+    ("added", "start", "said"), [(True, 7, "true"), (False, None, "false"), (None, None, "false")]
+)
+def test_llama_cpp_is_told_whether_sequences_begin_with_a_token(
+    llama: Callable[..., EngineSettings],
+    tmp_path: Path,
+    added: bool | None,
+    start: int | None,
+    said: str,
+) -> None:
+    """By the file, or with none where it says nothing, whatever its tokenizer is."""
+    settings = llama(7.78)
+    values = {"tokenizer.ggml.bos_token_id": Value("u32", 7)}
+    if added is not None:
+        values["tokenizer.ggml.add_bos_token"] = Value("bool", added)
+    (tmp_path / "m.gguf").write_bytes(encode_gguf(values, []).header)
+    program = llama_cpp.find_program(llama_cpp.PERPLEXITY)
+    assert program is not None
+    llama_cpp.measured(
+        program, tmp_path, tmp_path / "text", 256, 4, os.environ, settings.patience.start
+    )
+
+    assert start == llama_cpp.first_token(tmp_path)
+    assert f"--override-kv tokenizer.ggml.add_bos_token=bool:{said}" in (
+        (tmp_path / "asked").read_text()
+    )
+
+
 def test_a_split_model_is_loaded_by_its_first_file(files: Path) -> None:
     """With its tower, drafting with its head."""
     words, drafts = llama_cpp.arguments(files, None, "m")

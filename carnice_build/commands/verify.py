@@ -17,6 +17,7 @@ from carnice_build.commands.plan import Plan, plan_variants
 from carnice_build.engines import check as engine_check
 from carnice_build.engines.check import EngineSettings, prepare_engine
 from carnice_build.engines.engine import launch_of
+from carnice_build.engines.llama_cpp import first_token
 from carnice_build.errors import PlanError
 from carnice_build.formats.folder import open_folder, read_build
 from carnice_build.package.files import content_key
@@ -179,7 +180,14 @@ def _halves(
     model = dequantized(checks, variant, folder)
     with Workers(told) as workers:
         found: Perplexity | None = workers.of("torch").call(
-            torch_worker.measure_halves, model, folder, text, length, samples, threads
+            torch_worker.measure_halves,
+            model,
+            folder,
+            text,
+            length,
+            samples,
+            threads,
+            first_token(folder),
         )
     return found
 

@@ -24,6 +24,7 @@ PERPLEXITY = "llama-perplexity"
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _FIRST = re.compile(r"-00001-of-\d{5}\.gguf$")
 _ESTIMATE = re.compile(r"Final estimate: PPL = (\S+) \+/- (\S+)")
+_ADDS_FIRST, _FIRST_TOKEN = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.bos_token_id"
 _MOST_DRAFTS = 1
 """Where no launch says how many tokens to draft."""
 _ATTEMPTS = 4
@@ -94,6 +95,13 @@ def _has_head(model: Path) -> bool:
     )
 
 
+def first_token(folder: Path) -> int | None:
+    """The token that a folder's file has put before texts; None without any."""
+    metadata = read_gguf(LocalFile(model_file(folder))).metadata
+    added, token = metadata.get(_ADDS_FIRST), metadata.get(_FIRST_TOKEN)
+    return int(token.value) if added and added.value and token else None
+
+
 def measured(
     program: Path,
     folder: Path,
@@ -105,10 +113,14 @@ def measured(
 ) -> Perplexity:
     """What `llama-perplexity` finds of a text: over the second half of each sequence.
 
+    In the place of the first token of each is `first_token`, if there is any.
     EngineError when it finds nothing.
     """
     command = [str(program), "--model", str(model_file(folder)), "--file", str(text.resolve())]
     command += ["--ctx-size", str(length), "--chunks", str(samples)]
+    # Or it takes what is usual with the tokenizer where the file does not say.
+    added = str(first_token(folder) is not None).lower()
+    command += ["--override-kv", f"{_ADDS_FIRST}=bool:{added}"]
     for _ in range(_ATTEMPTS):
         try:
             finished = subprocess.run(

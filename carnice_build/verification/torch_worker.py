@@ -148,14 +148,30 @@ def measure_perplexities(
 
 
 def measure_halves(
-    model: StoredModel, tokenizer: Path, text: Path, length: int, samples: int, threads: int
+    model: StoredModel,
+    tokenizer: Path,
+    text: Path,
+    length: int,
+    samples: int,
+    threads: int,
+    start: int | None = None,
 ) -> Perplexity | None:
-    """Perplexity over the second half of each sequence alone, as `llama-perplexity` has it."""
+    """Perplexity over the second half of each sequence alone, as `llama-perplexity` has it.
+
+    The token `start`, if there is one, is before the text, and in the place of the first one of
+    each sequence.
+    """
     import torch
 
     from carnice_build.verification.quality import measure
 
-    rows = [torch.tensor(row) for row in cut(tokens_of(tokenizer, text), length, samples)]
+    tokens = tokens_of(tokenizer, text)
+    if start is not None and tokens[:1] != [start]:
+        tokens = [start, *tokens]
+    rows = [torch.tensor(row) for row in cut(tokens, length, samples)]
+    if start is not None:
+        for row in rows:
+            row[0] = start
     if not rows:
         return None
     arithmetic = _arithmetic(model.architecture, threads)

@@ -1,7 +1,7 @@
 """GGUF files of families in llama.cpp: they load, and compute what our own forward pass does.
 
-Files are in F32, so that nothing but the order of sums differs, and which experts are chosen where
-two are nearly as good.
+Files are in F32, so that what differs is the order of sums, the cache and values of GELU, which
+llama.cpp has in F16, and which experts are chosen where two are nearly as good.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from family_builds import build_checked, options_of, write_family
+from tiny import write_json
+from vocabularies import sentencepiece_json
 from zoo import TOKENIZER_FILES
 
 from carnice_build.commands.plan import plan_variants
@@ -36,6 +38,9 @@ SPELLED = {
 }
 """What the files of the tokenizer at hand have, and what a family's have instead."""
 
+GEMMA4 = {"vocab_size": 269, "vocab_size_per_layer_input": 269}
+"""As many tokens as the tokenizer has that a file of Gemma 4 takes."""
+
 CHANGES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -44,6 +49,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "ministral3": {},
     "gemma3_text": {},
+    "gemma4": GEMMA4,
+    # All experts, or those chosen by other hundredths of a percent move the figure by a percent.
+    "gemma4_moe": {**GEMMA4, "top_k_experts": 4},
     "glm4_moe": {},
     "deepseek_v3": {},
     # Of its rope, llama.cpp rounds where interpolation begins and ends.
@@ -70,14 +78,18 @@ def test_llama_cpp_computes_what_we_do(tmp_path: Path, family: str) -> None:
         for own, theirs in SPELLED.get(family, {}).items():
             text = text.replace(own, theirs)
         (model / name).write_text(text, encoding="utf-8")
-    recipe = "quantize: {format: gguf, mix: F32, tokenizer_pre: qwen35}\n"
+    pre = ", tokenizer_pre: qwen35"
+    if CHANGES[family].items() >= GEMMA4.items():
+        pre = ""
+        write_json(model / "tokenizer.json", sentencepiece_json(gemma=True))
+        write_json(model / "tokenizer_config.json", {"bos_token": "<bos>"})
+    recipe = f"quantize: {{format: gguf, mix: F32{pre}}}\n"
     folder = build_checked(tmp_path, model, "whole", recipe)
     (plan,) = plan_variants(["whole"], options_of(tmp_path, model)).variants
 
     theirs = llama_cpp.measured(program, folder, TEXT, LENGTH, SAMPLES, os.environ, 120)
-    ours = measure_halves(
-        dequantized(GgufChecks("F32"), plan, folder), folder, TEXT, LENGTH, SAMPLES, 1
-    )
+    stored, start = dequantized(GgufChecks("F32"), plan, folder), llama_cpp.first_token(folder)
+    ours = measure_halves(stored, folder, TEXT, LENGTH, SAMPLES, 1, start)
 
     assert ours is not None
     assert ours.mean is not None
