@@ -149,8 +149,8 @@ class Checklist(Strict):
 class Container(Strict):
     """What a container of the engine needs of its host."""
 
-    shm_size: str = "16gb"
-    ipc: str = "host"
+    shm_size: str | None = "16gb"
+    ipc: str | None = "host"
 
 
 class Support(Strict):

@@ -160,7 +160,6 @@ def _compose(launches: Sequence[Launch], place: Place) -> str:
 
 
 def _service(launch: Launch, place: Place) -> dict[str, Any]:
-    container = launch.profile.container
     unset = "${VLLM_IMAGE:?set it to an image that holds the engine of this launch}"
     service: dict[str, Any] = {
         "image": unset if launch.image is None else _literal(launch.image),
@@ -170,8 +169,7 @@ def _service(launch: Launch, place: Place) -> dict[str, Any]:
         "command": [_literal(item) for item in launch.arguments(_MOUNT)],
         "ports": [f"{launch.port}:{launch.engine.port}"],
         "volumes": [f"{place.model_folder}:{_MOUNT}:ro"],
-        "shm_size": container.shm_size,
-        "ipc": container.ipc,
+        **launch.profile.container.model_dump(exclude_none=True),
     }
     if launch.env:
         service["environment"] = {name: _literal(item.value) for name, item in launch.env.items()}
