@@ -232,6 +232,31 @@ def test_the_page_of_the_format_builds_what_it_shows(project: Project, carnice: 
     assert 7 == metadata(parts[0])["general.file_type"]
 
 
+def test_a_tensor_of_a_rule_does_not_count_for_others(demo: Mapping[str, VariantPlan]) -> None:
+    """As in llama-quantize; the plan tells of those that get another type, and by whose fault."""
+    rule = 'quantize.rules+={match: "*.layers.1.mlp.down_proj", type: Q8_0}'
+    options = Options(recipes=REPOSITORY / "recipes", profile="demo", overrides=(rule,))
+    (ruled,) = plan_variants(["gguf-q4_k_m"], options).variants
+    own, others = ruled.conversion, demo["gguf-q4_k_m"].conversion
+    changed = {
+        module: (others.quantized[module].name, scheme.name)
+        for module, scheme in own.quantized.items()
+        if scheme != others.quantized[module]
+    }
+
+    layers = "model.language_model.layers"
+    assert changed == {
+        f"{layers}.1.mlp.down_proj": ("Q4_K", "Q8_0"),
+        f"{layers}.3.mlp.down_proj": ("Q6_K", "Q4_K"),
+        f"{layers}.4.mlp.down_proj": ("Q4_K", "Q6_K"),
+        f"{layers}.6.mlp.down_proj": ("Q6_K", "Q4_K"),
+    }
+    (notice,) = set(own.notices) - set(others.notices)
+    assert "the rules give blk.3.ffn_down.weight Q4_K instead of Q6_K, and 2 more" in notice
+    causes = [own.causes[f"blk.{layer}.ffn_down.weight"]["type"] for layer in (1, 2, 3)]
+    assert [("rules", 0, "type"), ("mix",), ("rules",)] == causes
+
+
 def test_the_page_says_how_to_do_without_passes() -> None:
     """By the override that it shows, which needs no calibration and makes no matrix."""
     (override,) = re.findall(r"--set (quantize.imatrix=\w+)", shown("gguf.md"))

@@ -218,7 +218,8 @@ class GgufFormat(Format):
             causes={
                 tensor.name: dict.fromkeys((OP, "type", "dtype"), cause)
                 for tensor in text.file.tensors
-                for _, cause in [chosen.get(tensor.name, Choice(None, ("mix",)))]
+                for unasked in ["rules" if tensor.name in text.moved else "mix"]
+                for _, cause in [chosen.get(tensor.name, Choice(None, (unasked,)))]
             },
             stated={
                 _FILES: [*made, text.statistics] if text.statistics else made,

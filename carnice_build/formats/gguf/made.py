@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -67,11 +67,15 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Text:
-    """The model's own file, the one of the importance it was made with, and what to tell."""
+    """The model's own file, the one of the importance it was made with, and what to tell.
+
+    `moved` are tensors that no rule is about, but that have another type than without the rules.
+    """
 
     file: GgufFile
     statistics: GgufFile | None
     notices: Sequence[str]
+    moved: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,13 @@ class Files:
             for item in description.tensors
         ]
         found, statistics = self._importance(description.tensors, description.architecture)
-        request = replace(
-            _with_rules(request, chosen, written), importance=bool(found and found.refs)
-        )
+        request = replace(request, importance=bool(found and found.refs))
+        model = model_of(metadata)
         try:
-            assigned = assign(written, model_of(metadata), request)
+            assigned = assign(written, model, _with_rules(request, chosen, written))
         except PlanError as error:
             raise error.revised(at=("rules",) if chosen else None) from None
+        moved = _moved(assigned, assign(written, model, request) if chosen else assigned, chosen)
         _check_heard(assigned, chosen, description.architecture)
         refs = found.refs if found else {}
         self._check_importance(assigned, refs, chosen)
@@ -126,8 +130,9 @@ class Files:
             quantized_metadata(metadata, self.mix, self._importance_file(found)),
             refs,
         )
-        notices = [*self._uncounted(), *_unfit(assigned), *(found.notices if found else ())]
-        return Text(file, statistics, notices)
+        notices = [*self._uncounted(), *_unfit(assigned), *_told(moved)]
+        notices += found.notices if found else ()
+        return Text(file, statistics, notices, moved)
 
     def described(self) -> Description:
         """What is in the model's own file beside the vocabulary, in the converter's order."""
@@ -324,6 +329,32 @@ def _check_kept(assigned: Iterable[Assigned]) -> None:
                 expected="`mix: MXFP4_MOE`, which keeps it, or a step `- decode: {}`",
                 at=("mix",),
             )
+
+
+def _moved(
+    assigned: Iterable[Assigned], plain: Iterable[Assigned], chosen: Mapping[str, Choice]
+) -> dict[str, tuple[str, str]]:
+    """The types with and without rules of tensors that no rule is about, where they differ.
+
+    llama-quantize counts no tensor whose type it is told, so those after it have other places.
+    """
+    without = {item.tensor.name: item.type for item in plain}
+    return {
+        item.tensor.name: (item.type, without[item.tensor.name])
+        for item in assigned
+        if item.tensor.name not in chosen and item.type != without[item.tensor.name]
+    }
+
+
+def _told(moved: Mapping[str, tuple[str, str]]) -> list[str]:
+    if not moved:
+        return []
+    name, (own, without) = next(iter(moved.items()))
+    more = f", and {len(moved) - 1} more other types" if len(moved) > 1 else ""
+    return [
+        f"the rules give {name} {own} instead of {without}{more}: as in llama-quantize, a tensor"
+        " that a rule is about does not count for those after it"
+    ]
 
 
 def _unfit(assigned: Iterable[Assigned]) -> list[str]:
