@@ -165,7 +165,7 @@ def test_a_card_says_what_is_not_there(project: Project) -> None:
     assert "| the model's first part, which is the one to name |" in card
     assert "| a further part of it |" in card
     assert "llama-server --model owner/small-GGUF/Carnice-V2-27b-Q8_0-00001-of-" in card
-    assert "`llama-server -hf owner/small-GGUF:Q8_0`" in card
+    assert "\nllama-server -hf owner/small-GGUF:Q8_0 --jinja\n" in card
     assert not {"mmproj", "MTP", "mportance"} & set(re.findall(r"mmproj|MTP|mportance", card))
 
 

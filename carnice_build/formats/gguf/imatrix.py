@@ -84,7 +84,8 @@ class Importances:
             return ()
         first = ", ".join(self.missing[:3]) + (", ..." if len(self.missing) > 3 else "")
         whole = len(self.refs) + len(self.missing)
-        return (f"imatrix: no importance for {len(self.missing)} of {whole} tensors: {first}",)
+        without = f"{len(self.missing)} of {whole} tensors are quantized without importance"
+        return (f"imatrix: {without}: {first}",)
 
 
 @dataclass(frozen=True)
