@@ -25,6 +25,8 @@ from tiny import contents, write_tiny
 from carnice_build.cli.main import run
 from carnice_build.commands.options import Options
 
+pytest_plugins = ["warm"]
+
 pytest.register_assert_rewrite("attacking", "calibrating", "remotes")
 
 REPOSITORY = Path(__file__).parent.parent

@@ -25,6 +25,8 @@ from carnice_build.tensor_file import TensorFile
 
 Carnice = Callable[..., Finished]
 
+pytestmark = pytest.mark.usefixtures("cold")
+
 SPEC = TensorSpec("U8", (1,))
 PATIENCE = 60.0
 

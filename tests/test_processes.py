@@ -16,6 +16,8 @@ from carnice_build.execute.processes import LocalRunner, _connect
 from carnice_build.graph import ActionGraph, ActionOutput, ProcessOp
 from carnice_build.tensor_file import TensorFile
 
+pytestmark = pytest.mark.usefixtures("cold")
+
 SPEC = TensorSpec("U8", (1,))
 NOTE = "CARNICE_TEST_NOTE"
 
