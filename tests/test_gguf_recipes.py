@@ -179,7 +179,7 @@ def test_another_label_is_another_name_of_the_same_file(project: Project) -> Non
 
     assert ["Carnice-V2-27b-UD-Q8_K_XL.gguf"] == [pack.name for pack in named.packs]
     assert [pack.identity for pack in plain.packs] == [pack.identity for pack in named.packs]
-    assert "`llama-server -hf owner/small-GGUF:UD-Q8_K_XL`" in card
+    assert "\nllama-server -hf owner/small-GGUF:UD-Q8_K_XL --jinja\n" in card
     assert ((), ()) == (named.notices, plain.notices)
 
 
