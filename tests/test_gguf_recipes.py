@@ -262,8 +262,10 @@ def test_the_page_says_how_to_do_without_passes() -> None:
     (override,) = re.findall(r"--set (quantize.imatrix=\w+)", shown("gguf.md"))
     options = Options(recipes=REPOSITORY / "recipes", profile="demo", overrides=(override,))
     (plan,) = plan_variants(["gguf-q4_k_m"], options).variants
+    front = yaml.safe_load(dict(pages(plan))["README.md"].split("---\n")[1])
 
     assert 2 == len(plan.packs)
+    assert "imatrix" not in front["tags"]
 
 
 def test_the_page_names_the_release_that_is_compared_with() -> None:

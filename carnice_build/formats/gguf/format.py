@@ -132,7 +132,8 @@ class GgufFormat(Format):
 
     def card(self) -> Card:
         """See `Format.card`."""
-        return Card(own_template(__package__), "gguf", ("gguf", "llama.cpp"))
+        tags = ("gguf", "llama.cpp", *(("imatrix",) if self.imatrix is not None else ()))
+        return Card(own_template(__package__), "gguf", tags)
 
     def checks(self) -> GgufChecks:
         """See `Format.checks`."""
