@@ -218,7 +218,11 @@ def _nemotron_h(source: _Source) -> dict[str, Value]:
 def _phi3(source: _Source) -> dict[str, Value]:
     if source.tokenizer_config.get("tokenizer_class") == "GPT2Tokenizer":
         return _gpt2(source)
-    raise PlanError("has a tokenizer of Phi-3, which cannot be written as GGUF yet", where=NAME)
+    raise PlanError(
+        "has a tokenizer of Phi-3, which cannot be written as GGUF yet",
+        where=NAME,
+        expected="the tokenizer_class GPT2Tokenizer in tokenizer_config.json, as Phi-4 has it",
+    )
 
 
 _FAMILIES: Mapping[str, Callable[[_Source], dict[str, Value]]] = {
