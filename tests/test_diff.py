@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Mapping
 from itertools import combinations
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,15 @@ import pytest
 from conftest import Finished, Project, TinyCheckpoint
 from gguf_families import CONFIGS, write_checkpoint
 from numpy.typing import NDArray
-from tiny import Tensor, bf16, read_all_tensors, read_json, write_json, write_safetensors
+from tiny import (
+    Tensor,
+    bf16,
+    read_all_tensors,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 
 from carnice_build.commands.build import build_variants
 from carnice_build.commands.diff import ModuleDiff, State, diff_folders
@@ -327,6 +337,29 @@ def test_norms_of_mlx_are_not_compared_with_those_of_torch(
     assert 0.05 < head["relative_difference"] < 0.15
     conv = found["model.language_model.layers.0.linear_attn.conv1d"]
     assert 0 == conv["relative_difference"]
+
+
+def test_weights_published_in_fp8_are_compared_by_their_floats(tmp_path: Path) -> None:
+    """Their scales are a part of them, and of the numbers: one is twice as much."""
+    up, folders = "model.layers.0.mlp.up_proj", []
+    for scale in (2.0, 4.0):
+        folder = write_checkpoint(tmp_path / str(scale), CONFIGS["llama"])
+        tensors = read_safetensors(folder / "model.safetensors")
+        shape = tensors[f"{up}.weight"].shape
+        tensors[f"{up}.weight"] = Tensor("F8_E4M3", shape, bytes([60] * prod(shape)))
+        tensors[f"{up}.weight_scale_inv"] = Tensor("F32", (1, 1), struct.pack("<f", scale))
+        write_safetensors(folder / "model.safetensors", tensors)
+        stated = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        config = {**CONFIGS["llama"], "quantization_config": stated}
+        write_json(folder / "config.json", config)
+        folders.append(folder)
+
+    found = the_changed(*folders)
+
+    assert up == found.module
+    assert found.a is not None
+    assert "FP8" == found.a.storage
+    assert 1.0 == found.relative
 
 
 def test_norms_of_torch_that_mlx_calls_alike_are_those_of_torch(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class OpenedSide:
     """A folder, its architecture, what reads it, and its modules by canonical path.
 
     `tensors` are the folder's, stacks seen as one matrix [experts * rows, ...], and the stacks that
-    are rows of others.
+    are rows of others; `told` are those that a reader tells of others.
     Of several `readers`, the first that can tell of a module is believed.
     """
 
@@ -68,6 +68,7 @@ class OpenedSide:
     readers: Sequence[FolderReader]
     tensors: dict[str, SourceTensor] = field(default_factory=dict)
     modules: dict[str, StoredModule] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
 
     def side(self, module: StoredModule) -> Side:
         """What the table says of a module."""
@@ -77,7 +78,7 @@ class OpenedSide:
 
     def _storage(self, names: Sequence[str]) -> str:
         """The scheme of a packed module, the type of any other."""
-        if self._packed(names):
+        if self._packed(names) or names[0] in self.told:
             for reader in self.readers:
                 scheme = reader.scheme(self._module(names[0]))
                 if scheme is not None:
@@ -153,14 +154,15 @@ class OpenedSide:
             parts |= reader.parts(self.folder.tensors, self.architecture)
         self.tensors.update(found)
         for name in self.folder.tensors:
-            for part, tensor in parts.get(name, {}).items():
-                self.tensors[part] = tensor
-                self._take(part, held=name)
-            if name in parts:
-                continue
-            stacks_of = [self._take_part(name, fact, end) for fact, end in self._stacks_in(name)]
-            if not any(stacks_of):
-                self._take(name, held=name)
+            told = parts.get(name, {})
+            self.tensors.update(told)
+            self.told.update(told)
+            for part in told if name in parts else [name]:
+                stacks_of = [
+                    self._take_part(part, name, fact, end) for fact, end in self._stacks_in(part)
+                ]
+                if not any(stacks_of):
+                    self._take(part, held=name)
 
     def _stacks_in(self, name: str) -> Iterator[tuple[TensorFact, str]]:
         """The stacks that tensor `name` holds rows of, and how such a tensor of an expert ends."""
@@ -171,22 +173,33 @@ class OpenedSide:
                 if name.endswith(f"_{end}"):
                     yield fact, end
 
-    def _take_part(self, name: str, fact: TensorFact, end: str) -> bool:
-        """Take the rows that a stack has in tensor `name`; False where it has none."""
+    def _take_part(self, name: str, held: str, fact: TensorFact, end: str) -> bool:
+        """Take the rows that a stack has in tensor `name`; False where it has none.
+
+        The folder has its bytes in `held`.
+        """
         assert fact.fused is not None
         pieces = numbered(f"{fact.module}.{end}", fact.shape[0])
         if pieces[0] not in self.tensors:
-            whole = self.folder.tensors[name]
+            whole = self.tensors[name]
             if stored(fact, [name]) != ([name], whole.spec.shape):
                 return False
             part = part_of(fact, whole, turned=name == fact.fused.turned)
             self.tensors[fact.name] = _as_matrix(part)
             pieces = [fact.name]
+            if name in self.told:
+                self.told.add(fact.name)
         module = self.modules.setdefault(_bare(fact.name), StoredModule(of=fact.fused.of))
-        module.held.append(name)
-        for piece in pieces:
-            module.pieces.setdefault(self._module(piece), []).append(piece)
+        self._hold(module, held, pieces)
         return True
+
+    def _hold(self, module: StoredModule, held: str, pieces: Sequence[str]) -> None:
+        """Have a module in tensor `held` of the folder, with what its numbers are read from."""
+        if held not in module.held:
+            module.held.append(held)
+        for piece in pieces:
+            if piece not in (names := module.pieces.setdefault(self._module(piece), [])):
+                names.append(piece)
 
     def _take(self, name: str, held: str) -> None:
         """Take tensor `name`, whose bytes the folder has in `held`, as one of its module.
@@ -198,10 +211,7 @@ class OpenedSide:
             self.tensors[name] = _as_matrix(self.tensors[name])
         found = (stack for stack in stacks(canonical) if self._is_stack(stack))
         module = self.modules.setdefault(_bare(next(found, canonical)), StoredModule())
-        if held not in module.held:
-            module.held.append(held)
-        if name not in (pieces := module.pieces.setdefault(self._module(name), [])):
-            pieces.append(name)
+        self._hold(module, held, [name])
 
     def _is_stack(self, name: str) -> bool:
         return name in self.architecture.tensors

@@ -39,11 +39,13 @@ RETIRED: Mapping[str, str] = {
 
 def readers() -> list[type[FolderReader]]:
     """What reads the folders of each format, ours first; what cannot be used reads nothing."""
-    found = []
+    from carnice_build.formats.published import PublishedReader
+
+    found: list[type[FolderReader]] = []
     for number_format in FORMATS.usable([]).values():
         with suppress(PluginError), failures_blamed(number_format):
             found.append(returned(number_format.reader(), type, "reader"))
-    return found
+    return [*found, PublishedReader]
 
 
 def readers_of(folder: ModelFolder) -> list[FolderReader]:
