@@ -50,7 +50,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ministral3": {},
     "gemma3_text": {},
     "gemma4": GEMMA4,
-    # All experts, or those chosen by other hundredths of a percent move the figure by a percent.
+    # Of all experts, for another choice where two are nearly as good moves it by up to a percent.
     "gemma4_moe": {**GEMMA4, "top_k_experts": 4},
     "glm4_moe": {},
     "deepseek_v3": {},
