@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from carnice_build.checkpoint.containers import read_entries
 from carnice_build.checkpoint.gguf_header import Described, encode_gguf, read_gguf, stored_spec
 from carnice_build.checkpoint.gguf_types import TYPES
 from carnice_build.checkpoint.gguf_values import Value
@@ -179,6 +180,14 @@ def test_a_file_that_is_large_enough_has_no_more_than_anybody_has(
     os.truncate(path, 2**28)
     with pytest.raises(CheckpointError, match=said):
         read_gguf(LocalFile(path))
+
+
+def test_a_file_of_that_name_is_refused_as_none_of_its_kind(tmp_path: Path) -> None:
+    """Whatever it holds instead."""
+    for content in b"", b"{}", bytes(8) + b"{}":
+        (tmp_path / "a.gguf").write_bytes(content)
+        with pytest.raises(CheckpointError, match="is no GGUF file"):
+            read_entries(LocalFile(tmp_path / "a.gguf"))
 
 
 def test_alignment_is_a_power_of_two(tmp_path: Path) -> None:

@@ -37,11 +37,15 @@ def has_index(names: Iterable[str]) -> bool:
 def read_entries(source: Readable) -> tuple[Entry, ...]:
     """The tensors of a file in the order of their bytes; CheckpointError as its reader raises.
 
-    Its first bytes say which kind it is: no header of safetensors is as long as they would say.
+    Its name or its first bytes say which kind it is, as a pack has no such name: no header of
+    safetensors is as long as those would say.
     """
-    if source.size >= len(MAGIC):
-        magic = bytearray(len(MAGIC))
-        source.read_into(0, memoryview(magic))
-        if magic == MAGIC:
-            return read_gguf(source).entries
-    return read_header(source).entries
+    return read_gguf(source).entries if _is_gguf(source) else read_header(source).entries
+
+
+def _is_gguf(source: Readable) -> bool:
+    if source.name.endswith(GGUF) or source.size < len(MAGIC):
+        return source.name.endswith(GGUF)
+    magic = bytearray(len(MAGIC))
+    source.read_into(0, memoryview(magic))
+    return magic == MAGIC
