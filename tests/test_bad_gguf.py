@@ -161,6 +161,17 @@ def test_files_that_a_tensor_does_not_fit_into_are_refused(
     assert len(plan.packs) > 1
 
 
+def test_the_size_that_is_expected_is_enough(project: Project, carnice: Carnice) -> None:
+    """Also where three digits of it, 524 kB, would be less."""
+    path = project.recipes / "bad.yaml"
+    write(project, "bad", "{format: gguf, mix: BF16}", "package: {shard: 500kB}\n")
+    first = carnice("plan", "bad")
+    path.write_text(path.read_text().replace("500kB", "524288 B"))
+
+    assert "expected 524288 B or more" in first.err
+    assert 0 == carnice("plan", "bad").code
+
+
 def tokenizer(project: Project, change: Callable[[dict[str, Any]], None]) -> Path:
     """Change the tokenizer of the Carnice stand-in."""
     path = project.checkpoint / "tokenizer.json"

@@ -15,7 +15,7 @@ from carnice_build.checkpoint.gguf_values import Metadata, Value
 from carnice_build.errors import PlanError
 from carnice_build.formats.base import OutputTensor
 from carnice_build.formats.layout import PackLayout, Slot
-from carnice_build.units import format_size
+from carnice_build.units import format_size, parse_size
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,14 @@ def _check_fits(tensors: Sequence[OutputTensor], most_bytes: int) -> None:
     if size > most_bytes:
         raise PlanError(
             f"files of {format_size(most_bytes)} are too small for {largest.name}",
-            expected=f"{format_size(size)} or more",
+            expected=f"{_as_much(size)} or more",
             at=("shard",),
         )
+
+
+def _as_much(size: int) -> str:
+    """A size as people write it, or in bytes where that would be less."""
+    return found if parse_size(found := format_size(size)) >= size else f"{size} B"
 
 
 def _split(index: int, files: int, tensors: int) -> dict[str, Value]:
