@@ -82,6 +82,17 @@ class RecipeError(CarniceError):
 class CheckpointError(CarniceError):
     """A checkpoint's files are not what they claim to be, or a weight is not finite."""
 
+    def of_entry(self, key: str, where: str | None = None) -> PlanError:
+        """The error of a file that the entry `key` of a recipe names, which is at `where`."""
+        what = f"{key}: {self.where}: {self.what}" if self.where else f"{key}: {self.what}"
+        return PlanError(
+            what,
+            where=where,
+            expected=self.expected,
+            nearest=self.nearest,
+            problems=self.problems,
+        )
+
 
 class PlanError(CarniceError):
     """A valid recipe cannot work on these sources.

@@ -17,7 +17,7 @@ from carnice_build.checkpoint.datasets import Dataset
 from carnice_build.checkpoint.generation import with_generation
 from carnice_build.checkpoint.profiles import Source, SourceFinder
 from carnice_build.checkpoint.quantized import METHODS, plain_config, stated_quantization
-from carnice_build.errors import PlanError, together
+from carnice_build.errors import CheckpointError, PlanError, together
 from carnice_build.formats.base import Companion, Conversion, Format
 from carnice_build.formats.layout import PackLayout, Publication
 from carnice_build.graph import Action, ActionGraph, ActionOutput, TensorRef, View
@@ -29,6 +29,7 @@ from carnice_build.planning.gather import gathered
 from carnice_build.planning.layout import SHARD_BYTES, pack_layouts
 from carnice_build.plugins import failures_blamed, returned
 from carnice_build.recipe.loader import Recipe
+from carnice_build.recipe.schema import CalibrationSpec
 from carnice_build.steps.base import Ask, Codes, PlanContext, Step, unanswered
 from carnice_build.tensors import SourceTensor
 
@@ -181,7 +182,7 @@ def plan_variant(
     context = replace(context, architecture=architecture, codes=codes, files=files)
     dataset = None
     if recipe.calibration is not None:
-        dataset = finder.find_dataset(recipe.calibration)
+        dataset = _find_dataset(finder, recipe, recipe.calibration)
         source = CalibrationSource(
             recipe.calibration,
             dataset,
@@ -315,6 +316,14 @@ def _shapes(view: View) -> dict[str, tuple[int, ...]]:
 
 def _find(finder: SourceFinder, recipe: Recipe, name: str) -> Source:
     return finder.find(name, recipe.sources[name])
+
+
+def _find_dataset(finder: SourceFinder, recipe: Recipe, spec: CalibrationSpec) -> Dataset:
+    try:
+        return finder.find_dataset(spec)
+    except CheckpointError as error:
+        where = recipe.where("calibration", "dataset")
+        raise error.of_entry("calibration.dataset", where) from None
 
 
 def _keeps_codes(body: Checkpoint, number_format: Format) -> bool:

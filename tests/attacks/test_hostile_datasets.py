@@ -181,11 +181,11 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("what", FILES)
 def test_a_dataset_that_is_no_file_is_refused(attack: Attack, project: Project, what: str) -> None:
-    """Nothing waits for a pipe, reads a device or follows links in a circle."""
+    """Nothing waits for a pipe, reads a device or follows links in a circle; the entry is named."""
     make, words = FILES[what]
     make(project.root / "rows.jsonl")
 
-    check_named(build(attack, "rows.jsonl"), "rows.jsonl", words)
+    check_named(build(attack, "rows.jsonl"), "calibration.dataset: ", "rows.jsonl", words)
 
 
 @pytest.mark.parametrize("name", ["../rows.jsonl", "/etc/rows.txt", "a/../../b.txt", '"a\\0.txt"'])

@@ -133,10 +133,7 @@ def _read(spec: FileSpec, context: PlanContext) -> Imatrix:
     try:
         return read_imatrix(context.find(spec))
     except CheckpointError as error:
-        what = f"imatrix: {error.where}: {error.what}"
-        raise PlanError(
-            what, expected=error.expected, nearest=error.nearest, problems=error.problems
-        ) from None
+        raise error.of_entry("imatrix") from None
 
 
 def importance_refs(
