@@ -1,8 +1,9 @@
 """Worker processes that begin with torch and transformers, which take 3 s to import.
 
 Tests start some hundred workers.  Those of this process are forked from one that has imported what
-most of them would import; what they do then is what workers do.  `carnice` in a process of its own
-starts them as it does for everybody, and so does a test that takes `cold`.
+most of them would import, whose environment they have; what they do then is what workers do.
+`carnice` in a process of its own starts them as it does for everybody, and so does a test that
+takes `cold`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from carnice_build.calibration.tokens import Tokens
 from carnice_build.checkpoint.source import read_all
-from carnice_build.errors import CheckpointError, PlanError, RecipeError
+from carnice_build.errors import CarniceError, PlanError, RecipeError
 from carnice_build.graph import Action
 from carnice_build.recipe.schema import DATASET_FILES
 from carnice_build.tensors import SourceTensor
@@ -103,9 +103,9 @@ def offering_another(calibration: Mapping[str, Any]) -> Iterator[None]:
     """Name the option in an error about the dataset on the hub that `calibration` is about."""
     try:
         yield
-    except CheckpointError as error:
+    except CarniceError as error:
         name, revision = calibration.get("dataset", ""), calibration.get("revision", "main")
-        if error.where != f"datasets/{name}@{revision}":
+        if f"datasets/{name}@{revision}: " not in error.sentence():
             raise
         another = f"{OPTION} FILE, which takes a {KINDS} file of yours in its place"
         expected = f"{error.expected}; or {another}" if error.expected else another

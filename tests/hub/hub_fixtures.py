@@ -17,8 +17,11 @@ from carnice_build.checkpoint import patience
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A running hub without repositories, and an empty Hugging Face cache."""
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold: None) -> Iterator[FakeHub]:
+    """A running hub without repositories, and an empty Hugging Face cache.
+
+    Workers are `cold`, for they read on import where the hub is.
+    """
     home = tmp_path / "huggingface"
     with fake_hub() as server:
         template = server.hub_url + "/{repo_id}/resolve/{revision}/{filename}"

@@ -503,7 +503,7 @@ def test_a_build_that_cannot_have_it(
     last = finished.err.splitlines()[-1]
 
     assert 2 == finished.code
-    assert f"carnice: datasets/{NAMES['parquet']}@" in last
+    assert f"datasets/{NAMES['parquet']}@" in last
     assert words in last
     assert "Traceback" not in finished.err
     assert {"cache"} >= {path.name for path in online.root.iterdir()} - before
