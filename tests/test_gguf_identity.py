@@ -119,6 +119,8 @@ def test_a_setting_of_another_kind_is_refused() -> None:
     """It names the file, the entry and what stands there."""
     with pytest.raises(CheckpointError, match=r"generation_config.json: top_k: is 'many'"):
         general("model", "Name", {}, {"top_k": "many"}, {})
+    with pytest.raises(CheckpointError, match=r"README.md: license: is 5"):
+        general("model", "Name", {}, {}, {"license": 5})
 
 
 def test_an_empty_card_says_nothing() -> None:

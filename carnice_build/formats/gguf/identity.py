@@ -214,10 +214,10 @@ def general(
     }
     for key, entry in _LICENCES:
         said = card.get(entry)
-        texts[key] = ",".join(map(str, said)) if isinstance(said, list) else said
-    for key, text in texts.items():
+        text = ",".join(map(str, said)) if isinstance(said, list) else said
         if text is not None:
-            found[key] = Value("str", typed(text, "str", f"model card: {key}"))
+            texts[key] = typed(text, "str", f"README.md: {entry}")
+    found |= {key: Value("str", text) for key, text in texts.items() if text is not None}
     return {**found, **_made_of(card)}
 
 
