@@ -23,8 +23,8 @@ _PLACES: Mapping[str, tuple[int, ...]] = {
 }
 """Where in a block numbers of F16 begin (ggml-common.h), if not at its first byte alone."""
 
-_EXPONENT = 0x7C00
-"""Of F16; with all of its bits a number is none."""
+_EXPONENT = 0x7C
+"""Of F16, in the higher of its bytes; with all of its bits a number is none."""
 
 _NO_POWER = 0xFF
 
@@ -37,12 +37,10 @@ def first_unsound(type_name: str, blocks: Bytes) -> int:
 
 def _infinite(type_name: str, blocks: Bytes) -> NDArray[np.bool_]:
     if type_name == "IQ1_M":
-        # The highest bits of four numbers at its end make up the one of F16.
-        words = blocks[:, 48:].copy().view("<u2")
-        highest = words[:, 3] >> 12 << 12 | words[:, 2] >> 12 << 8
+        # The four highest bits of each of four numbers at its end make up the one of F16.
+        highest = blocks[:, 55] & 0xF0 | blocks[:, 53] >> 4
         return np.asarray(highest & _EXPONENT == _EXPONENT, np.bool_)
     found = np.zeros(len(blocks), np.bool_)
     for place in _PLACES.get(type_name, (0,)):
-        halves = blocks[:, place : place + 2].copy().view("<u2")[:, 0]
-        found |= halves & _EXPONENT == _EXPONENT
+        found |= blocks[:, place + 1] & _EXPONENT == _EXPONENT
     return found
