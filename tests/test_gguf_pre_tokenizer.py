@@ -138,6 +138,16 @@ def test_another_way_is_told_with_its_regexes(steps: Any) -> None:
     assert "gpt-2" == tokenizer(steps).metadata("gpt-2")["tokenizer.ggml.pre"].value
 
 
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", "end_of_word_suffix"])
+def test_marks_that_pairs_are_merged_with_are_another_way(key: str) -> None:
+    """llama.cpp merges without them, and would split words otherwise; an empty one is none."""
+    known = byte_level("<end>")
+
+    assert "qwen2" == pre(tokenizer(known["pre_tokenizer"], "qwen2", **{key: ""}))
+    with pytest.raises(PlanError, match=f"{key} '</w>'"):
+        tokenizer(known["pre_tokenizer"], "qwen2", **{key: "</w>"}).metadata()
+
+
 def test_a_way_that_is_nearly_known_names_the_nearest() -> None:
     """A regex with one letter more is told apart, and its likeliest name is said."""
     with pytest.raises(PlanError) as error:

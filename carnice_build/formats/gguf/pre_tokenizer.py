@@ -118,6 +118,11 @@ def steps(content: Mapping[str, Any]) -> Iterator[str]:
             yield _LETTERS
         yield from _pre_steps(kind, step)
         letters = kind == "ByteLevel"
+    model = content.get("model")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        # What pairs are merged with in some models, and llama.cpp knows nothing of.
+        if isinstance(model, dict) and model.get(key):
+            yield f"{key} {str(model[key])[:20]!r}"
 
 
 def _pre_steps(kind: str, step: Mapping[str, Any]) -> Iterator[str]:
