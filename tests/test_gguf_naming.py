@@ -260,12 +260,20 @@ def test_codes_of_another_shape_are_not_packed() -> None:
             PackMxfp4().infer({}, [blocks, scales])
 
 
-@pytest.mark.parametrize(("entry", "count"), [("value", 3), ("key", 0)])
-def test_heads_that_rows_are_not_of_are_refused(tmp_path: Path, entry: str, count: int) -> None:
-    """Three value heads do not belong to two key heads."""
+@pytest.mark.parametrize(
+    ("entry", "count", "words"),
+    [
+        ("value", 3, r"has \d+ rows, which are not \d heads of"),
+        ("key", 0, "linear_num_value_heads // linear_num_key_heads .* divides by zero"),
+    ],
+)
+def test_heads_that_rows_are_not_of_are_refused(
+    tmp_path: Path, entry: str, count: int, words: str
+) -> None:
+    """Three value heads do not belong to two key heads, nor any to none."""
     config = {**CONFIGS["qwen3_next"], f"linear_num_{entry}_heads": count}
     folder = write_checkpoint(tmp_path / "model", config)
-    with pytest.raises(CheckpointError, match=r"has \d+ rows, which are not \d heads of"):
+    with pytest.raises(CheckpointError, match=words):
         described(folder, "F16")
 
 
