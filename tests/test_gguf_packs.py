@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from conftest import Finished, Project
 from gguf_project import TYPES_OF_FLOATS, gap, metadata, stand_in, tensors
+from imatrix_files import imatrix_file
 from tiny import contents
 
 from carnice_build.commands.build import BuildResult, build_variants
 from carnice_build.commands.plan import plan_variants
-from carnice_build.formats.gguf.imatrix_file import encode_imatrix
 
 pytest.importorskip("numba")
 
@@ -149,7 +149,7 @@ def test_where_an_importance_matrix_lies_changes_no_byte(
     """From another current folder, too: the file tells its name, and nothing of the machine."""
     entries = {"blk.0.ffn_down.weight": (np.ones((1, 512), "f4"), np.ones(1, "f4"))}
     (project.root / "mine").mkdir()
-    (project.root / "mine" / "own.gguf").write_bytes(encode_imatrix(entries, ["a"], 1, 2))
+    (project.root / "mine" / "own.gguf").write_bytes(imatrix_file(entries, ["a"], 1, 2))
     write(project, "weighed", "{format: gguf, mix: Q4_0, imatrix: {file: mine/own.gguf}}")
 
     def header() -> bytes:
