@@ -123,7 +123,10 @@ def switches() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3", *(pytest.param(name, marks=pytest.mark.wide) for name in ("llama", "qwen3_moe"))],
+)
 def test_blocks_are_tuned_as_in_a_run_of_the_whole_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switches: None, family: str
 ) -> None:

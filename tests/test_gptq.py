@@ -54,11 +54,9 @@ class Case:
 
 
 CHANNEL = {"strategy": "channel", "group_size": None}
-CASES = {
-    "as the recipe": Case({"observer": "mse"}),
-    "w8a16": Case({**CHANNEL, "num_bits": 8, "symmetric": True, "observer": "mse"}),
-}
+CASES = {"as the recipe": Case({"observer": "mse"})}
 OTHERS = {
+    "w8a16": Case({**CHANNEL, "num_bits": 8, "symmetric": True, "observer": "mse"}),
     "as they were": Case({"observer": "mse"}, propagate_error=False),
     "symmetric": Case(
         {"symmetric": True, "group_size": 32, "observer": "memoryless_minmax"},

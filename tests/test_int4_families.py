@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ LOADED = ("gpt_oss",)
 up where they take turns, and rows where there are columns.  It is right when it loads the model."""
 
 
-def marked(family: str, *values: Any) -> Any:
+def marked(family: str, *values: Any, often: Sequence[str] = OFTEN) -> Any:
     """The parameters of a case, of which few are run every time."""
-    marks = () if family in OFTEN else pytest.mark.wide
+    marks = () if family in often else pytest.mark.wide
     return pytest.param(family, *values, marks=marks)
 
 
@@ -67,7 +67,7 @@ quantize: {format: autoround, method: tune, tune: {iters: 4, lr: 0.03, batch_siz
 TEXTS, LENGTH = 4, 32
 
 TUNED = [
-    marked(family)
+    marked(family, often=["qwen3_moe"])
     for family in (
         "llama",
         "qwen3",

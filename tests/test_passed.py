@@ -164,7 +164,7 @@ def test_parts_are_given_their_own_and_find_the_same(passing: Project) -> None:
     assert 1 + 2 * (2 + 6) + (6 + 1) == result.actions_run
 
 
-@pytest.mark.parametrize("variant", QUANTIZE)
+@pytest.mark.parametrize("variant", ["nvfp4", pytest.param("awq", marks=pytest.mark.wide)])
 def test_what_is_built_runs(passing: Project, carnice: Carnice, variant: str) -> None:
     """Checks of the files pass; in a process of its own the model generates and is measured."""
     text = REPOSITORY / "demo" / "heldout.txt"
