@@ -30,8 +30,12 @@ from carnice_build.kernels.elementwise import narrow, widen
 
 pytestmark = pytest.mark.wide
 
-STATED = {"gemma4.final_logit_softcapping": Value("f32", 0.0)}
-"""What the converter leaves to llama.cpp, which takes another value."""
+STATED = {
+    "gemma4.final_logit_softcapping": Value("f32", 0.0),
+    "deepseek2.expert_gating_func": Value("u32", 2),
+    "minimax-m2.expert_gating_func": Value("u32", 2),
+}
+"""What the converter leaves to llama.cpp where a config does, which takes another value."""
 
 PROCESSOR = {"image_mean": [0.5, 0.25, 0.125], "image_std": [0.5, 0.5, 0.5]}
 
