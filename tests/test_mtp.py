@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -217,6 +218,19 @@ def test_a_walk_takes_the_steps_of_speculative_decoding(
         assert torch.equal(written[:common], text.tokens[:common])
         assert len(walked) > NEW_TOKENS // (count + 1) - 2
         assert steps[: len(walked)] == walked
+
+
+def test_no_draft_is_what_a_model_says_by_logits_that_are_not_finite(
+    drafter: DraftHead, target: ResidentModel, texts: Sequence[Continuation]
+) -> None:
+    """Though the best of NaN is the first token, in the model's scores and in the head's."""
+    text = texts[0]
+    tokens = text.tokens.clone()
+    tokens[text.prompt :] = 0
+    broken = replace(text, tokens=tokens, states=text.states * float("nan"), bad_step=1)
+
+    assert set(accepted_drafts(drafter, target, replace(broken, bad_step=None), 3)) == {3}
+    assert set(accepted_drafts(drafter, target, broken, 3)) == {0}
 
 
 def test_a_walk_leaps_over_what_was_accepted() -> None:

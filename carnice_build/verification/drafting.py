@@ -69,12 +69,17 @@ def draft(
     return torch.stack(drafts, dim=1)
 
 
+_NOTHING = -1
+"""In the place of a token, what no draft is."""
+
+
 def accepted_drafts(
     drafter: DraftHead, target: ResidentModel, continuation: Continuation, count: int
 ) -> list[int]:
     """For each position at which a step may start, how many of `count` drafts are accepted.
 
-    A draft is accepted when it and all before it are what the target itself says.
+    A draft is accepted when it and all before it are what the target itself says, which is nothing
+    from the first logit on that was not finite: argmax takes NaN for the best, in drafts as well.
     The first start is the prompt's last position, the last the one with `count` tokens to compare.
     """
     tokens, first = continuation.tokens, continuation.prompt - 1
@@ -84,7 +89,10 @@ def accepted_drafts(
     drafts = draft(
         drafter, target, continuation.states[:, :length], tokens[1 : length + 1], first, count
     )
-    truth = tokens.unfold(0, count, 1)[first + 2 :]
+    said = tokens.clone()
+    if continuation.bad_step is not None:
+        said[first + continuation.bad_step :] = _NOTHING
+    truth = said.unfold(0, count, 1)[first + 2 :]
     return [int(number) for number in (drafts == truth).cumprod(dim=1).sum(dim=1)]
 
 
