@@ -100,6 +100,26 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path: Path) -> 
     assert [11, 11, 10, 0] == found["qwen35.rope.dimension_sections"].value
 
 
+@pytest.mark.parametrize(
+    ("family", "rope", "told"),
+    [
+        ("qwen3", {"rope_type": "dynamic", "factor": 2.0}, "'dynamic'"),
+        ("qwen3", {"rope_type": "yran", "factor": 2.0}, "'yran'"),
+        ("qwen3", {"rope_type": "yarn"}, "'yarn'"),
+        ("qwen3", {"type": "linear", "factor": 2.0}, None),
+        ("qwen3", {"rope_type": "default"}, None),
+        ("llama", {"rope_type": "llama3", "factor": 8.0}, None),
+    ],
+)
+def test_rope_that_a_file_does_not_say_is_told_of(
+    tmp_path: Path, family: str, rope: dict[str, Any], told: str | None
+) -> None:
+    """The converter leaves it out as well; what its words or factors say needs no notice."""
+    config = {**CONFIGS[family], "rope_parameters": {"rope_theta": 10000.0, **rope}}
+    found = described(write_checkpoint(tmp_path / family, config), "F16").notices
+    assert [told] * bool(told) == [notice.split()[4] for notice in found]
+
+
 def test_logits_without_a_cap_are_said_to_have_none(tmp_path: Path) -> None:
     """llama.cpp caps those of Gemma 4 at 30 where a file does not say."""
     config = CONFIGS["gemma4"]

@@ -106,7 +106,7 @@ class Files:
             self._check_weighed()
             types = {item.name: written_as(item, self.mix) for item in description.tensors}
             file = self._file(description.tensors, types, metadata, {})
-            return Text(file, None, self._uncounted())
+            return Text(file, None, [*self._uncounted(), *description.notices])
         written = [
             Tensor(item.name, item.shape, written_as(item, self.written))
             for item in description.tensors
@@ -130,7 +130,7 @@ class Files:
             quantized_metadata(metadata, self.mix, self._importance_file(found)),
             refs,
         )
-        notices = [*self._uncounted(), *_unfit(assigned), *_told(moved)]
+        notices = [*self._uncounted(), *description.notices, *_unfit(assigned), *_told(moved)]
         notices += found.notices if found else ()
         return Text(file, statistics, notices, moved)
 

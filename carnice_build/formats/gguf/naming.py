@@ -49,11 +49,13 @@ class Description:
     """What is in a file beside the tokenizer: its tensors, and its metadata, in order.
 
     The tokenizer's metadata follows on the rest.
+    `notices` say what of the config is not.
     """
 
     architecture: str
     tensors: Sequence[Named]
     metadata: Metadata
+    notices: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def describe(
     ordered = _ordered(kept, facts)
     coded = codes or {}
     tensors = [model.coded(name, ref, coded[name]) for name, ref in ordered if name in coded]
-    tensors += model.constants()
+    factors = list(model.constants())
+    tensors += factors
     for name, ref in ordered:
         if name not in coded:
             tensors += model.named(name, ref)
@@ -112,7 +115,26 @@ def describe(
         )
         for first in (True, False)
     )
-    return _described(arch, "model", tensors, own, about, before)
+    description = _described(arch, "model", tensors, own, about, before)
+    unsaid = None if factors else _unsaid_rope(scope, description.metadata)
+    return replace(description, notices=(unsaid,)) if unsaid else description
+
+
+def _unsaid_rope(scope: ConfigScope, metadata: Metadata) -> str | None:
+    """What to tell of positions that are scaled in a way that neither metadata nor factors say."""
+    kind = scope.value("rope.rope_type")
+    if kind in _UNSCALED or any(key.endswith(_SCALING) for key in metadata):
+        return None
+    return (
+        f"config.json: rope of type {str(kind)[:40]!r} is left out, as llama.cpp's converter leaves"
+        " it out: a GGUF of this family has no word for it, or the config no factor"
+    )
+
+
+_UNSCALED = (None, "default", "mrope")
+"""Types of rope whose positions are those of the tokens."""
+
+_SCALING = ".rope.scaling.type"
 
 
 def describe_projector(
