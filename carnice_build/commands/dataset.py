@@ -110,7 +110,11 @@ def offering_another(calibration: Mapping[str, Any]) -> Iterator[None]:
         another = f"{OPTION} FILE, which takes a {KINDS} file of yours in its place"
         expected = f"{error.expected}; or {another}" if error.expected else another
         raise type(error)(
-            error.what, where=error.where, expected=expected, nearest=error.nearest
+            error.what,
+            where=error.where,
+            expected=expected,
+            nearest=error.nearest,
+            problems=error.problems,
         ) from None
 
 
