@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from carnice_build.calibration.beside_files import BesideFiles
-from carnice_build.calibration.layer_files import HiddenStates, layer_name
 from carnice_build.calibration.layer_pass import load_layer
 from carnice_build.calibration.passes import linear_counts
-from carnice_build.calibration.watch import NonFiniteInput, seen_by_everyone
+from carnice_build.calibration.watch import seen_by_everyone
 from carnice_build.tensor_file import TensorFile
 from carnice_build.tensors import numbered
 
@@ -27,16 +26,11 @@ def largest_of_everyone(
 
     `first` is what number the first of `samples` has among all.
     """
-    driver, layer, owners = load_layer(params, weights)
+    loaded = load_layer(params, weights)
     # What the layer makes for others, and nobody is to have, needs no place.
     beside = BesideFiles({**params, "made": ()}, samples, given, ())
-    name = layer_name(params, weights)
-    with seen_by_everyone(layer, owners) as seen:
-        for index, state in enumerate(HiddenStates(hidden, samples, driver.enter)):
-            try:
-                driver.run(layer, state, beside.given(index))
-            except NonFiniteInput as error:
-                raise error.by_sample(first + index, name) from None
+    with seen_by_everyone(loaded.layer, loaded.owners) as seen:
+        for _ in loaded.results(samples, hidden, beside, first):
             progress()
     counts = linear_counts(params, [file.spec for file in weights])
-    return seen.largest(map(numbered, params["linears"], counts), name)
+    return seen.largest(map(numbered, params["linears"], counts), loaded.name)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,43 +35,58 @@ def run_layer(
     Raises CheckpointError when one is NaN or infinity, or when transformers refuses the config;
     BackendError when torch has no such device, or keys and values are not seen where they must be.
     """
-    driver, layer, owners = load_layer(params, weights)
+    loaded = load_layer(params, weights)
     beside = BesideFiles(params, samples, given, out[1:])
-    name = layer_name(params, weights)
-    caching = seen_caches(layer) if params.get("caches") else nullcontext()
-    with seen_inputs(layer, owners) as seen, caching as caches:
-        for index, state in enumerate(HiddenStates(hidden, samples, driver.enter)):
-            try:
-                result = driver.run(layer, state, beside.given(index))
-            except NonFiniteInput as error:
-                raise error.by_sample(first + index, name) from None
+    caching = seen_caches(loaded.layer) if params.get("caches") else nullcontext()
+    with seen_inputs(loaded.layer, loaded.owners) as seen, caching as caches:
+        for index, result in enumerate(loaded.results(samples, hidden, beside, first)):
             if caches:
-                seen.ranges.append(caches.of_sample(name))
+                seen.ranges.append(caches.of_sample(loaded.name))
             out[0].write_row(index, as_data(result[0]).array)
             beside.put(index)
             progress()
     return seen
 
 
-def load_layer(
-    params: Mapping[str, Any], weights: Sequence[TensorFile]
-) -> tuple[LayerDriver, torch.nn.Module, Mapping[str, Owners]]:
-    """A layer of files, what runs it, and whose weights its parameters are.
+class LoadedLayer(NamedTuple):
+    """A layer, what runs it, whose weights its parameters are, and what their names begin with."""
+
+    driver: LayerDriver
+    layer: torch.nn.Module
+    owners: Mapping[str, Owners]
+    name: str
+
+    def results(
+        self, samples: Sequence[Any], hidden: TensorFile, beside: BesideFiles, first: int
+    ) -> Iterator[torch.Tensor]:
+        """What the layer makes of each sample's hidden states, [1, length, hidden].
+
+        Raises CheckpointError when an input is NaN or infinity.
+        """
+        for index, state in enumerate(HiddenStates(hidden, samples, self.driver.enter)):
+            try:
+                yield self.driver.run(self.layer, state, beside.given(index))
+            except NonFiniteInput as error:
+                raise error.by_sample(first + index, self.name) from None
+
+
+def load_layer(params: Mapping[str, Any], weights: Sequence[TensorFile]) -> LoadedLayer:
+    """A layer of files.
 
     Raises CheckpointError when transformers refuses the config, BackendError when torch has no such
     device.
     """
     check_device(params["device"])
-    tensors = layer_tensors(params, weights)
+    tensors, name = layer_tensors(params, weights), layer_name(params, weights)
     try:
         driver = LayerDriver(params["config"], params["layer"], Arithmetic.of(params))
-        return driver, driver.layer(tensors), driver.owners(tensors)
+        return LoadedLayer(driver, driver.layer(tensors), driver.owners(tensors), name)
     except CarniceError:
         raise
     except Exception as error:  # transformers raises KeyError and the like for what it cannot use
         raise CheckpointError(
             f"transformers makes no layer of it: {type(error).__name__}: {error}",
-            where=f"{layer_name(params, weights)[:-1]}: config.json",
+            where=f"{name[:-1]}: config.json",
         ) from None
 
 
