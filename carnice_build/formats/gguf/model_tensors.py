@@ -10,9 +10,9 @@ from carnice_build.checkpoint.known import known_floats
 from carnice_build.errors import PlanError
 from carnice_build.formats.gguf.constants import constant_numbers
 from carnice_build.formats.gguf.named import HeadPart, HeadsSwapped, Kind, Named, Place, spelled
-from carnice_build.formats.gguf.ops import Values
 from carnice_build.formats.gguf.parameters import ConfigScope
 from carnice_build.formats.gguf.refs import (
+    computed_ref,
     cut_ref,
     first_rows,
     merged_stacks,
@@ -164,8 +164,7 @@ class ModelTensors:
         if self._tokens is not None and fact.name.endswith(_EMBEDDING):
             ref = first_rows(ref, self._tokens)
         ref = ref.reshaped(*self._shape(ref.spec.shape, rest))
-        how = self._how(fact, rest)
-        return ref if how is None else self._graph.add(Values(), {"how": how}, ref)[0]
+        return computed_ref(self._graph, ref, self._how(fact, rest))
 
     def _shape(self, shape: tuple[int, ...], rest: str) -> tuple[int, ...]:
         """What llama.cpp has for the `shape` of a tensor of the model."""

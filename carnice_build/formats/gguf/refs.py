@@ -13,7 +13,7 @@ from carnice_build.checkpoint.swapped import swapped_columns, swapped_rows
 from carnice_build.checkpoint.turned import turned_stack
 from carnice_build.dtypes import TensorSpec
 from carnice_build.errors import CheckpointError
-from carnice_build.formats.gguf.ops import PackMxfp4
+from carnice_build.formats.gguf.ops import PackMxfp4, Values
 from carnice_build.formats.gguf.parameters import ConfigScope
 from carnice_build.formats.gguf.table import Cut, Swap
 from carnice_build.graph import ActionGraph, TensorRef
@@ -36,6 +36,11 @@ def swapped_ref(ref: TensorRef, swap: Swap, scope: ConfigScope) -> TensorRef:
     else:
         made = swapped_rows(tensor, first, second, each, size(swap.skip))
     return TensorRef(made.spec, made)
+
+
+def computed_ref(graph: ActionGraph, ref: TensorRef, how: str | None) -> TensorRef:
+    """What a function of `ops.Values` makes of a tensor, or the tensor where there is none."""
+    return ref if how is None else graph.add(Values(), {"how": how}, ref)[0]
 
 
 def cut_ref(ref: TensorRef, cut: Cut, scope: ConfigScope) -> Iterable[tuple[str, TensorRef]]:

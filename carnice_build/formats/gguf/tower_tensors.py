@@ -11,9 +11,8 @@ from carnice_build.checkpoint.json import json_object
 from carnice_build.errors import CheckpointError, PlanError
 from carnice_build.formats.gguf.model_tensors import heads_of
 from carnice_build.formats.gguf.named import Kind, Named, Place, spelled
-from carnice_build.formats.gguf.ops import Values
 from carnice_build.formats.gguf.parameters import ConfigScope
-from carnice_build.formats.gguf.refs import frame_of, row_of, swapped_ref
+from carnice_build.formats.gguf.refs import computed_ref, frame_of, row_of, swapped_ref
 from carnice_build.formats.gguf.table import Projector
 from carnice_build.formats.gguf.tokenizer_file import CONFIG, NAME
 from carnice_build.graph import ActionGraph, TensorRef, View
@@ -88,8 +87,7 @@ class TowerTensors:
         if (swap := self._table.swaps.get(spot.key)) is not None:
             ref = swapped_ref(ref, swap, self._scope)
         ref = ref.reshaped(*self._shape(ref.spec.shape, spot))
-        how = self._how(fact, spot)
-        return ref if how is None else self._graph.add(Values(), {"how": how}, ref)[0]
+        return computed_ref(self._graph, ref, self._how(fact, spot))
 
     def _shape(self, shape: tuple[int, ...], spot: _Spot) -> tuple[int, ...]:
         """What llama.cpp has for the `shape` of a tensor of the model."""
