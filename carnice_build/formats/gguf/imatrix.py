@@ -220,15 +220,16 @@ def _of_another_model(
     counted = f"{fit} of {len(wanted)} tensors fit"
     if not others:
         first = wanted[0].name
-        return PlanError(
-            f"imatrix: {source.name}: is of another model: {counted}, for it has no {first}",
+        return CheckpointError(
+            f"is of another model: {counted}, for it has no {first}",
+            where=source.name,
             expected=expected,
             nearest=nearest(first, source.entries),
-        )
+        ).of_entry("imatrix")
     item, values = others[0]
     needed = item.matrices * item.shape[-1]
-    return PlanError(
-        f"imatrix: {source.name}: is of another model: {counted}; {item.name} has {values} values "
-        f"there and needs {needed}",
+    return CheckpointError(
+        f"is of another model: {counted}; {item.name} has {values} values there and needs {needed}",
+        where=source.name,
         expected=expected,
-    )
+    ).of_entry("imatrix")
