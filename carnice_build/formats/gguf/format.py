@@ -217,10 +217,10 @@ class GgufFormat(Format):
                 if name in kept and fact.role in LINEARS and fact.module not in quantized
             ],
             causes={
-                tensor.name: dict.fromkeys((OP, "type", "dtype"), cause)
+                tensor.name: dict.fromkeys(
+                    (OP, "type", "dtype"), _cause(tensor.name, chosen, text.moved)
+                )
                 for tensor in text.file.tensors
-                for unasked in ["rules" if tensor.name in text.moved else "mix"]
-                for _, cause in [chosen.get(tensor.name, Choice(None, (unasked,)))]
             },
             stated={
                 _FILES: [*made, text.statistics] if text.statistics else made,
@@ -254,6 +254,15 @@ class GgufFormat(Format):
             cause = ("rules", index, "skip" if rule.skip else "type")
             chosen |= dict.fromkeys(about, Choice(None if rule.skip else rule.type, cause))
         return chosen
+
+
+def _cause(
+    name: str, chosen: Mapping[str, Choice], moved: Collection[str]
+) -> tuple[str | int, ...]:
+    """The entry of the section that a tensor's type follows from."""
+    if name in chosen:
+        return chosen[name].cause
+    return ("rules",) if name in moved else ("mix",)
 
 
 def _module(name: str) -> str:
