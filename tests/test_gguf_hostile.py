@@ -76,6 +76,21 @@ def test_what_a_rule_leaves_alone_has_the_type_of_the_model(
     assert ("F16", "Q8_0") == (found["blk.0.ffn_up.weight"], found["blk.0.ffn_down.weight"])
 
 
+def damage(folder: Path, name: str, element: int, number: Callable[[int], bytes]) -> None:
+    """Have the bytes that `number` gives for so many in a tensor, and all in one shard."""
+    held = read_all_tensors(folder)
+    damaged = bytearray(held[name].data)
+    size = ITEM_SIZE[held[name].dtype]
+    damaged[element * size : (element + 1) * size] = number(size)
+    held[name] = replace(held[name], data=bytes(damaged))
+    write_shards(folder, held, 1)
+
+
+def not_a_number(size: int) -> bytes:
+    """NaN in so many bytes."""
+    return b"\xff" * (size - 1) + b"\x7f"
+
+
 SWAPPED = {"linear_attn.in_proj_qkv.weight": 1025 * 3 + 77, "linear_attn.A_log": 1}
 
 
@@ -84,14 +99,8 @@ def test_what_is_not_finite_is_named_as_the_checkpoint_has_it(
     project: Project, carnice: Carnice, tiny_checkpoint: Tiny, name: str
 ) -> None:
     """Where heads are reordered too: the tensor and the element are the checkpoint's."""
-    folder = checkpoint(project, tiny_checkpoint)
     full = f"model.language_model.layers.0.{name}"
-    held = read_all_tensors(folder)
-    damaged = bytearray(held[full].data)
-    size = ITEM_SIZE[held[full].dtype]
-    damaged[SWAPPED[name] * size : (SWAPPED[name] + 1) * size] = b"\xff" * (size - 1) + b"\x7f"
-    held[full] = replace(held[full], data=bytes(damaged))
-    write_shards(folder, held, 1)
+    damage(checkpoint(project, tiny_checkpoint), full, SWAPPED[name], not_a_number)
     write(project, "{format: gguf, mix: BF16}")
     finished = carnice("build", "a")
 
@@ -104,14 +113,9 @@ def test_what_no_scale_of_a_block_holds_is_named_as_the_checkpoint_has_it(
     project: Project, carnice: Carnice, tiny_checkpoint: Tiny, module: str
 ) -> None:
     """Rather than written as NaN; llama-quantize refuses such a model, too."""
-    folder = checkpoint(project, tiny_checkpoint)
     full = f"model.language_model.layers.0.{module}.weight"
-    held = read_all_tensors(folder)
-    damaged = bytearray(held[full].data)
     element = 128 * 71 + 37
-    damaged[2 * element : 2 * element + 2] = b"\x00\xff"
-    held[full] = replace(held[full], data=bytes(damaged))
-    write_shards(folder, held, 1)
+    damage(checkpoint(project, tiny_checkpoint), full, element, lambda _: b"\x00\xff")
     write(project, "{format: gguf, mix: Q8_0}")
     finished = carnice("build", "a")
 
